@@ -22,7 +22,7 @@ def test_wrapped_models_are_unwrapped(family):
 
     model = build_tiny_model(family)
     blocks = find_architecture(model).blocks
-    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", fan_in_fan_out=family == "gpt2"))
     assert find_architecture(wrapped).blocks is blocks
     assert find_architecture(torch.nn.DataParallel(wrapped)).blocks is blocks
 

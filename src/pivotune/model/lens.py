@@ -21,9 +21,7 @@ Norm = Literal["final", "none"]
 
 def frozen_norm(architecture: Architecture, hidden_states: Tensor) -> Tensor:
     """Final norm with its weights detached: gradient reaches `hidden_states`, never the norm. Any shape (..., width)."""
-    norm = architecture.final_norm
-    weights = {name: parameter.detach() for name, parameter in norm.named_parameters()}
-    return functional_call(norm, weights, (hidden_states,))
+    return _call_frozen(architecture.final_norm, hidden_states)
 
 
 def readout(architecture: Architecture, normed: Tensor, *, frozen: bool) -> Tensor:
@@ -32,11 +30,7 @@ def readout(architecture: Architecture, normed: Tensor, *, frozen: bool) -> Tens
     With `frozen` the head takes part in the forward pass and gets no gradient, also when it is the embedding matrix.
     """
     head = architecture.lm_head
-    if not frozen:
-        return architecture.transform_logits(head(normed))
-    bias = getattr(head, "bias", None)
-    projected = nn.functional.linear(normed, head.weight.detach(), None if bias is None else bias.detach())
-    return architecture.transform_logits(projected)
+    return architecture.transform_logits(_call_frozen(head, normed) if frozen else head(normed))
 
 
 def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: Norm = "final") -> Tensor:
@@ -63,3 +57,9 @@ def check_lens(model: nn.Module, input_ids: Tensor | None = None) -> float:
         logits = model(input_ids=input_ids, use_cache=False).logits
     lens = lens_logits(architecture, taps.hidden_states[architecture.num_layers])
     return (lens - logits).abs().max().item()
+
+
+def _call_frozen(module: nn.Module, states: Tensor) -> Tensor:
+    """Call a module with all its parameters detached; the module itself is left as it is (also one with adapters)."""
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return functional_call(module, weights, (states,))

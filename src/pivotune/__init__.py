@@ -1,0 +1,38 @@
+"""Pivotune: teach an English-centric language model your language (deep supervision fine-tuning, arXiv 2503.01275)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pivotune.layers.measure import analyze_layers
+    from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+    from pivotune.training.arguments import DeepSupervisionConfig
+    from pivotune.training.trainer import DeepSupervisionTrainer
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded on first use: `pivotune --help` must not wait for torch.
+_EXPORTS = {
+    "DeepSupervisionConfig": "pivotune.training.arguments",
+    "DeepSupervisionTrainer": "pivotune.training.trainer",
+    "Signal": "pivotune.objectives.deep_supervision",
+    "Supervision": "pivotune.objectives.deep_supervision",
+    "UsageError": "pivotune.errors",
+    "analyze_layers": "pivotune.layers.measure",
+    "deep_supervision_terms": "pivotune.objectives.deep_supervision",
+    "load_model": "pivotune.model.loading",
+    "load_tokenizer": "pivotune.model.loading",
+    "term_counts": "pivotune.objectives.deep_supervision",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'pivotune' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,89 @@
+"""Padding examples into batches. The docstring of `DeepSupervisionCollator` is the batch contract of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pivotune.data.examples import Example, Side
+
+IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
+
+
+class ExampleDataset(Dataset):
+    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+@dataclass
+class DeepSupervisionCollator:
+    """Pads examples on the right into a batch of B rows.
+
+    Main side, T = longest sequence (target language, or English for replay rows and SFT):
+        input_ids           (B, T) int64
+        attention_mask      (B, T) int64, 1 on tokens, 0 on padding
+        labels              (B, T) int64, the answer's token ids, -100 elsewhere (not shifted, as Transformers has it)
+        query_mask          (B, T) bool, the user's text inside the prompt
+        answer_characters   (B,) int64, characters of the answer's text
+        is_english          (B,) bool
+    English parallel side, S = longest one, 0 where no row has one. Rows without it (replay rows, TFT, SFT) are all padding:
+        english_input_ids       (B, S) int64
+        english_attention_mask  (B, S) int64
+        english_query_mask      (B, S) bool, the tokens of x_en
+        english_answer_mask     (B, S) bool, the tokens of y_en
+
+    In every row the answer is contiguous and last, so a prompt is what stands before the first label.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        main = self._pad([example.main for example in examples])
+        labels = np.where(main["answer_mask"], main["input_ids"], IGNORED)
+        english = self._pad([example.parallel for example in examples])
+        batch: dict[str, Any] = {
+            "input_ids": main["input_ids"],
+            "attention_mask": main["attention_mask"],
+            "labels": labels,
+            "query_mask": main["query_mask"],
+            "answer_characters": np.array([example.main.characters for example in examples], dtype=np.int64),
+            "is_english": np.array([example.english for example in examples], dtype=bool),
+            **{f"english_{name}": array for name, array in english.items()},
+        }
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _pad(self, sides: Sequence[Side | None]) -> dict[str, np.ndarray]:
+        shape = (len(sides), self._round_up(max((len(side.ids) for side in sides if side is not None), default=0)))
+        arrays = {
+            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+            "query_mask": np.zeros(shape, dtype=bool),
+            "answer_mask": np.zeros(shape, dtype=bool),
+        }
+        for index, side in enumerate(sides):
+            if side is not None:
+                length = len(side.ids)
+                arrays["input_ids"][index, :length] = side.ids
+                arrays["attention_mask"][index, :length] = 1
+                arrays["query_mask"][index, slice(*side.query)] = True
+                arrays["answer_mask"][index, side.answer : length] = True
+        return arrays
+
+    def _round_up(self, length: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return -(-length // multiple) * multiple

@@ -1,0 +1,327 @@
+"""From rows to token ids: spans of query and answer on both sides, truncation that keeps pairs aligned.
+
+Both sides of a row are tokenized the same way whatever the method, so that methods trained on the same file see the same
+tokens. What a method trains on is chosen afterwards, in `training_examples`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pivotune.data.sources import Row
+from pivotune.data.templates import Rendered, Template, Turn
+from pivotune.errors import UsageError
+
+# Rows tokenized in one call: enough for the tokenizer's own threads, little enough to show progress.
+_ROWS_PER_CALL = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Token limits of one side: `prompt` and `completion` each, and `context`, what the model reads at once."""
+
+    prompt: int = 256
+    completion: int = 256
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One language of one row, as token ids.
+
+    Attributes:
+        ids: int32 (tokens,), prompt then answer.
+        query: (start, end) of the user's text in the prompt.
+        answer: index of the first answer token; the answer runs to the end.
+        characters: characters of the answer's text that the answer tokens stand for, without special tokens.
+    """
+
+    ids: np.ndarray
+    query: tuple[int, int]
+    answer: int
+    characters: int
+
+    @property
+    def num_query_tokens(self) -> int:
+        return self.query[1] - self.query[0]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return len(self.ids) - self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both sides of a row; a side is None where the row has no text for it."""
+
+    target: Side | None
+    english: Side | None
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What one training row feeds the model.
+
+    Attributes:
+        main: the sequence that L_TFT is computed on.
+        parallel: its English counterpart for the inner losses; None for rows without them.
+        english: whether `main` is English (replay, or the SFT baseline).
+    """
+
+    main: Side
+    parallel: Side | None = None
+    english: bool = False
+
+
+@dataclass
+class EncodingReport:
+    """What truncation and skipping did: `rows` encoded, `cut` counts by part, `skipped` counts by reason."""
+
+    rows: int = 0
+    cut: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "cut": dict(self.cut), "skipped": dict(self.skipped)}
+
+
+class Encoder:
+    """Tokenizes rows with one template and one set of limits; counts what it cut in `report`."""
+
+    def __init__(self, tokenizer: Any, template: Template, limits: Limits = Limits()) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.limits = limits
+        self.report = EncodingReport()
+        self._bos = _begin_ids(tokenizer, template)
+
+    def encode(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> list[Pair]:
+        """Encode all rows, in order.
+
+        Raises:
+            UsageError: a row whose template alone exceeds the limits, or whose answer is cut to nothing; with
+                `on_bad_row="skip"` such rows are left out and counted instead.
+        """
+        pairs: list[Pair] = []
+        for chunk in _chunks(rows, _ROWS_PER_CALL):
+            for row, pair in zip(chunk, self._encode_chunk(chunk), strict=True):
+                try:
+                    pairs.append(self._fit(pair))
+                except UsageError as error:
+                    if on_bad_row != "skip":
+                        raise UsageError(f"{source}: row {row.number}: {error}") from error
+                    self.report.skipped[str(error)] += 1
+        self.report.rows += len(pairs)
+        return pairs
+
+    def encode_prompt(self, turn: Turn) -> list[int]:
+        """Token ids of the prompt alone, as training laid it out: what generation continues."""
+        return self._bos + self._ids([self.template.render(turn).prompt])[0][0]
+
+    def _encode_chunk(self, rows: Sequence[Row]) -> Iterator[Pair]:
+        target = self._sides([_target_turn(row) if row.has_target else None for row in rows])
+        english = self._sides([_english_turn(row) if row.has_english else None for row in rows])
+        for row, one, other in zip(rows, target, english, strict=True):
+            yield Pair(one, other, row.number)
+
+    def _sides(self, turns: Sequence[Turn | None]) -> list[Side | None]:
+        present = [turn for turn in turns if turn is not None]
+        rendered = [self.template.render(turn) for turn in present]
+        sides = iter(self._tokenize(rendered, present))
+        return [None if turn is None else next(sides) for turn in turns]
+
+    def _tokenize(self, rendered: list[Rendered], turns: list[Turn]) -> Iterator[Side]:
+        if not rendered:
+            return
+        prompts = self._ids([item.prompt for item in rendered])
+        wholes = self._ids([item.prompt + item.completion for item in rendered])
+        for item, turn, (prompt, offsets), (whole, _) in zip(rendered, turns, prompts, wholes, strict=True):
+            # Where tokens merge across the border, the prompt stays as generation will see it.
+            joint = whole[: len(prompt)] == prompt
+            answer = whole[len(prompt) :] if joint else self._ids([item.completion])[0][0]
+            start, end = _query_span(item, offsets)
+            shift = len(self._bos)
+            yield Side(
+                ids=np.array(self._bos + prompt + answer, dtype=np.int32),
+                query=(start + shift, end + shift),
+                answer=shift + len(prompt),
+                characters=len(turn.completion),
+            )
+
+    def _ids(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        if not self.tokenizer.is_fast:
+            raise UsageError(
+                f"{type(self.tokenizer).__name__} has no fast version, which is needed to find the query's tokens"
+            )
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False)
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _fit(self, pair: Pair) -> Pair:
+        sides = [side for side in (pair.target, pair.english) if side is not None]
+        query_share = min((self._query_room(side) / side.num_query_tokens for side in sides), default=1.0)
+        if query_share < 1:
+            self.report.cut["prompts"] += 1
+        pair = _map_sides(pair, lambda side: _cut_query(side, query_share))
+        share = min((room / side.num_answer_tokens for side, room in self._answer_rooms(pair)), default=1.0)
+        if share < 1:
+            self.report.cut["answers"] += 1
+        return _map_sides(pair, lambda side: self._cut_answer(side, share))
+
+    def _query_room(self, side: Side) -> int:
+        frame = side.answer - side.num_query_tokens
+        room = min(side.num_query_tokens, self.limits.prompt - frame)
+        if room < 1:
+            raise UsageError(
+                f"the template alone takes {frame} tokens and data.max_prompt_tokens is {self.limits.prompt}; allow more"
+            )
+        return room
+
+    def _answer_rooms(self, pair: Pair) -> Iterator[tuple[Side, int]]:
+        for side in (pair.target, pair.english):
+            if side is None:
+                continue
+            room = self.limits.completion
+            if self.limits.context is not None:
+                # The English branch follows the target's prompt, so both prompts must leave room for both answers.
+                prompt = max(other.answer for other in (pair.target, pair.english) if other is not None)
+                room = min(room, self.limits.context - prompt)
+                if room < 1:
+                    raise UsageError(
+                        f"the prompt takes {prompt} of the model's {self.limits.context} tokens and nothing is left for "
+                        "the answer; lower data.max_prompt_tokens"
+                    )
+            yield side, min(room, side.num_answer_tokens)
+
+    def _cut_answer(self, side: Side, share: float) -> Side:
+        keep = _share_of(side.num_answer_tokens, share)
+        if keep == side.num_answer_tokens:
+            return side
+        ids = side.ids[: side.answer + keep]
+        text = self.tokenizer.decode(ids[side.answer :].tolist(), skip_special_tokens=True)
+        return replace(side, ids=ids, characters=max(1, len(text)))
+
+
+def training_examples(
+    pairs: Sequence[Pair], *, method: str, english_ratio: float = 0.0, seed: int = 0
+) -> list[Example]:
+    """What `method` trains on, in the order of `pairs`.
+
+    `sft` uses the English side, `tft` the target side, `deep-supervision` the target side with its English parallel.
+    English replay: `round(english_ratio * len(pairs))` rows, drawn by `seed` and the number of rows only, are trained on
+    their English prompt and answer with L_TFT alone; the number of rows stays the same, so that budgets stay equal.
+    """
+    if method == "sft":
+        return [Example(main=_needed(pair.english), english=True) for pair in pairs]
+    replay = replay_indices(len(pairs), english_ratio, seed)
+    examples = []
+    for index, pair in enumerate(pairs):
+        if index in replay:
+            examples.append(Example(main=_needed(pair.english), english=True))
+        else:
+            parallel = _needed(pair.english) if method == "deep-supervision" else None
+            examples.append(Example(main=_needed(pair.target), parallel=parallel))
+    return examples
+
+
+def check_branch_lengths(examples: Sequence[Example], context: int | None) -> None:
+    """Refuse rows whose English query does not fit behind the target prompt: the conversion branch reads both."""
+    for example in examples:
+        if context is None or example.parallel is None:
+            continue
+        needed = example.main.answer + example.parallel.num_query_tokens
+        if needed > context:
+            raise UsageError(
+                f"a prompt and its English query take {needed} tokens together and the model reads {context}; lower "
+                "data.max_prompt_tokens"
+            )
+
+
+def replay_indices(num_rows: int, english_ratio: float, seed: int) -> set[int]:
+    """Which rows are replayed in English: the same ones for every method with this seed and number of rows."""
+    count = round(english_ratio * num_rows)
+    return set(random.Random(f"english-replay-{seed}").sample(range(num_rows), count))
+
+
+def split_validation(rows: Sequence[Row], size: int | float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into (train, validation), both in their original order; deterministic in `seed`.
+
+    Args:
+        size: number of rows, or a share below 1.
+
+    Raises:
+        UsageError: no row would be left for training.
+    """
+    count = round(size * len(rows)) if 0 < size < 1 else int(size)
+    if count >= len(rows):
+        raise UsageError(
+            f"data.validation: {count} rows asked for, the data has {len(rows)}; at least one must be left for training"
+        )
+    chosen = set(random.Random(f"validation-{seed}").sample(range(len(rows)), count))
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [rows[index] for index in sorted(chosen)]
+
+
+def _needed(side: Side | None) -> Side:
+    if side is None:
+        raise ValueError("a row lacks the side that the method trains on; load_rows checks this")
+    return side
+
+
+def _target_turn(row: Row) -> Turn:
+    return Turn(row.prompt, row.completion, row.input, row.history)
+
+
+def _english_turn(row: Row) -> Turn:
+    return Turn(row.prompt_en, row.completion_en, row.input_en, row.history_en)
+
+
+def _query_span(item: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Token range that overlaps the query's characters; a token that also covers template text counts as query."""
+    begin, stop = len(item.prefix), len(item.prefix) + len(item.query)
+    inside = [index for index, (left, right) in enumerate(offsets) if right > begin and left < stop and right > left]
+    if not inside:
+        raise UsageError("the prompt has no tokens")
+    return inside[0], inside[-1] + 1
+
+
+def _cut_query(side: Side, share: float) -> Side:
+    start, end = side.query
+    keep = _share_of(side.num_query_tokens, share)
+    dropped = side.num_query_tokens - keep
+    if dropped == 0:
+        return side
+    ids = np.concatenate([side.ids[: start + keep], side.ids[end:]])
+    return replace(side, ids=ids, query=(start, start + keep), answer=side.answer - dropped)
+
+
+def _share_of(count: int, share: float) -> int:
+    """At least one token; rounding down keeps every side within its limit, the epsilon undoes float division."""
+    return max(1, math.floor(count * share + 1e-9))
+
+
+def _map_sides(pair: Pair, change: Any) -> Pair:
+    target = None if pair.target is None else change(pair.target)
+    english = None if pair.english is None else change(pair.english)
+    return replace(pair, target=target, english=english)
+
+
+def _begin_ids(tokenizer: Any, template: Template) -> list[int]:
+    """The begin-of-text token where this tokenizer puts one and the template has not written it."""
+    if template.adds_special_tokens or tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

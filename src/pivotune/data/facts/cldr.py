@@ -1,0 +1,166 @@
+"""Names and formats of two CLDR locales side by side: the target language and English.
+
+Everything is read through Babel. Pairs are ordered (target, English).
+
+Month, weekday and quarter names are read in the `format` context only: Babel (2.18 and before) keeps a resolved
+`stand-alone` alias in data that all locales share, so the second locale asked in a process can get the names of the
+first (python-babel/babel issue 1234). In the languages offered here the two contexts do not differ.
+"""
+
+from __future__ import annotations
+
+import datetime
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from babel import Locale, dates, numbers
+
+Pair = tuple[str, str]
+
+_BIDIRECTIONAL_MARKS = dict.fromkeys(map(ord, "\u200e\u200f\u061c"))
+
+
+def clean_text(text: str) -> str:
+    """Plain spaces instead of no-break ones, no invisible direction marks, NFC: text as a person would type it."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(_BIDIRECTIONAL_MARKS).split())
+
+
+@dataclass(frozen=True)
+class BilingualLocale:
+    """The target language's CLDR data beside the English one."""
+
+    target: Locale
+    english: Locale
+
+    @classmethod
+    def parse(cls, language: str) -> BilingualLocale:
+        """Load the locale of a language code and English."""
+        return cls(Locale.parse(language), Locale.parse("en"))
+
+    @cached_property
+    def territories(self) -> dict[str, Pair]:
+        """Territory code -> names."""
+        return self._names("territories")
+
+    @cached_property
+    def languages(self) -> dict[str, Pair]:
+        """Language code -> names."""
+        return self._names("languages")
+
+    @cached_property
+    def currencies(self) -> dict[str, Pair]:
+        """Currency code -> names."""
+        return self._names("currencies")
+
+    @cached_property
+    def scripts(self) -> dict[str, Pair]:
+        """Script code -> names."""
+        return self._names("scripts")
+
+    @cached_property
+    def months(self) -> dict[int, Pair]:
+        """1 (January) to 12 -> names."""
+        names = [dates.get_month_names("wide", "format", locale) for locale in self._both]
+        return {month: (clean_text(names[0][month]), clean_text(names[1][month])) for month in range(1, 13)}
+
+    @cached_property
+    def weekdays(self) -> dict[int, Pair]:
+        """0 (Monday) to 6 -> names."""
+        names = [dates.get_day_names("wide", "format", locale) for locale in self._both]
+        return {day: (clean_text(names[0][day]), clean_text(names[1][day])) for day in range(7)}
+
+    @cached_property
+    def quarters(self) -> dict[int, Pair]:
+        """1 to 4 -> names."""
+        names = [dates.get_quarter_names("wide", "format", locale) for locale in self._both]
+        return {quarter: (clean_text(names[0][quarter]), clean_text(names[1][quarter])) for quarter in range(1, 5)}
+
+    def long_date(self, day: datetime.date) -> Pair:
+        """The date in the long format: '15. März 2024', 'March 15, 2024'."""
+        return self._pair(lambda locale: dates.format_date(day, "long", locale=locale))
+
+    def grouped_number(self, number: int) -> Pair:
+        """The number with thousands separators."""
+        return self._pair(lambda locale: numbers.format_decimal(number, locale=locale))
+
+    def compact_number(self, number: int) -> Pair:
+        """The number with a word for its magnitude: '3,4 Millionen', '3.4 million'."""
+        return self._pair(lambda locale: _compact_number(number, locale))
+
+    def currency_amount(self, count: int, code: str) -> Pair:
+        """A whole amount with the currency's name in the right plural form."""
+        return self._pair(
+            lambda locale: numbers.format_currency(
+                count, code, locale=locale, format_type="name", currency_digits=False
+            )
+        )
+
+    def currency_symbol(self, code: str) -> Pair:
+        """The currency's symbol; the code itself where CLDR has none."""
+        return self._pair(lambda locale: numbers.get_currency_symbol(code, locale))
+
+    def measurement(self, count: int, unit: str) -> Pair | None:
+        """A count with the unit's name in words; None where CLDR has no name. `unit` like 'length-meter'."""
+        target = _measurement(count, unit, self.target, ("long", "short"))
+        english = _measurement(count, unit, self.english, ("long",))
+        return (target, english) if target and english else None
+
+    def measurement_symbol(self, count: int, unit: str) -> str | None:
+        """A count with the unit's abbreviation, as written in English: '5 km'."""
+        return _measurement(count, unit, self.english, ("short",))
+
+    def relative_time(self, count: int, unit: str, *, past: bool) -> Pair:
+        """'3 days ago' or 'in 3 days'. `unit` is one of Babel's granularities, such as 'day'."""
+        length = dict((name, seconds) for name, seconds in dates.TIMEDELTA_UNITS)[unit] * count
+        delta = datetime.timedelta(seconds=-length if past else length)
+        # A threshold no count reaches keeps Babel from moving to a larger unit.
+        return self._pair(
+            lambda locale: dates.format_timedelta(
+                delta, granularity=unit, threshold=10**9, add_direction=True, locale=locale  # type: ignore[arg-type]
+            )
+        )
+
+    @property
+    def _both(self) -> tuple[Locale, Locale]:
+        return self.target, self.english
+
+    def _pair(self, text_of: Any) -> Pair:
+        return clean_text(text_of(self.target)), clean_text(text_of(self.english))
+
+    def _names(self, table: str) -> dict[str, Pair]:
+        """Code -> names for the codes with one plain name of their own in both languages.
+
+        Left out: a name missing or equal to its code (untranslated), a name with a bracketed remark, a name shared by
+        two codes (the question back from name to code would have two answers).
+        """
+        targets, english = (_plain_names(getattr(locale, table)) for locale in self._both)
+        return {code: (targets[code], english[code]) for code in sorted(targets.keys() & english.keys())}
+
+
+def _plain_names(table: Any) -> dict[str, str]:
+    names = {code: clean_text(name) for code, name in table.items()}
+    counts: dict[str, int] = {}
+    for name in names.values():
+        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
+    return {
+        code: name
+        for code, name in names.items()
+        if name and name.casefold() != code.casefold() and counts[name.casefold()] == 1 and not set(name) & set("([（")
+    }
+
+
+def _compact_number(number: int, locale: Locale) -> str:
+    # Chinese and Japanese have the one form only, which CLDR files under "short".
+    length = "long" if "long" in locale.compact_decimal_formats else "short"
+    return numbers.format_compact_decimal(number, format_type=length, locale=locale, fraction_digits=2)
+
+
+def _measurement(count: int, unit: str, locale: Locale, lengths: tuple[str, ...]) -> str | None:
+    patterns = locale._data["unit_patterns"].get(unit, {})
+    for length in lengths:
+        pattern = (patterns.get(length) or {}).get(locale.plural_form(count))
+        if pattern:
+            return clean_text(pattern.format(numbers.format_decimal(count, locale=locale)))
+    return None

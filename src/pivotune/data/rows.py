@@ -1,0 +1,273 @@
+"""What one row of parallel instruction data is, and how it is read from a record in any accepted form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Number
+from typing import Any, NamedTuple
+
+MISSING = "is missing"
+EMPTY = "is empty"
+ENGLISH_SUFFIX = "_en"
+
+# One turn of a chat, {"role": "system" | "user" | "assistant", "content": text}: what chat templates read.
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: the query and answer in the target language and their English parallels.
+
+    A side (target or English) is either whole or has '' in all its texts. `input` is the second field of an
+    Alpaca row, kept apart because the Alpaca template gives it a section of its own. `history` holds the chat
+    turns before the last user turn. `number` is the row's 1-based place in its source: the line for JSON Lines,
+    else the row.
+    """
+
+    prompt: str
+    completion: str
+    prompt_en: str
+    completion_en: str
+    input: str = ""
+    input_en: str = ""
+    history: tuple[Message, ...] = ()
+    history_en: tuple[Message, ...] = ()
+    id: str = ""
+    number: int = 0
+
+    @property
+    def has_target(self) -> bool:
+        return bool(self.prompt and self.completion)
+
+    @property
+    def has_english(self) -> bool:
+        return bool(self.prompt_en and self.completion_en)
+
+
+class RowError(Exception):
+    """Why a record cannot be used: the `key` at fault ('' for the whole record), the `reason` and a `note`.
+
+    `str(error)` leaves the note out, so that rows with the same problem can be counted together.
+    """
+
+    def __init__(self, key: str, reason: str, note: str = "") -> None:
+        super().__init__(f"`{key}` {reason}" if key else f"the row {reason}")
+        self.key = key
+        self.reason = reason
+        self.note = note
+
+
+class _Form(NamedTuple):
+    """The keys of one way to write a side: query and answer, or one list of messages."""
+
+    required: tuple[str, ...]
+    optional: str = ""
+
+
+class _Side(NamedTuple):
+    prompt: str = ""
+    completion: str = ""
+    input: str = ""
+    history: tuple[Message, ...] = ()
+
+
+# The first form that is complete on a side is read: `prompt`/`completion` win over what they were made from.
+_FORMS = (
+    _Form(("prompt", "completion")),
+    _Form(("instruction", "output"), optional="input"),
+    _Form(("messages",)),
+    _Form(("conversations",)),
+)
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+ENGLISH_KEYS = tuple(key + ENGLISH_SUFFIX for form in _FORMS for key in (*form.required, form.optional) if key)
+_KINDS: tuple[tuple[type, str], ...] = (
+    (bool, "a truth value"),
+    (Number, "a number"),
+    (str, "text"),
+    (bytes, "bytes"),
+    (Mapping, "an object"),
+    (Iterable, "a list"),
+)
+
+
+def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool) -> Row:
+    """Read one record in any form: `prompt`/`completion`, Alpaca or chat, English keys with `_en` at the end.
+
+    A side that is not needed is read if it is whole and left empty otherwise.
+
+    Args:
+        record: a mapping from column to value; other columns are ignored.
+        number: the record's 1-based place in its source.
+        need_target: whether the target-language query and answer must be there.
+        need_english: whether the English query and answer must be there.
+
+    Raises:
+        RowError: a needed text is missing, blank or no text, or a chat does not end with the assistant's answer.
+    """
+    if not isinstance(record, Mapping):
+        raise RowError("", f"is {_kind(record)}, not an object with named texts")
+    target = _read_side(record, "", needed=need_target)
+    english = _read_side(record, ENGLISH_SUFFIX, needed=need_english)
+    return Row(
+        prompt=target.prompt,
+        completion=target.completion,
+        prompt_en=english.prompt,
+        completion_en=english.completion,
+        input=target.input,
+        input_en=english.input,
+        history=target.history,
+        history_en=english.history,
+        id=record_id(record),
+        number=number,
+    )
+
+
+def record_id(record: Any) -> str:
+    """The record's `id` as text; '' where it has none. Whole numbers count as ids."""
+    value = record.get("id") if isinstance(record, Mapping) else None
+    is_id = isinstance(value, str | Integral) and not isinstance(value, bool)
+    return str(value).strip() if is_id else ""
+
+
+def _read_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
+    try:
+        return _parse_side(record, suffix)
+    except RowError:
+        if needed:
+            raise
+        return _Side()
+
+
+def _parse_side(record: Mapping[str, Any], suffix: str) -> _Side:
+    form = _find_form(record, suffix)
+    if form is None:
+        likely = _find_form(record, "") or _FORMS[0]
+        raise RowError(likely.required[0] + suffix, MISSING, note=_columns_note(record))
+    if len(form.required) == 1:
+        key = form.required[0] + suffix
+        return _parse_chat(record[key], key)
+    prompt, completion = (_text(record, key + suffix) for key in form.required)
+    return _Side(prompt, completion, _optional_text(record, form.optional + suffix) if form.optional else "")
+
+
+def _find_form(record: Mapping[str, Any], suffix: str) -> _Form | None:
+    for enough in (all, any):
+        for form in _FORMS:
+            if enough(not _is_missing(record.get(key + suffix)) for key in form.required):
+                return form
+    return None
+
+
+def _columns_note(record: Mapping[str, Any]) -> str:
+    """Name the columns that are there, for a user whose columns have other names."""
+    names = [f"`{name}`" for name in list(record)[:8]]
+    more = ", ..." if len(record) > len(names) else ""
+    return f" (the row has {', '.join(names)}{more})" if names else " (the row has no columns)"
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    fault = _text_fault(value)
+    if fault or not isinstance(value, str):
+        raise RowError(key, fault)
+    return value
+
+
+def _optional_text(record: Mapping[str, Any], key: str) -> str:
+    fault = _text_fault(record.get(key))
+    return "" if fault in (MISSING, EMPTY) else _text(record, key)
+
+
+def _text_fault(value: Any) -> str:
+    """What keeps a value from being a text to train on; '' if nothing does."""
+    if _is_missing(value):
+        return MISSING
+    if not isinstance(value, str):
+        return f"is {_kind(value)}, not text"
+    if not value or value.isspace():
+        return EMPTY
+    # JSON can spell half a surrogate pair (\ud83d alone); tokenizers fail on it much later and say less.
+    return "" if _is_valid_unicode(value) else "holds half of a surrogate pair, which is no character"
+
+
+def _is_valid_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_missing(value: Any) -> bool:
+    """None, and NaN, which tables read through pandas have in place of None."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _kind(value: Any) -> str:
+    return next((name for kind, name in _KINDS if isinstance(value, kind)), type(value).__name__)
+
+
+def _parse_chat(value: Any, key: str) -> _Side:
+    messages = _read_messages(value, key)
+    if not messages:
+        raise RowError(key, EMPTY)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(key, "does not end with the assistant's answer")
+    if len(messages) < 2 or messages[-2]["role"] != "user":
+        raise RowError(key, "has no user turn right before the last answer")
+    *history, query, answer = messages
+    return _Side(query["content"], answer["content"], "", tuple(history))
+
+
+def _read_messages(value: Any, key: str) -> list[Message]:
+    items = _as_list(value, key)
+    messages = [_read_message(item, key) for item in items]
+    return [message for message in messages if message is not None]
+
+
+def _as_list(value: Any, key: str) -> list[Any]:
+    """A list of messages as it is, from an array, or from the JSON text that a CSV cell holds."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise RowError(key, EMPTY)
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError(key, "is text, not a list of messages") from None
+    elif hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise RowError(key, f"is {_kind(value)}, not a list of messages")
+    return list(value)
+
+
+def _read_message(item: Any, key: str) -> Message | None:
+    """One turn, with `role`/`content` or `from`/`value`; None for a blank system turn, which says nothing."""
+    if not isinstance(item, Mapping):
+        raise RowError(key, f"has {_kind(item)} where a message with role and content should be")
+    name = _first_present(item, "role", "from")
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(key, f"has a message with role {name!r} (allowed: {', '.join(ROLES)})")
+    content = _first_present(item, "content", "value")
+    fault = _text_fault(content)
+    if role == "system" and fault in (MISSING, EMPTY):
+        return None
+    if fault:
+        raise RowError(key, f"has a message whose text {fault}")
+    return {"role": role, "content": content}
+
+
+def _first_present(item: Mapping[str, Any], *keys: str) -> Any:
+    return next((item[key] for key in keys if not _is_missing(item.get(key))), None)

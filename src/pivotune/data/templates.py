@@ -1,0 +1,232 @@
+"""Prompt templates: `chat` (the tokenizer's own), `alpaca` (the paper's) or a Jinja file.
+
+A template turns one side of a row into four strings whose concatenation is what the model reads:
+`prefix + query + suffix + completion`. The query is the user's text; prefix and suffix are the template's own words, the
+same in both languages; the completion ends with the end-of-text or end-of-turn token. Spans follow from the lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pivotune.errors import UsageError
+
+# Strings that no row contains, to find where a template puts the user's text and the answer.
+_QUERY, _ANSWER = "\u241aquery\u241a", "\u241aanswer\u241a"
+
+_ALPACA_HEAD = "Below is an instruction that describes a task"
+_ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One side of a row: what the user says, what the model is to answer, and what was said before."""
+
+    prompt: str
+    completion: str = ""
+    input: str = ""
+    history: Sequence[Mapping[str, str]] = ()
+
+    @property
+    def user_text(self) -> str:
+        """Alpaca's two fields as one message."""
+        return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """`prefix + query + suffix` is the prompt; `completion` follows it and ends with the end token."""
+
+    prefix: str
+    query: str
+    suffix: str
+    completion: str
+
+    @property
+    def prompt(self) -> str:
+        return self.prefix + self.query + self.suffix
+
+
+class Template(Protocol):
+    """Renders one side of a row. `adds_special_tokens`: whether the text already holds begin-of-text where wanted."""
+
+    name: str
+    adds_special_tokens: bool
+
+    def render(self, turn: Turn) -> Rendered: ...
+
+
+def load_template(name: str | None, tokenizer: Any) -> Template:
+    """The template called `name` for this tokenizer.
+
+    Args:
+        name: `chat`, `alpaca`, the path of a Jinja file, or None for `chat` where the tokenizer has a chat template and
+            `alpaca` otherwise.
+
+    Raises:
+        UsageError: no end-of-text token, no chat template, no such file, or no answer slot in it.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            "the tokenizer has no end-of-text token, so answers could never end; set tokenizer.eos_token before training"
+        )
+    if name is None:
+        name = "chat" if tokenizer.chat_template else "alpaca"
+    if name == "chat":
+        return ChatTemplate(tokenizer)
+    if name == "alpaca":
+        return AlpacaTemplate(tokenizer)
+    return JinjaTemplate(Path(name), tokenizer)
+
+
+class ChatTemplate:
+    """The tokenizer's own chat template; the completion is the assistant's turn with its end token."""
+
+    name = "chat"
+    adds_special_tokens = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
+        self._tokenizer = tokenizer
+        self._frames: dict[Any, tuple[str, str]] = {}
+
+    def render(self, turn: Turn) -> Rendered:
+        prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
+        prefix, suffix = self._frame(tuple(turn.history))
+        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
+            prefix, suffix = _around(prompt, turn.user_text.strip(), "data.template: chat")
+        query = prompt[len(prefix) : len(prompt) - len(suffix)]
+        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
+
+    def _completion(self, turn: Turn, prompt: str) -> str:
+        messages = [*turn.history, {"role": "user", "content": turn.user_text}]
+        whole = self._apply([*messages, {"role": "assistant", "content": turn.completion}], generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise UsageError(
+                "data.template: chat: this chat template does not put the answer right after its generation prompt; "
+                "use alpaca or a Jinja file"
+            )
+        return _with_end_token(whole[len(prompt) :], self._tokenizer)
+
+    def _frame(self, history: tuple) -> tuple[str, str]:
+        """What the template writes before and after the user's text; remembered where there is no history."""
+        key = None if history else "plain"
+        if key in self._frames:
+            return self._frames[key]
+        text = self._apply([*history, {"role": "user", "content": _QUERY}], generation_prompt=True)
+        frame = _around(text, _QUERY, "data.template: chat")
+        if key is not None:
+            self._frames[key] = frame
+        return frame
+
+    def _apply(self, messages: list, *, generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UsageError(f"the chat template refuses the roles {roles}: {error}") from error
+
+
+class AlpacaTemplate:
+    """Stanford Alpaca's two prompts, with and without an input (Taori et al. 2023), as in the paper."""
+
+    name = "alpaca"
+    adds_special_tokens = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._end = tokenizer.eos_token
+
+    def render(self, turn: Turn) -> Rendered:
+        if turn.history:
+            raise UsageError("data.template: alpaca takes one user turn; use chat for rows with earlier turns")
+        if turn.input:
+            prefix = f"{_ALPACA_HEAD}, paired with an input that provides further context{_ALPACA_TAIL}"
+            query = f"{turn.prompt}\n\n### Input:\n{turn.input}"
+        else:
+            prefix, query = f"{_ALPACA_HEAD}{_ALPACA_TAIL}", turn.prompt
+        completion = f"{turn.completion}{self._end}" if turn.completion else ""
+        return Rendered(prefix, query, "\n\n### Response:", completion)
+
+
+class JinjaTemplate:
+    """A Jinja file with the variables `prompt`, `completion` and, where used, `input`, `history`, `bos_token`, `eos_token`.
+
+    It must hold `{{ prompt }}` before `{{ completion }}`. The end token is added where the file does not write it.
+    """
+
+    adds_special_tokens = False
+
+    def __init__(self, path: Path, tokenizer: Any) -> None:
+        self.name = str(path)
+        self._tokenizer = tokenizer
+        self._template = self._read(path)
+        probe = self._fill(Turn(prompt=_QUERY, completion=_ANSWER))
+        for marker, variable in ((_ANSWER, "completion"), (_QUERY, "prompt")):
+            if probe.count(marker) != 1:
+                found = "no" if marker not in probe else f"{probe.count(marker)}"
+                raise UsageError(f"template {path}: {found} {{{{ {variable} }}}} slot; exactly one is needed")
+        if probe.index(_ANSWER) < probe.index(_QUERY):
+            raise UsageError(
+                f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last"
+            )
+
+    def render(self, turn: Turn) -> Rendered:
+        text = self._fill(Turn(prompt=_QUERY, completion=_ANSWER, input=turn.input, history=turn.history))
+        prompt, _, tail = text.partition(_ANSWER)
+        prefix, _, suffix = prompt.partition(_QUERY)
+        completion = _with_end_token(turn.completion + tail, self._tokenizer) if turn.completion else ""
+        return Rendered(prefix, turn.prompt, suffix, completion)
+
+    @staticmethod
+    def _read(path: Path) -> Any:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not path.is_file():
+            raise UsageError(f"data.template: {path} is not chat, alpaca or an existing Jinja file")
+        try:
+            environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
+            return environment.from_string(path.read_text(encoding="utf-8"))
+        except TemplateSyntaxError as error:
+            raise UsageError(f"template {path}, line {error.lineno}: {error.message}") from error
+
+    def _fill(self, turn: Turn) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                prompt=turn.prompt,
+                completion=turn.completion,
+                input=turn.input,
+                history=list(turn.history),
+                bos_token=self._tokenizer.bos_token or "",
+                eos_token=self._tokenizer.eos_token,
+            )
+        except TemplateError as error:
+            raise UsageError(f"template {self.name}: {error}") from error
+
+
+def _around(text: str, part: str, where: str) -> tuple[str, str]:
+    """What stands before and after the last occurrence of `part`."""
+    before, found, after = text.rpartition(part)
+    if not found:
+        raise UsageError(f"{where}: the template does not contain the user's text")
+    return before, after
+
+
+def _with_end_token(completion: str, tokenizer: Any) -> str:
+    """Cut white space behind the end token; add end-of-text where the completion ends with no special token."""
+    stripped = completion.rstrip()
+    # Named special tokens alone are not enough: Gemma 3's end of turn is only an added token that is marked special.
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if stripped.endswith((*tokenizer.all_special_tokens, *added)):
+        return stripped
+    return completion + tokenizer.eos_token

@@ -1,0 +1,296 @@
+"""Where conversion to English ends and thinking in English ends, read from the entropy curve of the layers.
+
+Needs no torch: the curve comes from `pivotune.layers.profile`, or from a `layers.json` written earlier.
+Layer k means "after k decoder blocks"; 0 = embeddings, L = after the last block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+from pivotune.errors import UsageError
+
+Method = Literal["entropy-falls", "relative-depth", "explicit"]
+Term = Literal["conversion", "thinking"]
+
+# The paper's own layers on LLaMA-2-7B (arXiv 2503.01275, "Critical layers"): 2 and about 15 of 32.
+PAPER_DEPTH = 32
+PAPER_CONVERSION = 2
+PAPER_THINKING = 15
+
+# A straight line from the highest to the lowest entropy over the whole depth falls by range / L per layer. A falling
+# layer falls at least half as fast: slower is the slight slope of a plateau, and twice this margin still lets a fall
+# that takes half of the range spread over the whole upper half of the model.
+FALLING_STEP = 0.5
+# A fall is clear from a tenth of the range on: below that it cannot be told from the unevenness of a plateau.
+CLEAR_SHARE = 0.1
+# Nats. The standard error of a mean entropy over a few dozen sequences is about half of this.
+CLEAR_NATS = 0.1
+# Layers. One layer that does not fall is an interruption; a plateau has two.
+INTERRUPTION = 1
+# Rises after the first fall began, as a share of the two drops together. White noise rises as much as it falls.
+LARGEST_RISE = 0.25
+# The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
+CONVERSION_BY = 0.5
+LAST_LAYERS = 2
+# i, j and the layer above each: fewer layers have no place for both.
+SMALLEST_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Fall:
+    """One fall of the entropy curve: from layer `start` to layer `end`, by `drop` nats."""
+
+    start: int
+    end: int
+    drop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The critical layers of a model and why these.
+
+    Attributes:
+        conversion: i, the layer where conversion to English ends; 1 <= i < j.
+        thinking: j, the layer where thinking in English ends; i < j < L.
+        method: `entropy-falls` (read from the curve), `relative-depth` (the paper's 2/32 and 15/32 of the depth) or
+            `explicit` (both asked for by the user).
+        reason: one sentence for a person, with numbers.
+        falls: every clear fall that was found, from the bottom up.
+    """
+
+    conversion: int
+    thinking: int
+    method: Method
+    reason: str
+    falls: tuple[Fall, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "falls": [asdict(fall) for fall in self.falls]}
+
+
+def select_layers(entropy: Sequence[float]) -> Selection:
+    """Choose the conversion layer i and the thinking layer j from the mean entropies H_0..H_L (nats).
+
+    The paper's definition (section "Critical layers"): the entropy falls twice; i is where the first fall ends, j
+    where the second begins. The rule that decides whether it does, for L layers and range R = max H - min H:
+
+    1. Layers 2..L-1 are replaced by the median of themselves and their two neighbours, so that a spike or dip of one
+       layer is no fall. Layers 0 and 1 stay as measured, because the first fall may be over at layer 2.
+    2. Layer k falls if H_{k-1} - H_k > `FALLING_STEP` * R / L. Falling layers in a row are one fall, also across
+       `INTERRUPTION` layer that does not fall.
+    3. A fall is clear if it drops by at least `CLEAR_SHARE` * R and by at least `CLEAR_NATS`.
+    4. i and j are read from the curve if there are exactly two clear falls; the first ends in the lower half of the
+       model; the second begins before the last `LAST_LAYERS` layers; neither is undone (the entropy has climbed back
+       to where the fall began when the next one begins, or at the output); and the curve rises in all by no more
+       than `LARGEST_RISE` of the two drops.
+
+    Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason says what was found.
+    Multiplying a curve with R >= 1 nat by a factor >= 1, or adding a constant, does not change the choice.
+
+    Raises:
+        UsageError: fewer than 4 values, that is fewer than 3 layers.
+    """
+    num_layers = len(entropy) - 1
+    check_depth(num_layers)
+    broken = [layer for layer, value in enumerate(entropy) if not math.isfinite(value)]
+    if broken:
+        return _fall_back(
+            num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number"
+        )
+    curve = _without_spikes(entropy)
+    falls = find_falls(curve)
+    objection = _objection(curve, falls)
+    if objection:
+        return _fall_back(num_layers, objection, falls)
+    first, second = falls
+    reason = (
+        f"the entropy falls twice: {_describe(first)} and {_describe(second)}; conversion ends "
+        f"where the first fall ends (layer {first.end} of {num_layers}), thinking where the second begins "
+        f"(layer {second.start})"
+    )
+    return Selection(
+        conversion=first.end, thinking=second.start, method="entropy-falls", reason=reason, falls=(first, second)
+    )
+
+
+def find_falls(curve: Sequence[float]) -> list[Fall]:
+    """Clear falls of a finite curve H_0..H_L, from the bottom up (steps 2 and 3 of `select_layers`)."""
+    height = max(curve) - min(curve)
+    falling_step = FALLING_STEP * height / (len(curve) - 1)
+    falling = [k for k in range(1, len(curve)) if curve[k - 1] - curve[k] > falling_step]
+    falls = [Fall(start, end, curve[start] - curve[end]) for start, end in _runs(falling)]
+    return [fall for fall in falls if fall.drop >= max(CLEAR_SHARE * height, CLEAR_NATS)]
+
+
+def relative_depth(num_layers: int) -> tuple[int, int]:
+    """The paper's layers at another depth: 2/32 and 15/32 of L, rounded half up, with 1 <= i < j < L.
+
+    Raises:
+        UsageError: `num_layers` < 3, where no two inner layers exist.
+    """
+    check_depth(num_layers)
+    conversion = max(1, _round(num_layers * PAPER_CONVERSION / PAPER_DEPTH))
+    thinking = max(conversion + 1, _round(num_layers * PAPER_THINKING / PAPER_DEPTH))
+    return conversion, thinking
+
+
+def check_depth(num_layers: int) -> None:
+    """Refuse a model in which 1 <= i < j < L has no solution."""
+    if num_layers < SMALLEST_DEPTH:
+        raise UsageError(
+            f"the model has {num_layers} layers; a conversion layer and a thinking layer below the last one need at "
+            f"least {SMALLEST_DEPTH}"
+        )
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def _without_spikes(entropy: Sequence[float]) -> list[float]:
+    last = len(entropy) - 1
+    inner = [sorted(entropy[k - 1 : k + 2])[1] for k in range(2, last)]
+    return [*entropy[:2], *inner, entropy[last]]
+
+
+def _runs(falling: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of each run of falling layers; start is the layer before the first one that falls."""
+    runs: list[tuple[int, int]] = []
+    for layer in falling:
+        if runs and layer - runs[-1][1] <= 1 + INTERRUPTION:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer - 1, layer))
+    return runs
+
+
+def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
+    """What is wrong with these falls (step 4 of `select_layers`); None if they are the paper's two."""
+    if len(falls) != 2:
+        return _wrong_count(curve, falls)
+    first, second = falls
+    num_layers = len(curve) - 1
+    if first.end > CONVERSION_BY * num_layers:
+        return f"the first of two falls ({_describe(first)}) ends in the upper half of the {num_layers} layers"
+    if second.start >= num_layers - LAST_LAYERS:
+        return f"the second of two falls ({_describe(second)}) lies in the last {LAST_LAYERS} layers"
+    for fall, until in ((first, second.start), (second, num_layers)):
+        if curve[until] >= curve[fall.start]:
+            return (
+                f"a fall ({_describe(fall)}) is undone by layer {until}, where the entropy is {curve[until]:.2f} nats"
+            )
+    rise = _total_rise(curve[first.start :])
+    if rise > LARGEST_RISE * (first.drop + second.drop):
+        return (
+            f"beside two falls ({_describe(first)}; {_describe(second)}) the entropy rises by {rise:.2f} nats in all"
+        )
+    return None
+
+
+def _wrong_count(curve: Sequence[float], falls: Sequence[Fall]) -> str:
+    lowest, highest = min(curve), max(curve)
+    if highest - lowest < CLEAR_NATS:
+        return f"the entropy is flat (from {lowest:.2f} to {highest:.2f} nats over all layers)"
+    count = {0: "no clear fall", 1: "only one clear fall"}.get(len(falls), f"{len(falls)} clear falls")
+    found = f" ({'; '.join(map(_describe, falls))})" if falls else ""
+    output = f"from {curve[0]:.2f} nats at layer 0 to {curve[-1]:.2f} at layer {len(curve) - 1}"
+    return f"the entropy has {count}{found} where two are needed; it goes {output}"
+
+
+def _total_rise(curve: Sequence[float]) -> float:
+    return sum(max(0.0, above - below) for below, above in pairwise(curve))
+
+
+def _describe(fall: Fall) -> str:
+    return f"by {fall.drop:.2f} nats from layer {fall.start} to {fall.end}"
+
+
+def _fall_back(num_layers: int, objection: str, falls: Sequence[Fall] = ()) -> Selection:
+    conversion, thinking = relative_depth(num_layers)
+    reason = (
+        f"{objection}; fell back to the paper's relative depths {PAPER_CONVERSION}/{PAPER_DEPTH} and "
+        f"{PAPER_THINKING}/{PAPER_DEPTH} of {num_layers} layers: {conversion} and {thinking}"
+    )
+    return Selection(
+        conversion=conversion, thinking=thinking, method="relative-depth", reason=reason, falls=tuple(falls)
+    )
+
+
+def resolve_layers(
+    requested_conversion: int | Literal["auto"],
+    requested_thinking: int | Literal["auto"],
+    num_layers: int,
+    selection: Selection | None = None,
+) -> Selection:
+    """The layers to supervise: what the user asked for, with `auto` taken from `selection`.
+
+    Without a selection `auto` is the paper's relative depth. An `auto` layer that does not fit the requested one
+    (1 <= i < j < L) is replaced by its relative depth, and if that does not fit either by the requested layer's
+    neighbour; the reason says so.
+
+    Raises:
+        UsageError: a requested layer is not among 1..L-1, the conversion layer is not below the thinking layer, a
+            requested layer leaves no room for the other one, or the selection is one of a deeper model.
+    """
+    check_depth(num_layers)
+    conversion = _check_requested("conversion", requested_conversion, 1, num_layers - 1, num_layers)
+    thinking = _check_requested("thinking", requested_thinking, 1, num_layers - 1, num_layers)
+    automatic = selection or _fall_back(num_layers, "no entropy profile was made")
+    if automatic.thinking >= num_layers:
+        raise UsageError(
+            f"the layer analysis chose thinking layer {automatic.thinking}, but this model has {num_layers} layers; "
+            "it was made for another model, run `pivotune analyze` on this one"
+        )
+    if conversion is not None and thinking is not None:
+        return _explicit(conversion, thinking)
+    if conversion is not None:
+        _check_requested("conversion", conversion, 1, num_layers - 2, num_layers)
+        thinking, how = _fit("thinking", automatic.thinking, range(conversion + 1, num_layers), num_layers)
+        how = f"conversion layer {conversion} was asked for; {how}"
+    elif thinking is not None:
+        _check_requested("thinking", thinking, 2, num_layers - 1, num_layers)
+        conversion, how = _fit("conversion", automatic.conversion, range(thinking - 1, 0, -1), num_layers)
+        how = f"thinking layer {thinking} was asked for; {how}"
+    else:
+        return automatic
+    return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}; {automatic.reason}")
+
+
+def _check_requested(term: Term, layer: int | str | None, lowest: int, highest: int, num_layers: int) -> int | None:
+    """The layer, or None for `auto`. Bounds narrower than 1..L-1 are those that leave room for the other layer."""
+    if layer is None or isinstance(layer, str):
+        return None
+    if lowest <= layer <= highest:
+        return layer
+    room = "" if (lowest, highest) == (1, num_layers - 1) else " so that the other term has a layer too"
+    choose = f"choose {lowest} to {highest}" if lowest < highest else f"only {lowest} is possible"
+    raise UsageError(
+        f"supervision.{term}.layer: {layer} is not allowed; the model has {num_layers} layers, {choose}{room}"
+    )
+
+
+def _explicit(conversion: int, thinking: int) -> Selection:
+    if conversion >= thinking:
+        raise UsageError(
+            f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
+            f"supervision.thinking.layer, which is {thinking}"
+        )
+    reason = f"layers {conversion} and {thinking} were asked for"
+    return Selection(conversion=conversion, thinking=thinking, method="explicit", reason=reason)
+
+
+def _fit(term: Term, chosen: int, allowed: range, num_layers: int) -> tuple[int, str]:
+    """An automatic layer among `allowed` (nearest to the requested layer first), and how it was found."""
+    if chosen in allowed:
+        return chosen, f"{term} layer {chosen} was chosen automatically"
+    misfit = f"the automatic {term} layer {chosen} is not {'above' if term == 'thinking' else 'below'} it"
+    relative = relative_depth(num_layers)[0 if term == "conversion" else 1]
+    if relative in allowed:
+        return relative, f"{misfit}, so relative depth gave {relative}"
+    return allowed[0], f"{misfit}, so its neighbour {allowed[0]} was taken"

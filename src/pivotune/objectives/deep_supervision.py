@@ -1,0 +1,187 @@
+"""L = L_TFT + w_LC * L_LC + w_ET * L_ET: which passes are needed, the named terms, and how many items each counts.
+
+Paper: arXiv 2503.01275, equation of the total loss, where all weights are 1. Terms are named `tft`, `conversion` and
+`thinking` everywhere: in logs, metrics and results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pivotune.model.architecture import Architecture, find_architecture
+from pivotune.model.branches import Batch, Passes, PassRequest, separate_passes
+from pivotune.model.lens import Norm
+from pivotune.objectives.cross_entropy import cross_entropy_sum, shifted
+from pivotune.objectives.feature import Pooling, Span, feature_loss, span_masks
+from pivotune.objectives.logits import autoregressive_loss, positional_loss, positional_targets
+from pivotune.objectives.terms import Term
+
+SignalKind = Literal["logits", "feature", "none"]
+# Which part of the row each inner loss supervises with logits: conversion asks for x_en, thinking for y_en.
+_SIDES = {"conversion": "query", "thinking": "answer"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """One inner loss: its kind, and the layer k it reads (after k blocks)."""
+
+    kind: SignalKind = "none"
+    layer: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """The inner losses and their options; defaults as in design.md.
+
+    Attributes:
+        conversion, thinking: the two inner losses, L_LC at layer i and L_ET at layer j.
+        logits_mode: `autoregressive` (chain rule) or `positional`.
+        logits_norm: `final` puts the final norm before the head at inner layers (logit lens), `none` does not.
+        pooling, span: of the feature signal.
+        english: gradient through the English side of the feature signal: `detached`, `joint`, or a `frozen` copy of the
+            starting model in its place.
+        english_norm: `final` compares with the final-normed top state of the English side, `raw` with h_L.
+    """
+
+    conversion: Signal = field(default_factory=Signal)
+    thinking: Signal = field(default_factory=Signal)
+    logits_mode: Literal["autoregressive", "positional"] = "autoregressive"
+    logits_norm: Norm = "final"
+    pooling: Pooling = "mean"
+    span: Span = "query"
+    english: Literal["detached", "joint", "frozen"] = "detached"
+    english_norm: Literal["final", "raw"] = "final"
+
+    def active(self) -> dict[str, Signal]:
+        """The inner losses that are on, by name."""
+        signals = {"conversion": self.conversion, "thinking": self.thinking}
+        return {name: signal for name, signal in signals.items() if signal.kind != "none"}
+
+
+def tft_loss(architecture: Architecture, final_states: Tensor, labels: Tensor) -> Term:
+    """L_TFT = -log P(y | x): cross-entropy of the answer at the top, in nats, and its number of tokens.
+
+    Args:
+        final_states: output of the final norm, (B, T, width).
+        labels: (B, T), -100 outside the answer.
+    """
+    states, targets = shifted(final_states, labels)
+    loss = cross_entropy_sum(architecture, states, targets, frozen_head=False)
+    return Term(loss, torch.tensor(targets.numel(), device=targets.device))
+
+
+def deep_supervision_terms(
+    model: nn.Module,
+    batch: Batch,
+    supervision: Supervision,
+    *,
+    skip: frozenset[str] = frozenset(),
+    reference: nn.Module | None = None,
+    run_passes: Callable[[nn.Module, Batch, PassRequest], Passes] = separate_passes,
+) -> dict[str, Term]:
+    """All loss terms of one micro-batch: `tft`, and `conversion` and `thinking` where they are on.
+
+    Args:
+        model: causal LM, wrapped or not.
+        batch: see `pivotune.data.collator.DeepSupervisionCollator`.
+        skip: inner losses left out, with their passes (those whose weight is 0 now).
+        reference: the frozen copy of the starting model, needed for `english="frozen"`.
+        run_passes: how the forward passes are run; the reference runs them one by one.
+
+    Returns:
+        name -> (sum, count); a term that has nothing to count in this batch is a zero with count 0.
+    """
+    architecture = find_architecture(model)
+    signals = {name: signal for name, signal in supervision.active().items() if name not in skip}
+    passes = run_passes(model, batch, _request(architecture, supervision, signals, reference))
+    assert passes.main.final is not None
+    terms = {"tft": tft_loss(architecture, passes.main.final, batch["labels"])}
+    for name, signal in signals.items():
+        loss = _logits_term if signal.kind == "logits" else _feature_term
+        terms[name] = loss(architecture, passes, batch, supervision, name, signal.layer)
+    return terms
+
+
+def term_counts(batch: Batch, supervision: Supervision) -> dict[str, Tensor]:
+    """How many items each term of this batch counts, from the masks alone (no forward pass).
+
+    Equal to the counts of `deep_supervision_terms`; summed over an accumulation window and all ranks they are what the
+    trainer divides by.
+    """
+    counts = {"tft": (batch["labels"][:, 1:] >= 0).sum()}
+    for name, signal in supervision.active().items():
+        if signal.kind == "feature":
+            counts[name] = span_masks(batch, supervision.span)[1].any(dim=1).sum()
+        elif supervision.logits_mode == "positional":
+            counts[name] = positional_targets(batch, _SIDES[name])[0].sum()
+        else:
+            counts[name] = batch[f"english_{_SIDES[name]}_mask"].sum()
+    return counts
+
+
+def _request(
+    architecture: Architecture, supervision: Supervision, signals: Mapping[str, Signal], reference: nn.Module | None
+) -> PassRequest:
+    if supervision.english == "frozen" and reference is None and any(s.kind == "feature" for s in signals.values()):
+        raise ValueError("english='frozen' needs the frozen copy of the starting model as `reference`")
+    positional = supervision.logits_mode == "positional"
+    branches = {
+        name: (signal.layer, _SIDES[name])
+        for name, signal in signals.items()
+        if signal.kind == "logits" and not positional
+    }
+    features = {name: signal.layer for name, signal in signals.items() if signal.kind == "feature"}
+    english = {architecture.num_layers if name == "thinking" else layer for name, layer in features.items()}
+    return PassRequest(
+        main_layers=frozenset(signal.layer for name, signal in signals.items() if name not in branches),
+        branches=branches,
+        english_layers=frozenset(english),
+        english_gradient=supervision.english == "joint",
+        reference=reference if supervision.english == "frozen" else None,
+    )
+
+
+def _logits_term(
+    architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, layer: int
+) -> Term:
+    norm = supervision.logits_norm
+    if supervision.logits_mode == "positional":
+        return positional_loss(architecture, passes.main.hidden_states[layer], batch, _SIDES[name], norm=norm)
+    if name not in passes.branches:
+        return _nothing(batch)
+    return autoregressive_loss(architecture, passes.branches[name], norm=norm)
+
+
+def _feature_term(
+    architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, layer: int
+) -> Term:
+    if passes.english is None:
+        return _nothing(batch)
+    english = _english_states(architecture, passes, supervision, name, layer)
+    if supervision.english != "joint":
+        english = english.detach()
+    target = passes.main.hidden_states[layer]
+    return feature_loss(target, english, batch, pooling=supervision.pooling, span=supervision.span)
+
+
+def _english_states(
+    architecture: Architecture, passes: Passes, supervision: Supervision, name: str, layer: int
+) -> Tensor:
+    """Conversion compares at its own layer; thinking with the top of the English side."""
+    assert passes.english is not None
+    if name == "conversion":
+        return passes.english.hidden_states[layer]
+    if supervision.english_norm == "raw":
+        return passes.english.hidden_states[architecture.num_layers]
+    assert passes.english.final is not None
+    return passes.english.final
+
+
+def _nothing(batch: Batch) -> Term:
+    zero = torch.zeros((), device=batch["labels"].device)
+    return Term(zero, zero.long())

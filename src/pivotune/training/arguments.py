@@ -1,0 +1,195 @@
+"""`DeepSupervisionConfig`: `transformers.TrainingArguments` plus the method's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from pivotune.config import RunConfig, SupervisionConfig, validate
+from pivotune.data.examples import Limits
+from pivotune.errors import UsageError
+
+
+@dataclass
+class DeepSupervisionConfig(TrainingArguments):
+    """Arguments of `DeepSupervisionTrainer`: everything of `TrainingArguments`, and:
+
+    Args:
+        method: `deep-supervision`, or a baseline: `tft` (translated fine-tuning: target language only), `sft` (English
+            only).
+        conversion_signal: signal of L_LC: `logits`, `feature` or `none`.
+        conversion_layer: layer i of L_LC, after i blocks; None chooses it from the entropy of the layers.
+        conversion_weight: weight of L_LC. The paper uses 1.0; 0.3 keeps small models whole (docs/experiments.md).
+        thinking_signal, thinking_layer, thinking_weight: the same for L_ET at layer j.
+        supervision_schedule: `constant`, or `linear` or `cosine` down to 0 at the last step, for both weights.
+        logits_mode: `autoregressive` (chain rule) or `positional` (English tokens on the target's positions).
+        logits_norm: `final` puts the final norm before the head at inner layers, `none` does not.
+        feature_pooling: `mean` or `last`.
+        feature_span: `query` or `query+answer`.
+        feature_english: gradient through the English side: `detached`, `joint`, or `frozen` for a copy of the starting
+            model in its place.
+        feature_english_norm: `final` (what Hugging Face's list of hidden states holds last) or `raw`.
+        profile_rows: rows whose entropy decides layers that are None.
+        template: `chat`, `alpaca`, a Jinja file, or None for `chat` where the tokenizer has a chat template.
+        english_ratio: share of the rows trained on their English prompt and answer with L_TFT only.
+        max_prompt_tokens, max_completion_tokens: limits of each side of a row.
+        on_bad_row: `error`, or `skip` to leave out rows that cannot be used and count them.
+        language: code of the target language, for names in logs and the model card.
+    """
+
+    method: str = field(default="deep-supervision", metadata={"help": "deep-supervision, tft or sft"})
+    conversion_signal: str = field(default="logits", metadata={"help": "signal of L_LC: logits, feature or none"})
+    conversion_layer: int | None = field(default=None, metadata={"help": "layer i of L_LC; none: from the entropy"})
+    conversion_weight: float = field(default=0.3, metadata={"help": "weight of L_LC"})
+    thinking_signal: str = field(default="logits", metadata={"help": "signal of L_ET: logits, feature or none"})
+    thinking_layer: int | None = field(default=None, metadata={"help": "layer j of L_ET; none: from the entropy"})
+    thinking_weight: float = field(default=0.3, metadata={"help": "weight of L_ET"})
+    supervision_schedule: str = field(default="linear", metadata={"help": "constant, linear or cosine down to 0"})
+    logits_mode: str = field(default="autoregressive", metadata={"help": "autoregressive or positional"})
+    logits_norm: str = field(
+        default="final", metadata={"help": "norm before the head at inner layers: final or none"}
+    )
+    feature_pooling: str = field(default="mean", metadata={"help": "mean or last"})
+    feature_span: str = field(default="query", metadata={"help": "query or query+answer"})
+    feature_english: str = field(default="detached", metadata={"help": "detached, joint or frozen"})
+    feature_english_norm: str = field(default="final", metadata={"help": "final or raw"})
+    profile_rows: int = field(default=64, metadata={"help": "rows whose entropy decides layers that are none"})
+    template: str | None = field(default=None, metadata={"help": "chat, alpaca or a Jinja file"})
+    english_ratio: float = field(default=0.25, metadata={"help": "share of rows trained in English with L_TFT only"})
+    max_prompt_tokens: int = field(default=256, metadata={"help": "token limit of each prompt"})
+    max_completion_tokens: int = field(default=256, metadata={"help": "token limit of each answer"})
+    on_bad_row: str = field(default="error", metadata={"help": "error or skip"})
+    language: str | None = field(default=None, metadata={"help": "code of the target language"})
+
+    def __post_init__(self) -> None:
+        # The English columns are no arguments of the model's forward; the default would drop them.
+        self.remove_unused_columns = False
+        self._check()
+        super().__post_init__()
+
+    def supervision(self) -> SupervisionConfig:
+        """The method's options as the typed section of a run configuration."""
+        return validate(SupervisionConfig, _supervision_settings(self), where="DeepSupervisionConfig")
+
+    def limits(self, context: int | None) -> Limits:
+        """Token limits of one side for a model that reads `context` tokens."""
+        return Limits(prompt=self.max_prompt_tokens, completion=self.max_completion_tokens, context=context)
+
+    def _check(self) -> None:
+        """Refuse what a run configuration would refuse, with the same words."""
+        settings = {
+            "model": "",
+            "method": self.method,
+            "data": {
+                "train": "",
+                "template": self.template,
+                "english_ratio": self.english_ratio,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "max_completion_tokens": self.max_completion_tokens,
+                "on_bad_row": self.on_bad_row,
+                "language": self.language,
+            },
+            "supervision": _supervision_settings(self),
+            "output_dir": "",
+        }
+        validate(RunConfig, settings, where="DeepSupervisionConfig")
+
+
+def _supervision_settings(args: DeepSupervisionConfig) -> dict[str, Any]:
+    def signal(name: str) -> dict[str, Any]:
+        layer = getattr(args, f"{name}_layer")
+        return {
+            "signal": getattr(args, f"{name}_signal"),
+            "layer": "auto" if layer is None else layer,
+            "weight": getattr(args, f"{name}_weight"),
+        }
+
+    return {
+        "conversion": signal("conversion"),
+        "thinking": signal("thinking"),
+        "schedule": args.supervision_schedule,
+        "logits": {"mode": args.logits_mode, "norm": args.logits_norm},
+        "feature": {
+            "pooling": args.feature_pooling,
+            "span": args.feature_span,
+            "english": args.feature_english,
+            "english_norm": args.feature_english_norm,
+        },
+        "profile_rows": args.profile_rows,
+    }
+
+
+def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSupervisionConfig:
+    """The trainer's arguments of a run configuration.
+
+    Where `training:` does not say otherwise: bfloat16 autocast on hardware that has it, no reporting integrations, and a
+    log line every 10 steps.
+
+    Raises:
+        UsageError: an unknown field of TrainingArguments, or a value it refuses.
+    """
+    own = _own_settings(config)
+    _check_training_keys(config.training, own)
+    defaults = {"bf16": bf16_is_native(), "report_to": "none", "logging_steps": 10, "save_strategy": "epoch"}
+    settings = {**defaults, **config.training, **own}
+    if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
+        settings["use_cpu"] = True
+    try:
+        return DeepSupervisionConfig(**settings)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def bf16_is_native() -> bool:
+    """Whether bfloat16 arithmetic is in this machine's hardware, so that autocast is faster than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _own_settings(config: RunConfig) -> dict[str, Any]:
+    supervision, data = config.supervision, config.data
+    conversion, thinking = supervision.conversion, supervision.thinking
+    return {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "method": config.method,
+        "conversion_signal": conversion.signal,
+        "conversion_layer": None if conversion.layer == "auto" else conversion.layer,
+        "conversion_weight": conversion.weight,
+        "thinking_signal": thinking.signal,
+        "thinking_layer": None if thinking.layer == "auto" else thinking.layer,
+        "thinking_weight": thinking.weight,
+        "supervision_schedule": supervision.schedule,
+        "logits_mode": supervision.logits.mode,
+        "logits_norm": supervision.logits.norm,
+        "feature_pooling": supervision.feature.pooling,
+        "feature_span": supervision.feature.span,
+        "feature_english": supervision.feature.english,
+        "feature_english_norm": supervision.feature.english_norm,
+        "profile_rows": supervision.profile_rows,
+        "template": data.template,
+        "english_ratio": data.english_ratio,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "max_completion_tokens": data.max_completion_tokens,
+        "on_bad_row": data.on_bad_row,
+        "language": data.language,
+    }
+
+
+def _check_training_keys(training: dict[str, Any], own: dict[str, Any]) -> None:
+    known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
+    for key in training:
+        if key in own:
+            raise UsageError(f"training.{key} is set outside of training: (see `pivotune init`)")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean training.{near[0]}?" if near else ""
+            raise UsageError(f"unknown key training.{key}{hint} (fields of transformers.TrainingArguments)")

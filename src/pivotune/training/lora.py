@@ -1,0 +1,87 @@
+"""LoRA: which adapters are refused, and how they end up in a plain model folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pivotune.config import LoraSettings
+from pivotune.errors import UsageError
+from pivotune.model.architecture import find_architecture
+
+
+def build_lora_config(settings: LoraSettings, model: PreTrainedModel) -> Any:
+    """A `peft.LoraConfig` from the `lora:` section of a run configuration."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+
+
+def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
+    """Wrap a model with adapters after refusing those that would not survive merging.
+
+    Raises:
+        UsageError: an adapter on a tied head or embedding (merging changes both uses of the one matrix), or modules
+            that the model does not have.
+    """
+    from peft import get_peft_model
+
+    if hasattr(model, "peft_config"):
+        raise UsageError("the model already has adapters; merge them or leave peft_config (lora:) out")
+    if is_tied(model):
+        _refuse_tied(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether head and input embedding are one matrix."""
+    head = find_architecture(model).lm_head
+    return getattr(head, "weight", None) is model.get_input_embeddings().weight
+
+
+class AdaptersOff(nn.Module):
+    """The model without its adapters: the frozen starting model, at no cost in memory."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # In a tuple, so that the model's parameters are not registered a second time.
+        self._model = (model,)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._model[0]
+
+    def forward(self, **inputs: Tensor) -> Any:
+        with self.module.disable_adapter():
+            return self.module(**inputs)
+
+
+def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
+    names = {name: module for name, module in model.named_modules() if module in _both_ends(model)}
+    for option in ("target_modules", "modules_to_save", "trainable_token_indices"):
+        wanted = getattr(peft_config, option, None) or ()
+        # PEFT reads "all-linear" as every linear layer but the head.
+        wanted = () if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in names:
+            if any(name == item or name.endswith(f".{item}") for item in wanted):
+                raise UsageError(
+                    f"lora.{option}: {name.rpartition('.')[2]} is not allowed; this model ties its head to its embedding "
+                    "and an adapter on one would merge into both"
+                )
+
+
+def _both_ends(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    return find_architecture(model).lm_head, model.get_input_embeddings()

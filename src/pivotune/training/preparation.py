@@ -1,0 +1,169 @@
+"""What a trainer needs before it starts: encoded rows, held-out sets in both languages, and the layers to supervise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from pivotune.config import SupervisionConfig, needed_by
+from pivotune.data.collator import ExampleDataset
+from pivotune.data.examples import Encoder, Example, Pair, check_branch_lengths, training_examples
+from pivotune.data.sources import load_rows
+from pivotune.data.templates import load_template
+from pivotune.errors import UsageError
+from pivotune.layers.analysis import LayerAnalysis, selection_from_json
+from pivotune.layers.measure import analyze_layers
+from pivotune.layers.selection import resolve_layers
+from pivotune.model.architecture import find_architecture
+from pivotune.objectives.deep_supervision import Signal, Supervision
+from pivotune.training.arguments import DeepSupervisionConfig
+
+
+def build_encoder(args: DeepSupervisionConfig, tokenizer: Any, model_config: Any) -> Encoder:
+    """The encoder that these arguments ask for."""
+    template = load_template(args.template, tokenizer)
+    return Encoder(tokenizer, template, args.limits(context_length(model_config)))
+
+
+def context_length(model_config: Any) -> int | None:
+    """How many tokens the model reads at once; None where its configuration does not say."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode_dataset(
+    dataset: Any, args: DeepSupervisionConfig, tokenizer: Any, model: nn.Module, *, heldout: bool = False
+) -> list[Pair] | None:
+    """Rows in any form of the data contract as encoded pairs; pairs pass through, None stays None.
+
+    Held-out rows need the trained side only: they are evaluated in the languages that they have.
+
+    Raises:
+        UsageError: rows that lack a side the method needs, or do not fit the limits.
+    """
+    if dataset is None or _is_encoded(dataset):
+        return dataset
+    rows = load_rows(
+        dataset,
+        need_target=args.method != "sft",
+        need_english=needs_english(args, heldout=heldout),
+        on_bad_row=cast(Any, args.on_bad_row),
+        needed_by=needed_by(args.method, args.english_ratio),
+    )
+    encoder = build_encoder(args, tokenizer, model.config)
+    return encoder.encode(rows, on_bad_row=args.on_bad_row, source=rows.source)
+
+
+def needs_english(args: DeepSupervisionConfig, *, heldout: bool = False) -> bool:
+    """Whether every row must have an English side."""
+    if args.method == "sft":
+        return True
+    return not heldout and (args.method == "deep-supervision" or args.english_ratio > 0)
+
+
+def build_train_dataset(pairs: list[Pair] | None, args: DeepSupervisionConfig, model: nn.Module) -> Any:
+    """What the method trains on, as a map-style dataset."""
+    if pairs is None:
+        return None
+    ratio = 0.0 if args.method == "sft" else args.english_ratio
+    examples = training_examples(pairs, method=args.method, english_ratio=ratio, seed=args.seed)
+    check_branch_lengths(examples, context_length(model.config))
+    return ExampleDataset(examples)
+
+
+def heldout_examples(pairs: Iterable[Pair]) -> dict[str, list[Example]]:
+    """`target` and `english` rows for evaluation; a language that no row has is left out."""
+    pairs = list(pairs)
+    sides = {
+        "target": [Example(pair.target) for pair in pairs if pair.target is not None],
+        "english": [Example(pair.english, english=True) for pair in pairs if pair.english is not None],
+    }
+    return {name: examples for name, examples in sides.items() if examples}
+
+
+def build_heldout_datasets(dataset: Any, args: DeepSupervisionConfig, tokenizer: Any, model: nn.Module) -> Any:
+    """Held-out rows as the dictionary of datasets that `Trainer.evaluate` knows."""
+    if dataset is None:
+        return None
+    pairs = encode_dataset(dataset, args, tokenizer, model, heldout=True)
+    return {name: ExampleDataset(examples) for name, examples in heldout_examples(pairs or []).items()}
+
+
+def choose_supervision(
+    args: DeepSupervisionConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair] | None,
+    layers: LayerAnalysis | None = None,
+) -> tuple[Supervision, LayerAnalysis | None]:
+    """The inner losses with their layers, and the analysis that chose them (with what was chosen in the end).
+
+    Measures the layers on `args.profile_rows` rows spread over the data if one is to be chosen and `layers` is None.
+
+    Raises:
+        UsageError: a layer outside 1..L-1, or conversion not below thinking.
+    """
+    settings = args.supervision()
+    if args.method != "deep-supervision":
+        return Supervision(), None
+    active = {name: signal for name, signal in _signals(settings).items() if signal.signal != "none"}
+    if not active:
+        raise UsageError("supervision: both signals are none; that is method: tft")
+    num_layers = find_architecture(model).num_layers
+    wanted = {name: signal.layer for name, signal in active.items()}
+    _check_layers(wanted, num_layers)
+    if layers is None and "auto" in wanted.values():
+        if not pairs:
+            raise UsageError("choosing layers needs training rows; give train_dataset, or the layers")
+        layers = analyze_layers(model, tokenizer, spread(pairs, args.profile_rows), language=args.language)
+    chosen = _resolve(wanted, num_layers, layers)
+    if layers is not None:
+        layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})
+    signals = {name: Signal(kind=active[name].signal, layer=getattr(chosen, name)) for name in active}
+    return _supervision(settings, signals), layers
+
+
+def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """`count` pairs at even distances: files are often sorted by topic."""
+    step = max(len(pairs) / count, 1.0)
+    return [pairs[int(index * step)] for index in range(min(count, len(pairs)))]
+
+
+def _check_layers(wanted: dict[str, Any], num_layers: int) -> None:
+    for name, layer in wanted.items():
+        if layer != "auto" and not 1 <= layer < num_layers:
+            resolve_layers(*((layer, "auto") if name == "conversion" else ("auto", layer)), num_layers)
+
+
+def _resolve(wanted: dict[str, Any], num_layers: int, layers: LayerAnalysis | None) -> Any:
+    selection = None if layers is None else selection_from_json(layers)
+    if len(wanted) == 2:
+        return resolve_layers(wanted["conversion"], wanted["thinking"], num_layers, selection)
+    # One term alone may sit anywhere: the other's layer is not used.
+    chosen = resolve_layers("auto", "auto", num_layers, selection)
+    (name, layer), *_ = wanted.items()
+    if layer == "auto":
+        return chosen
+    return replace(chosen, **{name: layer}, method="explicit", reason=f"{name} layer {layer} was asked for")
+
+
+def _signals(settings: SupervisionConfig) -> dict[str, Any]:
+    return {"conversion": settings.conversion, "thinking": settings.thinking}
+
+
+def _supervision(settings: SupervisionConfig, signals: dict[str, Signal]) -> Supervision:
+    return Supervision(
+        **signals,
+        logits_mode=settings.logits.mode,
+        logits_norm=settings.logits.norm,
+        pooling=settings.feature.pooling,
+        span=settings.feature.span,
+        english=settings.feature.english,
+        english_norm=settings.feature.english_norm,
+    )
+
+
+def _is_encoded(dataset: Any) -> bool:
+    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Pair)

@@ -1,0 +1,276 @@
+"""`DeepSupervisionTrainer`: a `transformers.Trainer` whose loss is L_TFT + w_LC * L_LC + w_ET * L_ET."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.layers.analysis import LayerAnalysis
+from pivotune.model.loading import load_model, load_tokenizer
+from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.terms import Term, weighted_total
+from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.checkpoints import staged_folder
+from pivotune.training.lora import AdaptersOff, add_adapters
+from pivotune.training.preparation import (
+    build_heldout_datasets,
+    build_train_dataset,
+    choose_supervision,
+    encode_dataset,
+)
+from pivotune.training.schedule import schedule_factor
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not a finite number; the weights are those of the last step whose loss was."""
+
+
+class DeepSupervisionTrainer(Trainer):
+    """Fine-tune a causal LM on target-language instruction data with English supervision of inner layers.
+
+    Used like any `Trainer`: callbacks, `report_to`, `train(resume_from_checkpoint=True)`, accelerate. The loss terms are
+    logged by name (`tft_loss`, `conversion_loss`, `thinking_loss`), with the current `supervision_factor` of the
+    schedule. Every term is normalised by its own count over the whole accumulation window and all ranks.
+
+    Args:
+        model: a causal LM, or a name: Hub, folder, or `bundled:smollm2-135m-instruct`.
+        args: a `DeepSupervisionConfig`.
+        train_dataset: rows in any form of the data contract (a `datasets.Dataset`, a list of dicts, a file name), or
+            already encoded `Pair`s.
+        eval_dataset: the same, held out. Evaluated in both languages: `eval_target_nll`, `eval_english_nll` (mean
+            negative log-likelihood of the answer per token, in nats) and `..._nll_per_character`.
+        processing_class: the tokenizer; loaded by the model's name if absent.
+        peft_config: a `peft` configuration to train adapters in place of the whole model.
+        layers: a finished layer analysis; measured on the training rows if a layer is to be chosen and this is absent.
+        callbacks, optimizers: as in `Trainer`.
+
+    Attributes:
+        layers: the layer analysis, or None where no layer had to be chosen.
+        supervision: the inner losses with their layers.
+
+    Raises:
+        UsageError: rows, layers, template or adapters that cannot be used; one line each.
+    """
+
+    # compute_loss normalises over the whole accumulation window itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: DeepSupervisionConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        layers: LayerAnalysis | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or DeepSupervisionConfig(output_dir="trainer_output")
+        processing_class = processing_class or load_tokenizer(_name_of(model))
+        if isinstance(model, str):
+            # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
+            model = load_model(model, dtype="float32" if peft_config is None else "auto")
+        pairs = encode_dataset(train_dataset, args, processing_class, model)
+        self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers)
+        _use_one_device(args)
+        super().__init__(
+            model=model if peft_config is None else add_adapters(model, peft_config),
+            args=args,
+            data_collator=DeepSupervisionCollator(processing_class.pad_token_id),
+            train_dataset=build_train_dataset(pairs, args, model),
+            eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.reference = _frozen_reference(self.supervision, self.model)
+        self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
+        self._window: dict[str, list[Tensor]] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._logged_at = time.perf_counter()
+        self._heldout = torch.zeros(3, dtype=torch.float64)
+        self._staging: Path | None = None
+
+    # ---- loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Any]:
+        """The batches of one accumulation window, and the count of every term over the window and all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._count_terms(batches, device) if batches else None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This micro-batch's share of the window's loss; its sum over micro-batches and ranks is the loss.
+
+        Args:
+            inputs: a batch as `DeepSupervisionCollator` makes it.
+            num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
+        """
+        factor = schedule_factor(self.args.supervision_schedule, self.state.global_step, self.state.max_steps)
+        weights = {"tft": 1.0, **{name: weight * factor for name, weight in self.supervision_weights.items()}}
+        off = frozenset(name for name, weight in weights.items() if weight == 0)
+        terms = deep_supervision_terms(model, inputs, self.supervision, skip=off, reference=self.reference)
+        counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
+        # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
+        loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
+        if model.training:
+            self._record(terms, inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Autocast also outside the model's forward: heads and losses are computed here."""
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch forward and backward.
+
+        Raises:
+            TrainingDivergedError: the loss is not finite; raised before the optimizer touches the weights.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingDivergedError(self._divergence())
+        return loss
+
+    def _count_terms(self, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+        counted = [term_counts(batch, self.supervision) for batch in batches]
+        names = list(counted[0])
+        totals = torch.stack([sum(counts[name].to(device) for counts in counted) for name in names])
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        return dict(zip(names, totals, strict=True))
+
+    def _divergence(self) -> str:
+        values = {name: (window[0] / window[1].clamp(min=1)).item() for name, window in self._window.items()}
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        return (
+            f"the loss is not a finite number at step {self.state.global_step + 1} (means since the last log: {terms}); "
+            "lower training.learning_rate or the supervision weights"
+        )
+
+    # ---- logging ----
+
+    def _record(self, terms: Mapping[str, Term], inputs: Mapping[str, Tensor]) -> None:
+        for name, term in terms.items():
+            window = self._window.setdefault(name, [torch.zeros((), device=term.sum.device) for _ in range(2)])
+            window[0] += term.sum.detach()
+            window[1] += term.count
+        for side, mask in (("target", "attention_mask"), ("english", "english_attention_mask")):
+            self._tokens[side] = self._tokens.get(side, 0) + inputs[mask].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every loss term since the last log line, the schedule's factor and the speed."""
+        if self._window and "loss" in logs:
+            logs.update(self._window_means())
+            if self.supervision.active():
+                # The log line of step n reports the factor that step n used.
+                step = max(self.state.global_step - 1, 0)
+                logs["supervision_factor"] = schedule_factor(
+                    self.args.supervision_schedule, step, self.state.max_steps
+                )
+            elapsed = max(time.perf_counter() - self._logged_at, 1e-9)
+            logs.update({f"{side}_tokens_per_second": int(n) / elapsed for side, n in self._tokens.items()})
+            self._window, self._tokens = {}, {}
+        self._logged_at = time.perf_counter()
+        super().log(logs, start_time)
+
+    def _window_means(self) -> dict[str, float]:
+        means = {}
+        for name in ("tft", *self.supervision.active()):
+            window = self._window.get(name) or [torch.zeros((), device=self.args.device) for _ in range(2)]
+            total, count = self.accelerator.reduce(torch.stack(window).double(), reduction="sum").tolist()
+            if count:
+                means[f"{name}_loss"] = total / count
+        return means
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            term = deep_supervision_terms(model, inputs, Supervision())["tft"]
+        sums = [term.sum, term.count, inputs["answer_characters"].sum()]
+        self._heldout += torch.stack([value.double().cpu() for value in sums])
+        return term.sum.detach() / term.count.clamp(min=1), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Answer NLL per token and per character, in nats, over all tokens of the dataset and all ranks."""
+        self._heldout.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = self.accelerator.reduce(self._heldout.to(self.args.device), reduction="sum")
+        nll, tokens, characters = totals.tolist()
+        values = {"loss": nll / tokens, "nll": nll / tokens, "nll_per_character": nll / characters}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    # ---- saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and rename it when it is complete."""
+        if self.args.world_size > 1:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder.parent / f"checkpoint-{self.state.best_global_step}")
+        with staged_folder(folder) as staging:
+            self._staging = staging.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+        rotate_checkpoints(
+            output_dir=str(folder.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+
+def _frozen_reference(supervision: Supervision, model: nn.Module) -> nn.Module | None:
+    """The starting model for `english="frozen"`: the model without its adapters, or a copy."""
+    if supervision.english != "frozen" or all(s.kind != "feature" for s in supervision.active().values()):
+        return None
+    if hasattr(model, "peft_config"):
+        return AdaptersOff(model)
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _use_one_device(args: DeepSupervisionConfig) -> None:
+    """One process drives one GPU: the replicas of `DataParallel` know nothing of the taps."""
+    if args.n_gpu > 1:
+        logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", args.n_gpu)
+        args._n_gpu = 1
+
+
+def _name_of(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path
