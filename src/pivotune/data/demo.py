@@ -1,9 +1,10 @@
 """Parallel question-answer rows from real facts, for `pivotune demo`.
 
-The facts are the Unicode CLDR's, read through Babel (`pivotune.data.facts`): names and codes of territories, currencies,
-languages and scripts, calendars, dates, numbers, measurements. Templates written by hand put each fact into a question
-and a short answer in the target language and in English. Rows are split by *entity*: what a held-out question is about
-(a territory, a currency, a date...) occurs as the subject of no training row, whatever the kind of question.
+The facts are the Unicode CLDR's, read through Babel (`pivotune.data.facts`): names and codes of territories,
+currencies, languages and scripts, calendars, dates, numbers, measurements. Templates written by hand put each
+fact into a question and a short answer in the target language and in English. Rows are split by *entity*: what
+a held-out question is about (a territory, a currency, a date...) is the subject of no training row, whatever
+the kind of question.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ SUPPORTED_LANGUAGES: tuple[str, ...] = ("ar", "de", "es", "fr", "id", "ja", "pt"
 # Facts per kind, so that plentiful kinds (territory names) do not drown the others (quarters of the year).
 MAX_ROWS_PER_KIND = 250
 
-# Facts per kind with one answer: half of the world's calendars begin on Monday and most languages use Latin script.
+# Facts per kind with one answer: most weeks begin on Monday and most languages are written in Latin script.
 MAX_ROWS_PER_ANSWER = 25
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Rows of the demo, each `{"id", "prompt", "completion", "prompt_en", "completion_en", "entity", "kind"}`.
+    """Rows of the demo, each with id, prompt, completion, prompt_en, completion_en, entity and kind.
 
     No entity and no prompt occurs in both `train` and `validation`.
     """
@@ -49,8 +50,9 @@ def build_demo_rows(
     """Build the demo's rows for a language of `SUPPORTED_LANGUAGES`.
 
     `rows` caps the training rows, sampled evenly over the kinds of fact; None keeps all (about 4,000).
-    `validation_share` is the share of entities of each category (territories, currencies...) held out, at least one.
-    The result depends on the arguments and the Babel release only. Takes a few seconds.
+    `validation_share` is the share of the entities of each category (territories, currencies...) held out, at
+    least one; `rows` does not change what is held out. The result depends on the arguments
+    and the Babel release only. Takes about a second.
 
     Raises `UsageError` for an unsupported language, a missing Babel, rows below 1, or a share outside (0, 1).
     """
@@ -72,7 +74,7 @@ def build_demo_rows(
 
 
 def write_demo_rows(data: DemoData, folder: str | Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `validation.jsonl` (UTF-8, one JSON object a line) into the folder; their paths."""
+    """Write `train.jsonl` and `validation.jsonl` (UTF-8, a JSON object a line) and return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "validation.jsonl"
@@ -88,7 +90,9 @@ def _check_arguments(language: str, rows: int | None, validation_share: float) -
     if rows is not None and rows < 1:
         raise UsageError(f"the demo's rows: found {rows}, allowed 1 or more")
     if not 0 < validation_share < 1:
-        raise UsageError(f"the demo's validation_share: found {validation_share}, allowed between 0 and 1, both excluded")
+        raise UsageError(
+            f"the demo's validation_share: found {validation_share}, allowed between 0 and 1, both excluded"
+        )
 
 
 def _require_babel() -> str:
@@ -119,9 +123,9 @@ def _word_facts(language: str) -> list[dict[str, str]]:
 
 
 def _limit_kinds(worded: Iterable[tuple[Fact, dict[str, str]]]) -> list[tuple[Fact, dict[str, str]]]:
-    """At most `MAX_ROWS_PER_KIND` facts of a kind and `MAX_ROWS_PER_ANSWER` with one answer, chosen by stable hash.
+    """At most `MAX_ROWS_PER_KIND` facts of a kind and `MAX_ROWS_PER_ANSWER` with one answer.
 
-    The hash is of the entity first, so that the kinds keep the same entities.
+    Chosen by a hash of the entity first, so that the kinds keep the same entities.
     """
     from pivotune.data.facts import stable_rank
 
@@ -152,7 +156,7 @@ def _held_out_entities(rows: list[dict[str, str]], share: float, seed: int) -> s
 
 
 def _sample_evenly(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
-    """`limit` rows with as equal numbers of each kind as there are; a larger limit keeps all of a smaller one's."""
+    """`limit` rows, as many of each kind as of the others where there are; a larger limit only adds rows."""
     from pivotune.data.facts import stable_rank
 
     ranked = sorted(rows, key=lambda row: stable_rank("sample", seed, row["id"]))

@@ -10,9 +10,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,6 +95,17 @@ class EncodingReport:
         return {"rows": self.rows, "cut": dict(self.cut), "skipped": dict(self.skipped)}
 
 
+class _RenderedSide(NamedTuple):
+    turn: Turn
+    rendered: Rendered
+
+
+class _RenderedRow(NamedTuple):
+    number: int
+    target: _RenderedSide | None
+    english: _RenderedSide | None
+
+
 class Encoder:
     """Tokenizes rows with one template and one set of limits; counts what it cut in `report`."""
 
@@ -113,13 +125,13 @@ class Encoder:
         """
         pairs: list[Pair] = []
         for chunk in _chunks(rows, _ROWS_PER_CALL):
-            for row, pair in zip(chunk, self._encode_chunk(chunk), strict=True):
-                try:
+            rendered: list[_RenderedRow] = []
+            for row in chunk:
+                with self._row_errors(row.number, on_bad_row, source):
+                    rendered.append(self._render(row))
+            for pair in self._tokenize_rows(rendered):
+                with self._row_errors(pair.number, on_bad_row, source):
                     pairs.append(self._fit(pair))
-                except UsageError as error:
-                    if on_bad_row != "skip":
-                        raise UsageError(f"{source}: row {row.number}: {error}") from error
-                    self.report.skipped[str(error)] += 1
         self.report.rows += len(pairs)
         return pairs
 
@@ -127,24 +139,40 @@ class Encoder:
         """Token ids of the prompt alone, as training laid it out: what generation continues."""
         return self._bos + self._ids([self.template.render(turn).prompt])[0][0]
 
-    def _encode_chunk(self, rows: Sequence[Row]) -> Iterator[Pair]:
-        target = self._sides([_target_turn(row) if row.has_target else None for row in rows])
-        english = self._sides([_english_turn(row) if row.has_english else None for row in rows])
+    @contextmanager
+    def _row_errors(self, number: int, on_bad_row: str, source: str) -> Iterator[None]:
+        try:
+            yield
+        except UsageError as error:
+            if on_bad_row != "skip":
+                raise UsageError(f"{source}: row {number}: {error}") from error
+            self.report.skipped[str(error)] += 1
+
+    def _render(self, row: Row) -> _RenderedRow:
+        target = Turn(row.prompt, row.completion, row.input, row.history)
+        english = Turn(row.prompt_en, row.completion_en, row.input_en, row.history_en)
+        return _RenderedRow(
+            number=row.number,
+            target=_RenderedSide(target, self.template.render(target)) if row.has_target else None,
+            english=_RenderedSide(english, self.template.render(english)) if row.has_english else None,
+        )
+
+    def _tokenize_rows(self, rows: Sequence[_RenderedRow]) -> Iterator[Pair]:
+        target = self._sides([row.target for row in rows])
+        english = self._sides([row.english for row in rows])
         for row, one, other in zip(rows, target, english, strict=True):
             yield Pair(one, other, row.number)
 
-    def _sides(self, turns: Sequence[Turn | None]) -> list[Side | None]:
-        present = [turn for turn in turns if turn is not None]
-        rendered = [self.template.render(turn) for turn in present]
-        sides = iter(self._tokenize(rendered, present))
-        return [None if turn is None else next(sides) for turn in turns]
+    def _sides(self, rendered: Sequence[_RenderedSide | None]) -> list[Side | None]:
+        sides = self._tokenize([item for item in rendered if item is not None])
+        return [None if item is None else next(sides) for item in rendered]
 
-    def _tokenize(self, rendered: list[Rendered], turns: list[Turn]) -> Iterator[Side]:
+    def _tokenize(self, rendered: Sequence[_RenderedSide]) -> Iterator[Side]:
         if not rendered:
             return
-        prompts = self._ids([item.prompt for item in rendered])
-        wholes = self._ids([item.prompt + item.completion for item in rendered])
-        for item, turn, (prompt, offsets), (whole, _) in zip(rendered, turns, prompts, wholes, strict=True):
+        prompts = self._ids([item.prompt for _, item in rendered])
+        wholes = self._ids([item.prompt + item.completion for _, item in rendered])
+        for (turn, item), (prompt, offsets), (whole, _) in zip(rendered, prompts, wholes, strict=True):
             # Where tokens merge across the border, the prompt stays as generation will see it.
             joint = whole[: len(prompt)] == prompt
             answer = whole[len(prompt) :] if joint else self._ids([item.completion])[0][0]
@@ -168,15 +196,15 @@ class Encoder:
     def _fit(self, pair: Pair) -> Pair:
         sides = [side for side in (pair.target, pair.english) if side is not None]
         query_share = min((self._query_room(side) / side.num_query_tokens for side in sides), default=1.0)
-        if query_share < 1:
-            self.report.cut["prompts"] += 1
         pair = _map_sides(pair, lambda side: _cut_query(side, query_share))
         share = min((room / side.num_answer_tokens for side, room in self._answer_rooms(pair)), default=1.0)
-        if share < 1:
-            self.report.cut["answers"] += 1
+        # Counted last: a row refused on the way is skipped, not cut.
+        self.report.cut.update(part for part, kept in (("prompts", query_share), ("answers", share)) if kept < 1)
         return _map_sides(pair, lambda side: self._cut_answer(side, share))
 
     def _query_room(self, side: Side) -> int:
+        if side.num_query_tokens == 0:
+            raise UsageError("the prompt has no tokens")
         frame = side.answer - side.num_query_tokens
         room = min(side.num_query_tokens, self.limits.prompt - frame)
         if room < 1:
@@ -276,21 +304,11 @@ def _needed(side: Side | None) -> Side:
     return side
 
 
-def _target_turn(row: Row) -> Turn:
-    return Turn(row.prompt, row.completion, row.input, row.history)
-
-
-def _english_turn(row: Row) -> Turn:
-    return Turn(row.prompt_en, row.completion_en, row.input_en, row.history_en)
-
-
 def _query_span(item: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Token range that overlaps the query's characters; a token that also covers template text counts as query."""
     begin, stop = len(item.prefix), len(item.prefix) + len(item.query)
     inside = [index for index, (left, right) in enumerate(offsets) if right > begin and left < stop and right > left]
-    if not inside:
-        raise UsageError("the prompt has no tokens")
-    return inside[0], inside[-1] + 1
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _cut_query(side: Side, share: float) -> Side:

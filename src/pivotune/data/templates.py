@@ -8,14 +8,14 @@ same in both languages; the completion ends with the end-of-text or end-of-turn 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from pivotune.errors import UsageError
 
 # Strings that no row contains, to find where a template puts the user's text and the answer.
-_QUERY, _ANSWER = "\u241aquery\u241a", "\u241aanswer\u241a"
+_QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswer\u241a"
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -92,6 +92,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
         self._tokenizer = tokenizer
+        self._special_tokens = _special_tokens(tokenizer)
         self._frames: dict[Any, tuple[str, str]] = {}
 
     def render(self, turn: Turn) -> Rendered:
@@ -110,7 +111,7 @@ class ChatTemplate:
                 "data.template: chat: this chat template does not put the answer right after its generation prompt; "
                 "use alpaca or a Jinja file"
             )
-        return _with_end_token(whole[len(prompt) :], self._tokenizer)
+        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
 
     def _frame(self, history: tuple) -> tuple[str, str]:
         """What the template writes before and after the user's text; remembered where there is no history."""
@@ -159,48 +160,70 @@ class AlpacaTemplate:
 class JinjaTemplate:
     """A Jinja file with the variables `prompt`, `completion` and, where used, `input`, `history`, `bos_token`, `eos_token`.
 
-    It must hold `{{ prompt }}` before `{{ completion }}`. The end token is added where the file does not write it.
+    It must hold `{{ prompt }}` before `{{ completion }}`. The end token is added where the file does not write it. The
+    query runs from the prompt to the input; a file without `{{ input }}` gets both as one prompt.
     """
-
-    adds_special_tokens = False
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         self.name = str(path)
         self._tokenizer = tokenizer
-        self._template = self._read(path)
+        self._special_tokens = _special_tokens(tokenizer)
+        self._template, self._variables = self._read(path)
         probe = self._fill(Turn(prompt=_QUERY, completion=_ANSWER))
         for marker, variable in ((_ANSWER, "completion"), (_QUERY, "prompt")):
             if probe.count(marker) != 1:
                 found = "no" if marker not in probe else f"{probe.count(marker)}"
                 raise UsageError(f"template {path}: {found} {{{{ {variable} }}}} slot; exactly one is needed")
         if probe.index(_ANSWER) < probe.index(_QUERY):
-            raise UsageError(
-                f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last"
-            )
+            raise UsageError(f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last")
+        self.adds_special_tokens = bool(tokenizer.bos_token) and probe.startswith(tokenizer.bos_token)
 
     def render(self, turn: Turn) -> Rendered:
-        text = self._fill(Turn(prompt=_QUERY, completion=_ANSWER, input=turn.input, history=turn.history))
-        prompt, _, tail = text.partition(_ANSWER)
-        prefix, _, suffix = prompt.partition(_QUERY)
-        completion = _with_end_token(turn.completion + tail, self._tokenizer) if turn.completion else ""
-        return Rendered(prefix, turn.prompt, suffix, completion)
+        if turn.history and "history" not in self._variables:
+            raise UsageError(f"template {self.name}: no {{{{ history }}}} slot, and the row has earlier turns")
+        if "input" not in self._variables:
+            turn = replace(turn, prompt=turn.user_text, input="")
+        prefix, suffix = self._frame(turn)
+        # The real texts go through the template too, which may filter them.
+        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
+        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
+            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on what it says")
+        query = prompt[len(prefix) : len(prompt) - len(suffix)]
+        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
+
+    def _frame(self, turn: Turn) -> tuple[str, str]:
+        """What the file writes before the user's texts, and between them and the answer."""
+        marked = replace(turn, prompt=_QUERY, completion=_ANSWER, input=turn.input and _INPUT)
+        text, _ = _around(self._fill(marked), _ANSWER, f"template {self.name}")
+        marks = [mark for mark in (_QUERY, _INPUT) if mark in text]
+        if not marks:
+            raise UsageError(f"template {self.name}: it does not write the user's text of this row")
+        return text[: min(map(text.index, marks))], text[max(text.rindex(mark) + len(mark) for mark in marks) :]
+
+    def _completion(self, turn: Turn, prompt: str) -> str:
+        whole = self._fill(turn)
+        if not whole.startswith(prompt):
+            raise UsageError(f"template {self.name}: the text before {{{{ completion }}}} must not depend on it")
+        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
 
     @staticmethod
-    def _read(path: Path) -> Any:
-        from jinja2 import TemplateSyntaxError
+    def _read(path: Path) -> tuple[Any, set[str]]:
+        """The template and the variables it uses."""
+        from jinja2 import TemplateSyntaxError, meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if not path.is_file():
             raise UsageError(f"data.template: {path} is not chat, alpaca or an existing Jinja file")
         try:
             environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-            return environment.from_string(path.read_text(encoding="utf-8"))
+            source = path.read_text(encoding="utf-8")
+            return environment.from_string(source), meta.find_undeclared_variables(environment.parse(source))
         except TemplateSyntaxError as error:
             raise UsageError(f"template {path}, line {error.lineno}: {error.message}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"template {path}: not UTF-8 text") from error
 
     def _fill(self, turn: Turn) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._template.render(
                 prompt=turn.prompt,
@@ -210,7 +233,7 @@ class JinjaTemplate:
                 bos_token=self._tokenizer.bos_token or "",
                 eos_token=self._tokenizer.eos_token,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template's expressions can raise anything Python's operators raise
             raise UsageError(f"template {self.name}: {error}") from error
 
 
@@ -218,15 +241,18 @@ def _around(text: str, part: str, where: str) -> tuple[str, str]:
     """What stands before and after the last occurrence of `part`."""
     before, found, after = text.rpartition(part)
     if not found:
-        raise UsageError(f"{where}: the template does not contain the user's text")
+        missing = "answer" if part == _ANSWER else "user's text"
+        raise UsageError(f"{where}: the template does not contain the {missing}")
     return before, after
 
 
-def _with_end_token(completion: str, tokenizer: Any) -> str:
+def _with_end_token(completion: str, eos_token: str, special_tokens: tuple[str, ...]) -> str:
     """Cut white space behind the end token; add end-of-text where the completion ends with no special token."""
     stripped = completion.rstrip()
-    # Named special tokens alone are not enough: Gemma 3's end of turn is only an added token that is marked special.
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if stripped.endswith((*tokenizer.all_special_tokens, *added)):
-        return stripped
-    return completion + tokenizer.eos_token
+    return stripped if stripped.endswith(special_tokens) else completion + eos_token
+
+
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    # The named ones are not all: Gemma 3's end of turn is only an added token that is marked special.
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return (*tokenizer.all_special_tokens, *added)

@@ -262,6 +262,11 @@ def resolve_layers(
     return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}; {automatic.reason}")
 
 
+def check_layer(term: Term, layer: int | Literal["auto"], num_layers: int) -> None:
+    """Refuse a layer that is not among 1..L-1; `auto` passes."""
+    _check_requested(term, layer, 1, num_layers - 1, num_layers)
+
+
 def _check_requested(term: Term, layer: int | str | None, lowest: int, highest: int, num_layers: int) -> int | None:
     """The layer, or None for `auto`. Bounds narrower than 1..L-1 are those that leave room for the other layer."""
     if layer is None or isinstance(layer, str):

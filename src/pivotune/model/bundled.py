@@ -75,9 +75,7 @@ def bundled_model_folder(name: str) -> Path:
     """
     short_name = name.removeprefix(PREFIX)
     if short_name not in BUNDLED_MODELS:
-        raise UsageError(
-            f"{name}: no such bundled model; allowed: {', '.join(PREFIX + key for key in BUNDLED_MODELS)}"
-        )
+        raise UsageError(f"{name}: no such bundled model; allowed: {', '.join(PREFIX + key for key in BUNDLED_MODELS)}")
     gguf_file = _find_gguf_file(short_name)
     file_hash = _file_hash(gguf_file, gguf_file.stat().st_mtime_ns)
     key = hashlib.sha256(f"{file_hash} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
@@ -195,9 +193,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != ("llama", "gpt2", "smollm"):
-        raise UsageError(
-            f"{gguf_file}: architecture, tokenizer and pre-tokenizer {kind} found, only SmolLM2 is known"
-        )
+        raise UsageError(f"{gguf_file}: architecture, tokenizer and pre-tokenizer {kind} found, only SmolLM2 is known")
     config = _llama_config(fields)
     config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in reader.tensors)
     config.save_pretrained(folder)

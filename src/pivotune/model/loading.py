@@ -71,9 +71,7 @@ def resolve_model(name: str) -> str:
         _check_shards(folder)
         return str(folder)
     if path.is_file():
-        raise UsageError(
-            f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}"
-        )
+        raise UsageError(f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}")
     if not _is_possible_hub_name(name):
         raise UsageError(
             f"{name or '(empty model name)'}: no such folder; "
@@ -266,9 +264,7 @@ def _folder_in_run(path: Path) -> Path:
     if (path / "model").is_dir():
         return path / "model"
     checkpoints = ", ".join(sorted(entry.name for entry in path.glob("checkpoint-*"))) or "none yet"
-    raise UsageError(
-        f"{path}: a run folder without model/: the run has not finished (its checkpoints: {checkpoints})"
-    )
+    raise UsageError(f"{path}: a run folder without model/: the run has not finished (its checkpoints: {checkpoints})")
 
 
 def _file_names(folder: Path) -> frozenset[str]:

@@ -16,7 +16,7 @@ from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, selection_from_json
 from pivotune.layers.measure import analyze_layers
-from pivotune.layers.selection import resolve_layers
+from pivotune.layers.selection import check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision
 from pivotune.training.arguments import DeepSupervisionConfig
@@ -108,12 +108,12 @@ def choose_supervision(
     settings = args.supervision()
     if args.method != "deep-supervision":
         return Supervision(), None
-    active = {name: signal for name, signal in _signals(settings).items() if signal.signal != "none"}
+    active = _active(settings)
     if not active:
         raise UsageError("supervision: both signals are none; that is method: tft")
     num_layers = find_architecture(model).num_layers
+    check_layers(settings, num_layers)
     wanted = {name: signal.layer for name, signal in active.items()}
-    _check_layers(wanted, num_layers)
     if layers is None and "auto" in wanted.values():
         if not pairs:
             raise UsageError("choosing layers needs training rows; give train_dataset, or the layers")
@@ -131,10 +131,14 @@ def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
     return [pairs[int(index * step)] for index in range(min(count, len(pairs)))]
 
 
-def _check_layers(wanted: dict[str, Any], num_layers: int) -> None:
-    for name, layer in wanted.items():
-        if layer != "auto" and not 1 <= layer < num_layers:
-            resolve_layers(*((layer, "auto") if name == "conversion" else ("auto", layer)), num_layers)
+def check_layers(settings: SupervisionConfig, num_layers: int) -> None:
+    """Refuse layers that a model with `num_layers` blocks does not have; needs no model."""
+    active = _active(settings)
+    layers = [active[name].layer if name in active else "auto" for name in ("conversion", "thinking")]
+    if len(active) == 2:
+        resolve_layers(layers[0], layers[1], num_layers)
+    for name, signal in active.items():
+        check_layer(name, signal.layer, num_layers)
 
 
 def _resolve(wanted: dict[str, Any], num_layers: int, layers: LayerAnalysis | None) -> Any:
@@ -149,8 +153,9 @@ def _resolve(wanted: dict[str, Any], num_layers: int, layers: LayerAnalysis | No
     return replace(chosen, **{name: layer}, method="explicit", reason=f"{name} layer {layer} was asked for")
 
 
-def _signals(settings: SupervisionConfig) -> dict[str, Any]:
-    return {"conversion": settings.conversion, "thinking": settings.thinking}
+def _active(settings: SupervisionConfig) -> dict[str, Any]:
+    signals = {"conversion": settings.conversion, "thinking": settings.thinking}
+    return {name: signal for name, signal in signals.items() if signal.signal != "none"}
 
 
 def _supervision(settings: SupervisionConfig, signals: dict[str, Signal]) -> Supervision:

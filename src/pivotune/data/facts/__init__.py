@@ -1,6 +1,7 @@
 """Real facts from the Unicode CLDR (through Babel), each stated in a target language and in English.
 
-`collect_facts` is the entry point; `pivotune.data.demo` puts the facts into words. Importing this package needs Babel.
+`collect_facts` is the entry point; `pivotune.data.demo` makes rows of the facts. Importing this package needs
+Babel.
 """
 
 from __future__ import annotations

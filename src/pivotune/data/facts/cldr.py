@@ -2,28 +2,32 @@
 
 Everything is read through Babel. Pairs are ordered (target, English).
 
-Month, weekday and quarter names are read in the `format` context only: Babel (2.18 and before) keeps a resolved
-`stand-alone` alias in data that all locales share, so the second locale asked in a process can get the names of the
-first (python-babel/babel issue 1234). In the languages offered here the two contexts do not differ.
+Month, weekday and quarter names are read in the `format` context only: Babel (2.18 and before) keeps a
+resolved `stand-alone` alias in data that all locales share, so the second locale asked in a process can get the
+names of the first (python-babel/babel issue 1234). In the languages offered here the two contexts do not differ.
 """
 
 from __future__ import annotations
 
 import datetime
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from babel import Locale, dates, numbers
 
 Pair = tuple[str, str]
 
+TimeUnit = Literal["year", "month", "week", "day", "hour", "minute", "second"]
+TIME_UNITS: tuple[TimeUnit, ...] = get_args(TimeUnit)
+
 _BIDIRECTIONAL_MARKS = dict.fromkeys(map(ord, "\u200e\u200f\u061c"))
 
 
 def clean_text(text: str) -> str:
-    """Plain spaces instead of no-break ones, no invisible direction marks, NFC: text as a person would type it."""
+    """Text as a person would type it: NFC, plain spaces for no-break ones, no invisible direction marks."""
     return " ".join(unicodedata.normalize("NFC", text).translate(_BIDIRECTIONAL_MARKS).split())
 
 
@@ -111,14 +115,18 @@ class BilingualLocale:
         """A count with the unit's abbreviation, as written in English: '5 km'."""
         return _measurement(count, unit, self.english, ("short",))
 
-    def relative_time(self, count: int, unit: str, *, past: bool) -> Pair:
-        """'3 days ago' or 'in 3 days'. `unit` is one of Babel's granularities, such as 'day'."""
-        length = dict((name, seconds) for name, seconds in dates.TIMEDELTA_UNITS)[unit] * count
-        delta = datetime.timedelta(seconds=-length if past else length)
+    def relative_time(self, count: int, unit: TimeUnit, *, past: bool) -> Pair:
+        """'3 days ago' or 'in 3 days'."""
+        seconds = dict(dates.TIMEDELTA_UNITS)[unit] * count
+        delta = datetime.timedelta(seconds=-seconds if past else seconds)
         # A threshold no count reaches keeps Babel from moving to a larger unit.
         return self._pair(
             lambda locale: dates.format_timedelta(
-                delta, granularity=unit, threshold=10**9, add_direction=True, locale=locale  # type: ignore[arg-type]
+                delta,
+                granularity=unit,
+                threshold=10**9,
+                add_direction=True,
+                locale=locale,
             )
         )
 
@@ -126,14 +134,14 @@ class BilingualLocale:
     def _both(self) -> tuple[Locale, Locale]:
         return self.target, self.english
 
-    def _pair(self, text_of: Any) -> Pair:
+    def _pair(self, text_of: Callable[[Locale], str]) -> Pair:
         return clean_text(text_of(self.target)), clean_text(text_of(self.english))
 
     def _names(self, table: str) -> dict[str, Pair]:
         """Code -> names for the codes with one plain name of their own in both languages.
 
-        Left out: a name missing or equal to its code (untranslated), a name with a bracketed remark, a name shared by
-        two codes (the question back from name to code would have two answers).
+        Left out: a name missing or equal to its code (untranslated), a name with a bracketed remark, a name
+        shared by two codes (the question back from name to code would have two answers).
         """
         targets, english = (_plain_names(getattr(locale, table)) for locale in self._both)
         return {code: (targets[code], english[code]) for code in sorted(targets.keys() & english.keys())}
@@ -147,7 +155,10 @@ def _plain_names(table: Any) -> dict[str, str]:
     return {
         code: name
         for code, name in names.items()
-        if name and name.casefold() != code.casefold() and counts[name.casefold()] == 1 and not set(name) & set("([（")
+        if name
+        and name.casefold() != code.casefold()
+        and counts[name.casefold()] == 1
+        and not set(name) & set("([\uff08")
     }
 
 

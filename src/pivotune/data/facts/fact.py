@@ -12,7 +12,7 @@ from pivotune.data.facts.cldr import Pair
 class Fact:
     """What one question and its answer are about, before it is put into words.
 
-    `entity` is the subject, such as 'territory:JP'; `variant` tells apart several facts of one kind about one entity.
+    `entity` is the subject, such as 'territory:JP'; `variant` tells apart facts of one kind about one entity.
     `target` and `english` hold the values of the template's slots.
     """
 
@@ -42,6 +42,6 @@ def make_fact(kind: str, entity: str, variant: str = "", **slots: str | Pair) ->
 
 
 def stable_rank(*parts: object) -> int:
-    """A pseudo-random number in [0, 2**64) that depends on the parts only, on every machine and Python version."""
+    """A pseudo-random number in [0, 2**64), the same for the same parts on every machine and Python."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

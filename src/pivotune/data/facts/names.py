@@ -59,7 +59,7 @@ def _territory_facts(locale: BilingualLocale) -> Iterator[Fact]:
 
 
 def _territory_codes(locale: BilingualLocale) -> list[str]:
-    """Codes of real territories (those with a time zone), without world regions ('001') and "unknown" ('ZZ')."""
+    """Codes of real territories (those with a time zone), neither world regions ('001') nor unknown ('ZZ')."""
     codes = (code for code in sorted(get_global("territory_zones")) if len(code) == 2 and code != "ZZ")
     return [code for code in codes if code in locale.territories]
 
@@ -126,10 +126,10 @@ def _likely_script(language: str) -> str | None:
 
 
 def _script_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    """Scripts in which a language spoken today is usually written."""
-    spoken = {language for languages in get_global("territory_languages").values() for language in languages}
-    living = {_likely_script(language) for language in spoken}
-    for code in (code for code in locale.scripts if code in living):
+    """Scripts in which some language that CLDR counts speakers or readers of is usually written."""
+    known = {language for languages in get_global("territory_languages").values() for language in languages}
+    in_use = {_likely_script(language) for language in known}
+    for code in (code for code in locale.scripts if code in in_use):
         entity = f"script:{code}"
         yield make_fact("script_name", entity, code=code, name=locale.scripts[code])
         yield from translation_facts(entity, locale.scripts[code])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 
-from pivotune.data.facts.cldr import BilingualLocale
+from pivotune.data.facts.cldr import TIME_UNITS, BilingualLocale
 from pivotune.data.facts.fact import Fact, make_fact, stable_rank
 from pivotune.data.facts.names import translation_facts
 
@@ -13,23 +13,25 @@ _POOL_SIZE = 200
 _FIRST_DATE = datetime.date(1950, 1, 1)
 _DATE_RANGE_DAYS = 32_000
 
-# Units with an abbreviation that is the same all over the world, or known to every reader of English.
-_UNITS = (
-    "area-acre area-hectare area-square-centimeter area-square-kilometer area-square-meter area-square-mile "
-    "digital-gigabyte digital-kilobyte digital-megabyte digital-terabyte digital-petabyte digital-megabit "
-    "electric-ampere electric-milliampere electric-ohm electric-volt energy-calorie energy-joule energy-kilocalorie "
-    "energy-kilojoule energy-kilowatt-hour frequency-gigahertz frequency-hertz frequency-kilohertz "
-    "frequency-megahertz graphics-megapixel graphics-pixel length-centimeter length-decimeter length-foot "
-    "length-inch length-kilometer length-light-year length-meter length-micrometer length-mile length-millimeter "
-    "length-nanometer length-nautical-mile length-yard light-lux mass-gram mass-kilogram mass-milligram mass-ounce "
-    "mass-pound mass-tonne power-gigawatt power-horsepower power-kilowatt power-megawatt power-watt "
-    "pressure-hectopascal pressure-megapascal pressure-millibar pressure-pascal speed-kilometer-per-hour "
-    "speed-knot speed-meter-per-second speed-mile-per-hour temperature-celsius temperature-fahrenheit "
-    "volume-centiliter volume-cubic-centimeter volume-cubic-kilometer volume-cubic-meter volume-deciliter "
-    "volume-gallon volume-hectoliter volume-liter volume-milliliter volume-teaspoon volume-tablespoon"
-).split()
-
-_TIME_UNITS = ("year", "month", "week", "day", "hour", "minute", "second")
+# CLDR's categories and names of units whose abbreviation is known to every reader of English.
+_UNITS = {
+    "area": "acre hectare square-centimeter square-kilometer square-meter square-mile",
+    "digital": "gigabyte kilobyte megabit megabyte petabyte terabyte",
+    "electric": "ampere milliampere ohm volt",
+    "energy": "calorie joule kilocalorie kilojoule kilowatt-hour",
+    "frequency": "gigahertz hertz kilohertz megahertz",
+    "graphics": "megapixel pixel",
+    "length": "centimeter decimeter foot inch kilometer light-year meter micrometer mile millimeter nanometer "
+    "nautical-mile yard",
+    "light": "lux",
+    "mass": "gram kilogram milligram ounce pound tonne",
+    "power": "gigawatt horsepower kilowatt megawatt watt",
+    "pressure": "hectopascal megapascal millibar pascal",
+    "speed": "kilometer-per-hour knot meter-per-second mile-per-hour",
+    "temperature": "celsius fahrenheit",
+    "volume": "centiliter cubic-centimeter cubic-kilometer cubic-meter deciliter gallon hectoliter liter "
+    "milliliter tablespoon teaspoon",
+}
 
 
 def value_facts(locale: BilingualLocale) -> Iterator[Fact]:
@@ -93,7 +95,8 @@ def _compact_number_facts(locale: BilingualLocale, number: int) -> Iterator[Fact
 
 
 def _unit_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for unit in _UNITS:
+    units = (f"{category}-{name}" for category, names in _UNITS.items() for name in names.split())
+    for unit in units:
         for index in range(3):
             count = 3 + stable_rank("measurement", unit, index) % (97 if index else 8)
             symbol = locale.measurement_symbol(count, unit)
@@ -103,7 +106,7 @@ def _unit_facts(locale: BilingualLocale) -> Iterator[Fact]:
 
 
 def _duration_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for unit in _TIME_UNITS:
+    for unit in TIME_UNITS:
         for count in range(2, 31):
             duration = locale.measurement(count, f"duration-{unit}")
             if duration is None:

@@ -15,7 +15,7 @@ from pivotune.data.facts.fact import Fact, stable_rank
 class Wording:
     """The templates of one language.
 
-    `kinds` maps a kind of fact to its prompts and its completion; `categories` a category of entity to its word;
+    `kinds` maps a kind of fact to its prompts and its completion, `categories` a category of entity to its word;
     `language_name` is the language's name in English.
     """
 
@@ -32,7 +32,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class BilingualWording:
-    """Puts a fact into the words of the target language and of English, both with the same choice of prompt."""
+    """Puts a fact into words of the target language and of English, with the same choice of prompt in both."""
 
     target: Wording
     english: Wording
@@ -51,7 +51,12 @@ class BilingualWording:
         number = stable_rank("prompt", fact.name) % len(self.english.kinds[fact.kind]["prompts"])
         prompt, completion = self._fill(self.target, fact, fact.target, number)
         prompt_en, completion_en = self._fill(self.english, fact, fact.english, number)
-        return {"prompt": prompt, "completion": completion, "prompt_en": prompt_en, "completion_en": completion_en}
+        return {
+            "prompt": prompt,
+            "completion": completion,
+            "prompt_en": prompt_en,
+            "completion_en": completion_en,
+        }
 
     def _fill(self, wording: Wording, fact: Fact, slots: dict[str, str], number: int) -> tuple[str, str]:
         templates = wording.kinds[fact.kind]

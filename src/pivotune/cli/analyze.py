@@ -1,0 +1,96 @@
+"""`pivotune analyze`: the entropy of every layer, and where the inner losses go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pivotune.cli.common import console, print_json, progress, quiet_libraries
+from pivotune.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def analyze(
+    model: Annotated[str, typer.Option(help="Hub name, folder, run folder or bundled model.")],
+    data: Annotated[str, typer.Option(help="Rows in the target language, with English where they have it.")],
+    english: Annotated[str | None, typer.Option(help="Aligned English file beside the data.")] = None,
+    language: Annotated[str | None, typer.Option("--lang", help="Code of the target language.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to measure, spread over the data.")] = 64,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of each prompt and each answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="Analysis file; the picture lies beside it.")] = Path("layers.json"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an analysis that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the analysis as JSON on stdout.")] = False,
+) -> None:
+    """Measure the entropy of every layer and choose the conversion and the thinking layer."""
+    picture = out.with_suffix(".png")
+    for path in (out, picture):
+        if path.exists() and not overwrite:
+            raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
+    quiet_libraries()
+    analysis = _measure(model, data, english, language, rows, template, max_tokens, batch_size)
+    from pivotune.layers.analysis import write_layers_json
+    from pivotune.reporting.plots import plot_entropy
+
+    write_layers_json(out, analysis)
+    plot_entropy(analysis, picture)
+    if as_json:
+        print_json(analysis)
+    else:
+        print_layers(console(as_json), analysis)
+        console(as_json).print(f"saved {out} and {picture}")
+
+
+def _measure(
+    model: str,
+    data: str,
+    english: str | None,
+    language: str | None,
+    rows: int,
+    template: str | None,
+    max_tokens: int,
+    batch_size: int,
+) -> Any:
+    from pivotune.data.examples import Encoder, Limits
+    from pivotune.data.sources import load_rows
+    from pivotune.data.templates import load_template
+    from pivotune.layers.measure import analyze_layers, num_sequences
+    from pivotune.model.architecture import check_architecture
+    from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+    from pivotune.training.preparation import context_length, spread
+
+    check_model(model)
+    config = read_config(model)
+    check_architecture(config.model_type)
+    chosen = spread(load_rows(data, english=english, need_english=english is not None), rows)
+    tokenizer = load_tokenizer(model)
+    limits = Limits(max_tokens, max_tokens, context_length(config))
+    pairs = Encoder(tokenizer, load_template(template, tokenizer), limits).encode(chosen, source=data)
+    with progress("Measuring the layers", num_sequences(pairs)) as advance:
+        return analyze_layers(
+            load_model(model), tokenizer, pairs, model_name=model, language=language, batch_size=batch_size, progress=advance
+        )  # fmt: skip
+
+
+def print_layers(out: Console, analysis: Any) -> None:
+    """A table with a line per layer, and the choice with its reason."""
+    from rich.table import Table
+
+    target, english = analysis["target"], analysis["english"]
+    columns = ["layer", "entropy (nats)", "top-1 = output's"]
+    columns += ["English entropy"] if english else []
+    columns += ["share on English tokens"] if target["english_share"] else []
+    table = Table(*columns, "")
+    marks = {analysis["conversion"]: "conversion", analysis["thinking"]: "thinking"}
+    for layer in range(analysis["num_layers"] + 1):
+        cells = [str(layer), f"{target['entropy'][layer]:.3f}", f"{target['agreement'][layer]:.0%}"]
+        cells += [f"{english['entropy'][layer]:.3f}"] if english else []
+        cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
+        table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)
+    out.print(table)
+    out.print(f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}: {analysis['reason']}")

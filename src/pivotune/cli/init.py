@@ -1,0 +1,76 @@
+"""`pivotune init`: a commented run configuration to start from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pivotune.config import METHODS
+from pivotune.errors import UsageError
+
+_HEAD = """\
+# pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
+model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
+method: {method}                 # sft (English only) | tft (translated fine-tuning) | deep-supervision
+
+data:
+  train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
+  validation: 0.05                    # held out: number of rows, share below 1, or a file
+  language: {language}                        # code of the target language, for reports
+  # template: chat                    # chat | alpaca | a Jinja file; chat where the tokenizer has a chat template
+  english_ratio: {ratio}                 # share of the rows trained in English, so that English is not forgotten
+  max_prompt_tokens: 256
+  max_completion_tokens: 256
+  on_bad_row: error                   # error | skip
+"""
+
+_SUPERVISION = """
+supervision:
+  conversion: {signal: logits, layer: auto, weight: 0.3}   # language conversion at a bottom layer: logits | feature | none
+  thinking: {signal: logits, layer: auto, weight: 0.3}     # English thinking at a middle layer
+  schedule: linear                    # constant | linear | cosine, down to 0 at the last step
+  logits: {mode: autoregressive, norm: final}              # autoregressive | positional; final | none
+  feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
+"""
+
+_TAIL = """
+training:                             # fields of transformers.TrainingArguments
+  num_train_epochs: 3
+  learning_rate: 2.0e-5
+  lr_scheduler_type: cosine
+  warmup_steps: 0.03                  # a share of all steps
+  per_device_train_batch_size: 8
+  gradient_accumulation_steps: 4
+  save_strategy: epoch
+  save_total_limit: 2
+
+lora: null                            # or {r: 16, alpha: 32, dropout: 0.05, target_modules: all-linear}
+output_dir: runs/{run}
+seed: 0
+"""
+
+
+def init(
+    method: Annotated[str, typer.Option(help="deep-supervision, tft or sft.")] = "deep-supervision",
+    model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
+    language: Annotated[str, typer.Option(help="Code of the target language.")] = "vi",
+) -> None:
+    """Print a commented run configuration: `pivotune init > run.yaml`."""
+    if method not in METHODS:
+        raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
+    print(render(method, model=model, data=data, language=language), end="")
+
+
+def render(method: str, *, model: str, data: str, language: str) -> str:
+    """The configuration as YAML text with comments."""
+    import yaml
+
+    def scalar(value: str) -> str:
+        return yaml.safe_dump(value, allow_unicode=True).removesuffix("...\n").strip()
+
+    ratio = 0 if method == "sft" else 0.25
+    words = {"model": scalar(model), "method": method, "data": scalar(data), "language": scalar(language), "ratio": ratio}
+    tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
+    return _HEAD.format(**words) + (_SUPERVISION if method == "deep-supervision" else "") + tail

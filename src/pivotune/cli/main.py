@@ -1,0 +1,92 @@
+"""The command `pivotune`. Verbs import what they need when they run: `pivotune --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from pivotune import __version__
+from pivotune.cli import analyze, chat, data, demo, init, train
+from pivotune.errors import UsageError
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="pivotune",
+    help="Teach an English-centric language model your language: deep supervision fine-tuning (arXiv 2503.01275).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.command("analyze")(analyze.analyze)
+app.command("init")(init.init)
+app.command("train")(train.train)
+app.command("chat")(chat.chat)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pivotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+) -> None:
+    """Options of all verbs; `--debug` is taken out before parsing, so that it may also follow the verb."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a mistake of the user's, 1 for anything else."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or bool(os.environ.get("PIVOTUNE_DEBUG"))
+    words = [word for word in words if word != "--debug"]
+    # Offsets and masks do not need the tokenizers' threads after a fork; without this every data worker warns.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(args=words, prog_name="pivotune", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+    except KeyboardInterrupt:
+        print("pivotune: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _report(error: Exception) -> int:
+    """One line on stderr for any error."""
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.Abort):
+        return EXIT_INTERRUPTED
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    text = " ".join(str(error).split())
+    if isinstance(error, UsageError):
+        print(f"pivotune: error: {text}", file=sys.stderr)
+        return EXIT_USAGE
+    if type(error).__name__ == "TrainingDivergedError":
+        print(f"pivotune: stopped: {text}", file=sys.stderr)
+        return EXIT_FAILURE
+    print(f"pivotune: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+    return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

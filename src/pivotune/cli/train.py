@@ -1,0 +1,104 @@
+"""`pivotune train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pivotune.cli.common import console, print_json, progress, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pivotune.training.run import PreparedRun, RunResult
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML); `pivotune init` prints one.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: training.num_train_epochs=1. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in output_dir.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
+) -> None:
+    """Fine-tune a model and write a run folder."""
+    from pivotune.config import load_config
+    from pivotune.errors import UsageError
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    run_config = load_config(config, changes or [])
+    quiet_libraries()
+    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.training.run import execute_run, prepare_run
+
+    out = console(as_json)
+    prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
+    describe_run(out, prepared)
+    result = execute_run(prepared, resume=resume, callbacks=[TrainingProgress()], progress=progress)
+    if as_json:
+        print_json({"run": str(result.folder), **result.results})
+    else:
+        describe_result(out, result)
+
+
+def describe_run(out: Console, prepared: PreparedRun) -> None:
+    """What will be trained on what, and one decoded example with its mask: wrong masks fail silently otherwise."""
+    from rich.markup import escape
+
+    config, report = prepared.config, prepared.report
+    out.print(f"[bold]model[/]    {escape(config.model)}")
+    out.print(f"[bold]method[/]   {_method_line(config)}")
+    out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
+    replayed = round(config.data.english_ratio * len(prepared.train))
+    if config.method != "sft" and replayed:
+        out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
+    if report.cut:
+        cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
+        out.print(f"         cut at the token limits: {cut}")
+    for reason, count in {**prepared.skipped, **report.skipped}.items():
+        out.print(f"         left out: {count} rows: {escape(reason)}")
+    example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
+    out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
+    out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
+
+
+def mask_text(tokenizer: Any, side: Any) -> Any:
+    """One example decoded from its tokens, coloured by role."""
+    from rich.text import Text
+
+    from pivotune.data.preview import preview
+
+    styles = {"template": "dim", "query": "cyan", "answer": "green"}
+    return Text.assemble(*((segment.text, styles[segment.role]) for segment in preview(tokenizer, side)))
+
+
+def describe_result(out: Console, result: RunResult) -> None:
+    """Held-out NLL before and after, and where everything lies."""
+    from rich.table import Table
+
+    if result.layers:
+        chosen = result.layers
+        out.print(f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}")
+    if result.results["tasks"]:
+        table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
+        for name, task in result.results["tasks"].items():
+            base = task["base"]
+            numbers = (base["value"], task["value"], base["nll_per_character"], task["nll_per_character"])
+            table.add_row(name.removeprefix("heldout_"), str(task["n"]), *(f"{number:.3f}" for number in numbers))
+        out.print(table)
+    out.print(f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})")
+
+
+def _method_line(config: Any) -> str:
+    if config.method != "deep-supervision":
+        return config.method
+    parts = []
+    for name in ("conversion", "thinking"):
+        signal = getattr(config.supervision, name)
+        if signal.signal != "none":
+            parts.append(f"{name} {signal.signal} at layer {signal.layer}, weight {signal.weight:g}")
+    return f"deep-supervision: {'; '.join(parts)}; {config.supervision.schedule} schedule"

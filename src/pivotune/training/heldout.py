@@ -1,0 +1,164 @@
+"""How well a model answers held-out rows: likelihood of the gold answer, and greedy answers, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.examples import Example
+from pivotune.model.architecture import find_architecture
+from pivotune.model.branches import PassRequest, separate_passes
+from pivotune.model.lens import readout
+from pivotune.objectives.cross_entropy import shifted
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """One held-out row: negative log-likelihood of its gold answer in nats, and what it sums over."""
+
+    nll: float
+    tokens: int
+    characters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Mean over all answer tokens, its standard error over rows, and the mean over characters."""
+
+    nll: float
+    stderr: float
+    nll_per_character: float
+    rows: int
+
+
+@torch.no_grad()
+def score_answers(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    autocast: bool = False,
+    progress: Progress | None = None,
+) -> list[RowScore]:
+    """Score every row's gold answer, in the order given.
+
+    Args:
+        examples: rows whose `main` side is scored.
+        autocast: run in bfloat16 autocast, as training may have.
+        progress: called with the number of rows done so far.
+    """
+    architecture = find_architecture(model)
+    device = architecture.lm_head.weight.device
+    scores: list[RowScore | None] = [None] * len(examples)
+    with _evaluating(model):
+        for done, indices, batch in _batches(examples, pad_token_id, batch_size, device):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                passes = separate_passes(model, batch, PassRequest())
+                assert passes.main.final is not None
+                states, labels = shifted(passes.main.final, batch["labels"])
+                logits = readout(architecture, states, frozen=True).float()
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            tokens = (batch["labels"][:, 1:] >= 0).sum(dim=1)
+            sums = [part.sum().item() for part in losses.split(tokens.tolist())]
+            for index, nll, count in zip(indices, sums, tokens.tolist(), strict=True):
+                scores[index] = RowScore(nll, count, examples[index].main.characters)
+            if progress:
+                progress(done)
+    return [score for score in scores if score is not None]
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    autocast: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers to the prompts of these rows, stripped, in the order given."""
+    device = next(model.parameters()).device
+    answers = [""] * len(examples)
+    order = sorted(range(len(examples)), key=lambda index: examples[index].main.answer)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            prompts = [examples[index].main.ids[: examples[index].main.answer] for index in indices]
+            inputs = _pad_left(prompts, tokenizer.pad_token_id, device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                output = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=_end_ids(model, tokenizer),
+                )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[index] = text.strip()
+            if progress:
+                progress(start + len(indices))
+    return answers
+
+
+def summarize(scores: Sequence[RowScore]) -> Summary:
+    """Mean NLL over all tokens; the standard error treats rows as the independent unit (ratio estimator)."""
+    nll, tokens = sum(score.nll for score in scores), sum(score.tokens for score in scores)
+    mean = nll / tokens
+    residuals = [score.nll - mean * score.tokens for score in scores]
+    spread = stdev(residuals) if len(residuals) > 1 else math.nan
+    stderr = spread / (fmean(score.tokens for score in scores) * math.sqrt(len(scores)))
+    return Summary(mean, stderr, nll / sum(score.characters for score in scores), len(scores))
+
+
+def _batches(
+    examples: Sequence[Example], pad_token_id: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
+    """Rows of similar length together: (rows done after this batch, their indices, batch)."""
+    collate = DeepSupervisionCollator(pad_token_id)
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].main.ids))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([examples[index] for index in indices])
+        yield start + len(indices), indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    shape = (len(prompts), max(len(prompt) for prompt in prompts))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for index, prompt in enumerate(prompts):
+        input_ids[index, -len(prompt) :] = torch.from_numpy(prompt).long()
+        attention_mask[index, -len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end-of-text and whatever else the model's generation settings stop at."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*ids, tokenizer.eos_token_id})
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

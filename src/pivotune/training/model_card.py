@@ -1,0 +1,63 @@
+"""The model card of a run: `README.md`, with what was trained on what, how, and what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pivotune.config import RunConfig, dump_config
+
+_METHODS = {
+    "deep-supervision": "Deep supervision fine-tuning: the answer's cross-entropy in the target language, and losses at "
+    "two inner layers that use the parallel English text ([arXiv 2503.01275](https://arxiv.org/abs/2503.01275)).",
+    "tft": "Translated fine-tuning (TFT): the answer's cross-entropy in the target language.",
+    "sft": "Supervised fine-tuning (SFT) on the English side of the rows.",
+}
+
+
+def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
+    """Markdown with the Hub's metadata block."""
+    language = config.data.language or "the target language"
+    parts = [
+        _metadata(config),
+        f"# {config.model} fine-tuned for {language}\n\n{_METHODS[config.method]}",
+        _layers_text(layers),
+        _results_table(results),
+        "## How to use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("model")\ntokenizer = AutoTokenizer.from_pretrained("model")\n```',
+        f"## Configuration\n\n```yaml\n{dump_config(config)}```",
+        "Made with Pivotune. `metrics.jsonl` holds every logged step, `environment.json` the versions.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(config: RunConfig) -> str:
+    languages = [code for code in (config.data.language, "en") if code]
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "language": languages}
+    if not config.model.startswith("bundled:"):
+        metadata["base_model"] = config.model
+    metadata["tags"] = ["pivotune", config.method]
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
+
+
+def _layers_text(layers: Any) -> str:
+    if layers is None:
+        return ""
+    return (
+        f"## Layers\n\nConversion at layer {layers['conversion']}, thinking at layer {layers['thinking']} of "
+        f"{layers['num_layers']} ({layers['reason']})."
+    )
+
+
+def _results_table(results: dict[str, Any]) -> str:
+    rows = [
+        f"| {name} | {task['n']} | {task['base']['value']:.3f} | {task['value']:.3f} ± {task['stderr']:.3f} | "
+        f"{task['base']['nll_per_character']:.3f} | {task['nll_per_character']:.3f} |"
+        for name, task in results["tasks"].items()
+        if "base" in task
+    ]
+    if not rows:
+        return ""
+    head = "| held-out rows | n | NLL per token before | after | NLL per character before | after |\n|---|---|---|---|---|---|"
+    return "\n".join(["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows])

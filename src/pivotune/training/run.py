@@ -1,0 +1,241 @@
+"""One run from configuration to run folder: what `pivotune train` does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from pivotune.config import RunConfig, needed_by
+from pivotune.data.examples import EncodingReport, Example, Pair, split_validation
+from pivotune.data.sources import Rows, load_rows
+from pivotune.layers.analysis import LayerAnalysis, write_layers_json
+from pivotune.layers.measure import analyze_layers, num_sequences
+from pivotune.model.architecture import check_architecture
+from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
+from pivotune.training.callbacks import MetricsFile
+from pivotune.training.checkpoints import last_checkpoint, staged_folder
+from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.lora import build_lora_config
+from pivotune.training.model_card import model_card
+from pivotune.training.preparation import build_encoder, check_layers, heldout_examples, spread
+from pivotune.training.run_folder import claim_run_folder, write_items, write_json, write_run_config, write_text
+from pivotune.training.trainer import DeepSupervisionTrainer
+
+# A context that shows progress over a known number of items: `with progress("Analyzing", 128) as advance: advance(8)`.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass
+class PreparedRun:
+    """Everything that was checked before a weight was loaded."""
+
+    config: RunConfig
+    args: DeepSupervisionConfig
+    folder: Path
+    tokenizer: Any
+    train: list[Pair]
+    validation: list[Pair]
+    report: EncodingReport
+    skipped: dict[str, int]
+    dtype: torch.dtype
+
+
+@dataclass
+class RunResult:
+    """What a finished run left behind."""
+
+    folder: Path
+    layers: LayerAnalysis | None
+    results: dict[str, Any]
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> PreparedRun:
+    """Check the output folder, the model's files, the arguments and all rows; nothing slow, nothing written.
+
+    Raises:
+        UsageError: the first thing that is wrong, in one line.
+    """
+    source = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    check_model(config.model, **source)
+    model_config = read_config(config.model, **source)
+    check_architecture(model_config.model_type)
+    args = build_arguments(config)
+    if config.method == "deep-supervision":
+        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
+    tokenizer = load_tokenizer(config.model, **source)
+    encoder = build_encoder(args, tokenizer, model_config)
+    rows, validation_rows, skipped = _load_data(config)
+    train = encoder.encode(rows, on_bad_row=config.data.on_bad_row, source=config.data.train)
+    validation = encoder.encode(validation_rows, on_bad_row="skip")
+    folder = claim_run_folder(config, overwrite=overwrite, resume=resume)
+    dtype = getattr(model_config, "dtype", None) or torch.float32
+    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype)
+
+
+def execute_run(
+    prepared: PreparedRun,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
+) -> RunResult:
+    """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong."""
+    progress = progress or _silent
+    config, args, folder = prepared.config, prepared.args, prepared.folder
+    write_run_config(folder, config)
+    model = load_model(
+        config.model,
+        dtype=_dtype(config),
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+    if not args.use_cpu:
+        model.to(args.device) if config.quantize is None else None
+    layers = _measure(prepared, model, progress)
+    before = _score(prepared, model, progress, "Scoring the starting model")
+    trainer = DeepSupervisionTrainer(
+        model,
+        args,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation or None,
+        processing_class=prepared.tokenizer,
+        peft_config=None if config.lora is None else build_lora_config(config.lora, model),
+        layers=layers,
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
+    )
+    if trainer.layers is not None:
+        write_layers_json(folder / "layers.json", trainer.layers)
+    checkpoint = last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = _score(prepared, trainer.model, progress, "Scoring the trained model")
+    results = _write_results(prepared, before, after)
+    save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
+    result = RunResult(folder, trainer.layers, results, trainer.state.log_history)
+    write_text(folder / "README.md", model_card(config, result.layers, results))
+    return result
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write `model/`, a plain Hugging Face folder in the starting model's dtype; adapters also apart in `adapter/`.
+
+    Adapters are merged, so that `AutoModelForCausalLM` and vLLM load the folder; those on a quantized base are not
+    (merging would round them away) and `model/` then holds the adapters alone.
+    """
+    quantized = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
+    if hasattr(model, "peft_config") and not quantized:
+        with staged_folder(folder / "adapter") as staging:
+            model.save_pretrained(staging)
+        model = model.merge_and_unload()
+    with staged_folder(folder / "model") as staging:
+        if not quantized:
+            model.to(dtype)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+
+def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+    rows = _load(config, config.data.train, config.data.english, heldout=False)
+    validation = config.data.validation
+    if isinstance(validation, str):
+        heldout = _load(config, validation, config.data.validation_english, heldout=True)
+        return rows, heldout, rows.skipped
+    train, held = split_validation(rows, validation, config.seed)
+    return train, held, rows.skipped
+
+
+def _load(config: RunConfig, source: str, english: str | None, *, heldout: bool) -> Rows:
+    return load_rows(
+        source,
+        english=english,
+        need_target=config.method != "sft",
+        need_english=config.method == "sft" or (config.needs_english and not heldout),
+        on_bad_row=config.data.on_bad_row,
+        needed_by=needed_by(config.method, config.data.english_ratio),
+        limit=None if heldout else config.data.limit,
+    )
+
+
+def _dtype(config: RunConfig) -> Any:
+    """Full fine-tuning keeps float32 weights, since bfloat16 ones lose small updates; adapters leave the base as it is."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.lora is None else "auto"
+
+
+def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
+    if prepared.config.method != "deep-supervision":
+        return None
+    pairs = spread(prepared.train, prepared.args.profile_rows)
+    with progress("Measuring the layers", num_sequences(pairs)) as advance:
+        return analyze_layers(
+            model,
+            prepared.tokenizer,
+            pairs,
+            model_name=prepared.config.model,
+            language=prepared.config.data.language,
+            progress=advance,
+        )
+
+
+def _heldout(prepared: PreparedRun) -> dict[str, list[Example]]:
+    return heldout_examples(prepared.validation)
+
+
+def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> dict[str, list[RowScore]]:
+    scores = {}
+    for side, examples in _heldout(prepared).items():
+        with progress(f"{title} ({side})", len(examples)) as advance:
+            scores[side] = score_answers(
+                model,
+                examples,
+                pad_token_id=prepared.tokenizer.pad_token_id,
+                batch_size=prepared.args.per_device_eval_batch_size,
+                autocast=prepared.args.bf16,
+                progress=advance,
+            )
+    return scores
+
+
+def _write_results(
+    prepared: PreparedRun, before: dict[str, list[RowScore]], after: dict[str, list[RowScore]]
+) -> dict[str, Any]:
+    """`results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
+    tasks, items = {}, []
+    for side, scores in after.items():
+        name = f"heldout_{_language(prepared, side)}"
+        summary, start = summarize(scores), summarize(before[side])
+        tasks[name] = {
+            "metric": "nll",
+            "value": summary.nll,
+            "stderr": summary.stderr,
+            "n": summary.rows,
+            "higher_is_better": False,
+            "nll_per_character": summary.nll_per_character,
+            "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
+        }
+        items += [
+            {"task": name, "item": index, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
+            for index, (score, base) in enumerate(zip(scores, before[side], strict=True))
+        ]
+    results = {"model": prepared.config.model, "method": prepared.config.method, "tasks": tasks}
+    write_json(prepared.folder / "results.json", results)
+    write_items(prepared.folder / "results.items.jsonl.gz", items)
+    return results
+
+
+def _language(prepared: PreparedRun, side: str) -> str:
+    return "en" if side == "english" else prepared.config.data.language or "target"
+
+
+def _silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)

@@ -1,0 +1,145 @@
+"""What lies in a run folder, who may write there, and the files that describe a run."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pivotune.config import RunConfig, dump_config, parse_config
+from pivotune.errors import UsageError
+
+_OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
+              "README.md", "environment.json", "training.png")  # fmt: skip
+_OWN_FOLDERS = ("model", "adapter", ".saving")
+_LIBRARIES = ("pivotune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Check that this run may write into its folder; writes nothing yet, except that `overwrite` empties an old run.
+
+    Raises:
+        UsageError: the folder holds another run, or files that are none of ours, or a run of another configuration is
+            to be resumed.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir: {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        if resume:
+            raise UsageError(f"output_dir: there is no run in {folder} to resume")
+        return folder
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
+    if resume:
+        _check_same_run(folder, config)
+    elif overwrite:
+        _remove_run(folder)
+    else:
+        raise UsageError(f"output_dir: {folder} already holds a run; add --resume to go on with it or --overwrite")
+    return folder
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration a run was started with."""
+    path = folder / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    return parse_config(settings or {}, where=str(path))
+
+
+def write_run_config(folder: Path, config: RunConfig) -> None:
+    """`config.yaml` (resolved, all defaults written out) and `environment.json`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", dump_config(config))
+        write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for whoever wants to repeat the run."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "devices": devices,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, gzipped."""
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> None:
+    """Everything but `training:` must be as it was: a longer run is the same run, other data or layers are not."""
+    before, now = _flat(read_run_config(folder).model_dump()), _flat(config.model_dump())
+    for key in sorted(before.keys() | now.keys()):
+        if not key.startswith(("training", "output_dir")) and before.get(key) != now.get(key):
+            raise UsageError(
+                f"--resume: {key} is {now.get(key)!r} here and was {before.get(key)!r} in {folder}; resume with the same "
+                "settings or choose another output_dir"
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run writes and nothing else."""
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in [*(folder / name for name in _OWN_FOLDERS), *folder.glob("checkpoint-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
