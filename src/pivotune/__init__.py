@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pivotune.layers.measure import analyze_layers
-    from pivotune.model.loading import load_model, load_tokenizer
-    from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
-    from pivotune.training.arguments import DeepSupervisionConfig
-    from pivotune.training.trainer import DeepSupervisionTrainer
+    from pivotune.errors import UsageError as UsageError
+    from pivotune.layers.measure import analyze_layers as analyze_layers
+    from pivotune.model.loading import load_model as load_model
+    from pivotune.model.loading import load_tokenizer as load_tokenizer
+    from pivotune.objectives.deep_supervision import Signal as Signal
+    from pivotune.objectives.deep_supervision import Supervision as Supervision
+    from pivotune.objectives.deep_supervision import deep_supervision_terms as deep_supervision_terms
+    from pivotune.objectives.deep_supervision import term_counts as term_counts
+    from pivotune.training.arguments import DeepSupervisionConfig as DeepSupervisionConfig
+    from pivotune.training.trainer import DeepSupervisionTrainer as DeepSupervisionTrainer
 
 __version__ = "0.1.0"
 

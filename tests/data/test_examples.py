@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pivotune.data.examples import (
     Encoder,
-    Example,
     Limits,
     Pair,
     Side,
@@ -41,13 +40,17 @@ TEXTS = {
     "combining marks": ("e\u0301 va\u0300 o\u031b\u0301 q\u0323", "a\u0302\u0301"),
     "words of the template": ("user assistant", "### Response:"),
 }
-PAIRS = [Row(*texts, "What is it?", "It is this.", id=name, number=n) for n, (name, texts) in enumerate(TEXTS.items(), 1)]
+PAIRS = [
+    Row(*texts, "What is it?", "It is this.", id=name, number=n) for n, (name, texts) in enumerate(TEXTS.items(), 1)
+]
 
 
 def build_byte_tokenizer(**changes) -> PreTrainedTokenizerFast:
     """One token for each byte, so that counts follow from the text; only `:(` is one token together."""
     special = ["<|pad|>", "<|end|>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), ":("])}
+    vocabulary = {
+        token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), ":("])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "(")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -299,6 +302,17 @@ def test_characters_of_a_cut_answer(byte_encoder, letter):
         assert side.characters == -(-kept // width)
 
 
+def test_characters_of_a_cut_answer_leave_special_tokens_out():
+    """A chat template may open the answer with one."""
+    template = (
+        "{{ messages[0]['content'] }}A{% if messages | length > 1 %}<|pad|>{{ messages[1]['content'] }}{% endif %}"
+    )
+    encoder = encoder_for(build_byte_tokenizer(chat_template=template), "chat", Limits(completion=4))
+    side = encoder.encode([Row("q", "abcdef", "", "")])[0].target
+    assert decode(encoder.tokenizer, side.ids[side.answer :]) == "<|pad|>abc"
+    assert side.characters == 3
+
+
 def test_context_limit_cuts_answers(byte_encoder):
     encoder = byte_encoder(Limits(prompt=50, completion=100, context=60))
     # The longer prompt, the target's, takes 42 of 60 and leaves 18 for either answer: 18 of 36 is a half.
@@ -431,7 +445,9 @@ def pairs(tokenizer) -> list[Pair]:
 def test_sft_trains_on_the_english_side(pairs):
     for ratio in (0.0, 0.5):
         examples = training_examples(pairs, method="sft", english_ratio=ratio)
-        assert all(e.main is p.english and e.parallel is None and e.english for e, p in zip(examples, pairs, strict=True))
+        assert all(
+            e.main is p.english and e.parallel is None and e.english for e, p in zip(examples, pairs, strict=True)
+        )
 
 
 @pytest.mark.parametrize("method", ["tft", "deep-supervision"])
@@ -442,7 +458,9 @@ def test_replay_rows_are_english_and_the_others_the_methods(pairs, method, ratio
     assert len(examples) == len(pairs)
     for index, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
         if index in replay:
-            assert example == Example(main=pair.english, parallel=None, english=True)
+            assert example.main is pair.english
+            assert example.parallel is None
+            assert example.english
         else:
             assert example.main is pair.target
             assert example.parallel is (pair.english if method == "deep-supervision" else None)

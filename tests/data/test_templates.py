@@ -76,6 +76,17 @@ def test_chat_text_is_what_the_tokenizer_writes_whatever_the_user_says(template,
     assert rendered.query == (text.strip() if template == TRIMMING else text)
 
 
+@pytest.mark.parametrize("text", ["a", "user", "assistant", "LONG", "a much longer text"])
+def test_chat_template_that_changes_with_the_text(text):
+    """The query is found again where the words around it are not the usual ones."""
+    head = "{% if messages[0]['content'] | length < 7 %}SHORT user{% endif %}[user]"
+    template = head + "{{ messages[0]['content'] }}[assistant]{{ messages[1]['content'] if messages | length > 1 }}"
+    tokenizer = build_tiny_tokenizer(chat_template=template)
+    rendered = load_template("chat", tokenizer).render(Turn(text, "b"))
+    prefix = "SHORT user[user]" if len(text) < 7 else "[user]"
+    assert rendered == Rendered(prefix, text, "[assistant]", "b<|end|>")
+
+
 def test_turns_that_end_with_another_special_token_get_no_end_of_text():
     """Also one that is special only as an added token, as Gemma 3's end of turn is."""
     for extra in (["<|system|>"], None):
@@ -103,10 +114,17 @@ def test_history_and_system_turns_belong_to_the_prefix(tokenizer):
         {"role": "assistant", "content": "b"},
     )
     template = load_template("chat", tokenizer)
-    for _ in range(2):  # the second time from what was remembered
+    assert template.render(Turn("a", "b")).prefix == "<|user|>\n"
+    for _ in range(2):  # what was remembered of the other rows must not matter
         rendered = template.render(Turn("a", "b", history=history))
-        assert rendered.prefix == "<|system|>\nBe short.<|end|>\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\n"
+        assert (
+            rendered.prefix == "<|system|>\nBe short.<|end|>\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\n"
+        )
         assert (rendered.query, rendered.completion) == ("a", "b<|end|>")
+        # Begins as a row without earlier turns does.
+        rendered = template.render(Turn("a", "b", history=history[1:]))
+        assert rendered.prefix == "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\n"
+        assert rendered.query == "a"
         assert template.render(Turn("a", "b")).prefix == "<|user|>\n"
 
 

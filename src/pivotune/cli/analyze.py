@@ -13,6 +13,8 @@ from pivotune.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pivotune.data.examples import Pair
+
 
 def analyze(
     model: Annotated[str, typer.Option(help="Hub name, folder, run folder or bundled model.")],
@@ -20,6 +22,7 @@ def analyze(
     english: Annotated[str | None, typer.Option(help="Aligned English file beside the data.")] = None,
     language: Annotated[str | None, typer.Option("--lang", help="Code of the target language.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to measure, spread over the data.")] = 64,
+    tokens_per_row: Annotated[int, typer.Option(min=0, help="Tokens counted in each text; 0 counts all.")] = 32,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of each prompt and each answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -33,7 +36,8 @@ def analyze(
         if path.exists() and not overwrite:
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
     quiet_libraries()
-    analysis = _measure(model, data, english, language, rows, template, max_tokens, batch_size)
+    pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
+    analysis = _measure(model, pairs, tokenizer, language, batch_size, tokens_per_row or None)
     from pivotune.layers.analysis import write_layers_json
     from pivotune.reporting.plots import plot_entropy
 
@@ -46,35 +50,46 @@ def analyze(
         console(as_json).print(f"saved {out} and {picture}")
 
 
-def _measure(
-    model: str,
-    data: str,
-    english: str | None,
-    language: str | None,
-    rows: int,
-    template: str | None,
-    max_tokens: int,
-    batch_size: int,
-) -> Any:
+def _encode(
+    model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int
+) -> tuple[list[Pair], Any]:
+    """Everything that can be wrong is found here, before a weight is loaded."""
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
-    from pivotune.layers.measure import analyze_layers, num_sequences
+    from pivotune.layers.selection import check_depth
     from pivotune.model.architecture import check_architecture
-    from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+    from pivotune.model.loading import check_model, load_tokenizer, read_config
     from pivotune.training.preparation import context_length, spread
 
     check_model(model)
     config = read_config(model)
     check_architecture(config.model_type)
+    check_depth(config.get_text_config().num_hidden_layers)
     chosen = spread(load_rows(data, english=english, need_english=english is not None), rows)
     tokenizer = load_tokenizer(model)
     limits = Limits(max_tokens, max_tokens, context_length(config))
-    pairs = Encoder(tokenizer, load_template(template, tokenizer), limits).encode(chosen, source=data)
+    return Encoder(tokenizer, load_template(template, tokenizer), limits).encode(chosen, source=data), tokenizer
+
+
+def _measure(
+    model: str, pairs: list[Pair], tokenizer: Any, language: str | None, batch_size: int, tokens_per_row: int | None
+) -> Any:
+    from pivotune.layers.measure import analyze_layers, num_sequences
+    from pivotune.model.loading import load_model
+
+    loaded = load_model(model)
     with progress("Measuring the layers", num_sequences(pairs)) as advance:
         return analyze_layers(
-            load_model(model), tokenizer, pairs, model_name=model, language=language, batch_size=batch_size, progress=advance
-        )  # fmt: skip
+            loaded,
+            tokenizer,
+            pairs,
+            model_name=model,
+            language=language,
+            batch_size=batch_size,
+            tokens_per_row=tokens_per_row,
+            progress=advance,
+        )
 
 
 def print_layers(out: Console, analysis: Any) -> None:
@@ -93,4 +108,6 @@ def print_layers(out: Console, analysis: Any) -> None:
         cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
         table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)
     out.print(table)
-    out.print(f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}: {analysis['reason']}")
+    out.print(
+        f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}: {analysis['reason']}"
+    )

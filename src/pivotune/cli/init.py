@@ -53,7 +53,9 @@ seed: 0
 
 def init(
     method: Annotated[str, typer.Option(help="deep-supervision, tft or sft.")] = "deep-supervision",
-    model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Annotated[
+        str, typer.Option(help="Hub name, folder or bundled model.")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
     language: Annotated[str, typer.Option(help="Code of the target language.")] = "vi",
 ) -> None:
@@ -71,6 +73,12 @@ def render(method: str, *, model: str, data: str, language: str) -> str:
         return yaml.safe_dump(value, allow_unicode=True).removesuffix("...\n").strip()
 
     ratio = 0 if method == "sft" else 0.25
-    words = {"model": scalar(model), "method": method, "data": scalar(data), "language": scalar(language), "ratio": ratio}
+    words = {
+        "model": scalar(model),
+        "method": method,
+        "data": scalar(data),
+        "language": scalar(language),
+        "ratio": ratio,
+    }
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
     return _HEAD.format(**words) + (_SUPERVISION if method == "deep-supervision" else "") + tail

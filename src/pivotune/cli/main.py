@@ -68,15 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """One line on stderr for any error."""
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.Abort):
+    # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
+    if hasattr(error, "exit_code"):
+        if hasattr(error, "show"):
+            error.show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
         return EXIT_INTERRUPTED
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
     text = " ".join(str(error).split())
     if isinstance(error, UsageError):
         print(f"pivotune: error: {text}", file=sys.stderr)

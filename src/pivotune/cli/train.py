@@ -82,7 +82,9 @@ def describe_result(out: Console, result: RunResult) -> None:
 
     if result.layers:
         chosen = result.layers
-        out.print(f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}")
+        out.print(
+            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}"
+        )
     if result.results["tasks"]:
         table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
         for name, task in result.results["tasks"].items():

@@ -26,9 +26,7 @@ class TrainingProgress(TrainerCallback):
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, note="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar:
             self._bar.update(self._task, completed=state.global_step)
 

@@ -99,7 +99,10 @@ class ChatTemplate:
         prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
         prefix, suffix = self._frame(tuple(turn.history))
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            prefix, suffix = _around(prompt, turn.user_text.strip(), "data.template: chat")
+            # A date, say, or a frame that depends on the text. Generation prompts hold words that a user may say too.
+            kept = suffix if prompt.endswith(suffix) else ""
+            prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
+            suffix = after + kept
         query = prompt[len(prefix) : len(prompt) - len(suffix)]
         return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
 
@@ -175,7 +178,9 @@ class JinjaTemplate:
                 found = "no" if marker not in probe else f"{probe.count(marker)}"
                 raise UsageError(f"template {path}: {found} {{{{ {variable} }}}} slot; exactly one is needed")
         if probe.index(_ANSWER) < probe.index(_QUERY):
-            raise UsageError(f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last")
+            raise UsageError(
+                f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last"
+            )
         self.adds_special_tokens = bool(tokenizer.bos_token) and probe.startswith(tokenizer.bos_token)
 
     def render(self, turn: Turn) -> Rendered:

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pivotune.errors import UsageError
 from pivotune.layers.selection import Fall, Method, Selection
@@ -34,7 +34,7 @@ class LayerAnalysis(TypedDict):
     """Content of `layers.json`.
 
     `target` and `english` are the profiles on the two languages (`english` is null if only the target language was
-    measured); `english_tokens` says how English-looking tokens were told, or why not.
+    measured); `english_tokens` says how English-looking tokens were told, or why they could not be.
     """
 
     version: int
@@ -48,7 +48,7 @@ class LayerAnalysis(TypedDict):
     falls: list[dict[str, Any]]
     target: ProfileRecord
     english: ProfileRecord | None
-    english_tokens: NotRequired[str]
+    english_tokens: str | None
 
 
 def analysis_to_json(
@@ -67,7 +67,7 @@ def analysis_to_json(
         language: code of the target language.
         english_tokens: the sentence that `english_looking_tokens` gave.
     """
-    analysis: dict[str, Any] = {
+    analysis = {
         "version": VERSION,
         "model": model,
         "language": language,
@@ -75,9 +75,8 @@ def analysis_to_json(
         **selection.to_dict(),
         "target": target_profile.to_dict(),
         "english": english_profile and english_profile.to_dict(),
+        "english_tokens": english_tokens,
     }
-    if english_tokens is not None:
-        analysis["english_tokens"] = english_tokens
     return _finite(analysis)
 
 
@@ -128,9 +127,7 @@ def _check(path: str | os.PathLike[str], analysis: Any) -> None:
     if not isinstance(analysis, dict) or "version" not in analysis:
         raise UsageError(f"{path}: not a layer analysis; `pivotune analyze` writes one")
     if analysis["version"] != VERSION:
-        raise UsageError(
-            f"{path}: version {analysis['version']!r} is not known; this Pivotune reads version {VERSION}"
-        )
+        raise UsageError(f"{path}: version {analysis['version']!r} is not known; this Pivotune reads version {VERSION}")
     missing = sorted(LayerAnalysis.__required_keys__ - analysis.keys())
     if missing:
         raise UsageError(f"{path}: not a complete layer analysis; missing: {', '.join(missing)}")

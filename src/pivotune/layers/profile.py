@@ -59,6 +59,7 @@ def profile_layers(
     *,
     english_tokens: Tensor | None = None,
     chunk_tokens: int = 256,
+    tokens_per_sequence: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LayerProfile:
     """Profile every layer of a causal LM on text (paper, section "Critical layers"; lens in `pivotune.model.lens`).
@@ -74,6 +75,8 @@ def profile_layers(
             that count. Padded positions never count.
         english_tokens: boolean vector over the vocabulary (see `english_looking_tokens`). A shorter one is padded
             with False: models often have more output rows than the tokenizer has tokens.
+        tokens_per_sequence: measure at most this many counted tokens of each sequence, evenly spread. The lens costs
+            L + 1 output projections for each token, while the standard error depends mostly on the number of sequences.
         progress: called after each batch with the number of sequences done so far.
 
     Raises:
@@ -86,7 +89,8 @@ def profile_layers(
     # usable in the training that follows.
     with _evaluation_mode(model), torch.no_grad():
         for batch in batches:
-            totals.add(*_batch_sums(model, architecture, batch, english, chunk_tokens))
+            token_mask = _counted_tokens(batch, tokens_per_sequence)
+            totals.add(*_batch_sums(model, architecture, batch, token_mask, english, chunk_tokens))
             if progress is not None:
                 progress(totals.sequences)
     return totals.profile(with_english=english is not None)
@@ -170,16 +174,26 @@ def _standard_error(sums: Tensor, counts: Tensor, means: Tensor) -> list[float] 
     return (variance.sqrt() / counts.sum()).tolist()
 
 
+def _counted_tokens(batch: Mapping[str, Tensor], tokens_per_sequence: int | None) -> Tensor:
+    """(B, T) boolean: the positions to measure."""
+    token_mask = batch["token_mask"].bool() & batch["attention_mask"].bool()
+    if tokens_per_sequence is None:
+        return token_mask
+    # The n-th of c tokens is taken where n * limit / c passes a whole number: all if c <= limit, else exactly limit.
+    nth = token_mask.cumsum(1)
+    count = token_mask.sum(1, keepdim=True).clamp(min=1)
+    return token_mask & (nth * tokens_per_sequence // count > (nth - 1) * tokens_per_sequence // count)
+
+
 def _batch_sums(
     model: nn.Module,
     architecture: Architecture,
     batch: Mapping[str, Tensor],
+    token_mask: Tensor,
     english: Tensor | None,
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Sums of the three statistics (B, L + 1, 3) and counted tokens (B), float64 on the CPU."""
-    attention_mask = batch["attention_mask"].bool()
-    token_mask = batch["token_mask"].bool() & attention_mask
     states = _counted_states(model, architecture, batch, token_mask)
     sequence_of = token_mask.nonzero()[:, 0].cpu()
     sums = torch.zeros(len(token_mask), len(states), 3, dtype=torch.float64)

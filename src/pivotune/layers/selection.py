@@ -100,9 +100,7 @@ def select_layers(entropy: Sequence[float]) -> Selection:
     check_depth(num_layers)
     broken = [layer for layer, value in enumerate(entropy) if not math.isfinite(value)]
     if broken:
-        return _fall_back(
-            num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number"
-        )
+        return _fall_back(num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number")
     curve = _without_spikes(entropy)
     falls = find_falls(curve)
     objection = _objection(curve, falls)
@@ -187,9 +185,7 @@ def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
             )
     rise = _total_rise(curve[first.start :])
     if rise > LARGEST_RISE * (first.drop + second.drop):
-        return (
-            f"beside two falls ({_describe(first)}; {_describe(second)}) the entropy rises by {rise:.2f} nats in all"
-        )
+        return f"beside two falls ({_describe(first)}; {_describe(second)}) the entropy rises by {rise:.2f} nats in all"
     return None
 
 

@@ -9,9 +9,10 @@ Every pass goes through the root module's own `forward` (so that wrappers such a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +70,7 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
         if batch[f"english_{side}_mask"].any()
     }
     wants_english = bool(request.english_layers) and bool(batch["english_attention_mask"].any())
-    return Passes(
-        main=main, branches=branches, english=_english_pass(model, batch, request) if wants_english else None
-    )
+    return Passes(main=main, branches=branches, english=_english_pass(model, batch, request) if wants_english else None)
 
 
 def _run(
@@ -128,7 +127,10 @@ def _english_pass(model: nn.Module, batch: Batch, request: PassRequest) -> Taps:
     runner = model if request.reference is None else request.reference
     architecture = find_architecture(runner)
     gradient = request.english_gradient and request.reference is None
-    with nullcontext() if gradient else torch.no_grad(), truncated(architecture, max(request.english_layers)):
+    with (
+        nullcontext() if gradient else _without_gradient(architecture),
+        truncated(architecture, max(request.english_layers)),
+    ):
         return _run(
             runner,
             architecture,
@@ -137,3 +139,17 @@ def _english_pass(model: nn.Module, batch: Batch, request: PassRequest) -> Taps:
             batch["english_attention_mask"].masked_fill(~batch["english_attention_mask"].any(dim=1, keepdim=True), 1),
             request.english_layers,
         )
+
+
+@contextmanager
+def _without_gradient(architecture: Architecture) -> Iterator[None]:
+    """No gradient, hence nothing to recompute: reentrant checkpoints would warn of inputs without one."""
+    checkpointed: list[Any] = [b for b in architecture.blocks if getattr(b, "gradient_checkpointing", False)]
+    for block in checkpointed:
+        block.gradient_checkpointing = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for block in checkpointed:
+            block.gradient_checkpointing = True

@@ -31,9 +31,7 @@ def autoregressive_loss(architecture: Architecture, branch: BranchStates, *, nor
     return _inner_cross_entropy(architecture, branch.hidden_states, branch.labels, norm)
 
 
-def positional_loss(
-    architecture: Architecture, hidden_states: Tensor, batch: Batch, side: str, *, norm: Norm
-) -> Term:
+def positional_loss(architecture: Architecture, hidden_states: Tensor, batch: Batch, side: str, *, norm: Norm) -> Term:
     """English tokens as labels on the target's own positions, cut to the shorter side.
 
     For `query` the state at the t-th query token is asked for the t-th English query token; for `answer` the state that

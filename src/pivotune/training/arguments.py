@@ -51,9 +51,7 @@ class DeepSupervisionConfig(TrainingArguments):
     thinking_weight: float = field(default=0.3, metadata={"help": "weight of L_ET"})
     supervision_schedule: str = field(default="linear", metadata={"help": "constant, linear or cosine down to 0"})
     logits_mode: str = field(default="autoregressive", metadata={"help": "autoregressive or positional"})
-    logits_norm: str = field(
-        default="final", metadata={"help": "norm before the head at inner layers: final or none"}
-    )
+    logits_norm: str = field(default="final", metadata={"help": "norm before the head at inner layers: final or none"})
     feature_pooling: str = field(default="mean", metadata={"help": "mean or last"})
     feature_span: str = field(default="query", metadata={"help": "query or query+answer"})
     feature_english: str = field(default="detached", metadata={"help": "detached, joint or frozen"})

@@ -34,7 +34,11 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
 
 def _metadata(config: RunConfig) -> str:
     languages = [code for code in (config.data.language, "en") if code]
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "language": languages}
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "language": languages,
+    }
     if not config.model.startswith("bundled:"):
         metadata["base_model"] = config.model
     metadata["tags"] = ["pivotune", config.method]
@@ -60,4 +64,6 @@ def _results_table(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = "| held-out rows | n | NLL per token before | after | NLL per character before | after |\n|---|---|---|---|---|---|"
-    return "\n".join(["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows])
+    return "\n".join(
+        ["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows]
+    )

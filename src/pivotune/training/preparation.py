@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from pivotune.layers.selection import check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision
 from pivotune.training.arguments import DeepSupervisionConfig
+
+_Item = TypeVar("_Item")
 
 
 def build_encoder(args: DeepSupervisionConfig, tokenizer: Any, model_config: Any) -> Encoder:
@@ -125,10 +127,10 @@ def choose_supervision(
     return _supervision(settings, signals), layers
 
 
-def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """`count` pairs at even distances: files are often sorted by topic."""
-    step = max(len(pairs) / count, 1.0)
-    return [pairs[int(index * step)] for index in range(min(count, len(pairs)))]
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """`count` items at even distances: files are often sorted by topic."""
+    step = max(len(items) / count, 1.0)
+    return [items[int(index * step)] for index in range(min(count, len(items)))]
 
 
 def check_layers(settings: SupervisionConfig, num_layers: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
-from pivotune.data.examples import EncodingReport, Example, Pair, split_validation
+from pivotune.data.examples import EncodingReport, Pair, split_validation
 from pivotune.data.sources import Rows, load_rows
 from pivotune.layers.analysis import LayerAnalysis, write_layers_json
 from pivotune.layers.measure import analyze_layers, num_sequences
@@ -31,6 +30,10 @@ from pivotune.training.trainer import DeepSupervisionTrainer
 
 # A context that shows progress over a known number of items: `with progress("Analyzing", 128) as advance: advance(8)`.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+# Held-out scores by side: `target` and `english`.
+Scores = dict[str, list[RowScore]]
 
 
 @dataclass
@@ -55,6 +58,8 @@ class RunResult:
     folder: Path
     layers: LayerAnalysis | None
     results: dict[str, Any]
+    model: Any
+    before: Scores
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -87,8 +92,13 @@ def execute_run(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    before: Scores | None = None,
 ) -> RunResult:
-    """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong."""
+    """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong.
+
+    Args:
+        before: the starting model's held-out scores, where another run from the same start has measured them.
+    """
     progress = progress or _silent
     config, args, folder = prepared.config, prepared.args, prepared.folder
     write_run_config(folder, config)
@@ -99,10 +109,13 @@ def execute_run(
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
     )
-    if not args.use_cpu:
-        model.to(args.device) if config.quantize is None else None
+    if hasattr(model, "peft_config"):
+        # Training goes on from an adapted model as from any other: the adapters become part of it.
+        model = cast(Any, model).merge_and_unload()
+    if config.quantize is None:
+        model.to(args.device)
     layers = _measure(prepared, model, progress)
-    before = _score(prepared, model, progress, "Scoring the starting model")
+    before = before or _score(prepared, model, progress, "Scoring the starting model")
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -119,17 +132,17 @@ def execute_run(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = _score(prepared, trainer.model, progress, "Scoring the trained model")
     results = _write_results(prepared, before, after)
-    save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
-    result = RunResult(folder, trainer.layers, results, trainer.state.log_history)
+    result = RunResult(folder, trainer.layers, results, trainer.model, before, trainer.state.log_history)
     write_text(folder / "README.md", model_card(config, result.layers, results))
+    result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
     return result
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> Any:
     """Write `model/`, a plain Hugging Face folder in the starting model's dtype; adapters also apart in `adapter/`.
 
     Adapters are merged, so that `AutoModelForCausalLM` and vLLM load the folder; those on a quantized base are not
-    (merging would round them away) and `model/` then holds the adapters alone.
+    (merging would round them away) and `model/` then holds the adapters alone. Returns the model as it was saved.
     """
     quantized = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
     if hasattr(model, "peft_config") and not quantized:
@@ -141,6 +154,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) 
             model.to(dtype)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+    return model
 
 
 def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
@@ -187,13 +201,9 @@ def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) 
         )
 
 
-def _heldout(prepared: PreparedRun) -> dict[str, list[Example]]:
-    return heldout_examples(prepared.validation)
-
-
-def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> dict[str, list[RowScore]]:
+def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> Scores:
     scores = {}
-    for side, examples in _heldout(prepared).items():
+    for side, examples in heldout_examples(prepared.validation).items():
         with progress(f"{title} ({side})", len(examples)) as advance:
             scores[side] = score_answers(
                 model,
@@ -206,9 +216,7 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
     return scores
 
 
-def _write_results(
-    prepared: PreparedRun, before: dict[str, list[RowScore]], after: dict[str, list[RowScore]]
-) -> dict[str, Any]:
+def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
     """`results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
     tasks, items = {}, []
     for side, scores in after.items():

@@ -22,7 +22,17 @@ from pivotune.errors import UsageError
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
               "README.md", "environment.json", "training.png")  # fmt: skip
 _OWN_FOLDERS = ("model", "adapter", ".saving")
-_LIBRARIES = ("pivotune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "numpy")
+_LIBRARIES = (
+    "pivotune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:

@@ -188,9 +188,7 @@ class DeepSupervisionTrainer(Trainer):
             if self.supervision.active():
                 # The log line of step n reports the factor that step n used.
                 step = max(self.state.global_step - 1, 0)
-                logs["supervision_factor"] = schedule_factor(
-                    self.args.supervision_schedule, step, self.state.max_steps
-                )
+                logs["supervision_factor"] = schedule_factor(self.args.supervision_schedule, step, self.state.max_steps)
             elapsed = max(time.perf_counter() - self._logged_at, 1e-9)
             logs.update({f"{side}_tokens_per_second": int(n) / elapsed for side, n in self._tokens.items()})
             self._window, self._tokens = {}, {}

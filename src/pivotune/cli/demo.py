@@ -1,0 +1,118 @@
+"""`pivotune demo`: the main job on a small real model and real facts, on a laptop CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pivotune.cli.common import console, print_json, progress, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NAMES = {"base": "starting model", "tft": "TFT", "deep-supervision": "deep supervision"}
+
+
+def demo(
+    language: Annotated[
+        str, typer.Option("--lang", help="Target language: ar, de, es, fr, id, ja, pt, sw, vi, zh.")
+    ] = "vi",
+    out: Annotated[Path, typer.Option(help="Folder for data, runs, results and pictures.")] = Path("demo-run"),
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 768,
+    signal: Annotated[str, typer.Option(help="logits or feature.")] = "logits",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
+) -> None:
+    """Train TFT and deep supervision from the same start on the same facts and compare them, in under ten minutes."""
+    from pivotune.errors import UsageError
+
+    if signal not in ("logits", "feature"):
+        raise UsageError(f"--signal: {signal!r} is not allowed; allowed: logits, feature")
+    if out.exists() and any(out.iterdir()) and not ((out / "results.json").exists() or (out / "tft").exists()):
+        raise UsageError(f"--out: {out} is not empty and holds no demo; choose another folder")
+    quiet_libraries()
+    from pivotune.cli.train import describe_run
+    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.training.demo import DemoSettings, run_demo
+
+    screen = console(as_json)
+    results = run_demo(
+        out,
+        DemoSettings(language=language, rows=rows, signal=signal, seed=seed),
+        overwrite=overwrite,
+        progress=progress,
+        callback=TrainingProgress,
+        on_prepared=lambda prepared: describe_run(screen, prepared),
+    )
+    pictures = _draw(out, results)
+    if as_json:
+        print_json(results)
+    else:
+        _show(screen, results)
+        screen.print(f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}")
+        screen.print(f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}")
+
+
+def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
+    from pivotune.reporting.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
+
+    language, models = results["settings"]["language"], results["models"]
+    pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
+    plot_entropy(results["layers"], pictures[0])
+    profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
+    plot_entropy_comparison(profiles, pictures[1])
+    bars = {
+        _NAMES[name]: {language: measured["target"]["nll"], "en": measured["english"]["nll"]}
+        for name, measured in models.items()
+    }
+    plot_metric_bars(bars, pictures[2])
+    plot_training(_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
+    return pictures
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    from pivotune.training.callbacks import read_metrics
+
+    return read_metrics(path)
+
+
+def _show(screen: Console, results: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    language, layers = results["settings"]["language"], results["layers"]
+    screen.print(
+        f"\n[bold]layers[/]   conversion {layers['conversion']}, thinking {layers['thinking']} of "
+        f"{layers['num_layers']}: {layers['reason']}"
+    )
+    columns = [f"answer NLL {language}", "answer NLL en", f"exact match {language}", "exact match en"]
+    table = Table("held-out facts", *columns, title=_caption(results))
+    for name, measured in results["models"].items():
+        target, english = measured["target"], measured["english"]
+        nll = [f"{side['nll']:.3f} ± {side['stderr']:.3f}" for side in (target, english)]
+        matches = [f"{side['exact_match']:.0%}" for side in (target, english)]
+        table.add_row(_NAMES[name], *nll, *matches)
+    screen.print(table)
+    _show_answers(screen, results)
+
+
+def _caption(results: dict[str, Any]) -> str:
+    base = results["models"]["base"]["target"]
+    return f"{base['rows']} held-out rows scored (nats per token, ± standard error), {base['answered']} answered"
+
+
+def _show_answers(screen: Console, results: dict[str, Any]) -> None:
+    """A few held-out questions with what each model says."""
+    from rich.table import Table
+    from rich.text import Text
+
+    models = results["models"]
+    table = Table("question", "right answer", *(_NAMES[name] for name in models), show_lines=True)
+    answers = [models[name]["target"]["answers"] for name in models]
+    for index in range(0, len(answers[0]), max(len(answers[0]) // 5, 1)):
+        first = answers[0][index]
+        cells = [first["question"], first["gold"], *(group[index]["answer"] for group in answers)]
+        table.add_row(*(Text(cell) for cell in cells))
+    screen.print(table)

@@ -1,0 +1,172 @@
+"""The demo: TFT and deep supervision from the same start on the same real facts, measured in both languages."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from pivotune.config import RunConfig, parse_config
+from pivotune.data.demo import build_demo_rows, write_demo_rows
+from pivotune.data.examples import Example, Pair
+from pivotune.layers.measure import analyze_layers
+from pivotune.model.loading import load_model
+from pivotune.training.heldout import greedy_answers, summarize
+from pivotune.training.preparation import heldout_examples, spread
+from pivotune.training.run import PreparedRun, Progress, RunResult, execute_run, prepare_run
+from pivotune.training.run_folder import write_json
+
+MODEL = "bundled:smollm2-135m-instruct"
+METHODS = ("tft", "deep-supervision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Sizes that fit ten minutes on two CPU cores.
+
+    Attributes:
+        rows: training rows, one epoch.
+        heldout: held-out rows whose gold answers are scored.
+        answered: held-out rows that are answered greedily for exact match.
+        profiled: rows on which the layers are measured.
+    """
+
+    language: str = "vi"
+    rows: int = 768
+    heldout: int = 96
+    answered: int = 48
+    profiled: int = 24
+    seed: int = 0
+    signal: str = "logits"
+
+
+def run_demo(
+    folder: Path,
+    settings: DemoSettings,
+    *,
+    overwrite: bool = False,
+    progress: Progress,
+    callback: Callable[[str], TrainerCallback],
+    on_prepared: Callable[[PreparedRun], None],
+) -> dict[str, Any]:
+    """Build the data, train both methods, measure all three models; write everything under `folder`.
+
+    Args:
+        callback: makes the progress callback of a training run from its title.
+        on_prepared: called once with the first prepared run, to show what will be trained.
+
+    Returns:
+        The content of `results.json`: for `base` and each method the held-out NLL, exact match and greedy answers in both
+        languages, and the entropy profile on held-out rows; and the layer analysis of the starting model.
+    """
+    data = build_demo_rows(settings.language, rows=settings.rows, seed=settings.seed)
+    prepared = {}
+    for method in METHODS:
+        config = demo_config(folder, settings, method)
+        if method == METHODS[0]:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_demo_rows(data, folder)
+        prepared[method] = prepare_run(config, overwrite=overwrite)
+        prepared[method].validation = spread(prepared[method].validation, settings.heldout)
+    on_prepared(prepared[METHODS[0]])
+    results: dict[str, Any] = {"settings": asdict(settings), "cldr_version": data.cldr_version, "models": {}}
+    before = None
+    for method in METHODS:
+        run = execute_run(
+            prepared[method], callbacks=[callback(f"Training {method}")], progress=progress, before=before
+        )
+        if before is None:
+            base = load_model(MODEL, dtype="float32")
+            results["models"]["base"] = _measure(base, "base", run, prepared[method], settings, progress)
+            del base
+        before = run.before
+        results["models"][method] = _measure(run.model, method, run, prepared[method], settings, progress)
+        results["layers"] = run.layers
+        run.model = None
+    write_json(folder / "results.json", results)
+    return results
+
+
+def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
+    """The run configuration of one method; what `pivotune train` would be given."""
+    signal = {"signal": settings.signal}
+    return parse_config(
+        {
+            "model": MODEL,
+            "method": method,
+            "data": {
+                "train": str(folder / "train.jsonl"),
+                "validation": str(folder / "validation.jsonl"),
+                "language": settings.language,
+                "english_ratio": 0.25,
+            },
+            "supervision": {"conversion": signal, "thinking": signal, "profile_rows": settings.profiled},
+            "training": {
+                "num_train_epochs": 1,
+                "learning_rate": 2e-4,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.1,
+                "per_device_train_batch_size": 16,
+                "per_device_eval_batch_size": 16,
+                "train_sampling_strategy": "random",
+                "save_strategy": "no",
+                "logging_steps": 4,
+            },
+            "output_dir": str(folder / method),
+            "seed": settings.seed,
+        }
+    )
+
+
+def exact_match(answer: str, gold: str) -> bool:
+    """Equal after Unicode normalisation (NFC), with white space squeezed and the final stop left out."""
+    return _normalized(answer) == _normalized(gold)
+
+
+def _normalized(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(".。")
+
+
+def _measure(
+    model: Any, name: str, run: RunResult, prepared: PreparedRun, settings: DemoSettings, progress: Progress
+) -> dict[str, Any]:
+    """NLL, exact match and layer entropy of one model on the held-out rows."""
+    measured: dict[str, Any] = {}
+    for side, examples in heldout_examples(prepared.validation).items():
+        task = run.results["tasks"][f"heldout_{settings.language if side == 'target' else 'en'}"]
+        nll = asdict(summarize(run.before[side])) if name == "base" else {
+            "nll": task["value"], "stderr": task["stderr"], "nll_per_character": task["nll_per_character"], "rows": task["n"],
+        }  # fmt: skip
+        with progress(f"Answering {side} questions ({name})", settings.answered) as advance:
+            answers = _answer(model, prepared, spread(examples, settings.answered), advance)
+        correct = sum(exact_match(answer["answer"], answer["gold"]) for answer in answers)
+        measured[side] = {**nll, "exact_match": correct / len(answers), "answered": len(answers), "answers": answers}
+    pairs = [Pair(pair.target, None) for pair in spread(prepared.validation, settings.profiled)]
+    with progress(f"Measuring the layers ({name})", len(pairs)) as advance:
+        measured["profile"] = analyze_layers(model, prepared.tokenizer, pairs, progress=advance)["target"]
+    return measured
+
+
+def _answer(
+    model: Any, prepared: PreparedRun, examples: Sequence[Example], advance: Callable[[int], None]
+) -> list[dict[str, str]]:
+    tokenizer = prepared.tokenizer
+    answers = greedy_answers(
+        model, tokenizer, examples, max_new_tokens=32, autocast=prepared.args.bf16, progress=advance
+    )
+
+    def text(ids: Any) -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+    return [
+        {
+            "question": text(example.main.ids[slice(*example.main.query)]),
+            "gold": text(example.main.ids[example.main.answer :]),
+            "answer": answer,
+        }
+        for example, answer in zip(examples, answers, strict=True)
+    ]

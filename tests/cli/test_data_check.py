@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
+
+from pivotune.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny_model().save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes rows as JSON Lines and gives the path back."""
+
+    def write_rows(rows, name="rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write_rows
+
+
+ARABIC = {
+    "id": "ar-1",
+    "prompt": "ما هي عاصمة مصر؟",
+    "completion": "عاصمة مصر هي القاهرة، وهي مدينة كبيرة على نهر النيل.",
+    "prompt_en": "What is the capital of Egypt?",
+    "completion_en": "The capital of Egypt is Cairo, a large city on the river Nile.",
+}
+
+
+def copied(row: dict) -> dict:
+    return {**row, "prompt": row["prompt_en"], "completion": row["completion_en"]}
+
+
+def test_good_rows(write, capsys):
+    assert main(["data", "check", write(tiny_rows(12)), "--lang", "sw"]) == 0
+    out = capsys.readouterr().out
+    assert "12 rows, 12 usable" in out
+    assert "length in characters" in out
+    assert "no problems found" in out
+    assert "verdict  12 of 12 rows look good" in out
+
+
+def test_problems_are_shown_with_their_rows_and_do_not_fail(write, capsys):
+    rows = tiny_rows(12)
+    rows[4] = copied(rows[4])
+    rows[7] = {**rows[7], "completion": " "}
+    assert main(["data", "check", write(rows), "--lang", "sw"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: 1 rows: `completion` is empty" in out
+    assert "not translated: the prompt is the English one (1)" in out
+    assert "row 5 sw-4: prompt and answer" in out
+    assert "prompt:         Which number is 4?" in out
+    assert "10 of 12 rows look good; 1 have a defect (untranslated 1)" in out
+    assert "train with --set data.on_bad_row=skip" in out
+
+
+def test_show_limits_the_rows_shown(write, capsys):
+    rows = [copied(row) for row in tiny_rows(6)] + tiny_rows(12)[6:]
+    for show, expected in (("0", 0), ("2", 2), ("9", 6)):
+        assert main(["data", "check", write(rows), "--lang", "sw", "--show", show]) == 0
+        assert capsys.readouterr().out.count(": prompt and answer") == expected
+
+
+def test_tokens_cuts_and_the_decoded_example(write, model, capsys):
+    limits = ["--max-prompt-tokens", "13", "--max-completion-tokens", "12"]
+    assert main(["data", "check", write(tiny_rows(12)), "--lang", "sw", "--model", model, *limits, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unit"] == "tokens"
+    assert found["cut"]["max_prompt_tokens"] == 13
+    assert 0 < found["cut"]["prompts"] < 12
+    roles = [segment["role"] for segment in found["example"]]
+    assert roles == ["template", "query", "template", "answer"]
+    assert [segment["text"] for segment in found["example"] if segment["loss"]] == ["Ni moja, namba ya 0.<|end|>"]
+
+    assert main(["data", "check", write(tiny_rows(12)), "--lang", "sw", "--model", model, *limits]) == 0
+    out = capsys.readouterr().out
+    assert "length in tokens" in out
+    share = found["cut"]["prompts"] / 12
+    assert f"prompts cut in {found['cut']['prompts']} rows ({share:.1%}) at data.max_prompt_tokens 13" in out
+    assert "<|user|>\nNamba 0 ni ipi?<|end|>\n<|assistant|>\nNi moja, namba ya 0.<|end|>" in out
+
+
+def test_json_names_all_rows_and_leaves_stdout_to_programs(write, capsys):
+    rows = [copied(row) for row in tiny_rows(6)] + tiny_rows(12)[6:]
+    assert main(["data", "check", write(rows), "--lang", "sw", "--show", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (problem,) = [problem for problem in found["problems"] if problem["name"] == "untranslated"]
+    assert problem["numbers"] == [1, 2, 3, 4, 5, 6]
+    assert [example["number"] for example in problem["examples"]] == [1]
+    assert found["flagged"] == 6
+    assert found["example"] is None
+
+
+def test_an_aligned_english_file_and_a_limit(write, capsys):
+    english = [{"prompt": row["prompt_en"], "completion": row["completion_en"]} for row in tiny_rows(12)]
+    target = [{"prompt": row["prompt"], "completion": row["completion"]} for row in tiny_rows(12)]
+    files = [write(target), "--english", write(english, "english.jsonl")]
+    assert main(["data", "check", *files, "--lang", "sw", "--limit", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["usable"] == 5
+
+
+def test_text_from_right_to_left_stands_on_lines_of_its_own(write, capsys):
+    rows = [copied(ARABIC) if number == 2 else {**ARABIC, "id": f"ar-{number}"} for number in range(3)]
+    assert main(["data", "check", write(rows), "--lang", "ar"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "    prompt:         ما هي عاصمة مصر؟" in lines
+    assert "    English prompt: What is the capital of Egypt?" in lines
+
+
+def test_data_cannot_drive_the_terminal(write, model, capsys):
+    evil = "Which [red]number[/red] is \x1b[31m4\x1b]0;title\x07 \u202eback\x9b2J?"
+    rows = [{**row, "prompt": evil, "prompt_en": evil, "id": "[b]\x1b[0m"} for row in tiny_rows(4)]
+    assert main(["data", "check", write(rows), "--lang", "sw", "--model", model]) == 0
+    out = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b\u202e") & set(out)
+    assert "Which [red]number[/red] is ␛[31m4␛]0;title␇ �back�2J?" in out
+    assert "[b]␛[0m" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jsonl", "--lang", "sw"], "nowhere.jsonl: no such file"),
+        (["{rows}", "--lang", "en"], "--lang: en is English, the other side of every row; name the target language"),
+        (["{rows}", "--lang", "sw", "--template", "chat"], "--template: needs --model"),
+        (["{rows}", "--lang", "sw", "--model", "no/such/model"], "no/such/model: no such folder"),
+        (["{bad}", "--lang", "sw"], "all 2 rows are like this"),
+    ],
+)
+def test_mistakes_are_one_line_with_code_2(write, capsys, arguments, message):
+    files = {"rows": write(tiny_rows(3)), "bad": write([{"prompt": "a", "completion": "b"}] * 2, "bad.jsonl")}
+    assert main(["data", "check", *(argument.format(**files) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pivotune: error: ")
+    assert message in error
