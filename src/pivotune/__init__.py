@@ -32,7 +32,19 @@ _EXPORTS = {
     "term_counts": "pivotune.objectives.deep_supervision",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "DeepSupervisionConfig",
+    "DeepSupervisionTrainer",
+    "Signal",
+    "Supervision",
+    "UsageError",
+    "__version__",
+    "analyze_layers",
+    "deep_supervision_terms",
+    "load_model",
+    "load_tokenizer",
+    "term_counts",
+]
 
 
 def __getattr__(name: str) -> Any:

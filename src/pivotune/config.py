@@ -7,12 +7,13 @@ measured ones are explained in docs/experiments.md.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pivotune.errors import UsageError
 
@@ -24,7 +25,8 @@ _SectionT = TypeVar("_SectionT", bound="_Section")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    # Strict: `true` is no number and "yes" no boolean.
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
 
 class DataConfig(_Section):
@@ -43,13 +45,19 @@ class DataConfig(_Section):
     max_completion_tokens: int = Field(256, ge=1)
     on_bad_row: Literal["error", "skip"] = "error"
 
+    @field_validator("language", mode="before")
+    @classmethod
+    def _norwegian(cls, value: Any) -> Any:
+        """YAML reads the code `no` as false."""
+        return "no" if value is False else value
+
 
 class SignalConfig(_Section):
     """One inner loss. Weight: the paper adds the terms with 1.0, which wrecks small models; 0.3 is measured."""
 
     signal: SignalName = "logits"
     layer: Layer = "auto"
-    weight: float = Field(0.3, ge=0, allow_inf_nan=False)
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.3
 
 
 class LogitsConfig(_Section):
@@ -76,7 +84,7 @@ class SupervisionConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
-    profile_rows: int = Field(64, ge=1)  # rows whose entropy decides an `auto` layer
+    profile_rows: Annotated[int, Field(ge=1)] = 64  # rows whose entropy decides an `auto` layer
 
     @model_validator(mode="after")
     def _conversion_below_thinking(self) -> SupervisionConfig:
@@ -165,49 +173,77 @@ def apply_changes(settings: Mapping[str, Any], changes: Iterable[str]) -> dict[s
         if not equals or not key.strip():
             raise UsageError(f"--set {change}: expected key=value, such as training.learning_rate=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {change}: the value is not valid YAML") from error
-        _set_path(result, key.strip().split("."), _number(value), change)
+        _set_path(result, key.strip().split("."), value, change)
     return result
 
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
+
+
+def to_yaml(value: Any) -> str:
+    """YAML text that a run configuration may hold and `load_config` reads back as `value`."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2e-5 is a number, a date is text, and a repeated key is an error, not the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                problem = f"the key {key.value} stands here again, first in line {lines[key.value]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = key.start_mark.line + 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as another type."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 wants a point and a sign in the exponent and reads 2e-5 as text; everybody means the number.
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+for _resolver in (_Loader, _Dumper):
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(_EXPONENT.pattern + "$"), list("-+.0123456789")
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        if path.is_dir():
+            raise UsageError(f"{path}: a folder; give a YAML file" + _config_in(path))
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise UsageError(f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UsageError(f"{path}{line}: not valid YAML: {problem}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text") from error
     if not isinstance(settings, dict):
-        raise UsageError(f"{path}: expected keys such as model: and data:, found {type(settings).__name__}")
-    return _numbers(settings)
+        found = "nothing" if settings is None else type(settings).__name__
+        raise UsageError(f"{path}: expected keys such as model: and data:, found {found}")
+    return settings
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    return [_numbers(item) for item in value] if isinstance(value, list) else _number(value)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-5 as text; everybody means the number."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _config_in(folder: Path) -> str:
+    own = folder / "config.yaml"
+    return f", such as {own}" if own.is_file() else ""
 
 
 def _set_path(settings: dict[str, Any], path: list[str], value: Any, change: str) -> None:
@@ -231,10 +267,12 @@ def _deep_copy(value: Any) -> Any:
 def _describe(section: type[BaseModel], error: ValidationError) -> str:
     """The first mistake: which key, what was found, what is allowed."""
     problem = _most_specific(error.errors())
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(str(part))]
-    key, found = ".".join(path), problem.get("input")
+    found = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(section, path)
+        return _unknown_key(section, [str(part) for part in problem["loc"]])
+    if problem["type"] == "invalid_key":
+        return _unknown_key(section, [*map(str, problem["loc"][:-1]), str(found)])
+    key = ".".join(str(part) for part in problem["loc"] if _is_key(str(part)))
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":
@@ -244,7 +282,7 @@ def _describe(section: type[BaseModel], error: ValidationError) -> str:
 
 def _most_specific(problems: Sequence[Any]) -> Any:
     """Unknown keys first: they explain missing ones."""
-    return next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    return next((p for p in problems if p["type"] in ("extra_forbidden", "invalid_key")), problems[0])
 
 
 def _is_key(part: str) -> bool:
@@ -255,6 +293,7 @@ def _is_key(part: str) -> bool:
         "float",
         "literal",
         "constrained-int",
+        "constrained-float",
     }
 
 

@@ -262,9 +262,9 @@ def test_dropped_turns_are_told_once(model, piped, capsys):
 
 
 def test_answers_cannot_drive_the_terminal(model, other, capsys, monkeypatch):
-    evil = "a\x1b[2J\x9b1A[red]b[/red]\u202ec\r\nd\te"
+    evil = "a\x1b[2J\x9b1A[red]b[/red]\u202ec\r\nd"
     monkeypatch.setattr(Chatter, "answer", lambda self, prompt, on_text=None: on_text(evil) if on_text else evil)
-    shown = "a␛[2J�1A[red]b[/red]�c\nd\te"
+    shown = "a␛[2J�1A[red]b[/red]�c\nd"
     assert main(["chat", model, "--prompt", "Moja?"]) == 0
     assert capsys.readouterr().out == shown + "\n"
     assert main(["chat", model, "--compare", other, "--prompt", "[b]\x1b[0m"]) == 0

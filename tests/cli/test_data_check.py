@@ -60,7 +60,7 @@ def test_problems_are_shown_with_their_rows_and_do_not_fail(write, capsys):
     assert "not translated: the prompt is the English one (1)" in out
     assert "row 5 sw-4: prompt and answer" in out
     assert "prompt:         Which number is 4?" in out
-    assert "10 of 12 rows look good; 1 have a defect (untranslated 1)" in out
+    assert "10 of 12 rows look good; 1 with a defect (untranslated 1)" in out
     assert "train with --set data.on_bad_row=skip" in out
 
 

@@ -268,6 +268,15 @@ def test_length_ratio_outliers():
     assert not check.problems[-1].defect
 
 
+def test_code_is_as_long_in_both_languages():
+    code = "".join(f"values[{n}] = (n * {n}) + lines[{n}]; print(values[{n}])\n" for n in range(20))
+    prose = "word by word and line by line, it goes on and on, and nobody knows how it will ever end. " * 15
+    rows = parallel_rows("zh", 300)
+    rows = with_row(rows, 7, completion=code, completion_en=code)
+    rows = with_row(rows, 9, completion=prose, completion_en=prose)
+    assert numbers_of(check_rows(rows, language="zh"), "length_ratio") == [9]
+
+
 def shifted(rows: list[Row], start: int, by: int) -> list[Row]:
     """From the row at index `start` on, the English of a row stands `by` rows further down."""
     result = list(rows)
@@ -379,6 +388,7 @@ def test_rows_that_training_would_leave_out(rows):
     (reason,) = check.too_long
     assert "the template alone takes" in reason
     assert check.too_long[reason] == len(rows)
+    assert check.verdict.endswith("16 of 16 do not fit this template or these limits")
 
 
 def test_unusable_rows_are_counted_and_the_verdict_says_what_to_do(rows):

@@ -87,18 +87,21 @@ def _print_counts(out: Console, found: DataCheck) -> None:
         out.print(f"         left out: {count:,} rows: {_safe(reason)}", soft_wrap=True)
     for reason, count in found.too_long.items():
         of_rows = f"{count:,} of {found.measured:,} rows"
-        out.print(f"         would be left out in training: {of_rows}: {_safe(reason)}", soft_wrap=True)
+        out.print(f"         would be refused in training: {of_rows}: {_safe(reason)}", soft_wrap=True)
     if found.cut is not None:
         for part, option in (("prompts", "max_prompt_tokens"), ("answers", "max_completion_tokens")):
             share = found.cut[part] / found.measured
-            out.print(f"         {part} of {share:.1%} of the rows are cut at data.{option} {found.cut[option]}")
+            cut = f"{part} cut in {found.cut[part]:,} rows ({share:.1%}) at data.{option} {found.cut[option]}"
+            out.print(f"         {cut}", soft_wrap=True)
     if found.measured < found.usable:
-        out.print(f"         (tokens counted on {found.measured:,} rows spread over the data)")
+        out.print(f"         (tokens are counted on {found.measured:,} rows spread over the data)")
 
 
 def _print_lengths(out: Console, found: DataCheck) -> None:
     from rich.table import Table
 
+    if not found.lengths:
+        return
     table = Table(f"length in {found.unit}", *("median", "95 %", "max"))
     for column in table.columns[1:]:
         column.justify = "right"

@@ -20,7 +20,7 @@ def demo(
         str, typer.Option("--lang", help="Target language: ar, de, es, fr, id, ja, pt, sw, vi, zh.")
     ] = "vi",
     out: Annotated[Path, typer.Option(help="Folder for data, runs, results and pictures.")] = Path("demo-run"),
-    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 768,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 512,
     signal: Annotated[str, typer.Option(help="logits or feature.")] = "logits",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,

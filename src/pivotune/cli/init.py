@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pivotune.config import METHODS
+from pivotune.config import METHODS, to_yaml
 from pivotune.errors import UsageError
 
 _HEAD = """\
@@ -67,10 +67,9 @@ def init(
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
     """The configuration as YAML text with comments."""
-    import yaml
 
     def scalar(value: str) -> str:
-        return yaml.safe_dump(value, allow_unicode=True).removesuffix("...\n").strip()
+        return to_yaml(value).removesuffix("...\n").strip()
 
     ratio = 0 if method == "sft" else 0.25
     words = {

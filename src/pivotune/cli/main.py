@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=words, prog_name="pivotune", standalone_mode=False)
     except Exception as error:
-        if debug:
+        if debug and not hasattr(error, "exit_code"):
             raise
         return _report(error)
     except KeyboardInterrupt:
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """One line on stderr for any error."""
     # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
-    if hasattr(error, "exit_code"):
-        if hasattr(error, "show"):
-            error.show()
-        return int(error.exit_code)
+    exit_code = getattr(error, "exit_code", None)
+    if exit_code is not None:
+        getattr(error, "show", lambda: None)()
+        return int(exit_code)
     if type(error).__name__ == "Abort":
         return EXIT_INTERRUPTED
     text = " ".join(str(error).split())

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pivotune.cli.common import progress_bar
+from pivotune.cli.common import progress_bar, stderr
 
 _SHOWN = ("loss", "tft_loss", "conversion_loss", "thinking_loss")
 
@@ -39,9 +39,13 @@ class TrainingProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         shown = {name: logs[name] for name in _SHOWN if logs and name in logs}
-        if self._bar and shown:
-            note = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in shown.items())
-            self._bar.update(self._task, note=note)
+        if not (self._bar and shown):
+            return
+        note = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in shown.items())
+        self._bar.update(self._task, note=note)
+        if not stderr.is_terminal:
+            # A log file gets no moving bar, but wants to know how far the run is.
+            stderr.print(f"{self._title}: step {state.global_step} of {state.max_steps}  {note}", soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

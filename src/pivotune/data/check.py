@@ -201,7 +201,7 @@ class DataCheck:
             tokenized.
         lengths: by text: prompt, completion, prompt_en, completion_en.
         cut: rows of which prompts or answers are cut at the token limits, and the limits; None without a tokenizer.
-        too_long: rows that training would leave out because of the limits, by reason.
+        too_long: rows that training would refuse because of the template or the limits, by reason.
         problems: what is wrong with rows, most serious first; kinds without rows are left out.
         shifts: stretches of rows whose English side has slipped.
         notes: what could not be checked, and doubts about the check itself.
@@ -376,12 +376,15 @@ def _verdict(check: DataCheck) -> str:
     parts = [f"{check.usable - check.flagged:,} of {check.total:,} rows look good"]
     if check.flagged:
         kinds = [f"{problem.name.replace('_', ' ')} {problem.count:,}" for problem in check.problems if problem.defect]
-        parts.append(f"{check.flagged:,} have a defect ({', '.join(kinds)}): look at them and leave them out")
+        parts.append(f"{check.flagged:,} with a defect ({', '.join(kinds)}): look at them and leave them out")
     if check.shifts:
         parts.append("realign the English side before training")
     if check.skipped:
         unusable = check.total - check.usable
         parts.append(f"{unusable:,} cannot be used: train with --set data.on_bad_row=skip")
+    if check.too_long:
+        left_out = sum(check.too_long.values())
+        parts.append(f"{left_out:,} of {check.measured:,} do not fit this template or these limits")
     return "; ".join(parts)
 
 

@@ -83,6 +83,14 @@ class Example:
     english: bool = False
 
 
+class _UnfitRowError(UsageError):
+    """A row that the limits leave nothing of; `reason` is the same for all rows with this problem, to count them by."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass
 class EncodingReport:
     """What truncation and skipping did: `rows` encoded, `cut` counts by part, `skipped` counts by reason."""
@@ -146,7 +154,7 @@ class Encoder:
         except UsageError as error:
             if on_bad_row != "skip":
                 raise UsageError(f"{source}: row {number}: {error}") from error
-            self.report.skipped[str(error)] += 1
+            self.report.skipped[error.reason if isinstance(error, _UnfitRowError) else str(error)] += 1
 
     def _render(self, row: Row) -> _RenderedRow:
         target = Turn(row.prompt, row.completion, row.input, row.history)
@@ -208,8 +216,9 @@ class Encoder:
         frame = side.answer - side.num_query_tokens
         room = min(side.num_query_tokens, self.limits.prompt - frame)
         if room < 1:
-            raise UsageError(
-                f"the template alone takes {frame} tokens and data.max_prompt_tokens is {self.limits.prompt}; allow more"
+            raise _UnfitRowError(
+                f"the template alone takes {frame} tokens and data.max_prompt_tokens is {self.limits.prompt}; allow more",
+                f"the template alone takes more than the {self.limits.prompt} tokens of data.max_prompt_tokens; allow more",
             )
         return room
 
@@ -223,9 +232,11 @@ class Encoder:
                 prompt = max(other.answer for other in (pair.target, pair.english) if other is not None)
                 room = min(room, self.limits.context - prompt)
                 if room < 1:
-                    raise UsageError(
+                    raise _UnfitRowError(
                         f"the prompt takes {prompt} of the model's {self.limits.context} tokens and nothing is left for "
-                        "the answer; lower data.max_prompt_tokens"
+                        "the answer; lower data.max_prompt_tokens",
+                        f"the prompt fills the model's {self.limits.context} tokens and nothing is left for the answer; "
+                        "lower data.max_prompt_tokens",
                     )
             yield side, min(room, side.num_answer_tokens)
 
@@ -283,12 +294,12 @@ def split_validation(rows: Sequence[Row], size: int | float, seed: int) -> tuple
     """Split rows into (train, validation), both in their original order; deterministic in `seed`.
 
     Args:
-        size: number of rows, or a share below 1.
+        size: number of rows, or a share below 1; a share of few rows is at least one.
 
     Raises:
         UsageError: no row would be left for training.
     """
-    count = round(size * len(rows)) if 0 < size < 1 else int(size)
+    count = max(1, round(size * len(rows))) if 0 < size < 1 else int(size)
     if count >= len(rows):
         raise UsageError(
             f"data.validation: {count} rows asked for, the data has {len(rows)}; at least one must be left for training"

@@ -7,10 +7,13 @@ from typing import Any, Literal, NamedTuple
 from pivotune.data.examples import Side
 
 
+Role = Literal["template", "query", "answer"]
+
+
 class Segment(NamedTuple):
     """A run of tokens with one role. Only `answer` tokens carry loss."""
 
-    role: Literal["template", "query", "answer"]
+    role: Role
     text: str
     num_tokens: int
 
@@ -18,7 +21,11 @@ class Segment(NamedTuple):
 def preview(tokenizer: Any, side: Side) -> list[Segment]:
     """The sequence decoded from its token ids (not from the text they came from), in order, special tokens included."""
     start, end = side.query
-    bounds = [("template", 0, start), ("query", start, end), ("template", end, side.answer)]
+    bounds: list[tuple[Role, int, int]] = [
+        ("template", 0, start),
+        ("query", start, end),
+        ("template", end, side.answer),
+    ]
     bounds.append(("answer", side.answer, len(side.ids)))
     return [
         Segment(role, tokenizer.decode(side.ids[left:right].tolist(), skip_special_tokens=False), right - left)

@@ -51,9 +51,14 @@ def analyze_layers(
     vocabulary, how = english_looking_tokens(tokenizer, texts)
 
     def profile(sides: Sequence[Side], done: int) -> Any:
-        batches = _batches(sides, batch_size, _device(model), tokenizer.pad_token_id or 0, tokens_per_row)
-        report = None if progress is None else (lambda count: progress(done + count))
-        return profile_layers(model, batches, english_tokens=vocabulary, progress=report)
+        batches = _batches(sides, batch_size, _device(model), tokenizer.pad_token_id or 0)
+        return profile_layers(
+            model,
+            batches,
+            english_tokens=vocabulary,
+            tokens_per_sequence=tokens_per_row,
+            progress=lambda count: progress(done + count) if progress else None,
+        )
 
     target_profile = profile(target, 0)
     english_profile = profile(english, len(target)) if english else None
@@ -73,15 +78,7 @@ def num_sequences(pairs: Sequence[Pair]) -> int:
 
 
 def _counted(side: Side) -> list[int]:
-    return side.ids[_counted_positions(side, None)].tolist()
-
-
-def _counted_positions(side: Side, limit: int | None) -> list[int]:
-    """Positions of query and answer tokens, thinned to `limit` at even distances."""
-    positions = [*range(*side.query), *range(side.answer, len(side.ids))]
-    if limit is None or len(positions) <= limit:
-        return positions
-    return [positions[index * len(positions) // limit] for index in range(limit)]
+    return [*side.ids[slice(*side.query)].tolist(), *side.ids[side.answer :].tolist()]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -89,7 +86,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _batches(
-    sides: Sequence[Side], batch_size: int, device: torch.device, pad_token_id: int, tokens_per_row: int | None
+    sides: Sequence[Side], batch_size: int, device: torch.device, pad_token_id: int
 ) -> Iterator[dict[str, Tensor]]:
     """Pad sequences of similar length together; the means do not depend on the order."""
     ordered = sorted(sides, key=lambda side: len(side.ids))
@@ -102,6 +99,7 @@ def _batches(
         for index, side in enumerate(chunk):
             input_ids[index, : len(side.ids)] = torch.from_numpy(side.ids).long()
             attention_mask[index, : len(side.ids)] = 1
-            token_mask[index, _counted_positions(side, tokens_per_row)] = True
+            token_mask[index, slice(*side.query)] = True
+            token_mask[index, side.answer : len(side.ids)] = True
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_mask": token_mask}
         yield {name: tensor.to(device) for name, tensor in batch.items()}

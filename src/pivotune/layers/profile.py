@@ -58,7 +58,7 @@ def profile_layers(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     english_tokens: Tensor | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 128,
     tokens_per_sequence: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LayerProfile:

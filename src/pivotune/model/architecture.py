@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,13 @@ class Architecture:
         return len(self.blocks)
 
     @property
+    def head_weight(self) -> Tensor:
+        """The LM head's matrix, (vocabulary, width); the input embedding itself where they are tied."""
+        return cast(Tensor, self.lm_head.weight)
+
+    @property
     def vocab_size(self) -> int:
-        return self.lm_head.weight.shape[0]
+        return self.head_weight.shape[0]
 
     def transform_logits(self, projected: Tensor) -> Tensor:
         """What the model does to `lm_head(h)`: logit scale, then soft-cap. Any shape; same shape back."""
@@ -80,9 +85,7 @@ _GEMMA = replace(_LLAMA_LIKE, softcap=_softcap)
 
 # `model_type` of the configuration -> spec. The tests run every invariant on a tiny model of each entry.
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "smollm3", "gemma"), _LLAMA_LIKE
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "smollm3", "gemma"), _LLAMA_LIKE),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma3": replace(_LLAMA_LIKE, decoder="model.language_model"),
@@ -109,7 +112,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if isinstance(inner, nn.Module):
             model = inner
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = cast(Any, model).get_base_model()
         else:
             return model
 

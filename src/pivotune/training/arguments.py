@@ -67,6 +67,9 @@ class DeepSupervisionConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # The English columns are no arguments of the model's forward; the default would drop them.
         self.remove_unused_columns = False
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            # There is no plain `eval_loss`: each language has its own.
+            self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"
         self._check()
         super().__post_init__()
 
@@ -125,15 +128,21 @@ def _supervision_settings(args: DeepSupervisionConfig) -> dict[str, Any]:
 def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSupervisionConfig:
     """The trainer's arguments of a run configuration.
 
-    Where `training:` does not say otherwise: bfloat16 autocast on hardware that has it, no reporting integrations, and a
-    log line every 10 steps.
+    Where `training:` does not say otherwise: bfloat16 autocast on hardware that has it, no reporting integrations, a log
+    line every 10 steps, a checkpoint every epoch.
 
     Raises:
         UsageError: an unknown field of TrainingArguments, or a value it refuses.
     """
     own = _own_settings(config)
     _check_training_keys(config.training, own)
-    defaults = {"bf16": bf16_is_native(), "report_to": "none", "logging_steps": 10, "save_strategy": "epoch"}
+    defaults = {
+        "bf16": bf16_is_native(),
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "epoch",
+        "disable_tqdm": True,
+    }
     settings = {**defaults, **config.training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
         settings["use_cpu"] = True

@@ -19,8 +19,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and state.global_step and self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
+        if state.is_world_process_zero and self._path.exists():
+            # A run that was stopped before its first checkpoint starts again at step 0 and repeats everything.
+            done = state.global_step
+            kept = [line for line in read_metrics(self._path) if done and line["step"] <= done]
             self._path.write_text("".join(map(_as_line, kept)), encoding="utf-8")
 
     def on_log(

@@ -50,10 +50,15 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _replace(staging: Path, final: Path) -> None:
+    old = staging.parent / f"{final.name}.old"
     if final.exists():
-        old = staging.parent / f"{final.name}.old"
         os.replace(final, old)
-    os.replace(staging, final)
+    try:
+        os.replace(staging, final)
+    except BaseException:
+        if old.exists():
+            os.replace(old, final)
+        raise
 
 
 def _flush(folder: Path) -> None:

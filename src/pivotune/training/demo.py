@@ -36,10 +36,10 @@ class DemoSettings:
     """
 
     language: str = "vi"
-    rows: int = 768
+    rows: int = 512
     heldout: int = 96
     answered: int = 48
-    profiled: int = 24
+    profiled: int = 16
     seed: int = 0
     signal: str = "logits"
 
@@ -110,9 +110,10 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
                 "learning_rate": 2e-4,
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": 0.1,
-                "per_device_train_batch_size": 16,
+                # Two micro-batches: half the activations, the same step.
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 2,
                 "per_device_eval_batch_size": 16,
-                "train_sampling_strategy": "random",
                 "save_strategy": "no",
                 "logging_steps": 4,
             },

@@ -59,7 +59,7 @@ def score_answers(
         progress: called with the number of rows done so far.
     """
     architecture = find_architecture(model)
-    device = architecture.lm_head.weight.device
+    device = architecture.head_weight.device
     scores: list[RowScore | None] = [None] * len(examples)
     with _evaluating(model):
         for done, indices, batch in _batches(examples, pad_token_id, batch_size, device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,8 +50,7 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether head and input embedding are one matrix."""
-    head = find_architecture(model).lm_head
-    return getattr(head, "weight", None) is model.get_input_embeddings().weight
+    return find_architecture(model).head_weight is cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
 class AdaptersOff(nn.Module):
@@ -65,23 +66,37 @@ class AdaptersOff(nn.Module):
         return self._model[0]
 
     def forward(self, **inputs: Tensor) -> Any:
-        with self.module.disable_adapter():
+        with cast(Any, self.module).disable_adapter():
             return self.module(**inputs)
 
 
 def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
     names = {name: module for name, module in model.named_modules() if module in _both_ends(model)}
-    for option in ("target_modules", "modules_to_save", "trainable_token_indices"):
-        wanted = getattr(peft_config, option, None) or ()
-        # PEFT reads "all-linear" as every linear layer but the head.
-        wanted = () if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else list(wanted)
+    for option, matches in _MATCHES.items():
+        wanted = getattr(peft_config, option, None)
         for name in names:
-            if any(name == item or name.endswith(f".{item}") for item in wanted):
+            if wanted and matches(wanted, name):
                 raise UsageError(
                     f"lora.{option}: {name.rpartition('.')[2]} is not allowed; this model ties its head to its embedding "
                     "and an adapter on one would merge into both"
                 )
 
 
+def _targets(wanted: Any, name: str) -> bool:
+    """A list holds names or their last parts; text is a pattern for the whole name, or `all-linear`, which leaves out the head."""
+    if isinstance(wanted, str):
+        return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
+    return any(name == item or name.endswith(f".{item}") for item in wanted)
+
+
+# How PEFT decides, option by option, which modules are meant.
+_MATCHES: dict[str, Callable[[Any, str], bool]] = {
+    "target_modules": _targets,
+    "target_parameters": lambda wanted, name: _targets(wanted, f"{name}.weight"),
+    "modules_to_save": lambda wanted, name: any(name.endswith(item) for item in wanted),
+    "trainable_token_indices": lambda wanted, name: True,
+}
+
+
 def _both_ends(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    return find_architecture(model).lm_head, model.get_input_embeddings()
+    return find_architecture(model).lm_head, cast(nn.Module, model.get_input_embeddings())

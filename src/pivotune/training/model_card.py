@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,7 +41,8 @@ def _metadata(config: RunConfig) -> str:
         "pipeline_tag": "text-generation",
         "language": languages,
     }
-    if not config.model.startswith("bundled:"):
+    # The Hub takes names of its own models only.
+    if not config.model.startswith("bundled:") and not Path(config.model).exists():
         metadata["base_model"] = config.model
     metadata["tags"] = ["pivotune", config.method]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
@@ -56,7 +59,7 @@ def _layers_text(layers: Any) -> str:
 
 def _results_table(results: dict[str, Any]) -> str:
     rows = [
-        f"| {name} | {task['n']} | {task['base']['value']:.3f} | {task['value']:.3f} ± {task['stderr']:.3f} | "
+        f"| {name} | {task['n']} | {task['base']['value']:.3f} | {task['value']:.3f}{_spread(task['stderr'])} | "
         f"{task['base']['nll_per_character']:.3f} | {task['nll_per_character']:.3f} |"
         for name, task in results["tasks"].items()
         if "base" in task
@@ -67,3 +70,8 @@ def _results_table(results: dict[str, Any]) -> str:
     return "\n".join(
         ["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows]
     )
+
+
+def _spread(stderr: float) -> str:
+    """Nothing for a single row, which has no standard error."""
+    return f" ± {stderr:.3f}" if math.isfinite(stderr) else ""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from pivotune.config import SupervisionConfig, needed_by
+from pivotune.config import SignalConfig, SupervisionConfig, needed_by
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.examples import Encoder, Example, Pair, check_branch_lengths, training_examples
 from pivotune.data.sources import load_rows
@@ -16,7 +16,7 @@ from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, selection_from_json
 from pivotune.layers.measure import analyze_layers
-from pivotune.layers.selection import check_layer, resolve_layers
+from pivotune.layers.selection import Term, check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision
 from pivotune.training.arguments import DeepSupervisionConfig
@@ -136,9 +136,8 @@ def spread(items: Sequence[_Item], count: int) -> list[_Item]:
 def check_layers(settings: SupervisionConfig, num_layers: int) -> None:
     """Refuse layers that a model with `num_layers` blocks does not have; needs no model."""
     active = _active(settings)
-    layers = [active[name].layer if name in active else "auto" for name in ("conversion", "thinking")]
     if len(active) == 2:
-        resolve_layers(layers[0], layers[1], num_layers)
+        resolve_layers(active["conversion"].layer, active["thinking"].layer, num_layers)
     for name, signal in active.items():
         check_layer(name, signal.layer, num_layers)
 
@@ -155,8 +154,8 @@ def _resolve(wanted: dict[str, Any], num_layers: int, layers: LayerAnalysis | No
     return replace(chosen, **{name: layer}, method="explicit", reason=f"{name} layer {layer} was asked for")
 
 
-def _active(settings: SupervisionConfig) -> dict[str, Any]:
-    signals = {"conversion": settings.conversion, "thinking": settings.thinking}
+def _active(settings: SupervisionConfig) -> dict[Term, SignalConfig]:
+    signals: dict[Term, SignalConfig] = {"conversion": settings.conversion, "thinking": settings.thinking}
     return {name: signal for name, signal in signals.items() if signal.signal != "none"}
 
 

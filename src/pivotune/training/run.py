@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.examples import EncodingReport, Pair, split_validation
@@ -113,7 +114,7 @@ def execute_run(
         # Training goes on from an adapted model as from any other: the adapters become part of it.
         model = cast(Any, model).merge_and_unload()
     if config.quantize is None:
-        model.to(args.device)
+        cast(nn.Module, model).to(args.device)
     layers = _measure(prepared, model, progress)
     before = before or _score(prepared, model, progress, "Scoring the starting model")
     trainer = DeepSupervisionTrainer(
@@ -126,6 +127,8 @@ def execute_run(
         layers=layers,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
     )
+    # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
+    trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None:
         write_layers_json(folder / "layers.json", trainer.layers)
     checkpoint = last_checkpoint(folder) if resume else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -49,7 +50,7 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
         if resume:
             raise UsageError(f"output_dir: there is no run in {folder} to resume")
         return folder
-    if not (folder / "config.yaml").is_file():
+    if not _holds_run(folder):
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
         _check_same_run(folder, config)
@@ -110,8 +111,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_finite(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
@@ -119,6 +120,25 @@ def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for item in items:
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that are not ours to replace."""
+    if not (folder / "config.yaml").is_file():
+        return False
+    try:
+        read_run_config(folder)
+    except UsageError:
+        return _made_by_pivotune(folder / "environment.json")
+    return True
+
+
+def _made_by_pivotune(path: Path) -> bool:
+    """A run of another version may have keys that this one does not know."""
+    try:
+        return "pivotune" in json.loads(path.read_text(encoding="utf-8"))["libraries"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
@@ -146,6 +166,14 @@ def _remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in [*(folder / name for name in _OWN_FOLDERS), *folder.glob("checkpoint-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _version(name: str) -> str | None:

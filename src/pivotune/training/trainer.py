@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator
@@ -29,7 +29,7 @@ from pivotune.training.preparation import (
     choose_supervision,
     encode_dataset,
 )
-from pivotune.training.schedule import schedule_factor
+from pivotune.training.schedule import Schedule, schedule_factor
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class DeepSupervisionTrainer(Trainer):
 
     # compute_loss normalises over the whole accumulation window itself.
     loss_is_scaled_for_ga = True
+    args: DeepSupervisionConfig
 
     def __init__(
         self,
@@ -82,6 +83,8 @@ class DeepSupervisionTrainer(Trainer):
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
+        # Before the adapters draw their first weights, which `Trainer` does too late.
+        set_seed(args.seed)
         if isinstance(model, str):
             # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
             model = load_model(model, dtype="float32" if peft_config is None else "auto")
@@ -91,14 +94,14 @@ class DeepSupervisionTrainer(Trainer):
         super().__init__(
             model=model if peft_config is None else add_adapters(model, peft_config),
             args=args,
-            data_collator=DeepSupervisionCollator(processing_class.pad_token_id),
+            data_collator=DeepSupervisionCollator(_pad_token_id(processing_class)),
             train_dataset=build_train_dataset(pairs, args, model),
             eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.reference = _frozen_reference(self.supervision, self.model)
+        self.reference = _frozen_reference(self.supervision, cast(nn.Module, self.model))
         self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
         self._window: dict[str, list[Tensor]] = {}
         self._tokens: dict[str, Tensor] = {}
@@ -128,7 +131,9 @@ class DeepSupervisionTrainer(Trainer):
             inputs: a batch as `DeepSupervisionCollator` makes it.
             num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
         """
-        factor = schedule_factor(self.args.supervision_schedule, self.state.global_step, self.state.max_steps)
+        factor = schedule_factor(
+            cast(Schedule, self.args.supervision_schedule), self.state.global_step, self.state.max_steps
+        )
         weights = {"tft": 1.0, **{name: weight * factor for name, weight in self.supervision_weights.items()}}
         off = frozenset(name for name, weight in weights.items() if weight == 0)
         terms = deep_supervision_terms(model, inputs, self.supervision, skip=off, reference=self.reference)
@@ -159,9 +164,11 @@ class DeepSupervisionTrainer(Trainer):
     def _count_terms(self, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
         counted = [term_counts(batch, self.supervision) for batch in batches]
         names = list(counted[0])
-        totals = torch.stack([sum(counts[name].to(device) for counts in counted) for name in names])
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        return dict(zip(names, totals, strict=True))
+        totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
+        return dict(zip(names, self._sum_over_ranks(totals), strict=True))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
 
     def _divergence(self) -> str:
         values = {name: (window[0] / window[1].clamp(min=1)).item() for name, window in self._window.items()}
@@ -188,7 +195,9 @@ class DeepSupervisionTrainer(Trainer):
             if self.supervision.active():
                 # The log line of step n reports the factor that step n used.
                 step = max(self.state.global_step - 1, 0)
-                logs["supervision_factor"] = schedule_factor(self.args.supervision_schedule, step, self.state.max_steps)
+                logs["supervision_factor"] = schedule_factor(
+                    cast(Schedule, self.args.supervision_schedule), step, self.state.max_steps
+                )
             elapsed = max(time.perf_counter() - self._logged_at, 1e-9)
             logs.update({f"{side}_tokens_per_second": int(n) / elapsed for side, n in self._tokens.items()})
             self._window, self._tokens = {}, {}
@@ -199,7 +208,7 @@ class DeepSupervisionTrainer(Trainer):
         means = {}
         for name in ("tft", *self.supervision.active()):
             window = self._window.get(name) or [torch.zeros((), device=self.args.device) for _ in range(2)]
-            total, count = self.accelerator.reduce(torch.stack(window).double(), reduction="sum").tolist()
+            total, count = self._sum_over_ranks(torch.stack(window).double()).tolist()
             if count:
                 means[f"{name}_loss"] = total / count
         return means
@@ -221,9 +230,9 @@ class DeepSupervisionTrainer(Trainer):
         """Answer NLL per token and per character, in nats, over all tokens of the dataset and all ranks."""
         self._heldout.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        totals = self.accelerator.reduce(self._heldout.to(self.args.device), reduction="sum")
-        nll, tokens, characters = totals.tolist()
+        nll, tokens, characters = self._sum_over_ranks(self._heldout.to(self.args.device)).tolist()
         values = {"loss": nll / tokens, "nll": nll / tokens, "nll_per_character": nll / characters}
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
@@ -268,6 +277,11 @@ def _use_one_device(args: DeepSupervisionConfig) -> None:
     if args.n_gpu > 1:
         logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", args.n_gpu)
         args._n_gpu = 1
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """Masks say what is padding, so any token will do where the tokenizer has none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _name_of(model: str | PreTrainedModel) -> str:
