@@ -124,6 +124,12 @@ class RunConfig(_Section):
     output_dir: str
     seed: int = Field(0, ge=0)
 
+    @field_validator("training")
+    @classmethod
+    def _no_strategy(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """YAML reads `save_strategy: no` as false."""
+        return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in training.items()}
+
     @model_validator(mode="after")
     def _quantized_needs_lora(self) -> RunConfig:
         if self.quantize and self.lora is None:
@@ -187,7 +193,8 @@ def dump_config(config: RunConfig) -> str:
 
 def to_yaml(value: Any) -> str:
     """YAML text that a run configuration may hold and `load_config` reads back as `value`."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    # One line for each text: a folded one could not stand behind a key with a comment.
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
 class _Loader(yaml.SafeLoader):
@@ -213,11 +220,9 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # YAML 1.1 wants a point and a sign in the exponent and reads 2e-5 as text; everybody means the number.
-_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 for _resolver in (_Loader, _Dumper):
-    _resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(_EXPONENT.pattern + "$"), list("-+.0123456789")
-    )
+    _resolver.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

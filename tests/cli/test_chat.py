@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import build_tiny_model, build_tiny_tokenizer
 
-from pivotune.cli.chat import Chatter, Settings, printable, takes_history
+from pivotune.cli.chat import Chatter, Settings, takes_history
+from pivotune.cli.common import printable
 from pivotune.cli.main import main
 from pivotune.data.examples import Encoder
 from pivotune.data.templates import Turn, load_template

@@ -15,15 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pivotune.data.datasets import check_branch_lengths, replay_indices, split_validation, training_examples
 from pivotune.data.examples import (
     Encoder,
     Limits,
     Pair,
     Side,
-    check_branch_lengths,
-    replay_indices,
-    split_validation,
-    training_examples,
 )
 from pivotune.data.rows import Row
 from pivotune.data.templates import Turn, load_template

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.utils import logging as transformers_logging
 
 from pivotune.errors import UsageError
-from pivotune.model import loading
+from pivotune.model import locating
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config, resolve_model
 
 TOKENS = torch.tensor([[0, 3, 4, 5, 1]])
@@ -65,7 +65,7 @@ def adapter(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget_hub_answers() -> None:
-    loading._names_on_hub.cache_clear()
+    locating._names_on_hub.cache_clear()
 
 
 def hub_answers(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
@@ -157,7 +157,7 @@ def test_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bundled_name_is_resolved_to_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "bundled_model_folder", lambda name: folder if name == "bundled:tiny" else None)
+    monkeypatch.setattr(locating, "bundled_model_folder", lambda name: folder if name == "bundled:tiny" else None)
     assert resolve_model("bundled:tiny") == str(folder)
 
 
@@ -195,7 +195,7 @@ def test_hub_name_is_read_from_the_hub_cache_when_offline(
     hub_answers(monkeypatch, huggingface_hub.errors.OfflineModeIsEnabled("two\nlines"))
     check_model(HUB_NAME)
     # Without this the Hub client would try each file for half a minute.
-    assert loading._locate(HUB_NAME, None).arguments == {"local_files_only": True}
+    assert locating.locate(HUB_NAME, None).arguments == {"local_files_only": True}
     assert load_tokenizer(HUB_NAME).eos_token == "</s>"
     assert torch.equal(load_model(HUB_NAME).lm_head.weight, load_model(str(folder)).lm_head.weight)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, quiet_libraries, stderr
+from pivotune.cli.common import console, printable, quiet_libraries, stderr
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pivotune.data.examples import Encoder
 
 EXIT_WORDS, RESET_WORD = ("/exit", "/quit"), "/reset"
-# Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _C1_CONTROL = re.compile("[\x7f-\x9f]")
 
 
@@ -59,17 +57,6 @@ def chat(
         session.talk()
     else:
         session.answer_all(line for line in sys.stdin)
-
-
-def printable(text: str) -> str:
-    """The text with every control and direction character made visible, one for one: data must not drive the terminal."""
-    return _CONTROL.sub(lambda match: _visible(match.group()), text.replace("\r\n", "\n"))
-
-
-def _visible(character: str) -> str:
-    """Unicode has pictures of the ASCII controls (U+2400 and on)."""
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +151,12 @@ class Chatter:
     def _end_ids(self) -> list[int]:
         """What ends an answer: end-of-text, the model's own stop tokens, and the last token of this template's answers."""
         from pivotune.data.templates import Turn
-        from pivotune.training.heldout import _end_ids
+        from pivotune.training.heldout import end_token_ids
 
         tokenizer = self.encoder.tokenizer
         completion = self.encoder.template.render(Turn("question", "answer")).completion
         return sorted(
-            {*_end_ids(self.model, tokenizer), tokenizer(completion, add_special_tokens=False)["input_ids"][-1]}
+            {*end_token_ids(self.model, tokenizer), tokenizer(completion, add_special_tokens=False)["input_ids"][-1]}
         )
 
 

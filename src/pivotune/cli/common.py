@@ -1,8 +1,9 @@
-"""What all verbs share: consoles, progress bars, and where output goes."""
+"""What all verbs share: consoles, progress bars, where output goes and what it may contain."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
+# Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 
 def console(as_json: bool) -> Console:
     """Where text for a person goes."""
@@ -23,6 +27,17 @@ def console(as_json: bool) -> Console:
 def print_json(content: Any) -> None:
     """One JSON document on stdout, without colours or wrapping."""
     print(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def printable(text: str) -> str:
+    """The text with every control and direction character made visible, one for one: data must not drive the terminal."""
+    return _CONTROL.sub(lambda match: _visible(match.group()), text.replace("\r\n", "\n"))
+
+
+def _visible(character: str) -> str:
+    """Unicode has pictures of the ASCII controls (U+2400 and on)."""
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def progress_bar() -> Progress:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.chat import printable
-from pivotune.cli.common import console, print_json, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:

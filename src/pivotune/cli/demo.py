@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from pivotune.cli.common import console, print_json, progress, quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-_NAMES = {"base": "starting model", "tft": "TFT", "deep-supervision": "deep supervision"}
+_NAMES = {"base": "base", "tft": "TFT", "deep-supervision": "deep supervision"}
 
 
 def demo(
@@ -39,14 +40,15 @@ def demo(
     from pivotune.training.demo import DemoSettings, run_demo
 
     screen = console(as_json)
-    results = run_demo(
-        out,
-        DemoSettings(language=language, rows=rows, signal=signal, seed=seed),
-        overwrite=overwrite,
-        progress=progress,
-        callback=TrainingProgress,
-        on_prepared=lambda prepared: describe_run(screen, prepared),
-    )
+    with ExitStack() as bars:
+        results = run_demo(
+            out,
+            DemoSettings(language=language, rows=rows, signal=signal, seed=seed),
+            overwrite=overwrite,
+            progress=progress,
+            callback=lambda title: bars.enter_context(TrainingProgress(title)),
+            on_prepared=lambda prepared: describe_run(screen, prepared),
+        )
     pictures = _draw(out, results)
     if as_json:
         print_json(results)
@@ -63,12 +65,18 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
     plot_entropy(results["layers"], pictures[0])
     profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
-    plot_entropy_comparison(profiles, pictures[1])
-    bars = {
-        _NAMES[name]: {language: measured["target"]["nll"], "en": measured["english"]["nll"]}
-        for name, measured in models.items()
-    }
-    plot_metric_bars(bars, pictures[2])
+    layers = results["layers"]
+    plot_entropy_comparison(
+        profiles, pictures[1], language=language, conversion=layers["conversion"], thinking=layers["thinking"]
+    )
+
+    def by_language(key: str) -> dict[str, dict[str, float]]:
+        return {
+            _NAMES[name]: {language: measured["target"][key], "en": measured["english"][key]}
+            for name, measured in models.items()
+        }
+
+    plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"))
     plot_training(_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
     return pictures
 

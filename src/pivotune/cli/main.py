@@ -55,15 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Offsets and masks do not need the tokenizers' threads after a fork; without this every data worker warns.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app(args=words, prog_name="pivotune", standalone_mode=False)
+        code = app(args=words, prog_name="pivotune", standalone_mode=False)
     except Exception as error:
         if debug and not hasattr(error, "exit_code"):
             raise
         return _report(error)
     except KeyboardInterrupt:
-        print("pivotune: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+        return _stopped()
+    # Typer turns Ctrl-C within a verb into this code and returns it.
+    return _stopped() if code == EXIT_INTERRUPTED else int(code or 0)
+
+
+def _stopped() -> int:
+    print("pivotune: stopped", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _report(error: Exception) -> int:
@@ -74,7 +79,7 @@ def _report(error: Exception) -> int:
         getattr(error, "show", lambda: None)()
         return int(exit_code)
     if type(error).__name__ == "Abort":
-        return EXIT_INTERRUPTED
+        return _stopped()
     text = " ".join(str(error).split())
     if isinstance(error, UsageError):
         print(f"pivotune: error: {text}", file=sys.stderr)

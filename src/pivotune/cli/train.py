@@ -38,7 +38,8 @@ def train(
     out = console(as_json)
     prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
     describe_run(out, prepared)
-    result = execute_run(prepared, resume=resume, callbacks=[TrainingProgress()], progress=progress)
+    with TrainingProgress() as bar:
+        result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
     if as_json:
         print_json({"run": str(result.folder), **result.results})
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,7 +12,13 @@ _SHOWN = ("loss", "tft_loss", "conversion_loss", "thinking_loss")
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar over optimizer steps on the main process."""
+    """A bar over optimizer steps on the main process. A context manager: leaving it stops the drawing, also by an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __init__(self, title: str = "Training") -> None:
         self._title = title
@@ -53,7 +59,7 @@ class TrainingProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop drawing; also called when training ends with an exception."""
+        """Stop drawing."""
         if self._bar:
             self._bar.stop()
             self._bar = None

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 from pivotune.data.examples import Side
 
-
 Role = Literal["template", "query", "answer"]
 
 

@@ -15,7 +15,7 @@ from pivotune.data.demo import build_demo_rows, write_demo_rows
 from pivotune.data.examples import Example, Pair
 from pivotune.layers.measure import analyze_layers
 from pivotune.model.loading import load_model
-from pivotune.training.heldout import greedy_answers, summarize
+from pivotune.training.heldout import greedy_answers
 from pivotune.training.preparation import heldout_examples, spread
 from pivotune.training.run import PreparedRun, Progress, RunResult, execute_run, prepare_run
 from pivotune.training.run_folder import write_json
@@ -139,9 +139,7 @@ def _measure(
     measured: dict[str, Any] = {}
     for side, examples in heldout_examples(prepared.validation).items():
         task = run.results["tasks"][f"heldout_{settings.language if side == 'target' else 'en'}"]
-        nll = asdict(summarize(run.before[side])) if name == "base" else {
-            "nll": task["value"], "stderr": task["stderr"], "nll_per_character": task["nll_per_character"], "rows": task["n"],
-        }  # fmt: skip
+        nll = _nll(task["base"] if name == "base" else task, task["n"])
         with progress(f"Answering {side} questions ({name})", settings.answered) as advance:
             answers = _answer(model, prepared, spread(examples, settings.answered), advance)
         correct = sum(exact_match(answer["answer"], answer["gold"]) for answer in answers)
@@ -150,6 +148,11 @@ def _measure(
     with progress(f"Measuring the layers ({name})", len(pairs)) as advance:
         measured["profile"] = analyze_layers(model, prepared.tokenizer, pairs, progress=advance)["target"]
     return measured
+
+
+def _nll(scores: dict[str, float], rows: int) -> dict[str, float]:
+    names = {"nll": "value", "stderr": "stderr", "nll_per_character": "nll_per_character"}
+    return {**{name: scores[key] for name, key in names.items()}, "rows": rows}
 
 
 def _answer(

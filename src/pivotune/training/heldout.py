@@ -105,7 +105,7 @@ def greedy_answers(
                     do_sample=False,
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=_end_ids(model, tokenizer),
+                    eos_token_id=end_token_ids(model, tokenizer),
                 )
             new = output[:, inputs["input_ids"].shape[1] :]
             for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -113,6 +113,17 @@ def greedy_answers(
             if progress:
                 progress(start + len(indices))
     return answers
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer, sorted: the tokenizer's end-of-text and what the model's generation settings stop at.
+
+    Args:
+        model: its `generation_config.eos_token_id` may be one id, a list of ids, or None.
+    """
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*ids, tokenizer.eos_token_id})
 
 
 def summarize(scores: Sequence[RowScore]) -> Summary:
@@ -145,13 +156,6 @@ def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -
         input_ids[index, -len(prompt) :] = torch.from_numpy(prompt).long()
         attention_mask[index, -len(prompt) :] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-text and whatever else the model's generation settings stop at."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({*ids, tokenizer.eos_token_id})
 
 
 @contextmanager

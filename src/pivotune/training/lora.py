@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pivotune.config import LoraSettings
@@ -48,6 +49,13 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
         raise UsageError(f"lora.target_modules: {' '.join(str(error).split())}") from error
 
 
+def check_adapters(settings: LoraSettings, model_config: Any, *, trust_remote_code: bool = False) -> None:
+    """Raise what `add_adapters` would raise, from the configuration alone: no weight is loaded or made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        add_adapters(model, build_lora_config(settings, model))
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether head and input embedding are one matrix."""
     return find_architecture(model).head_weight is cast(nn.Embedding, model.get_input_embeddings()).weight
@@ -83,7 +91,7 @@ def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
 
 
 def _targets(wanted: Any, name: str) -> bool:
-    """A list holds names or their last parts; text is a pattern for the whole name, or `all-linear`, which leaves out the head."""
+    """A list holds names or their last parts; text is a pattern for whole names, or `all-linear`: all but the head."""
     if isinstance(wanted, str):
         return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in wanted)

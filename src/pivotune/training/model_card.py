@@ -66,7 +66,8 @@ def _results_table(results: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    head = "| held-out rows | n | NLL per token before | after | NLL per character before | after |\n|---|---|---|---|---|---|"
+    titles = ("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
+    head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
     return "\n".join(
         ["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows]
     )

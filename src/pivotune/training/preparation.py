@@ -10,7 +10,8 @@ from torch import nn
 
 from pivotune.config import SignalConfig, SupervisionConfig, needed_by
 from pivotune.data.collator import ExampleDataset
-from pivotune.data.examples import Encoder, Example, Pair, check_branch_lengths, training_examples
+from pivotune.data.datasets import check_branch_lengths, training_examples
+from pivotune.data.examples import Encoder, Example, Pair
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
@@ -65,13 +66,17 @@ def needs_english(args: DeepSupervisionConfig, *, heldout: bool = False) -> bool
     return not heldout and (args.method == "deep-supervision" or args.english_ratio > 0)
 
 
-def build_train_dataset(pairs: list[Pair] | None, args: DeepSupervisionConfig, model: nn.Module) -> Any:
-    """What the method trains on, as a map-style dataset."""
+def build_train_dataset(pairs: list[Pair] | None, args: DeepSupervisionConfig, model_config: Any) -> Any:
+    """What the method trains on, as a map-style dataset.
+
+    Raises:
+        UsageError: a row whose English branch does not fit into the model's context.
+    """
     if pairs is None:
         return None
     ratio = 0.0 if args.method == "sft" else args.english_ratio
     examples = training_examples(pairs, method=args.method, english_ratio=ratio, seed=args.seed)
-    check_branch_lengths(examples, context_length(model.config))
+    check_branch_lengths(examples, context_length(model_config))
     return ExampleDataset(examples)
 
 

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
-from pivotune.data.examples import EncodingReport, Pair, split_validation
+from pivotune.data.datasets import split_validation
+from pivotune.data.examples import EncodingReport, Pair
 from pivotune.data.sources import Rows, load_rows
+from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, write_layers_json
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.architecture import check_architecture
@@ -23,9 +25,15 @@ from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
 from pivotune.training.checkpoints import last_checkpoint, staged_folder
 from pivotune.training.heldout import RowScore, score_answers, summarize
-from pivotune.training.lora import build_lora_config
+from pivotune.training.lora import build_lora_config, check_adapters
 from pivotune.training.model_card import model_card
-from pivotune.training.preparation import build_encoder, check_layers, heldout_examples, spread
+from pivotune.training.preparation import (
+    build_encoder,
+    build_train_dataset,
+    check_layers,
+    heldout_examples,
+    spread,
+)
 from pivotune.training.run_folder import claim_run_folder, write_items, write_json, write_run_config, write_text
 from pivotune.training.trainer import DeepSupervisionTrainer
 
@@ -82,6 +90,11 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     rows, validation_rows, skipped = _load_data(config)
     train = encoder.encode(rows, on_bad_row=config.data.on_bad_row, source=config.data.train)
     validation = encoder.encode(validation_rows, on_bad_row="skip")
+    _check_rows(config, args, train, validation, encoder.report)
+    build_train_dataset(train, args, model_config)
+    if config.lora is not None:
+        check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
+    _check_apart(config)
     folder = claim_run_folder(config, overwrite=overwrite, resume=resume)
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype)
@@ -154,10 +167,36 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) 
         model = model.merge_and_unload()
     with staged_folder(folder / "model") as staging:
         if not quantized:
-            model.to(dtype)
+            _cast_weights(model, dtype)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return model
+
+
+def _cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Only the weights: `model.to` would also round the rotary frequencies, which no model folder holds."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _check_rows(
+    config: RunConfig, args: DeepSupervisionConfig, train: list[Pair], validation: list[Pair], report: EncodingReport
+) -> None:
+    if not train:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items())
+        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
+    if args.eval_strategy != "no" and not validation:
+        raise UsageError(
+            f"training.eval_strategy: {args.eval_strategy} needs held-out rows and data.validation: "
+            f"{config.data.validation} gives none"
+        )
+
+
+def _check_apart(config: RunConfig) -> None:
+    """A run replaces what is in its folder: the model it starts from must not be there."""
+    model, folder = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
+    if model.exists() and model.is_relative_to(folder):
+        raise UsageError(f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another")
 
 
 def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:

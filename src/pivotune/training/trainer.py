@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator
@@ -95,7 +96,7 @@ class DeepSupervisionTrainer(Trainer):
             model=model if peft_config is None else add_adapters(model, peft_config),
             args=args,
             data_collator=DeepSupervisionCollator(_pad_token_id(processing_class)),
-            train_dataset=build_train_dataset(pairs, args, model),
+            train_dataset=build_train_dataset(pairs, args, model.config),
             eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -156,6 +157,8 @@ class DeepSupervisionTrainer(Trainer):
         Raises:
             TrainingDivergedError: the loss is not finite; raised before the optimizer touches the weights.
         """
+        if not self._window:
+            self._logged_at = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(self._divergence())
@@ -200,15 +203,16 @@ class DeepSupervisionTrainer(Trainer):
                 )
             elapsed = max(time.perf_counter() - self._logged_at, 1e-9)
             logs.update({f"{side}_tokens_per_second": int(n) / elapsed for side, n in self._tokens.items()})
+        if "loss" in logs or "train_runtime" in logs:
+            # The last line of a training run: what was counted since the one before belongs to no later run.
             self._window, self._tokens = {}, {}
-        self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
     def _window_means(self) -> dict[str, float]:
         means = {}
         for name in ("tft", *self.supervision.active()):
             window = self._window.get(name) or [torch.zeros((), device=self.args.device) for _ in range(2)]
-            total, count = self._sum_over_ranks(torch.stack(window).double()).tolist()
+            total, count = self._sum_over_ranks(torch.stack(window)).tolist()
             if count:
                 means[f"{name}_loss"] = total / count
         return means
@@ -228,9 +232,15 @@ class DeepSupervisionTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Answer NLL per token and per character, in nats, over all tokens of the dataset and all ranks."""
+        started = time.perf_counter()
         self._heldout.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nll, tokens, characters = self._sum_over_ranks(self._heldout.to(self.args.device)).tolist()
+        # Evaluation is no part of the training speed.
+        self._logged_at += time.perf_counter() - started
+        totals = self._heldout
+        if self.accelerator.num_processes > 1:
+            totals = self._sum_over_ranks(totals.to(self.args.device))
+        nll, tokens, characters = totals.tolist()
         values = {"loss": nll / tokens, "nll": nll / tokens, "nll_per_character": nll / characters}
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
@@ -244,20 +254,27 @@ class DeepSupervisionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder.parent / f"checkpoint-{self.state.best_global_step}")
+        best = self._best_checkpoint(folder)
         with staged_folder(folder) as staging:
             self._staging = staging.parent
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            if self.state.best_model_checkpoint != best:
+                # `Trainer` has looked beside the staged folder.
+                self.state.best_model_checkpoint = best
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         rotate_checkpoints(
             output_dir=str(folder.parent),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+    def _best_checkpoint(self, saving: Path) -> str | None:
+        best = saving.parent / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if best == saving or best.is_dir() else self.state.best_model_checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

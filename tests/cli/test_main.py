@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import pivotune
+from pivotune.cli import main as main_module
+from pivotune.cli.main import main
+from pivotune.errors import UsageError
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "accelerate")
+VERBS = ("demo", "data", "analyze", "init", "train", "chat")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "error", "-m", "pivotune", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A function that makes `pivotune init` raise."""
+
+    def make(error: BaseException) -> None:
+        def app(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(main_module, "app", app)
+
+    return make
+
+
+@pytest.fixture
+def failing_verb(monkeypatch):
+    """A function that makes the verb `init` raise, below the command line parser."""
+
+    def make(error: BaseException) -> None:
+        def render(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("pivotune.cli.init.render", render)
+
+    return make
+
+
+def test_help_as_a_program():
+    result = run("--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    for word in (*VERBS, "--version", "--debug"):
+        assert f" {word} " in result.stdout
+
+
+def test_help_imports_nothing_heavy_and_answers_in_half_a_second():
+    script = (
+        "import sys; from pivotune.cli.main import main; code = main(['--help']); "
+        f"print('loaded', [name for name in {HEAVY} if name in sys.modules], code)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert result.stdout.splitlines()[-1] == "loaded [] 0"
+    # A fifth of a second where nothing else runs; the room is for busy machines.
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", [["init"], ["train"], ["analyze"], ["demo"], ["chat"], ["data"], ["data", "check"]])
+def test_every_verb_has_help(verb, capsys):
+    assert main([*verb, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert f"Usage: pivotune {' '.join(verb)}" in captured.out
+    assert captured.err == ""
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pivotune {pivotune.__version__}\n"
+    assert run("--version").stdout == f"pivotune {pivotune.__version__}\n"
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tain"], "No such command 'tain'"),
+        (["train"], "Missing argument"),
+        (["train", "run.yaml", "--sett", "a=1"], "No such option: --sett"),
+        (["demo", "--rows", "0"], "Invalid value for '--rows'"),
+        (["demo", "--rows", "many"], "Invalid value for '--rows'"),
+        (["analyze", "--model", "m"], "Missing option '--data'"),
+    ],
+)
+def test_words_that_are_no_command_line(words, expected, debug, capsys):
+    assert main([*words, *debug]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_no_words_show_the_help(capsys):
+    assert main([]) == 2
+    assert "Usage: pivotune" in "".join(capsys.readouterr())
+
+
+def test_a_users_mistake_is_one_line_and_code_2(failing, capsys):
+    failing(UsageError("pairs.jsonl: row 3:\n  no answer"))
+    assert main(["init"]) == 2
+    assert capsys.readouterr() == ("", "pivotune: error: pairs.jsonl: row 3: no answer\n")
+
+
+def test_anything_else_is_one_line_and_code_1(failing, capsys):
+    failing(RuntimeError("out of\nmemory"))
+    assert main(["init"]) == 1
+    assert capsys.readouterr() == ("", "pivotune: RuntimeError: out of memory (--debug shows where)\n")
+
+
+def test_diverged_training_is_one_line_and_code_1(failing, capsys):
+    from pivotune.training.trainer import TrainingDivergedError
+
+    failing(TrainingDivergedError("the loss is not a finite number"))
+    assert main(["init"]) == 1
+    assert capsys.readouterr() == ("", "pivotune: stopped: the loss is not a finite number\n")
+
+
+def test_interrupted_is_code_130(failing_verb, failing, capsys):
+    failing_verb(KeyboardInterrupt())
+    assert main(["init"]) == 130
+    assert capsys.readouterr().err.strip() == "pivotune: stopped"
+    failing(KeyboardInterrupt())
+    assert main(["init"]) == 130
+    assert capsys.readouterr() == ("", "pivotune: stopped\n")
+
+
+@pytest.mark.parametrize("words", [["--debug", "init"], ["init", "--debug"], ["init", "--language", "vi", "--debug"]])
+def test_debug_anywhere_raises(words, failing_verb):
+    failing_verb(RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="^broken$"):
+        main(words)
+
+
+def test_debug_from_the_environment(failing_verb, monkeypatch):
+    failing_verb(UsageError("wrong"))
+    monkeypatch.setenv("PIVOTUNE_DEBUG", "1")
+    with pytest.raises(UsageError, match="^wrong$"):
+        main(["init"])
+
+
+def test_codes_and_tracebacks_as_a_program(tmp_path):
+    path = tmp_path / "run.yaml"
+    plain, debug = run("train", str(path)), run("train", str(path), "--debug")
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr == f"pivotune: error: {path}: no such file\n"
+    assert debug.returncode == 1
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert debug.stderr.endswith(f"pivotune.errors.UsageError: {path}: no such file\n")
+    assert run("nonsense").returncode == 2

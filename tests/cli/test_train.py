@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pivotune.cli.main import main
+from pivotune.config import load_config
+
+STEPS = 2
+RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
+             "model", f"checkpoint-{STEPS}"}  # fmt: skip
+LAYERS = ["supervision.conversion.layer=1", "supervision.thinking.layer=3"]
+
+
+def signals(conversion: str, thinking: str, *changes: str) -> list[str]:
+    return [*LAYERS, f"supervision.conversion.signal={conversion}", f"supervision.thinking.signal={thinking}", *changes]
+
+
+FEATURES = {
+    f"feature-{pooling}-{span}-{english}": signals(
+        "feature", "feature", f"supervision.feature={{pooling: {pooling}, span: {span}, english: {english}}}"
+    )
+    for pooling in ("mean", "last")
+    for span in ("query", "query+answer")
+    for english in ("detached", "joint", "frozen")
+}
+VARIANTS = {
+    "logits-autoregressive": signals("logits", "logits"),
+    "logits-positional": signals("logits", "logits", "supervision.logits.mode=positional"),
+    "logits-without-norm": signals("logits", "logits", "supervision.logits.norm=none"),
+    "feature-raw-english": signals("feature", "feature", "supervision.feature.english_norm=raw"),
+    "conversion-alone": signals("logits", "none"),
+    "thinking-alone": signals("none", "feature"),
+    "mixed": signals("feature", "logits"),
+    **FEATURES,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    build_tiny_model().save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_config(folder: Path, model: Path, rows: Path | str, **changes) -> Path:
+    settings = {
+        "model": str(model),
+        "data": {"train": str(rows), "validation": 3, "language": "sw"},
+        "training": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "bf16": False,
+        },
+        "output_dir": str(folder / "run"),
+        **changes,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, model) -> Path:
+    return write_config(tmp_path, model, write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(16)))
+
+
+def words(changes) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+def train(config: Path, *changes: str, options=()) -> Path:
+    assert main(["train", str(config), *words(changes), *options]) == 0
+    return config.parent / "run"
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: Path) -> list[dict]:
+    return [line for line in metrics(run) if "tft_loss" in line]
+
+
+def refused(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert main([str(word) for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pivotune: error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("pivotune: error: ").rstrip("\n")
+
+
+def check_model(run: Path, start: Path) -> None:
+    """`model/` is a plain folder that generates, and training changed it."""
+    trained = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Namba 3 ni ipi?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    output = trained.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert output.shape[1] > prompt.shape[1]
+    before = AutoModelForCausalLM.from_pretrained(start).state_dict()
+    after = trained.state_dict()
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def tft_step(tmp_path_factory, model) -> dict:
+    """The first logged step of plain TFT on the rows that every variant trains on."""
+    folder = tmp_path_factory.mktemp("tft")
+    config = write_config(folder, model, write_jsonl(folder / "pairs.jsonl", tiny_rows(16)))
+    return steps(train(config, "method=tft"))[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_signal_and_mode(name, config, model, tft_step):
+    run = train(config, *VARIANTS[name])
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json"}
+    first = steps(run)[0]
+    assert [line["step"] for line in steps(run)] == [1, 2]
+    # The same start and the same rows: the answer's loss is TFT's, whatever the inner losses are.
+    assert first["tft_loss"] == pytest.approx(tft_step["tft_loss"], rel=1e-5)
+    supervision = load_config(config, VARIANTS[name]).supervision
+    inner = {}
+    for term in ("conversion", "thinking"):
+        signal = getattr(supervision, term).signal
+        assert (f"{term}_loss" in first) is (signal != "none")
+        if signal != "none":
+            inner[term] = first[f"{term}_loss"]
+            assert 0 < inner[term] < (2 if signal == "feature" else 20)
+    assert first["loss"] == pytest.approx(first["tft_loss"] + 0.3 * sum(inner.values()), rel=1e-4)
+    assert [line["supervision_factor"] for line in steps(run)] == [1.0, 0.0]
+    layers = json.loads((run / "layers.json").read_text())
+    for term in inner:
+        assert layers[term] == getattr(supervision, term).layer
+    assert len(layers["target"]["entropy"]) == layers["num_layers"] + 1 == 5
+    check_model(run, model)
+
+
+def test_variants_train_different_models(tmp_path, model):
+    """No option is silently ignored: the inner losses of the first step differ between any two of these."""
+    rows = write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(16))
+    # detached, joint and frozen start from the same value and differ in their gradients: seen at the second step.
+    chosen = [name for name in VARIANTS if "alone" not in name]
+    seen = {}
+    for name in chosen:
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, model, rows)
+        changes = ["training.save_strategy=no", "supervision.schedule=constant", "data.validation=0"]
+        lines = steps(train(config, *VARIANTS[name], *changes))
+        seen[name] = tuple(round(line[term], 7) for line in lines for term in ("conversion_loss", "thinking_loss"))
+    assert len(set(seen.values())) == len(seen)
+
+
+@pytest.mark.parametrize("method", ["sft", "tft"])
+def test_baselines(method, config, model):
+    run = train(config, f"method={method}")
+    assert {path.name for path in run.iterdir()} == RUN_FILES
+    assert [line["step"] for line in steps(run)] == [1, 2]
+    for line in steps(run):
+        assert line["loss"] == pytest.approx(line["tft_loss"], rel=1e-5)
+        assert not {"conversion_loss", "thinking_loss", "supervision_factor"} & line.keys()
+    check_model(run, model)
+
+
+def test_layers_are_chosen_where_none_are_given(config):
+    run = train(config)
+    layers = json.loads((run / "layers.json").read_text())
+    assert 1 <= layers["conversion"] < layers["thinking"] < layers["num_layers"]
+    assert layers["reason"]
+    assert load_config(run / "config.yaml").supervision.conversion.layer == "auto"
+
+
+def test_the_run_folder_describes_the_run(config, model, capsys):
+    run = train(config, *LAYERS, "seed=3")
+    resolved = load_config(run / "config.yaml")
+    assert resolved == load_config(config, [*LAYERS, "seed=3"])
+    results = json.loads((run / "results.json").read_text())
+    assert (results["model"], results["method"]) == (str(model), "deep-supervision")
+    assert set(results["tasks"]) == {"heldout_sw", "heldout_en"}
+    with gzip.open(run / "results.items.jsonl.gz", "rt") as file:
+        items = [json.loads(line) for line in file]
+    for name, task in results["tasks"].items():
+        own = [item for item in items if item["task"] == name]
+        assert [item["item"] for item in own] == [0, 1, 2]
+        tokens = sum(item["tokens"] for item in own)
+        assert task["value"] == pytest.approx(sum(item["nll"] for item in own) / tokens)
+        assert task["base"]["value"] == pytest.approx(sum(item["base_nll"] for item in own) / tokens)
+        assert (task["metric"], task["n"], task["higher_is_better"]) == ("nll", 3, False)
+    card = (run / "README.md").read_text()
+    assert "Conversion at layer 1, thinking at layer 3 of 4" in card
+    assert f"{results['tasks']['heldout_sw']['value']:.3f}" in card
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["libraries"]["torch"] == torch.__version__
+    out = capsys.readouterr().out
+    assert "13 rows to train on, 3 held out" in out
+    assert "3 of them in English (data.english_ratio 0.25)" in out
+    assert "conversion logits at layer 1, weight 0.3; thinking logits at layer 3, weight 0.3; linear schedule" in out
+    assert "<|assistant|>\nNi " in out
+    assert f"pivotune chat {run}" in out.replace("\n", "")
+
+
+def test_without_held_out_rows(config, capsys):
+    run = train(config, "data.validation=0", *LAYERS)
+    assert json.loads((run / "results.json").read_text())["tasks"] == {}
+    assert "NLL" not in capsys.readouterr().out
+    assert len(steps(run)) == STEPS
+
+
+def test_json_is_all_there_is_on_stdout(config, capsys):
+    run = train(config, *LAYERS, options=["--json"])
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert printed == {"run": str(run), **json.loads((run / "results.json").read_text())}
+    assert "rows to train on" in captured.err
+
+
+def test_lora(config, model):
+    run = train(config, *LAYERS, "lora={r: 2, alpha: 4, dropout: 0.0, target_modules: [q_proj, down_proj]}")
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json", "adapter"}
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    check_model(run, model)
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "down_proj"}
+
+
+def test_validation_from_a_file_in_one_language(config, tmp_path):
+    held = [{"prompt": "Namba 99 ni ipi?", "completion": "Ni 99."}]
+    run = train(config, f"data.validation={write_jsonl(tmp_path / 'held.jsonl', held)}", *LAYERS)
+    tasks = json.loads((run / "results.json").read_text())["tasks"]
+    assert {name: task["n"] for name, task in tasks.items()} == {"heldout_sw": 1}
+
+
+# ---- who may write where ----
+
+
+def test_a_finished_run_is_kept_unless_told(config, capsys):
+    run = train(config, "method=tft")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    text = refused(capsys, "train", config)
+    assert text == f"output_dir: {run} already holds a run; add --resume to go on with it or --overwrite"
+    text = refused(capsys, "train", config, "--resume", "--overwrite")
+    assert text == "--resume and --overwrite exclude each other"
+    text = refused(capsys, "train", config, "--resume", "--set", "method=tft", "--set", "seed=5")
+    assert text == (
+        f"--resume: seed is 5 here and was 0 in {run}; resume with the same settings or choose another output_dir"
+    )
+    text = refused(capsys, "train", config, "--overwrite", "--set", "supervision.thinking.layer=99")
+    assert "99" in text
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(config):
+    run = train(config, *LAYERS)
+    (run / "notes.txt").write_text("mine")
+    train(config, "method=tft", options=["--overwrite"])
+    assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "layers.json").exists()
+    assert load_config(run / "config.yaml").method == "tft"
+    assert [line["step"] for line in steps(run)] == [1, 2]
+
+
+def test_resume_goes_on_where_the_run_stopped(config):
+    run = train(config, *LAYERS)
+    first = steps(run)
+    train(config, *LAYERS, "training.max_steps=4", options=["--resume"])
+    assert [line["step"] for line in steps(run)] == [1, 2, 3, 4]
+    assert steps(run)[:2] == first
+    assert (run / "checkpoint-4").is_dir()
+
+
+def test_nothing_to_resume(config, capsys):
+    text = refused(capsys, "train", config, "--resume")
+    assert text == f"output_dir: there is no run in {config.parent / 'run'} to resume"
+    assert not (config.parent / "run").exists()
+
+
+# ---- rows in other forms, files and languages ----
+
+GEORGIAN = [("რა არის {} პლუს ერთი?", "პასუხია {}.", "What is {} plus one?", "The answer is {}.")]
+AMHARIC = [("{} ሲደመር አንድ ስንት ነው?", "መልሱ {} ነው።", "How much is {} plus one?", "The answer is {}.")]
+
+
+def worded(wording, count=10):
+    prompt, answer, prompt_en, answer_en = wording[0]
+    for index in range(count):
+        yield (
+            prompt.format(index),
+            answer.format(index + 1),
+            prompt_en.format(index),
+            answer_en.format(index + 1),
+        )
+
+
+def test_georgian_alpaca_in_a_gzipped_csv(tmp_path, model, capsys):
+    path = tmp_path / "ka.csv.gz"
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["instruction", "input", "output", "instruction_en", "input_en", "output_en"])
+        for prompt, answer, prompt_en, answer_en in worded(GEORGIAN):
+            table.writerow(["უპასუხე, მოკლედ", prompt, answer, "Answer, briefly", prompt_en, answer_en])
+    run = train(write_config(tmp_path, model, path, data={"train": str(path), "validation": 2, "language": "ka"}))
+    assert set(json.loads((run / "results.json").read_text())["tasks"]) == {"heldout_ka", "heldout_en"}
+    assert "უპასუხე, მოკლედ\n\nრა არის" in capsys.readouterr().out
+    check_model(run, model)
+
+
+def test_amharic_chats_in_parquet(tmp_path, model, capsys):
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    def chat(prompt, answer):
+        turns = [("user", prompt), ("assistant", answer)]
+        return [{"role": role, "content": content} for role, content in turns]
+
+    records = [{"messages": chat(*row[:2]), "messages_en": chat(*row[2:])} for row in worded(AMHARIC)]
+    path = tmp_path / "am.parquet"
+    parquet.write_table(arrow.Table.from_pylist(records), path)
+    run = train(write_config(tmp_path, model, path), *signals("feature", "feature"))
+    assert "ሲደመር አንድ ስንት ነው?" in capsys.readouterr().out
+    check_model(run, model)
+
+
+def test_two_aligned_files_joined_by_id(tmp_path, model):
+    rows = tiny_rows(12)
+    sides = [
+        [{key: row[key] for key in ("id", "prompt", "completion")} for row in rows],
+        [{"id": row["id"], "prompt": row["prompt_en"], "completion": row["completion_en"]} for row in rows[::-1]],
+    ]
+    target = write_jsonl(tmp_path / "sw.jsonl", sides[0])
+    english = write_jsonl(tmp_path / "en.jsonl", sides[1])
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    for folder in (apart, together):
+        folder.mkdir()
+    data = {"train": str(target), "english": str(english), "validation": 2}
+    first = steps(train(write_config(apart, model, target, data=data), *LAYERS))
+    whole = write_jsonl(tmp_path / "both.jsonl", rows)
+    second = steps(train(write_config(together, model, whole, data={"train": str(whole), "validation": 2}), *LAYERS))
+    for one, other in zip(first, second, strict=True):
+        for term in ("tft_loss", "conversion_loss", "thinking_loss"):
+            assert one[term] == pytest.approx(other[term], rel=1e-6)
+
+
+def test_target_rows_alone_are_enough_for_tft_and_english_ones_for_sft(tmp_path, model):
+    rows = tiny_rows(12)
+    target = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    english = [{"prompt_en": row["prompt_en"], "completion_en": row["completion_en"]} for row in rows]
+    for method, chosen, task in (("tft", target, "heldout_sw"), ("sft", english, "heldout_en")):
+        folder = tmp_path / method
+        folder.mkdir()
+        config = write_config(folder, model, write_jsonl(folder / "rows.jsonl", chosen))
+        run = train(config, f"method={method}", "data.english_ratio=0")
+        assert set(json.loads((run / "results.json").read_text())["tasks"]) == {task}
+
+
+def test_bad_rows_are_left_out_and_counted_when_told(config, tmp_path, capsys):
+    rows = tiny_rows(16)
+    rows[2]["completion_en"] = ""
+    del rows[5]["prompt"]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train(config, "data.on_bad_row=skip", *LAYERS)
+    out = capsys.readouterr().out
+    assert "11 rows to train on, 3 held out" in out
+    assert "left out: 1 rows: `completion_en` is empty" in out
+    assert "left out: 1 rows: `prompt` is missing" in out
+
+
+def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
+    from pivotune.cli import training_progress
+    from pivotune.training.trainer import DeepSupervisionTrainer, TrainingDivergedError
+
+    bars = []
+    made = training_progress.progress_bar
+    monkeypatch.setattr(training_progress, "progress_bar", lambda: bars.append(made()) or bars[-1])
+
+    def diverge(*args, **kwargs):
+        raise TrainingDivergedError("the loss is not a finite number at step 1")
+
+    monkeypatch.setattr(DeepSupervisionTrainer, "training_step", diverge)
+    assert main(["train", str(config), *words(LAYERS)]) == 1
+    assert "pivotune: stopped: the loss is not a finite number at step 1\n" in capsys.readouterr().err
+    assert [bar.live.is_started for bar in bars] == [False]
+
+
+def test_as_a_program_with_warnings_as_errors(config):
+    command = [sys.executable, "-W", "error", "-m", "pivotune", "train", str(config), "--json", *words(LAYERS)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)["tasks"]) == {"heldout_sw", "heldout_en"}
+    assert "Traceback" not in result.stderr
+    assert "Warning" not in result.stderr
