@@ -111,7 +111,7 @@ def test_every_default():
         ("zzz=1", f"unknown key zzz; known keys: {ROOT_KEYS}"),
         ("int=1", f"unknown key int; known keys: {ROOT_KEYS}"),
         ("lora.str=1", "unknown key lora.str; known keys: r, alpha, dropout, target_modules"),
-        ("supervision.feature={1: 2}", "unknown key supervision.feature.1; known keys: pooling, span, english, english_norm"),
+        ("supervision.logits={1: 2}", "unknown key supervision.logits.1; known keys: mode, norm"),
     ],
 )  # fmt: skip
 def test_unknown_key_names_the_nearest_valid_one(change, expected):
@@ -205,6 +205,13 @@ def test_conversion_comes_below_thinking(layers):
     assert message(*changes) == expected
     assert changed(*changes, "supervision.conversion.signal=none").supervision.thinking.layer == high
     assert changed(changes[0]).supervision.conversion.layer == low
+
+
+def test_deep_supervision_has_a_signal():
+    none = ["supervision.conversion.signal=none", "supervision.thinking.signal=none"]
+    assert message(*none) == "run.yaml: supervision: both signals are none; that is method: tft"
+    assert changed(*none, "method=tft").method == "tft"
+    assert changed(none[0]).supervision.thinking.signal == "logits"
 
 
 def test_quantized_training_needs_adapters():

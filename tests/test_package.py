@@ -39,7 +39,7 @@ def test_the_trainer_and_its_arguments():
 
 
 def test_unknown_attribute():
-    with pytest.raises(AttributeError, match="^module 'pivotune' has no attribute 'DeepSupervisonTrainer'$"):
+    with pytest.raises(AttributeError, match=r"^module 'pivotune' has no attribute 'DeepSupervisonTrainer'$"):
         _ = pivotune.DeepSupervisonTrainer
     with pytest.raises(ImportError, match="cannot import name 'nothing' from 'pivotune'"):
         from pivotune import nothing  # noqa: F401

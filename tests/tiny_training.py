@@ -109,7 +109,13 @@ def run_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "model": str(folder / "base"),
         "data": {"train": str(folder / "rows.jsonl"), "validation": 4, "language": "sw"},
         "supervision": {"profile_rows": 8},
-        "training": {**QUIET, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1},
+        "training": {
+            **QUIET,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+        },
         "output_dir": str(folder / "run"),
         **changes,
     }

@@ -34,7 +34,9 @@ class DataConfig(_Section):
 
     train: str
     english: str | None = None  # one aligned English file beside `train`
-    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | str = 0.05  # rows, share or file
+    validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | str = (
+        0.05  # rows, share (at most 500 rows) or file
+    )
     validation_english: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     language: str | None = None
@@ -134,6 +136,13 @@ class RunConfig(_Section):
     def _quantized_needs_lora(self) -> RunConfig:
         if self.quantize and self.lora is None:
             raise ValueError("quantize: 4bit trains adapters only; add lora: {r: 16}")
+        return self
+
+    @model_validator(mode="after")
+    def _some_signal(self) -> RunConfig:
+        signals = {self.supervision.conversion.signal, self.supervision.thinking.signal}
+        if self.method == "deep-supervision" and signals == {"none"}:
+            raise ValueError("supervision: both signals are none; that is method: tft")
         return self
 
     @property

@@ -139,14 +139,14 @@ def test_interrupted_is_code_130(failing_verb, failing, capsys):
 @pytest.mark.parametrize("words", [["--debug", "init"], ["init", "--debug"], ["init", "--language", "vi", "--debug"]])
 def test_debug_anywhere_raises(words, failing_verb):
     failing_verb(RuntimeError("broken"))
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         main(words)
 
 
 def test_debug_from_the_environment(failing_verb, monkeypatch):
     failing_verb(UsageError("wrong"))
     monkeypatch.setenv("PIVOTUNE_DEBUG", "1")
-    with pytest.raises(UsageError, match="^wrong$"):
+    with pytest.raises(UsageError, match=r"^wrong$"):
         main(["init"])
 
 

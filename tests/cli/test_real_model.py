@@ -14,9 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("signal", ["logits", "feature"])
-def test_training_on_real_rows_lowers_heldout_nll_and_the_model_answers(
-    tmp_path, shared_data, smollm2, signal, capfd
-):
+def test_training_on_real_rows_lowers_heldout_nll_and_the_model_answers(tmp_path, shared_data, smollm2, signal, capfd):
     run = tmp_path / "run"
     settings = {
         "model": smollm2,

@@ -13,7 +13,7 @@ from tiny_training import QUIET, arguments, assert_same, make_pairs, step_logs, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
-from pivotune.data.examples import training_examples
+from pivotune.data.datasets import training_examples
 from pivotune.training.run import save_model
 from pivotune.training.trainer import DeepSupervisionTrainer
 
@@ -177,7 +177,9 @@ def test_merged_lora_is_the_adapted_model(tmp_path, family):
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=input_ids).logits, adapted, rtol=0, atol=1e-5)
     assert not hasattr(merged, "peft_config")
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").decode(input_ids[0]) == build_tiny_tokenizer().decode(input_ids[0])
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").decode(input_ids[0]) == build_tiny_tokenizer().decode(
+        input_ids[0]
+    )
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
@@ -240,6 +242,7 @@ def test_bfloat16_autocast_trains(tmp_path, signal):
 
 def test_same_seed_same_run_with_adapters(tmp_path):
     """The adapters' first weights follow `seed`, whatever was drawn before."""
+
     def run(noise: int, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(noise)
         model = copy.deepcopy(BASE)

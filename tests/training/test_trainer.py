@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -62,7 +62,12 @@ def test_ten_lines_as_in_the_readme(tmp_path):
 def test_rows_in_any_form_are_the_same_rows(tmp_path, form):
     rows = tiny_rows(12)
     if form == "alpaca":
-        names = {"prompt": "instruction", "completion": "output", "prompt_en": "instruction_en", "completion_en": "output_en"}
+        names = {
+            "prompt": "instruction",
+            "completion": "output",
+            "prompt_en": "instruction_en",
+            "completion_en": "output_en",
+        }
         given: Any = [{names[key]: value for key, value in row.items() if key in names} for row in rows]
     else:
         given = {"list": rows, "datasets": Dataset.from_list(rows), "file": None}[form]
@@ -83,6 +88,23 @@ def test_model_by_name_of_a_folder(tmp_path):
         name, arguments(tmp_path), train_dataset=make_pairs(8), peft_config=LoraConfig(task_type="CAUSAL_LM")
     )
     assert {p.dtype for n, p in adapted.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+
+
+def test_name_of_an_adapter_trains_the_merged_model(tmp_path):
+    """PEFT loads adapters frozen, for inference."""
+    name = save_tiny_model(tmp_path / "base")
+    options = {"train_dataset": make_pairs(8), "processing_class": build_tiny_tokenizer()}
+    first = DeepSupervisionTrainer(
+        name, arguments(tmp_path), peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"), **options
+    )
+    first.train()
+    first.model.save_pretrained(tmp_path / "adapter")
+    again = DeepSupervisionTrainer(str(tmp_path / "adapter"), arguments(tmp_path), **options)
+    assert not hasattr(again.model, "peft_config")
+    assert_same(weights(again.model), weights(first.model.merge_and_unload()), tolerance=1e-6)
+    before = weights(again.model)
+    again.train()
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in weights(again.model).items())
 
 
 def test_tokenizer_without_padding_token(tmp_path):
@@ -130,7 +152,7 @@ def test_sft_equals_tft_on_the_english_side(tmp_path):
     ("changes", "message"),
     [
         ({"conversion_layer": 0}, "conversion"),
-        ({"thinking_layer": 4}, "1..3"),
+        ({"thinking_layer": 4}, "choose 1 to 3"),
         ({"thinking_layer": 9}, "9"),
         ({"conversion_layer": 3, "thinking_layer": 3}, "not below"),
         ({"conversion_signal": "none", "thinking_signal": "none"}, "that is method: tft"),
@@ -145,7 +167,9 @@ def test_layers_that_cannot_be(tmp_path, changes, message):
 
 def test_auto_layers_need_rows(tmp_path):
     with pytest.raises(UsageError, match="choosing layers needs training rows"):
-        DeepSupervisionTrainer(build_tiny_model(), arguments(tmp_path, thinking_layer=None), processing_class=build_tiny_tokenizer())
+        DeepSupervisionTrainer(
+            build_tiny_model(), arguments(tmp_path, thinking_layer=None), processing_class=build_tiny_tokenizer()
+        )
 
 
 def test_one_signal_alone(tmp_path):
@@ -172,7 +196,7 @@ class Recorder(TrainerCallback):
         self.events.append("step")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.events.append(f"evaluate {metrics['eval_target_loss']:.6f}")
+        self.events += [f"evaluate {side}" for side in ("target", "english") if f"eval_{side}_loss" in metrics]
 
     def on_save(self, args, state, control, **kwargs):
         self.events.append("save")
@@ -191,8 +215,8 @@ def test_callbacks_are_called(tmp_path):
         trainer={"callbacks": [recorder], "eval_dataset": make_pairs(3, seed=1)},
     )  # fmt: skip
     trainer.train()
-    first, last = (f"evaluate {line['eval_target_loss']:.6f}" for line in recorder.logs if "eval_target_loss" in line)
-    assert recorder.events == ["begin", "step", "step", first, "step", "step", last, "save", "end"]
+    evaluated = ["evaluate target", "evaluate english"]
+    assert recorder.events == ["begin", *["step", "step", *evaluated] * 2, "save", "end"]
     losses = [line for line in recorder.logs if "tft_loss" in line]
     assert [line["tft_loss"] for line in losses] == [line["tft_loss"] for line in step_logs(trainer)]
     assert all({"loss", "grad_norm", "learning_rate", "target_tokens_per_second"} <= line.keys() for line in losses)
@@ -202,7 +226,7 @@ def test_report_to_reaches_the_integration(tmp_path, monkeypatch):
     from transformers import integrations
 
     class Reporter(Recorder):
-        instances: list[Reporter] = []
+        instances: ClassVar[list[Reporter]] = []
 
         def __init__(self) -> None:
             super().__init__()
@@ -220,26 +244,33 @@ def test_report_to_nothing(tmp_path):
     assert sorted(names) == ["DefaultFlowCallback", "PrinterCallback"]
 
 
+class Ruin(TrainerCallback):
+    """Damages the model after its third step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.lm_head.weight.mul_(9.0)
+
+
 def test_best_model_is_loaded_at_the_end(tmp_path):
-    """A learning rate that ruins the model: the first checkpoint is the best one, and survives the limit on checkpoints."""
+    """It is neither the first nor the last, and its checkpoint survives the limit on checkpoints."""
     recorder = Recorder()
     trainer = tiny_trainer(
-        tmp_path, learning_rate=0.5, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1,
-        save_strategy="steps", save_steps=1, save_total_limit=1, load_best_model_at_end=True,
-        trainer={"callbacks": [recorder], "eval_dataset": make_pairs(6, seed=1)},
+        tmp_path, learning_rate=1e-3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        save_total_limit=2, load_best_model_at_end=True,
+        trainer={"callbacks": [recorder, Ruin()], "eval_dataset": make_pairs(16)},
     )  # fmt: skip
     assert trainer.args.metric_for_best_model == "eval_target_loss"
-    assert not trainer.args.greater_is_better
     trainer.train()
     evaluated = [line["eval_target_loss"] for line in recorder.logs if "eval_target_loss" in line]
-    best = evaluated.index(min(evaluated)) + 1
-    assert 1 <= best < 4
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{best}", "checkpoint-4"]
-    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert evaluated.index(min(evaluated)) == 1
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert trainer.evaluate()["eval_target_loss"] == pytest.approx(min(evaluated), rel=1e-6)
     for path in tmp_path.glob("checkpoint-*"):
         state = json.loads((path / "trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 
 
 def test_best_model_is_the_last_one(tmp_path):
@@ -268,7 +299,9 @@ def test_training_twice_starts_the_terms_anew(tmp_path):
     trainer.train()
     first = step_logs(trainer)
     trainer.train()
-    assert [line["tft_loss"] for line in step_logs(trainer)] == pytest.approx([line["tft_loss"] for line in first], rel=1e-6)
+    assert [line["tft_loss"] for line in step_logs(trainer)] == pytest.approx(
+        [line["tft_loss"] for line in first], rel=1e-6
+    )
 
 
 # ---- logging and the schedule ----
@@ -315,6 +348,15 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path):
         per_character = total / sum(one.characters for one in sides)
         assert metrics[f"eval_{side}_nll_per_character"] == pytest.approx(per_character, rel=1e-5)
         assert abs(sum(nll / count for nll, count in scores) / 7 - mean) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["list", "datasets", "pairs"])
+def test_other_rows_may_be_evaluated(tmp_path, form):
+    rows: Any = {"list": tiny_rows(5), "datasets": Dataset.from_list(tiny_rows(5)), "pairs": make_pairs(5)}[form]
+    expected = tiny_trainer(tmp_path, trainer={"eval_dataset": rows}).evaluate()
+    metrics = tiny_trainer(tmp_path).evaluate(rows, metric_key_prefix="test")
+    for name in ("target_nll", "english_nll", "target_nll_per_character"):
+        assert metrics[f"test_{name}"] == expected[f"eval_{name}"]
 
 
 def test_rows_without_english_are_evaluated_in_the_target_language_only(tmp_path):

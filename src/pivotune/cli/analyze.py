@@ -32,6 +32,10 @@ def analyze(
 ) -> None:
     """Measure the entropy of every layer and choose the conversion and the thinking layer."""
     picture = out.with_suffix(".png")
+    if out.is_dir():
+        raise UsageError(f"--out: {out} is a folder; name a file, such as {out / 'layers.json'}")
+    if out == picture:
+        raise UsageError(f"--out: {out} is the picture's name; name the analysis, such as {out.with_suffix('.json')}")
     for path in (out, picture):
         if path.exists() and not overwrite:
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
@@ -47,7 +51,7 @@ def analyze(
         print_json(analysis)
     else:
         print_layers(console(as_json), analysis)
-        console(as_json).print(f"saved {out} and {picture}")
+        console(as_json).print(f"saved {out} and {picture}", soft_wrap=True, markup=False)
 
 
 def _encode(

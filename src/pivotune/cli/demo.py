@@ -32,8 +32,6 @@ def demo(
 
     if signal not in ("logits", "feature"):
         raise UsageError(f"--signal: {signal!r} is not allowed; allowed: logits, feature")
-    if out.exists() and any(out.iterdir()) and not ((out / "results.json").exists() or (out / "tft").exists()):
-        raise UsageError(f"--out: {out} is not empty and holds no demo; choose another folder")
     quiet_libraries()
     from pivotune.cli.train import describe_run
     from pivotune.cli.training_progress import TrainingProgress
@@ -54,8 +52,11 @@ def demo(
         print_json(results)
     else:
         _show(screen, results)
-        screen.print(f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}")
-        screen.print(f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}")
+        for line in (
+            f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}",
+            f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}",
+        ):
+            screen.print(line, soft_wrap=True, markup=False)
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:

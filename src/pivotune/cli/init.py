@@ -16,7 +16,7 @@ method: {method}                 # sft (English only) | tft (translated fine-tun
 
 data:
   train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
-  validation: 0.05                    # held out: number of rows, share below 1, or a file
+  validation: 0.05                    # held out: number of rows, share below 1 (at most 500 rows), or a file
   language: {language}                        # code of the target language, for reports
   # template: chat                    # chat | alpaca | a Jinja file; chat where the tokenizer has a chat template
   english_ratio: {ratio}                 # share of the rows trained in English, so that English is not forgotten

@@ -51,8 +51,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     from rich.markup import escape
 
     config, report = prepared.config, prepared.report
-    out.print(f"[bold]model[/]    {escape(config.model)}")
-    out.print(f"[bold]method[/]   {_method_line(config)}")
+    out.print(f"[bold]model[/]    {escape(config.model)}", soft_wrap=True)
+    out.print(f"[bold]method[/]   {_method_line(config)}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
     if config.method != "sft" and replayed:
@@ -84,7 +84,8 @@ def describe_result(out: Console, result: RunResult) -> None:
     if result.layers:
         chosen = result.layers
         out.print(
-            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}"
+            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}",
+            soft_wrap=True,
         )
     if result.results["tasks"]:
         table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
@@ -93,7 +94,9 @@ def describe_result(out: Console, result: RunResult) -> None:
             numbers = (base["value"], task["value"], base["nll_per_character"], task["nll_per_character"])
             table.add_row(name.removeprefix("heldout_"), str(task["n"]), *(f"{number:.3f}" for number in numbers))
         out.print(table)
-    out.print(f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})")
+    # Whole and as they are, to be copied: no wrapping, no markup.
+    saved = f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})"
+    out.print(saved, soft_wrap=True, markup=False)
 
 
 def _method_line(config: Any) -> str:

@@ -21,7 +21,7 @@ def one_line_errors(name: str, what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise UsageError(explain(name, error, what)) from error
     except Exception as error:
         # `tokenizers` raises bare `Exception` for a damaged tokenizer.json; any subclass is not for us.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from pivotune.config import RunConfig, SupervisionConfig, validate
@@ -136,6 +138,7 @@ def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSuperv
     """
     own = _own_settings(config)
     _check_training_keys(config.training, own)
+    training = {key: _typed(key, value) for key, value in config.training.items()}
     defaults = {
         "bf16": bf16_is_native(),
         "report_to": "none",
@@ -143,7 +146,7 @@ def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSuperv
         "save_strategy": "epoch",
         "disable_tqdm": True,
     }
-    settings = {**defaults, **config.training, **own}
+    settings = {**defaults, **training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
         settings["use_cpu"] = True
     try:
@@ -200,3 +203,20 @@ def _check_training_keys(training: dict[str, Any], own: dict[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean training.{near[0]}?" if near else ""
             raise UsageError(f"unknown key training.{key}{hint} (fields of transformers.TrainingArguments)")
+
+
+def _typed(key: str, value: Any) -> Any:
+    """Numbers and switches as the type that TrainingArguments declares, which it does not check itself.
+
+    Fields of other types accept more than they declare and pass as they are.
+    """
+    hint = get_type_hints(TrainingArguments)[key]
+    if not set(get_args(hint) or (hint,)) <= {int, float, bool, NoneType}:
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        wanted = " or ".join(
+            dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors())
+        )
+        raise UsageError(f"training.{key}: {value!r} is not allowed; allowed: {wanted}") from error

@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from pivotune.config import RunConfig, parse_config
 from pivotune.data.demo import build_demo_rows, write_demo_rows
 from pivotune.data.examples import Example, Pair
+from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
-from pivotune.model.loading import load_model
+from pivotune.model.loading import check_model, load_model
 from pivotune.training.heldout import greedy_answers
 from pivotune.training.preparation import heldout_examples, spread
 from pivotune.training.run import PreparedRun, Progress, RunResult, execute_run, prepare_run
@@ -62,15 +63,18 @@ def run_demo(
     Returns:
         The content of `results.json`: for `base` and each method the held-out NLL, exact match and greedy answers in both
         languages, and the entropy profile on held-out rows; and the layer analysis of the starting model.
+
+    Raises:
+        UsageError: an unsupported language, a missing package, or a folder that holds something else or an earlier demo;
+            nothing is written then.
     """
     data = build_demo_rows(settings.language, rows=settings.rows, seed=settings.seed)
+    check_model(MODEL)
+    _claim_folder(folder, overwrite=overwrite)
+    write_demo_rows(data, folder)
     prepared = {}
     for method in METHODS:
-        config = demo_config(folder, settings, method)
-        if method == METHODS[0]:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_demo_rows(data, folder)
-        prepared[method] = prepare_run(config, overwrite=overwrite)
+        prepared[method] = prepare_run(demo_config(folder, settings, method), overwrite=overwrite)
         prepared[method].validation = spread(prepared[method].validation, settings.heldout)
     on_prepared(prepared[METHODS[0]])
     results: dict[str, Any] = {"settings": asdict(settings), "cldr_version": data.cldr_version, "models": {}}
@@ -123,13 +127,27 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
     )
 
 
+def _claim_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder, or check that it holds an earlier demo and may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: {folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / METHODS[0]).is_dir():
+            raise UsageError(f"--out: {folder} is not empty and holds no demo; choose another folder")
+        if not overwrite:
+            raise UsageError(f"--out: {folder} already holds a demo; add --overwrite or choose another folder")
+        (folder / "results.json").unlink(missing_ok=True)
+    # Made first: it tells a demo that was interrupted from a folder of somebody's own files.
+    (folder / METHODS[0]).mkdir(parents=True, exist_ok=True)
+
+
 def exact_match(answer: str, gold: str) -> bool:
     """Equal after Unicode normalisation (NFC), with white space squeezed and the final stop left out."""
     return _normalized(answer) == _normalized(gold)
 
 
 def _normalized(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(".。")
+    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(".。 ")
 
 
 def _measure(

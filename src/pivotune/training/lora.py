@@ -61,6 +61,17 @@ def is_tied(model: PreTrainedModel) -> bool:
     return find_architecture(model).head_weight is cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A loaded adapter as part of the model, which trains like any other: PEFT has frozen all of it for inference."""
+    if not hasattr(model, "peft_config"):
+        return model
+    merged: PreTrainedModel = cast(Any, model).merge_and_unload()
+    for parameter in merged.parameters():
+        # Quantized weights are integers and stay as they are.
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
+
+
 class AdaptersOff(nn.Module):
     """The model without its adapters: the frozen starting model, at no cost in memory."""
 

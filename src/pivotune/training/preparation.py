@@ -116,8 +116,6 @@ def choose_supervision(
     if args.method != "deep-supervision":
         return Supervision(), None
     active = _active(settings)
-    if not active:
-        raise UsageError("supervision: both signals are none; that is method: tft")
     num_layers = find_architecture(model).num_layers
     check_layers(settings, num_layers)
     wanted = {name: signal.layer for name, signal in active.items()}
@@ -139,8 +137,10 @@ def spread(items: Sequence[_Item], count: int) -> list[_Item]:
 
 
 def check_layers(settings: SupervisionConfig, num_layers: int) -> None:
-    """Refuse layers that a model with `num_layers` blocks does not have; needs no model."""
+    """Refuse layers that a model with `num_layers` blocks does not have, or no inner loss at all; needs no model."""
     active = _active(settings)
+    if not active:
+        raise UsageError("supervision: both signals are none; that is method: tft")
     if len(active) == 2:
         resolve_layers(active["conversion"].layer, active["thinking"].layer, num_layers)
     for name, signal in active.items():

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
@@ -25,7 +25,7 @@ from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
 from pivotune.training.checkpoints import last_checkpoint, staged_folder
 from pivotune.training.heldout import RowScore, score_answers, summarize
-from pivotune.training.lora import build_lora_config, check_adapters
+from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.preparation import (
     build_encoder,
@@ -123,9 +123,7 @@ def execute_run(
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
     )
-    if hasattr(model, "peft_config"):
-        # Training goes on from an adapted model as from any other: the adapters become part of it.
-        model = cast(Any, model).merge_and_unload()
+    model = merge_adapters(model)
     if config.quantize is None:
         cast(nn.Module, model).to(args.device)
     layers = _measure(prepared, model, progress)
@@ -187,8 +185,8 @@ def _check_rows(
         raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
     if args.eval_strategy != "no" and not validation:
         raise UsageError(
-            f"training.eval_strategy: {args.eval_strategy} needs held-out rows and data.validation: "
-            f"{config.data.validation} gives none"
+            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
+            f"data.validation: {config.data.validation} gives none"
         )
 
 
@@ -196,7 +194,9 @@ def _check_apart(config: RunConfig) -> None:
     """A run replaces what is in its folder: the model it starts from must not be there."""
     model, folder = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
     if model.exists() and model.is_relative_to(folder):
-        raise UsageError(f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another")
+        raise UsageError(
+            f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another"
+        )
 
 
 def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.layers.analysis import LayerAnalysis
 from pivotune.model.loading import load_model, load_tokenizer
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
 from pivotune.objectives.terms import Term, weighted_total
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.checkpoints import staged_folder
-from pivotune.training.lora import AdaptersOff, add_adapters
+from pivotune.training.lora import AdaptersOff, add_adapters, merge_adapters
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
@@ -88,7 +88,7 @@ class DeepSupervisionTrainer(Trainer):
         set_seed(args.seed)
         if isinstance(model, str):
             # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
-            model = load_model(model, dtype="float32" if peft_config is None else "auto")
+            model = merge_adapters(load_model(model, dtype="float32" if peft_config is None else "auto"))
         pairs = encode_dataset(train_dataset, args, processing_class, model)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers)
         _use_one_device(args)
@@ -218,6 +218,15 @@ class DeepSupervisionTrainer(Trainer):
         return means
 
     # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate in both languages; `eval_dataset` may be rows in any form that the constructor takes but a file name."""
+        if not (eval_dataset is None or isinstance(eval_dataset, (str, dict, ExampleDataset))):
+            model = cast(nn.Module, self.model)
+            eval_dataset = build_heldout_datasets(eval_dataset, self.args, self.processing_class, model)
+        return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from pivotune.config import parse_config
+from pivotune.errors import UsageError
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
+
+SUPERVISION = {
+    "conversion": {"signal": "feature", "layer": 2, "weight": 0.7},
+    "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
+    "schedule": "cosine",
+    "logits": {"mode": "positional", "norm": "none"},
+    "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
+    "profile_rows": 11,
+}
+
+
+def settings(**changes) -> dict:
+    return {"model": "m", "data": {"train": "t"}, "output_dir": "out", "training": {"use_cpu": True}, **changes}
+
+
+def one_line(raised) -> str:
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_options_survive_from_yaml_to_supervision():
+    """Every option of `supervision:` and `data:` arrives under its own name, none is swapped or lost."""
+    data = {"train": "t", "template": "alpaca", "english_ratio": 0.4, "max_prompt_tokens": 31, "max_completion_tokens": 17,
+            "on_bad_row": "skip", "language": "sw"}  # fmt: skip
+    config = parse_config(settings(supervision=SUPERVISION, data=data, seed=5))
+    args = build_arguments(config)
+    assert args.supervision() == config.supervision
+    assert args.supervision().model_dump() == SUPERVISION
+    for name in ("template", "english_ratio", "max_prompt_tokens", "max_completion_tokens", "on_bad_row", "language"):
+        assert getattr(args, name) == data[name]
+    assert (args.output_dir, args.seed, args.method) == ("out", 5, "deep-supervision")
+    limits = args.limits(100)
+    assert (limits.prompt, limits.completion, limits.context) == (31, 17, 100)
+
+
+def test_defaults_agree_with_those_of_a_run_configuration(tmp_path):
+    """Python and YAML users get the same method."""
+    from_yaml = build_arguments(parse_config(settings(output_dir=str(tmp_path))))
+    plain = DeepSupervisionConfig(output_dir=str(tmp_path), use_cpu=True)
+    own = set(DeepSupervisionConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    assert len(own) > 15
+    assert {name: getattr(plain, name) for name in own} == {name: getattr(from_yaml, name) for name in own}
+
+
+def test_auto_layers_are_none():
+    args = build_arguments(parse_config(settings()))
+    assert args.conversion_layer is args.thinking_layer is None
+    assert args.supervision().conversion.layer == args.supervision().thinking.layer == "auto"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "magic"}, ("method", "magic", "deep-supervision")),
+        ({"conversion_signal": "logit"}, ("supervision.conversion.signal", "logit", "feature")),
+        ({"thinking_weight": -1.0}, ("supervision.thinking.weight", "-1")),
+        ({"conversion_layer": 0}, ("supervision.conversion.layer", "0")),
+        ({"conversion_layer": 5, "thinking_layer": 4}, ("conversion.layer: 5 is not below", "thinking.layer: 4")),
+        ({"supervision_schedule": "step"}, ("supervision.schedule", "step")),
+        ({"english_ratio": 1.5}, ("data.english_ratio", "1.5")),
+        ({"max_prompt_tokens": 0}, ("data.max_prompt_tokens", "0")),
+        ({"on_bad_row": "ignore"}, ("data.on_bad_row", "ignore", "skip")),
+    ],
+)
+def test_values_that_cannot_be(tmp_path, changes, words):
+    with pytest.raises(UsageError) as raised:
+        DeepSupervisionConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
+    assert all(word in one_line(raised) for word in words)
+
+
+def test_argument_parser_reads_a_mapping_and_a_command_line(tmp_path):
+    parser = HfArgumentParser(DeepSupervisionConfig)
+    (from_dict,) = parser.parse_dict(
+        {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "thinking_layer": 9,
+            "thinking_signal": "feature",
+            "language": "vi",
+        }
+    )
+    (from_words,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--thinking_layer", "9", "--thinking_signal", "feature",
+         "--language", "vi", "--english_ratio", "0.5", "--max_steps", "7"]
+    )  # fmt: skip
+    assert (from_dict.thinking_layer, from_dict.thinking_signal, from_dict.conversion_layer) == (9, "feature", None)
+    assert (from_words.thinking_layer, from_words.thinking_signal, from_words.conversion_layer) == (9, "feature", None)
+    assert (from_words.english_ratio, from_words.max_steps, from_words.language) == (0.5, 7, "vi")
+
+
+def test_english_columns_are_never_dropped(tmp_path):
+    assert DeepSupervisionConfig(str(tmp_path), use_cpu=True, remove_unused_columns=True).remove_unused_columns is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric"),
+    [
+        ({}, "eval_target_loss"),
+        ({"method": "sft"}, "eval_english_loss"),
+        ({"metric_for_best_model": "eval_english_nll"}, "eval_english_nll"),
+    ],
+)
+def test_best_model_is_judged_in_the_trained_language(tmp_path, changes, metric):
+    args = DeepSupervisionConfig(
+        str(tmp_path), use_cpu=True, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps",
+        eval_steps=5, save_steps=5, **changes,
+    )  # fmt: skip
+    assert args.metric_for_best_model == metric
+    assert DeepSupervisionConfig(str(tmp_path), use_cpu=True).metric_for_best_model is None
+
+
+def test_defaults_of_a_run_and_what_training_says():
+    args = build_arguments(parse_config(settings()))
+    assert (args.report_to, args.logging_steps, str(args.save_strategy.value), args.disable_tqdm) == (
+        [],
+        10,
+        "epoch",
+        True,
+    )
+    changed = build_arguments(
+        parse_config(settings(training={"use_cpu": True, "logging_steps": 3, "save_strategy": "no"}))
+    )
+    assert (changed.logging_steps, str(changed.save_strategy.value)) == (3, "no")
+    assert changed.deepspeed is None
+    assert not changed.fsdp
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"lerning_rate": 1e-4}, ("unknown key training.lerning_rate", "did you mean training.learning_rate?")),
+        ({"xyzzy": 1}, ("unknown key training.xyzzy", "transformers.TrainingArguments")),
+        ({"seed": 3}, ("training.seed is set outside of training:",)),
+        ({"thinking_layer": 3}, ("training.thinking_layer", "is set outside of training:")),
+        ({"save_strategy": "sometimes"}, ("training: ", "sometimes")),
+        ({"bf16": True, "fp16": True}, ("training: ",)),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
+            ("training: ", "strategy"),
+        ),
+    ],
+)
+def test_training_keys_that_cannot_be(training, words):
+    with pytest.raises(UsageError) as raised:
+        build_arguments(parse_config(settings(training={"use_cpu": True, **training})))
+    assert all(word in one_line(raised) for word in words)
+
+
+def test_old_name_of_activation_checkpointing_works_and_warns(tmp_path):
+    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+        pytest.skip("this version of transformers has the old name only")
+    with pytest.warns(FutureWarning, match="activation_checkpointing"):
+        args = DeepSupervisionConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+    assert args.activation_checkpointing is True

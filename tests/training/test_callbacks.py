@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from pivotune.training.callbacks import MetricsFile, read_metrics
+
+
+@pytest.fixture
+def arguments(tmp_path) -> TrainingArguments:
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+
+
+def at(step: int, *, first: bool = True) -> TrainerState:
+    return TrainerState(global_step=step, is_world_process_zero=first)
+
+
+def log(callback: MetricsFile, arguments: TrainingArguments, step: int, **logs) -> None:
+    callback.on_log(arguments, at(step), TrainerControl(), logs=logs)
+
+
+def test_a_line_per_log_with_its_step(tmp_path, arguments):
+    callback = MetricsFile(tmp_path / "metrics.jsonl")
+    log(callback, arguments, 1, loss=2.5, tft_loss=2.0)
+    log(callback, arguments, 2, eval_target_nll=1.5)
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 2.5, "tft_loss": 2.0},
+        {"step": 2, "eval_target_nll": 1.5},
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_lacks_becomes_null(tmp_path, arguments, value):
+    log(MetricsFile(tmp_path / "metrics.jsonl"), arguments, 1, grad_norm=value)
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "grad_norm": None}
+
+
+def test_other_ranks_and_empty_lines_write_nothing(tmp_path, arguments):
+    callback = MetricsFile(tmp_path / "metrics.jsonl")
+    callback.on_log(arguments, at(1, first=False), TrainerControl(), logs={"loss": 1.0})
+    callback.on_log(arguments, at(1), TrainerControl(), logs={})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (0, [])])
+def test_resuming_drops_what_will_be_repeated(tmp_path, arguments, resumed_at, kept):
+    """Also all of it, where the run was stopped before its first checkpoint."""
+    callback = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        log(callback, arguments, step, loss=float(step))
+    callback.on_train_begin(arguments, at(resumed_at), TrainerControl())
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == kept
+    log(callback, arguments, resumed_at + 1, loss=9.0)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": resumed_at + 1, "loss": 9.0}
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path, arguments):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    callback = MetricsFile(path)
+    callback.on_train_begin(arguments, at(1), TrainerControl())
+    log(callback, arguments, 2, loss=1.0)
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import build_tiny_model, build_tiny_tokenizer, tiny_config, tiny_rows
+from tiny_training import arguments, make_pairs
+
+from pivotune.data.examples import Pair
+from pivotune.errors import UsageError
+from pivotune.layers.measure import analyze_layers
+from pivotune.training.preparation import (
+    build_encoder,
+    build_heldout_datasets,
+    build_train_dataset,
+    check_layers,
+    choose_supervision,
+    context_length,
+    encode_dataset,
+    heldout_examples,
+    needs_english,
+    spread,
+)
+
+PAIRS = make_pairs(8)
+
+
+def one_line(raised: Any) -> str:
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def chosen(tmp_path, *, layers: Any = None, pairs: Any = PAIRS, **changes: Any):
+    return choose_supervision(arguments(tmp_path, **changes), build_tiny_model(), build_tiny_tokenizer(), pairs, layers)
+
+
+# ---- rows ----
+
+
+def test_context_is_read_from_any_configuration():
+    assert context_length(tiny_config("llama", max_position_embeddings=77)) == 77
+    assert context_length(tiny_config("gpt2", n_positions=55)) == 55
+    assert context_length(tiny_config("gemma3", max_position_embeddings=66)) == 66
+
+
+def test_limits_and_template_reach_the_encoder(tmp_path):
+    args = arguments(tmp_path, max_prompt_tokens=31, max_completion_tokens=17, template="alpaca")
+    encoder = build_encoder(args, build_tiny_tokenizer(), tiny_config("llama", max_position_embeddings=77))
+    assert (encoder.limits.prompt, encoder.limits.completion, encoder.limits.context) == (31, 17, 77)
+    with pytest.raises(UsageError, match=r"alpaca"):
+        build_encoder(arguments(tmp_path, template="alpac"), build_tiny_tokenizer(), tiny_config("llama"))
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "training", "heldout"),
+    [
+        ("sft", 0.0, True, True),
+        ("tft", 0.0, False, False),
+        ("tft", 0.25, True, False),
+        ("deep-supervision", 0.0, True, False),
+    ],
+)
+def test_who_needs_english(tmp_path, method, ratio, training, heldout):
+    args = arguments(tmp_path, method=method, english_ratio=ratio)
+    assert needs_english(args) is training
+    assert needs_english(args, heldout=True) is heldout
+
+
+def test_rows_that_lack_english_are_named(tmp_path):
+    rows = tiny_rows(3)
+    del rows[1]["prompt_en"]
+    args, tokenizer, model = arguments(tmp_path), build_tiny_tokenizer(), build_tiny_model()
+    with pytest.raises(UsageError) as raised:
+        encode_dataset(rows, args, tokenizer, model)
+    assert "row 2" in one_line(raised)
+    assert "prompt_en" in one_line(raised)
+    assert "deep-supervision" in one_line(raised)
+    skipping = arguments(tmp_path, on_bad_row="skip")
+    assert [pair.number for pair in encode_dataset(rows, skipping, tokenizer, model)] == [1, 3]
+    assert [pair.english is None for pair in encode_dataset(rows, args, tokenizer, model, heldout=True)] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_encoded_rows_and_nothing_pass_through(tmp_path):
+    args = arguments(tmp_path)
+    assert encode_dataset(PAIRS, args, None, build_tiny_model()) is PAIRS
+    assert encode_dataset(None, args, None, build_tiny_model()) is None
+    assert build_train_dataset(None, args, tiny_config("llama")) is None
+    assert build_heldout_datasets(None, args, None, build_tiny_model()) is None
+
+
+def test_branch_that_does_not_fit_the_model(tmp_path):
+    """The English query follows the target prompt, so both must fit together."""
+    longest = max(pair.target.answer + pair.english.num_query_tokens for pair in PAIRS)
+    config = tiny_config("llama", max_position_embeddings=longest - 1)
+    with pytest.raises(UsageError, match=rf"take {longest} tokens together and the model reads {longest - 1}"):
+        build_train_dataset(PAIRS, arguments(tmp_path, english_ratio=0.0), config)
+    assert (
+        len(build_train_dataset(PAIRS, arguments(tmp_path), tiny_config("llama", max_position_embeddings=longest))) == 8
+    )
+    assert len(build_train_dataset(PAIRS, arguments(tmp_path, method="tft"), config)) == 8
+
+
+def test_heldout_rows_by_language():
+    pairs = [Pair(PAIRS[0].target, None), Pair(None, PAIRS[1].english), PAIRS[2]]
+    sides = heldout_examples(pairs)
+    assert [example.main for example in sides["target"]] == [PAIRS[0].target, PAIRS[2].target]
+    assert [example.main for example in sides["english"]] == [PAIRS[1].english, PAIRS[2].english]
+    assert [example.english for example in sides["english"]] == [True, True]
+    assert set(heldout_examples(pairs[:1])) == {"target"}
+    assert heldout_examples([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "expected"),
+    [
+        (10, 5, [0, 2, 4, 6, 8]),
+        (10, 4, [0, 2, 5, 7]),
+        (3, 5, [0, 1, 2]),
+        (1, 1, [0]),
+        (0, 4, []),
+        (7, 7, list(range(7))),
+    ],
+)
+def test_spread_is_even(size, count, expected):
+    assert spread(list(range(size)), count) == expected
+
+
+# ---- layers ----
+
+
+def test_layers_that_were_asked_for_need_no_measuring(tmp_path):
+    supervision, layers = chosen(tmp_path, pairs=None)
+    assert (supervision.conversion.layer, supervision.thinking.layer) == (1, 3)
+    assert layers is None
+
+
+def test_auto_layers_are_measured_on_rows_spread_over_the_data(tmp_path):
+    supervision, layers = chosen(tmp_path, conversion_layer=None, thinking_layer=None, profile_rows=3, language="sw")
+    expected = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), [PAIRS[0], PAIRS[2], PAIRS[5]], language="sw")
+    assert layers == expected
+    assert (supervision.conversion.layer, supervision.thinking.layer) == (layers["conversion"], layers["thinking"])
+
+
+def test_given_analysis_is_used_and_not_measured_again(tmp_path):
+    analysis = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), PAIRS)
+    given = {**analysis, "conversion": 2, "thinking": 3, "reason": "as given"}
+    supervision, layers = chosen(tmp_path, layers=given, pairs=None, conversion_layer=None, thinking_layer=None)
+    assert (supervision.conversion.layer, supervision.thinking.layer) == (2, 3)
+    assert layers["reason"] == "as given"
+
+
+def test_one_layer_asked_for_and_one_chosen(tmp_path):
+    """What is recorded is what is used, not what was measured."""
+    supervision, layers = chosen(tmp_path, conversion_layer=None, thinking_layer=3)
+    assert supervision.thinking.layer == layers["thinking"] == 3
+    assert supervision.conversion.layer == layers["conversion"] < 3
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_thinking_alone(tmp_path, layer):
+    supervision, layers = chosen(tmp_path, conversion_signal="none", conversion_layer=None, thinking_layer=layer)
+    assert set(supervision.active()) == {"thinking"}
+    assert supervision.thinking.layer == (2 if layer else layers["thinking"])
+    assert (layers is None) == (layer is not None)
+
+
+def test_every_option_reaches_the_objective(tmp_path):
+    supervision, _ = chosen(
+        tmp_path, conversion_signal="feature", thinking_signal="logits", logits_mode="positional", logits_norm="none",
+        feature_pooling="last", feature_span="query+answer", feature_english="joint", feature_english_norm="raw",
+    )  # fmt: skip
+    assert (supervision.conversion.kind, supervision.thinking.kind) == ("feature", "logits")
+    assert (supervision.logits_mode, supervision.logits_norm) == ("positional", "none")
+    assert (supervision.pooling, supervision.span) == ("last", "query+answer")
+    assert (supervision.english, supervision.english_norm) == ("joint", "raw")
+
+
+@pytest.mark.parametrize("method", ["tft", "sft"])
+def test_baselines_have_no_inner_losses(tmp_path, method):
+    supervision, layers = chosen(tmp_path, method=method, conversion_layer=99, thinking_layer=100)
+    assert supervision.active() == {}
+    assert layers is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"thinking_layer": 4}, ("supervision.thinking.layer: 4", "choose 1 to 3")),
+        ({"conversion_layer": 2, "thinking_layer": 77}, ("supervision.thinking.layer: 77",)),
+        ({"conversion_signal": "none", "thinking_layer": 4}, ("supervision.thinking.layer: 4",)),
+        (
+            {"thinking_signal": "none", "thinking_layer": None, "conversion_layer": 5},
+            ("supervision.conversion.layer: 5",),
+        ),
+        ({"conversion_layer": 3, "thinking_layer": None}, ("3",)),
+        ({"conversion_layer": None, "thinking_layer": 1}, ("1",)),
+    ],
+)
+def test_layers_that_the_model_lacks(tmp_path, changes, words):
+    """Found without a model, from its number of blocks."""
+    with pytest.raises(UsageError) as raised:
+        check_layers(arguments(tmp_path, **changes).supervision(), 4)
+    assert all(word in one_line(raised) for word in words)
+
+
+def test_both_signals_off_is_tft(tmp_path):
+    with pytest.raises(UsageError, match="both signals are none; that is method: tft"):
+        chosen(tmp_path, conversion_signal="none", thinking_signal="none")
