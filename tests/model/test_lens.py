@@ -73,7 +73,8 @@ def test_lens_gives_no_gradient_to_norm_or_head(family):
     architecture = find_architecture(model)
     hidden = torch.randn(1, 3, 32, requires_grad=True)
     lens_logits(architecture, hidden).square().sum().backward()
-    assert hidden.grad is not None and hidden.grad.abs().max() > 0
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -85,7 +86,7 @@ def test_hooks_and_truncation_are_gone_after_an_exception(family):
     model = build_tiny_model(family)
     architecture = find_architecture(model)
     before = _hook_count(model)
-    with pytest.raises(RuntimeError, match="stop"), truncated(architecture, 1), tap(architecture, [0, 1]):
+    with pytest.raises(RuntimeError, match="stop"), truncated(architecture, 1), tap(architecture, [0, 1]):  # noqa: PT012
         assert _hook_count(model) > before
         raise RuntimeError("stop")
     assert _hook_count(model) == before

@@ -417,3 +417,5 @@ def test_loss_outside_training_counts_its_own_batch(tmp_path):
     loss, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
     expected = sum(nll for nll, _ in scores) / sum(count for _, count in scores)
     assert loss.item() == outputs["loss"].item() == pytest.approx(expected, rel=1e-5)
+    # It is no training step, so that no log line may count it.
+    assert trainer._window == {}
