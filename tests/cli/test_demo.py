@@ -268,8 +268,11 @@ def test_exact_match(answer, gold, same):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_real_model_learns_the_facts(smollm2, tmp_path):
+def test_the_real_model_learns_the_facts(smollm2, tmp_path, monkeypatch):
     from pivotune.cli.common import progress
+
+    # The other tests of this file put a tiny model in its place for as long as the file runs.
+    monkeypatch.setattr(demo_module, "MODEL", smollm2)
 
     settings = DemoSettings(language="vi", rows=48, heldout=8, answered=2, profiled=2)
     shown = []

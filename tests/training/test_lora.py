@@ -177,3 +177,15 @@ def test_check_finds_what_adding_would(target, message):
 def test_check_passes_for_every_family(family):
     config: Any = tiny_config(family)
     check_adapters(LoraSettings(), AutoConfig.for_model(**config.to_dict()))
+
+
+def test_the_frozen_reference_has_no_dropout_while_the_model_trains():
+    model = build_tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    adapted = add_adapters(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).train()
+    reference = AdaptersOff(adapted)
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        first, second = (reference(input_ids=tokens).logits for _ in range(2))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        assert adapted.training
+        assert not torch.equal(adapted(input_ids=tokens).logits, first)

@@ -85,8 +85,14 @@ class AdaptersOff(nn.Module):
         return self._model[0]
 
     def forward(self, **inputs: Tensor) -> Any:
-        with cast(Any, self.module).disable_adapter():
-            return self.module(**inputs)
+        was_training = self.module.training
+        # A base with dropout of its own would otherwise give another reference at every step.
+        self.module.eval()
+        try:
+            with cast(Any, self.module).disable_adapter():
+                return self.module(**inputs)
+        finally:
+            self.module.train(was_training)
 
 
 def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
