@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +91,8 @@ def run_demo(
         before = run.before
         results["models"][method] = _measure(run.model, method, run, prepared[method], settings, progress)
         results["layers"] = run.layers
-        run.model = None
+        del run
+        gc.collect()  # trainer and model refer to each other
     write_json(folder / "results.json", results)
     return results
 

@@ -144,12 +144,21 @@ def execute_run(
         write_layers_json(folder / "layers.json", trainer.layers)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _free_optimizer(trainer)
     after = _score(prepared, trainer.model, progress, "Scoring the trained model")
     results = _write_results(prepared, before, after)
     result = RunResult(folder, trainer.layers, results, trainer.model, before, trainer.state.log_history)
     write_text(folder / "README.md", model_card(config, result.layers, results))
     result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
     return result
+
+
+def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
+    """Give back what only training needs, three times the weights; the trainer sits in cycles and would keep it."""
+    cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
+    trainer.optimizer = trainer.callback_handler.optimizer = None
+    trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> Any:
