@@ -522,6 +522,29 @@ def test_run_killed_and_resumed_equals_one_that_was_not(tmp_path, step, where, l
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in straight.iterdir())
 
 
+def test_resuming_a_run_at_its_last_step_trains_no_further(tmp_path):
+    """The run was killed between its last checkpoint and its last files."""
+    settings = {"training": {**QUIET, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}}
+    config = run_config(tmp_path, **settings)
+    first = execute_run(prepare_run(config))
+    weights = load_file(first.folder / "model" / "model.safetensors")
+    (first.folder / "results.json").unlink()
+    again = execute_run(prepare_run(config, resume=True), resume=True)
+    assert sorted(path.name for path in again.folder.glob("checkpoint-*"))[-1] == "checkpoint-3"
+    assert max(line["step"] for line in read_metrics(again.folder / "metrics.jsonl")) == 3
+    assert_same(load_file(again.folder / "model" / "model.safetensors"), weights)
+    assert again.results == first.results
+
+
+def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):
+    settings = {"training": {**QUIET, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}}
+    config = run_config(tmp_path, **settings)
+    folder = execute_run(prepare_run(config)).folder
+    layers = read_layers_json(folder / "layers.json")
+    monkeypatch.setattr(run_module, "analyze_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert execute_run(prepare_run(config, resume=True), resume=True).layers == layers
+
+
 @pytest.mark.slow
 def test_real_model(tmp_path, shared_data, smollm2):
     """SmolLM2 on real Vietnamese rows: a few steps lower the held-out NLL, and the folder answers by itself."""

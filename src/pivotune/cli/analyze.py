@@ -20,7 +20,7 @@ def analyze(
     model: Annotated[str, typer.Option(help="Hub name, folder, run folder or bundled model.")],
     data: Annotated[str, typer.Option(help="Rows in the target language, with English where they have it.")],
     english: Annotated[str | None, typer.Option(help="Aligned English file beside the data.")] = None,
-    language: Annotated[str | None, typer.Option("--lang", help="Code of the target language.")] = None,
+    language: Annotated[str | None, typer.Option("--lang", "--language", help="Code of the target language.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to measure, spread over the data.")] = 64,
     tokens_per_row: Annotated[int, typer.Option(min=0, help="Tokens counted in each text; 0 counts all.")] = 32,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,

@@ -57,7 +57,7 @@ def init(
         str, typer.Option(help="Hub name, folder or bundled model.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
-    language: Annotated[str, typer.Option(help="Code of the target language.")] = "vi",
+    language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",
 ) -> None:
     """Print a commented run configuration: `pivotune init > run.yaml`."""
     if method not in METHODS:

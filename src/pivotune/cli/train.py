@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, progress, quiet_libraries, stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,13 +37,26 @@ def train(
 
     out = console(as_json)
     prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
+    if resume:
+        out.print(f"resuming: {_last_checkpoint(prepared.folder)}", soft_wrap=True, markup=False)
     describe_run(out, prepared)
-    with TrainingProgress() as bar:
-        result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
+    try:
+        with TrainingProgress() as bar:
+            result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
+    except KeyboardInterrupt:
+        stderr.print(f"{_last_checkpoint(prepared.folder)}; go on with --resume", soft_wrap=True, markup=False)
+        raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
     else:
         describe_result(out, result)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    from pivotune.training.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(folder)
+    return f"the last checkpoint is {checkpoint}" if checkpoint else f"{folder} has no checkpoint yet"
 
 
 def describe_run(out: Console, prepared: PreparedRun) -> None:

@@ -153,7 +153,7 @@ def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSuperv
         return DeepSupervisionConfig(**settings)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 
 

@@ -10,14 +10,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
-from pivotune.layers.analysis import LayerAnalysis, write_layers_json
+from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
@@ -126,7 +127,8 @@ def execute_run(
     model = merge_adapters(model)
     if config.quantize is None:
         cast(nn.Module, model).to(args.device)
-    layers = _measure(prepared, model, progress)
+    layers = _earlier_layers(folder) if resume else None
+    layers = layers or _measure(prepared, model, progress)
     before = before or _score(prepared, model, progress, "Scoring the starting model")
     trainer = DeepSupervisionTrainer(
         model,
@@ -142,8 +144,7 @@ def execute_run(
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None:
         write_layers_json(folder / "layers.json", trainer.layers)
-    checkpoint = last_checkpoint(folder) if resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _train(trainer, last_checkpoint(folder) if resume else None)
     _free_optimizer(trainer)
     after = _score(prepared, trainer.model, progress, "Scoring the trained model")
     results = _write_results(prepared, before, after)
@@ -151,6 +152,27 @@ def execute_run(
     write_text(folder / "README.md", model_card(config, result.layers, results))
     result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
     return result
+
+
+def _earlier_layers(folder: Path) -> LayerAnalysis | None:
+    """A resumed run supervises the layers it began with, whatever another machine would measure."""
+    path = folder / "layers.json"
+    return read_layers_json(path) if path.is_file() else None
+
+
+def _train(trainer: DeepSupervisionTrainer, checkpoint: Path | None) -> None:
+    """Train, or only load the weights of a checkpoint that has reached the end: `Trainer` would do one step more."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    args = trainer.args
+    done = state.global_step >= args.max_steps if args.max_steps > 0 else (state.epoch or 0) >= args.num_train_epochs
+    if done:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:

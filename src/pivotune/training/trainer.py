@@ -278,7 +278,8 @@ class DeepSupervisionTrainer(Trainer):
             output_dir=str(folder.parent),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
+            # By step: a deletion that was cut short makes an old checkpoint look new.
+            use_mtime=False,
         )
 
     def _best_checkpoint(self, saving: Path) -> str | None:
