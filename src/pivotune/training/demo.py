@@ -116,9 +116,9 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
                 "learning_rate": 2e-4,
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": 0.1,
-                # Two micro-batches: half the activations, the same step.
-                "per_device_train_batch_size": 8,
-                "gradient_accumulation_steps": 2,
+                # Four micro-batches: a quarter of the activations, the same step.
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 4,
                 "per_device_eval_batch_size": 16,
                 "save_strategy": "no",
                 "logging_steps": 4,
