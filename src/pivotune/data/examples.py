@@ -121,7 +121,7 @@ class Encoder:
         self.template = template
         self.limits = limits
         self.report = EncodingReport()
-        self._bos = _begin_ids(tokenizer, template)
+        self._bos = begin_ids(tokenizer, template.adds_special_tokens)
 
     def encode(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> list[Pair]:
         """Encode all rows, in order.
@@ -276,9 +276,9 @@ def _map_sides(pair: Pair, change: Any) -> Pair:
     return replace(pair, target=target, english=english)
 
 
-def _begin_ids(tokenizer: Any, template: Template) -> list[int]:
-    """The begin-of-text token where this tokenizer puts one and the template has not written it."""
-    if template.adds_special_tokens or tokenizer.bos_token_id is None:
+def begin_ids(tokenizer: Any, text_has_special_tokens: bool) -> list[int]:
+    """The begin-of-text token where this tokenizer puts one and the text does not hold it already."""
+    if text_has_special_tokens or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 

@@ -45,6 +45,11 @@ _TRAINING_LABELS = {
     "eval_target_nll": "target language",
     "eval_english_nll": "English",
 }
+_METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL\n(nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}
+_SWEEP_ERRORS = {
+    "seeds": "bars: standard deviation over seeds",
+    "items": "bars: 95 % interval over items (one seed)",
+}
 _INNER = ("conversion_loss", "thinking_loss")
 # Places in COLOURS: the target language is blue and English vermilion, as in the entropy pictures.
 _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_loss": 3, "eval_english_nll": 1}
@@ -157,6 +162,35 @@ def plot_metric_bars(
     _save(figure, path)
 
 
+def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
+    """Scores by the supervised layer (the paper's Figure 3), with the entropy of the layers on a second axis.
+
+    A panel for each metric; in it a line for each task, with TFT as a dashed line of the same colour where it is there.
+
+    Args:
+        curve: what `pivotune.evaluation.sweep_layers.layer_curve` gives.
+    """
+    layers, series = curve["layers"], curve["series"]
+    metrics = list(dict.fromkeys(one["metric"] for one in series))
+    figure, all_axes = _figure([2.9] * max(len(metrics), 1))
+    for axes, metric in zip(all_axes, metrics, strict=False):
+        own = [one for one in series if one["metric"] == metric]
+        for index, one in enumerate(own):
+            _layer_scores(axes, one, index)
+        axes.set_ylabel(_METRIC_LABELS.get(metric) or _text(str(metric).replace("_", " "), "score"))
+        handles, labels = axes.get_legend_handles_labels()
+        if layers:
+            twin_handles, twin_labels = _entropy_beside(axes, layers["target"]["entropy"])
+            handles, labels = handles + twin_handles, labels + twin_labels
+        _legend_of(axes, handles, labels, aside=1.13 if layers else 1.01)
+    if not series:
+        all_axes[0].text(0.5, 0.5, "no cell is finished", ha="center", va="center", transform=all_axes[0].transAxes)
+    all_axes[-1].set_xlabel(f"{curve['term']} layer (after k blocks)")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10]))
+    _title(all_axes[0], f"Score by {curve['term']} layer", _SWEEP_ERRORS[curve["errors"]])
+    _save(figure, path)
+
+
 # ---- parts of pictures ----
 
 
@@ -256,11 +290,48 @@ def _bars(
         _note(axes, text, (place, top), "data", 2, ha="center", color="black")
 
 
+def _layer_scores(axes: Axes, series: Mapping[str, Any], index: int) -> None:
+    """One task's line over the layers, its error bars and its baseline."""
+    points = series["points"]
+    places, values = [point["layer"] for point in points], [_number(point["value"]) for point in points]
+    margins = [_number(point["margin"]) for point in points]
+    _line(axes, places, values, _text(series["label"], f"task {index + 1}"), index)
+    colour = COLOURS[index % len(COLOURS)]
+    if any(map(math.isfinite, margins)):
+        axes.errorbar(places, values, yerr=margins, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
+    if series["baseline"] is not None:
+        label = f"TFT: {_text(series['label'], f'task {index + 1}').strip()}"
+        axes.axhline(series["baseline"], label=label, color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
+
+
+def _entropy_beside(axes: Axes, entropy: Sequence[float | None]) -> tuple[list[Any], list[Any]]:
+    """The entropy curve in grey behind the scores, on an axis of its own at the right; its legend entry."""
+    twin = axes.twinx()
+    twin.spines[["top", "left", "bottom"]].set_visible(False)
+    twin.spines["right"].set_color(GREY)
+    twin.tick_params(colors=GREY, labelsize=9)
+    twin.set_ylabel("mean entropy (nats)", color=GREY)
+    values = [_number(value) for value in entropy]
+    label = "entropy before training"
+    twin.plot(range(len(values)), values, label=label, color=GREY, linestyle=":", linewidth=1.6, alpha=0.8)
+    twin.set_ylim(bottom=0)
+    axes.set_zorder(twin.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    return twin.get_legend_handles_labels()
+
+
 def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
+    _legend_of(axes, *axes.get_legend_handles_labels())
+
+
+def _legend_of(axes: Axes, handles: Sequence[Any], labels: Sequence[Any], *, aside: float = 1.01) -> None:
+    """A legend right of the axes, `aside` of their width from their left border."""
+    if handles:
         axes.legend(
+            handles,
+            labels,
             loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
+            bbox_to_anchor=(aside, 1.0),
             borderaxespad=0,
             frameon=False,
             handlelength=2.6,

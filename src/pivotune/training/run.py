@@ -295,18 +295,20 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
     for side, scores in after.items():
         name = f"heldout_{_language(prepared, side)}"
         summary, start = summarize(scores), summarize(before[side])
+        figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
         tasks[name] = {
             "metric": "nll",
-            "value": summary.nll,
-            "stderr": summary.stderr,
-            "n": summary.rows,
-            "higher_is_better": False,
+            **figure,
+            "benchmark": "heldout",
+            "language": _language(prepared, side),
+            "split": "validation",
+            "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},
             "nll_per_character": summary.nll_per_character,
             "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
         }
         items += [
-            {"task": name, "item": index, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
-            for index, (score, base) in enumerate(zip(scores, before[side], strict=True))
+            {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
+            for row, score, base in zip(_row_numbers(prepared, side), scores, before[side], strict=True)
         ]
     results = {"model": prepared.config.model, "method": prepared.config.method, "tasks": tasks}
     write_json(prepared.folder / "results.json", results)
@@ -316,6 +318,11 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
 
 def _language(prepared: PreparedRun, side: str) -> str:
     return "en" if side == "english" else prepared.config.data.language or "target"
+
+
+def _row_numbers(prepared: PreparedRun, side: str) -> list[int]:
+    """Where the rows stand in their file: other seeds hold out other rows, and only equal ones may be paired."""
+    return [pair.number for pair in prepared.validation if getattr(pair, side) is not None]
 
 
 def _silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -141,15 +141,28 @@ def _made_by_pivotune(path: Path) -> bool:
         return False
 
 
-def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` must be as it was: a longer run is the same run, other data or layers are not."""
+def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """The first key in which a run's `config.yaml` differs from `config`, and both values: (key, before, now).
+
+    Args:
+        ignored: what keys may begin with to be passed over.
+    """
     before, now = _flat(read_run_config(folder).model_dump()), _flat(config.model_dump())
     for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(("training", "output_dir")) and before.get(key) != now.get(key):
-            raise UsageError(
-                f"--resume: {key} is {now.get(key)!r} here and was {before.get(key)!r} in {folder}; resume with the same "
-                "settings or choose another output_dir"
-            )
+        if not key.startswith(ignored) and before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> None:
+    """Everything but `training:` must be as it was: a longer run is the same run, other data or layers are not."""
+    change = find_change(folder, config, ignored=("training", "output_dir"))
+    if change is not None:
+        key, before, now = change
+        raise UsageError(
+            f"--resume: {key} is {now!r} here and was {before!r} in {folder}; resume with the same settings or choose "
+            "another output_dir"
+        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -97,6 +97,15 @@ class Detector:
         """The language of an English text if it surely is not English."""
         return self._guess(text.text, _relatives("en")) if self.may_be_foreign(text) else None
 
+    def tells(self, text: Text, *, min_letters: int = LANGUAGE_LETTERS) -> bool | None:
+        """Whether a text's likeliest language is the one asked for (or a near relative).
+
+        None where that cannot be told: fewer letters than `min_letters`, code, or a language that the detector does not know.
+        """
+        if not self.knows_target or _letters(text.words) < min_letters or text.is_code():
+            return None
+        return self.is_target(self._model.detect(text.text[:LANGUAGE_CHARACTERS])[0]["lang"])
+
     def notes(self, language: str) -> list[str]:
         """Doubts about the language asked for."""
         if not self.knows_target:

@@ -1,0 +1,222 @@
+"""`pivotune evaluate`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries, stderr
+from pivotune.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pivotune.evaluation.run import PreparedEvaluation
+
+_CACHE_FOLDER = "evaluation-cache"
+
+
+def evaluate(
+    run_or_model: Annotated[
+        str | None, typer.Argument(help="Run folder, model folder, Hub name or bundled model.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english), "
+            "alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
+        ),
+    ] = "",
+    languages: Annotated[
+        str, typer.Option("--lang", help="Languages of sets and groups, comma-separated; a run's own by default.")
+    ] = "",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the publishers' files; without it the Hub is used.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task: the first ones.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests at once: a number or auto.")] = "auto",
+    template: Annotated[
+        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: what a run was trained with.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of all sets: test or validation.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Your own parallel text, for the tasks pairs_vi and alignment_vi.")
+    ] = None,
+    english: Annotated[Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: each task's own.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for answers, so that an interrupted evaluation goes on; default: beside the results."),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
+    backend: Annotated[str, typer.Option(help="hf (Transformers) or vllm.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloat16.")] = "auto",
+    comet: Annotated[str | None, typer.Option(help="COMET checkpoint for translations.")] = None,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out sets whose data is not there.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print all sets and their languages and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
+) -> None:
+    """Measure a model on benchmarks in its language and in English; results go into results.json."""
+    quiet_libraries()
+    if list_tasks:
+        _list_tasks(console(as_json), as_json)
+        return
+    if run_or_model is None:
+        raise UsageError("missing argument RUN_OR_MODEL; see pivotune evaluate --help")
+    if not tasks.strip():
+        raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
+    if english is not None and pairs is None:
+        raise UsageError("--english goes with --pairs")
+    from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+    from pivotune.evaluation.settings import EvaluationSettings
+
+    folder = out or _default_out(run_or_model)
+    settings = EvaluationSettings(
+        data_dir=data_dir,
+        split=split,
+        limit=limit,
+        seed=seed,
+        batch_size=_batch_size(batch_size),
+        template=template,
+        backend=backend,
+        dtype=dtype,
+        cache=None if no_cache else cache or _beside(folder),
+        pairs=None if pairs is None else (pairs, english),
+        comet=comet,
+        max_new_tokens=max_new_tokens,
+        skip_missing=skip_missing,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    prepared = prepare_evaluation(run_or_model, tasks.split(","), settings, _words(languages))
+    _describe(console(as_json), prepared)
+    results = execute_evaluation(prepared, folder, progress=progress)
+    names = [task.task.name for task in prepared.tasks]
+    if as_json:
+        print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
+    else:
+        _show(console(as_json), {name: results["tasks"][name] for name in names}, folder)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
+    return int(text)
+
+
+def _default_out(model: str) -> Path:
+    """A run keeps its results; other models get a folder of their own here."""
+    folder = Path(model).expanduser()
+    if (folder / "config.yaml").is_file():
+        return folder
+    name = folder.resolve().name if folder.is_dir() else model.removeprefix("bundled:")
+    return Path("results") / re.sub(r"[^\w.-]+", "--", name)
+
+
+def _beside(out: Path) -> Path:
+    return (out.parent if out.suffix == ".json" else out) / _CACHE_FOLDER
+
+
+def _describe(out: Console, prepared: PreparedEvaluation) -> None:
+    """What is measured, and one whole prompt: wrong templates fail silently otherwise."""
+    from rich.text import Text
+
+    out.print(f"model     {printable(prepared.model)}", soft_wrap=True, markup=False)
+    out.print(f"template  {printable(prepared.prompter.name)}", soft_wrap=True, markup=False)
+    for task in prepared.tasks:
+        size = len(task.requests) or len(task.pairs or ())
+        line = f"{task.task.name}: {size} items ({task.split}) from {', '.join(task.origin[:2])}"
+        if len(task.origin) > 2:
+            line += f" and {len(task.origin) - 2} more"
+        out.print(printable(line), soft_wrap=True, markup=False)
+        for reason, count in task.left_out.items():
+            out.print(f"  left out: {count} items: {printable(reason)}", soft_wrap=True, markup=False)
+        if task.truncated:
+            note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
+            out.print(note, soft_wrap=True, style="yellow", markup=False)
+    for reason in prepared.missing:
+        out.print(f"left out: {printable(reason)}", soft_wrap=True, style="yellow", markup=False)
+    asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
+    if asked is not None:
+        gold = asked.item.gold_answer
+        shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
+        out.print("first prompt, and its [green]gold answer[/]:")
+        out.print(shown, soft_wrap=True)
+
+
+def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table("task", "metric", "value", "± s.e.", "n", "gold NLL per token", "in its language", "notes")
+    for name, task in tasks.items():
+        metrics = task["metrics"]
+        for index, metric in enumerate(_main_metrics(task)):
+            figure = metrics[metric]
+            first = index == 0
+            table.add_row(
+                name if first else "",
+                metric,
+                _number(figure["value"]),
+                _number(figure["stderr"]),
+                str(figure["n"]),
+                _number(metrics.get("nll_per_token", {}).get("value"), 3) if first else "",
+                _number(metrics.get("in_language", {}).get("value"), 0, "%") if first else "",
+                _notes(task) if first else "",
+            )
+    out.print(table)
+    if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
+        out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
+    path = folder if folder.suffix == ".json" else folder / "results.json"
+    out.print(f"saved    {path}   (compare: pivotune compare {folder} OTHER)", soft_wrap=True, markup=False)
+
+
+def _main_metrics(task: dict[str, Any]) -> list[str]:
+    secondary = [name for name in ("exact_match", "bleu", "comet", "cosine") if name in task["metrics"]]
+    return [task["metric"], *secondary]
+
+
+def _notes(task: dict[str, Any]) -> str:
+    notes = []
+    if task.get("truncated"):
+        notes.append(f"{task['truncated']} prompts cut")
+    if empty := task["metrics"].get("empty_answers", {}).get("value"):
+        notes.append(f"{empty:.0f}% empty")
+    return ", ".join(notes)
+
+
+def _number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _list_tasks(out: Console, as_json: bool) -> None:
+    from rich.table import Table
+
+    from pivotune.evaluation.registry import GROUPS, benchmarks
+
+    known = benchmarks()
+    if as_json:
+        print_json({"groups": GROUPS, "benchmarks": {name: list(b.languages) for name, b in known.items()}})
+        return
+    table = Table("set", "title", "languages (set_language is a task)", "publisher")
+    for name, benchmark in known.items():
+        languages = " ".join(sorted(benchmark.languages)) + (" ..." if benchmark.open_ended else "")
+        table.add_row(name, benchmark.title, languages, benchmark.homepage)
+    out.print(table)
+    out.print("groups: " + "; ".join(f"{group}: {' '.join(names)}" for group, names in GROUPS.items()), soft_wrap=True)
+    stderr.print("alignment_LANG, alignment_SET_LANG (flores, ntrex, tatoeba, pairs) compare hidden states layer by layer")

@@ -1,0 +1,285 @@
+"""Models behind lm-evaluation-harness: its language model classes generate and score, on Transformers or vLLM.
+
+The Transformers class is the harness's own, except that likelihoods are computed from the final hidden states of the
+continuation's tokens alone: the harness makes logits for every token of every prompt, which for a vocabulary of 256,000
+is more memory than the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pivotune.errors import UsageError
+from pivotune.evaluation.prompts import Prompter
+from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Request
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["hf", "vllm"]
+BACKENDS: tuple[Backend, ...] = ("hf", "vllm")
+
+# Rows of the head product at once: 128 rows x 256,000 logits in float32 are 128 MB.
+_HEAD_ROWS = 128
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+_ROWS_PER_GENERATION = {"cpu": 16, "cuda": 256}
+
+
+def check_backend(backend: str) -> None:
+    """Raise for a backend that is unknown or not installed, before anything slow."""
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend: {backend!r} found; allowed: {', '.join(BACKENDS)}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("evaluation needs lm-evaluation-harness: pip install 'pivotune[eval]'")
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UsageError("--backend: vllm is not installed: pip install vllm, or use --backend hf")
+
+
+@dataclass
+class Engine:
+    """Answers requests in batches.
+
+    Attributes:
+        lm: a language model of lm-evaluation-harness.
+        prompter: tokenizes as training did; the harness's own border rule moves white space between prompt and answer.
+        batch_size: requests at once, or `auto`.
+        device_type: `cpu` or `cuda`, for the automatic sizes.
+    """
+
+    lm: Any
+    prompter: Prompter
+    batch_size: int | Literal["auto"]
+    device_type: str
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Requests of one kind and similar length together, longest first.
+
+        The same requests always give the same batches, whatever is cached, so an evaluation that was interrupted ends
+        with the same figures, to the last bit, as one that was not.
+        """
+        likelihoods = [request for request in requests if isinstance(request, Likelihood)]
+        generations = [request for request in requests if isinstance(request, Generation)]
+        yield from _cut(self._longest_first(likelihoods), self._rows(_TOKENS_PER_BATCH, by_tokens=True))
+        by_settings: dict[Any, list[Request]] = {}
+        for request in generations:
+            by_settings.setdefault((request.max_new_tokens, request.stop), []).append(request)
+        for group in by_settings.values():
+            yield from _cut(self._longest_first(group), self._rows(_ROWS_PER_GENERATION, by_tokens=False))
+
+    def answer(self, batch: Sequence[Request]) -> dict[Request, Answer]:
+        """Answers to one batch; a batch that does not fit the GPU's memory is halved."""
+        try:
+            return self._answer(batch)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" or len(batch) == 1:
+                raise
+            _empty_cuda_cache()
+        half = len(batch) // 2
+        return {**self.answer(batch[:half]), **self.answer(batch[half:])}
+
+    def _answer(self, batch: Sequence[Request]) -> dict[Request, Answer]:
+        likelihoods = [request for request in batch if isinstance(request, Likelihood)]
+        generations = [request for request in batch if isinstance(request, Generation)]
+        return {**self._score(likelihoods), **self._generate(generations)}
+
+    def _score(self, requests: Sequence[Likelihood]) -> dict[Request, Answer]:
+        if not requests:
+            return {}
+        pairs = [self.prompter.encode_pair(request.context, request.continuation) for request in requests]
+        encoded = [
+            ((request.context, request.continuation), *pair) for request, pair in zip(requests, pairs, strict=True)
+        ]
+        self.lm.batch_size_per_gpu = len(requests)
+        # The harness's method for requests that are tokenized already; its text method would tokenize anew.
+        scores = self.lm._loglikelihood_tokens(encoded, disable_tqdm=True)
+        return {
+            request: LogProbability(float(score[0]), len(continuation))
+            for request, score, (_, continuation) in zip(requests, scores, pairs, strict=True)
+        }
+
+    def _generate(self, requests: Sequence[Generation]) -> dict[Request, Answer]:
+        if not requests:
+            return {}
+        from lm_eval.api.instance import Instance
+
+        self.lm.batch_size_per_gpu = len(requests)
+        instances = [
+            Instance(
+                request_type="generate_until",
+                doc={},
+                arguments=(
+                    request.context,
+                    {"until": list(request.stop), "max_gen_toks": request.max_new_tokens, "do_sample": False},
+                ),
+                idx=0,
+            )
+            for request in requests
+        ]
+        texts = self.lm.generate_until(instances, disable_tqdm=True)
+        return dict(zip(requests, texts, strict=True))
+
+    def _longest_first(self, requests: Sequence[Request]) -> list[tuple[int, Request]]:
+        """(tokens, request), sorted by length and then by text: equal prompts stand side by side."""
+        lengths = [(self._length(request), request) for request in requests]
+        return sorted(lengths, key=lambda pair: (-pair[0], pair[1].context, getattr(pair[1], "continuation", "")))
+
+    def _length(self, request: Request) -> int:
+        if isinstance(request, Generation):
+            return len(self.prompter.encode_context(request.context))
+        return sum(map(len, self.prompter.encode_pair(request.context, request.continuation)))
+
+    def _rows(self, automatic: dict[str, int], *, by_tokens: bool) -> Callable[[int], int]:
+        """How many requests whose longest has so many tokens go into one batch."""
+        if self.batch_size != "auto":
+            fixed = self.batch_size
+            return lambda tokens: fixed
+        most = automatic.get(self.device_type, automatic["cpu"])
+        return (lambda tokens: max(1, most // tokens)) if by_tokens else (lambda tokens: most)
+
+
+def _cut(requests: Sequence[tuple[int, Request]], rows: Callable[[int], int]) -> Iterator[list[Request]]:
+    start = 0
+    while start < len(requests):
+        count = rows(requests[start][0])
+        yield [request for _, request in requests[start : start + count]]
+        start += count
+
+
+def _empty_cuda_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def transformers_engine(
+    model: Any, prompter: Prompter, *, batch_size: int | Literal["auto"], end_token_ids: Sequence[int]
+) -> Engine:
+    """An engine on a loaded Transformers model, on the device it is on.
+
+    Args:
+        end_token_ids: tokens that end an answer. The model's other generation settings (sampling, penalties) are set aside:
+            answers are greedy for every model alike.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = prompter.tokenizer
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(end_token_ids), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    # Remarks on a model that was loaded before, and on padding.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = _language_model_class(model.config.model_type)(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=1,
+        max_length=prompter.max_length or 1 << 20,
+        add_bos_token=bool(prompter.begin_ids),
+    )
+    return Engine(lm, prompter, batch_size, model.device.type)
+
+
+def vllm_engine(location: str, prompter: Prompter, *, batch_size: int | Literal["auto"], dtype: str) -> Engine:
+    """An engine on vLLM, through the harness, which loads the model itself."""
+    from lm_eval.api.registry import get_model
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = get_model("vllm")(
+        pretrained=location,
+        tokenizer=location,
+        dtype=dtype,
+        batch_size="auto",
+        max_length=prompter.max_length,
+        add_bos_token=bool(prompter.begin_ids),
+    )
+    # vLLM makes its own batches; ours only say how often progress is kept.
+    return Engine(lm, prompter, 1024 if batch_size == "auto" else batch_size, "cuda")
+
+
+def _language_model_class(model_type: str) -> Any:
+    """The harness's class for Transformers; for the families we know, with likelihoods that need no full logits."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from pivotune.model.architecture import ARCHITECTURES
+
+    if model_type not in ARCHITECTURES:
+        return HFLM
+
+    class SelectiveHFLM(HFLM):
+        """HFLM whose likelihoods come from the states that predict the continuation, equal prompts computed once."""
+
+        @torch.inference_mode()
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            return _continuation_scores(self.model, [pair[1:] for pair in requests], self.max_length)
+
+    return SelectiveHFLM
+
+
+def _continuation_scores(
+    model: Any, pairs: Sequence[tuple[list[int], list[int]]], max_length: int
+) -> list[tuple[float, bool]]:
+    """(log-probability of the continuation, whether it is the greedy one) for every (context, continuation) of one batch.
+
+    Tokens beyond `max_length` are cut from the left, as the harness does.
+    """
+    import torch
+
+    from pivotune.model.architecture import find_architecture
+
+    # Choices of one token after the same prompt differ in nothing that the model reads.
+    rows: dict[tuple[int, ...], int] = {}
+    places: list[tuple[int, int, int]] = []  # row, position of the first prediction, tokens
+    for context, continuation in pairs:
+        ids = (context + continuation)[-(max_length + 1) :][:-1]
+        row = rows.setdefault(tuple(ids), len(rows))
+        scored = min(len(continuation), len(ids))
+        places.append((row, len(ids) - scored, scored))
+    architecture = find_architecture(model)
+    states = _final_states(model, list(rows), architecture.head_weight.device)
+    index = torch.tensor([(row, start + step) for row, start, count in places for step in range(count)])
+    targets = torch.tensor([token for (_, c), (*_, n) in zip(pairs, places, strict=True) for token in c[len(c) - n :]])
+    logprobs, greedy = _log_probabilities(architecture, states, index, targets)
+    scores, start = [], 0
+    for *_, count in places:
+        part = slice(start, start + count)
+        scores.append((sum(logprobs[part]), all(greedy[part])))
+        start += count
+    return scores
+
+
+def _final_states(model: Any, rows: Sequence[tuple[int, ...]], device: torch.device) -> torch.Tensor:
+    """States after the final norm, (R, T, width)."""
+    import torch
+
+    from pivotune.model.branches import PassRequest, separate_passes
+
+    length = max(map(len, rows))
+    input_ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows], device=device)
+    # Padding stands on the right, where causal attention never looks; without a mask the faster kernels apply.
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    final = separate_passes(model, batch, PassRequest()).main.final
+    assert final is not None
+    return final
+
+
+def _log_probabilities(
+    architecture: Any, states: torch.Tensor, index: torch.Tensor, targets: torch.Tensor
+) -> tuple[list[float], list[bool]]:
+    from pivotune.model.lens import readout
+
+    logprobs: list[float] = []
+    greedy: list[bool] = []
+    index, targets = index.to(states.device), targets.to(states.device)
+    for places, wanted in zip(index.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+        logits = readout(architecture, states[places[:, 0], places[:, 1]], frozen=True).float()
+        chosen = logits.gather(1, wanted[:, None])[:, 0]
+        logprobs += cast("list[float]", (chosen - logits.logsumexp(dim=1)).tolist())
+        greedy += cast("list[bool]", (logits.argmax(dim=1) == wanted).tolist())
+    return logprobs, greedy

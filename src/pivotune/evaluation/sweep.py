@@ -1,0 +1,372 @@
+"""Run a sweep: train and evaluate every cell of a plan, keep what is finished, go on after a failure.
+
+What is done is read from the cells' own run folders, so a sweep that was stopped anywhere goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from pivotune.config import RunConfig
+from pivotune.errors import UsageError
+from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+from pivotune.evaluation.settings import EvaluationSettings
+from pivotune.evaluation.sweep_plan import Cell
+from pivotune.model.loading import read_config
+from pivotune.training.arguments import build_arguments
+from pivotune.training.checkpoints import last_checkpoint
+from pivotune.training.preparation import check_layers
+from pivotune.training.run import Progress, Scores, execute_run, prepare_run
+from pivotune.training.run_folder import claim_run_folder, find_change, write_json, write_text
+
+PLAN = "sweep.json"
+BASE = "base"
+CACHE = "evaluation-cache"
+
+# Shows the progress of one training: `with watch("Training") as callback: ...`.
+Watch = Callable[[str], AbstractContextManager[TrainerCallback | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A plan whose every part was checked.
+
+    Attributes:
+        source: the run configuration that the cells are made from.
+        tasks: names of the tasks, groups written out; none measures the held-out rows only.
+        bases: starting models by the name of their folder; more than one where the grid is over models or templates.
+    """
+
+    source: Path
+    folder: Path
+    cells: tuple[Cell, ...]
+    tasks: tuple[str, ...]
+    bases: Mapping[str, RunConfig]
+    settings: EvaluationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellState:
+    """How far a cell is.
+
+    Attributes:
+        started: it has a run folder.
+        trained: its model is saved.
+        checkpoint: what training goes on from.
+        missing: tasks that are not measured yet.
+    """
+
+    started: bool
+    trained: bool
+    checkpoint: Path | None
+    missing: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        return self.trained and not self.missing
+
+    def __str__(self) -> str:
+        """What is left to do."""
+        if self.done:
+            return "done"
+        if self.trained:
+            return f"trained; to evaluate: {', '.join(self.missing)}"
+        if self.checkpoint:
+            return f"to go on from {self.checkpoint.name}"
+        return "to train again from the start" if self.started else "to train"
+
+
+def prepare_sweep(
+    source: Path,
+    folder: Path,
+    cells: Sequence[Cell],
+    tasks: Sequence[str],
+    settings: EvaluationSettings,
+    languages: Sequence[str] = (),
+) -> Sweep:
+    """Check the folder, all configurations, the data and all tasks; loads no weights, writes nothing.
+
+    Args:
+        tasks: names as `pivotune evaluate` takes them.
+        languages: for sets and groups without a language; the run's own where this is empty.
+
+    Raises:
+        UsageError: the first thing that is wrong, in one line.
+    """
+    _check_folder(folder)
+    for cell in cells:
+        _check_cell(cell)
+    for cell in _typical(cells):
+        prepare_run(cell.config, resume=_is_started(cell.folder))
+    bases = _bases(cells) if tasks else {}
+    names: tuple[str, ...] = ()
+    for config in bases.values():
+        own = languages or ([config.data.language] if config.data.language else [])
+        prepared = prepare_evaluation(config.model, tasks, _of_base(settings, config), own)
+        names = tuple(task.task.name for task in prepared.tasks)
+    return Sweep(source=source, folder=folder, cells=tuple(cells), tasks=names, bases=bases, settings=settings)
+
+
+def cell_state(sweep: Sweep, cell: Cell) -> CellState:
+    """How far a cell is, from the files in its folder."""
+    trained = _is_trained(cell.folder)
+    return CellState(
+        started=_is_started(cell.folder),
+        trained=trained,
+        checkpoint=None if trained else last_checkpoint(cell.folder),
+        missing=missing_tasks(cell.folder, sweep.tasks, sweep.settings),
+    )
+
+
+def missing_tasks(folder: Path, tasks: Iterable[str], settings: EvaluationSettings) -> tuple[str, ...]:
+    """Tasks that the folder's results lack, or hold for other settings (another `--limit`)."""
+    entries = read_entries(folder)
+    return tuple(name for name in tasks if name not in entries or not _is_measured_so(entries[name], settings))
+
+
+def read_entries(folder: Path) -> dict[str, Any]:
+    """The tasks in a folder's `results.json`; none where there is no such file."""
+    path = folder / "results.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read; remove it to measure again") from error
+
+
+def run_sweep(
+    sweep: Sweep,
+    *,
+    announce: Callable[[str], None],
+    watch: Watch | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Do everything that is not done yet: the starting model first, then cell by cell.
+
+    Args:
+        announce: is given a line before each part.
+        watch: shows the progress of a training; None shows nothing.
+
+    Returns:
+        What failed, by cell (or `base`), with the reason in one line; empty where all is done.
+    """
+    trainings = _Trainings(watch or _unwatched, progress)
+    jobs: dict[str, Callable[[], None]] = {
+        name: partial(_evaluate_base, sweep, name, config, announce, progress) for name, config in sweep.bases.items()
+    }
+    for number, cell in enumerate(sweep.cells, start=1):
+        title = f"[{number}/{len(sweep.cells)}] {cell.name}"
+        jobs[cell.name] = partial(_run_cell, sweep, cell, title, trainings, announce, progress)
+    failures: dict[str, str] = {}
+    _write_plan(sweep, failures)
+    for name, job in jobs.items():
+        log = sweep.folder / f"{name}.error.txt"
+        if reason := _attempt(job, log):
+            failures[name] = reason
+            announce(f"{name} failed: {reason} (traceback in {log})")
+        _write_plan(sweep, failures)
+        _free_memory()
+    return failures
+
+
+def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Content of `sweep.json`: what belongs to the sweep and how far each cell is."""
+    cells = [
+        {
+            "name": cell.name,
+            "changes": [change for option in cell.options for change in option.changes],
+            "seed": cell.seed,
+            "state": "failed" if cell.name in failures else str(cell_state(sweep, cell)),
+            "error": failures.get(cell.name),
+        }
+        for cell in sweep.cells
+    ]
+    return {
+        "config": str(sweep.source),
+        "tasks": list(sweep.tasks),
+        "evaluation": json.loads(json.dumps(asdict(sweep.settings), default=str)),
+        "base": {name: {"model": config.model, "error": failures.get(name)} for name, config in sweep.bases.items()},
+        "cells": cells,
+    }
+
+
+def _write_plan(sweep: Sweep, failures: Mapping[str, str]) -> None:
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    write_json(sweep.folder / PLAN, describe_sweep(sweep, failures))
+
+
+class _Trainings:
+    """Trains cells one after the other; the starting model's held-out scores are measured once for equal rows."""
+
+    def __init__(self, watch: Watch, progress: Progress | None) -> None:
+        self._watch = watch
+        self._progress = progress
+        self._before: dict[str, Scores] = {}
+
+    def train(self, cell: Cell) -> None:
+        resume = _is_started(cell.folder)
+        prepared = prepare_run(cell.config, resume=resume)
+        key = _held_out_key(cell.config)
+        with self._watch("Training") as callback:
+            result = execute_run(
+                prepared,
+                resume=resume,
+                callbacks=[] if callback is None else [callback],
+                progress=self._progress,
+                before=self._before.get(key),
+            )
+        self._before[key] = result.before
+
+
+def _run_cell(
+    sweep: Sweep,
+    cell: Cell,
+    title: str,
+    trainings: _Trainings,
+    announce: Callable[[str], None],
+    progress: Progress | None,
+) -> None:
+    state = cell_state(sweep, cell)
+    announce(f"{title}: {state}")
+    if not state.trained:
+        trainings.train(cell)
+        _free_memory()
+        if state.missing:
+            announce(f"{title}: to evaluate: {', '.join(state.missing)}")
+    if state.missing:
+        settings = replace(sweep.settings, cache=cell.folder / CACHE, trust_remote_code=cell.config.trust_remote_code)
+        execute_evaluation(prepare_evaluation(cell.folder, state.missing, settings), cell.folder, progress=progress)
+
+
+def _evaluate_base(
+    sweep: Sweep, name: str, config: RunConfig, announce: Callable[[str], None], progress: Progress | None
+) -> None:
+    folder = sweep.folder / name
+    missing = missing_tasks(folder, sweep.tasks, sweep.settings)
+    announce(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
+    if missing:
+        settings = replace(_of_base(sweep.settings, config), cache=folder / CACHE)
+        execute_evaluation(prepare_evaluation(config.model, missing, settings), folder, progress=progress)
+
+
+def _attempt(job: Callable[[], None], log: Path) -> str | None:
+    """Why it failed, with the traceback in `log`; None where it did not."""
+    log.unlink(missing_ok=True)
+    try:
+        job()
+    except Exception as error:  # one cell's failure, whatever it is, must not cost the others
+        write_text(log, traceback.format_exc())
+        text = " ".join(str(error).split()) or "no message"
+        return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
+    return None
+
+
+def _unwatched(title: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _free_memory() -> None:
+    gc.collect()  # trainer and model refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).is_file():
+        raise UsageError(f"--out: {folder} is not empty and holds no sweep; choose another folder")
+
+
+def _check_cell(cell: Cell) -> None:
+    """What can be told of a cell without its data: it is what it was, its arguments and its layers are possible."""
+    folder, config = cell.folder, cell.config
+    if _is_started(folder):
+        change = find_change(folder, config, ignored=("output_dir",))
+        if change is not None:
+            key, before, now = change
+            raise UsageError(
+                f"{key} is {now!r} here and was {before!r} in {folder}; choose another --out, or remove that folder to "
+                "train it again"
+            )
+    if _is_trained(folder):
+        return
+    claim_run_folder(config, resume=_is_started(folder))
+    args = build_arguments(config)
+    if config.method == "deep-supervision":
+        model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
+
+
+def _typical(cells: Iterable[Cell]) -> list[Cell]:
+    """Untrained cells that differ in what they read: a model, a method, data."""
+    typical: dict[str, Cell] = {}
+    for cell in cells:
+        config = cell.config
+        if not _is_trained(cell.folder):
+            key = json.dumps(
+                [config.model, config.revision, config.method, config.data.model_dump(), bool(config.lora)]
+            )
+            typical.setdefault(key, cell)
+    return list(typical.values())
+
+
+def _bases(cells: Iterable[Cell]) -> dict[str, RunConfig]:
+    """Each starting model, as it is evaluated, once."""
+    bases: dict[tuple[Any, ...], RunConfig] = {}
+    for cell in cells:
+        config = cell.config
+        bases.setdefault((config.model, config.revision, config.data.template), config)
+    names = [BASE, *(f"{BASE}-{number}" for number in range(2, len(bases) + 1))]
+    return dict(zip(names, bases.values(), strict=True))
+
+
+def _of_base(settings: EvaluationSettings, config: RunConfig) -> EvaluationSettings:
+    """A starting model is asked in the same template as what was trained from it."""
+    return replace(
+        settings,
+        template=config.data.template,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _held_out_key(config: RunConfig) -> str:
+    """Everything that the starting model's held-out scores depend on."""
+    return json.dumps(
+        [
+            config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"}),
+            config.method == "sft",
+            config.training.get("bf16"),
+        ]
+    )
+
+
+def _is_measured_so(entry: Mapping[str, Any], settings: EvaluationSettings) -> bool:
+    """Whether a task was measured with these settings; results of training have none."""
+    own = entry.get("settings") or {}
+    same = all(
+        own.get(key) == getattr(settings, key) for key in ("limit", "seed", "max_new_tokens", "backend", "dtype")
+    )
+    return same and settings.split in (None, entry.get("split"))
+
+
+def _is_started(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _is_trained(folder: Path) -> bool:
+    """Training writes `results.json` and then, as a whole, `model/`."""
+    return (folder / "model").is_dir() and (folder / "results.json").is_file()

@@ -1,0 +1,73 @@
+"""Prompts are the template's, tokenized as training and the harness do, and cut where the model's context ends."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import build_tiny_model
+
+from pivotune.data.examples import Encoder
+from pivotune.data.rows import Row
+from pivotune.data.templates import Turn, load_template
+from pivotune.errors import UsageError
+from pivotune.evaluation.prompts import Prompter
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_tokens_are_those_of_training(tokenizer, template):
+    loaded = load_template(template, tokenizer)
+    prompter = Prompter(tokenizer, loaded, 256)
+    encoder = Encoder(tokenizer, loaded)
+    row = Row("một con mèo", "hai con chó", "", "")
+    side = encoder.encode([row])[0].target
+    context, continuation = prompter.encode_pair(prompter.context("một con mèo", 8).text, "hai con chó")
+    assert context == encoder.encode_prompt(Turn("một con mèo"))
+    assert context + continuation == side.ids[: len(context) + len(continuation)].tolist()
+    assert len(context) == side.answer
+
+
+def test_plain_text_is_split_as_the_harness_splits_it(tokenizer):
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=build_tiny_model(), tokenizer=tokenizer, max_length=256)
+    prompter = Prompter(tokenizer, None, 256)
+    for context, continuation in [("a b c", " d e"), ("a b  ", "c"), ("a\n", " b"), ("câu hỏi:", " trả lời")]:
+        assert prompter.encode_pair(context, continuation) == lm._encode_pair(context, continuation)
+
+
+def test_a_long_query_loses_its_beginning(tokenizer):
+    template = load_template("alpaca", tokenizer)
+    words = " ".join(f"w{number}" for number in range(400))
+    prompter = Prompter(tokenizer, template, 256)
+    context = prompter.context(f"{words} the question?", 32)
+    assert context.truncated
+    assert "the question?" in context.text
+    assert context.text.startswith("Below is an instruction")
+    assert len(prompter.encode_context(context.text)) <= 256 - 32
+    # Not more is cut than must be.
+    assert len(prompter.encode_context(context.text)) > 256 - 32 - 8
+    assert not prompter.context("short", 32).truncated
+
+
+def test_no_limit_cuts_nothing(tokenizer):
+    context = Prompter(tokenizer, None, None).context("word " * 1000, 32)
+    assert not context.truncated
+    assert context.text == "word " * 1000
+
+
+def test_no_room_at_all_is_one_line(tokenizer):
+    with pytest.raises(UsageError, match="the model reads 64 tokens"):
+        Prompter(tokenizer, load_template("alpaca", tokenizer), 64).context("why is that so?", 60)
+
+
+def test_an_empty_query_has_the_begin_token_as_context(tokenizer):
+    prompter = Prompter(tokenizer, None, 256)
+    context, continuation = prompter.encode_pair("", "a b")
+    assert context == [tokenizer.eos_token_id]  # this tokenizer has no begin-of-text
+    assert tokenizer.decode(continuation) == tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"])
+
+
+def test_an_empty_query_goes_through_templates(tokenizer):
+    for template in ("chat", "alpaca"):
+        prompter = Prompter(tokenizer, load_template(template, tokenizer), 256)
+        assert prompter.context("", 8).text == load_template(template, tokenizer).render(Turn("")).prompt
