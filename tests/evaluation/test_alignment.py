@@ -25,7 +25,7 @@ def tiny_pairs(count: int) -> list[Pair]:
 
 @torch.no_grad()
 def naive_alignment(model, tokenizer, pairs, layer):
-    """Cosines (N, N) of every target sentence with every English one, sentence by sentence."""
+    """Cosines (N, N) of every target sentence with every English one, sentence by sentence; raw and centered."""
 
     def vectors(sentences):
         means = []
@@ -34,10 +34,20 @@ def naive_alignment(model, tokenizer, pairs, layer):
             with tap(find_architecture(model), [layer]) as taps:
                 states = model(input_ids=ids, output_hidden_states=True).hidden_states
             state = taps.hidden_states[layer] if layer == NUM_LAYERS else states[layer]
-            means.append(state[0].mean(0))
-        return F.normalize(torch.stack(means).double(), dim=-1)
+            means.append(state[0, 1:].mean(0))
+        return torch.stack(means).double()
 
-    return vectors([pair.target for pair in pairs]) @ vectors([pair.english for pair in pairs]).T
+    target, english = vectors([pair.target for pair in pairs]), vectors([pair.english for pair in pairs])
+    return cosines(target, english), cosines(target - target.mean(0), english - english.mean(0))
+
+
+def cosines(first, second):
+    return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
+
+
+def success(similarities):
+    own = torch.arange(len(similarities))
+    return ((similarities.argmax(1) == own).double() + (similarities.argmax(0) == own).double()) / 2
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
@@ -46,18 +56,20 @@ def test_equals_a_naive_computation(model_type, tokenizer):
     found = measure_alignment(model, tokenizer, pairs, batch_size=5)
     items = []
     for layer in range(NUM_LAYERS + 1):
-        cosines = naive_alignment(model, tokenizer, pairs, layer)
-        own = torch.arange(12)
-        success = ((cosines.argmax(1) == own).double() + (cosines.argmax(0) == own).double()) / 2
-        items.append((success, cosines.diagonal()))
-        assert found.retrieval[layer] == pytest.approx(success.mean().item())
-        assert found.cosine[layer] == pytest.approx(cosines.diagonal().mean().item(), abs=1e-5)
-        non_pairs = (cosines.sum() - cosines.trace()) / (12 * 11)
+        raw, centered = naive_alignment(model, tokenizer, pairs, layer)
+        items.append(torch.stack([success(raw), success(centered), raw.diagonal()]))
+        assert found.retrieval[layer] == pytest.approx(success(raw).mean().item())
+        assert found.centered_retrieval[layer] == pytest.approx(success(centered).mean().item())
+        assert found.cosine[layer] == pytest.approx(raw.diagonal().mean().item(), abs=1e-5)
+        non_pairs = (raw.sum() - raw.trace()) / (12 * 11)
         assert found.cosine_of_non_pairs[layer] == pytest.approx(non_pairs.item(), abs=1e-5)
-    assert found.item_retrieval == pytest.approx(torch.stack([success for success, _ in items[1:]]).mean(0).tolist())
-    assert found.item_cosine == pytest.approx(torch.stack([own for _, own in items[1:]]).mean(0).tolist(), abs=1e-5)
+    of_items = torch.stack(items[1:]).mean(0)
+    assert found.item_retrieval == pytest.approx(of_items[0].tolist())
+    assert found.item_centered_retrieval == pytest.approx(of_items[1].tolist())
+    assert found.item_cosine == pytest.approx(of_items[2].tolist(), abs=1e-5)
     # Neither perfect nor nothing, so that a wrong layer or direction would be seen.
     assert 0 < sum(found.item_retrieval) < 12
+    assert found.item_retrieval != found.item_centered_retrieval
 
 
 @pytest.mark.parametrize("changes", [{"padding_side": "left"}, {"pad_token": None}])
@@ -78,7 +90,7 @@ def test_the_begin_token_is_there_where_the_tokenizer_adds_one():
     )
     assert tokenizer("Ni")["input_ids"][0] == tokenizer.bos_token_id
     found = measure_alignment(model, tokenizer, pairs)
-    expected = naive_alignment(model, tokenizer, pairs, 2).diagonal().mean().item()
+    expected = naive_alignment(model, tokenizer, pairs, 2)[0].diagonal().mean().item()
     assert found.cosine[2] == pytest.approx(expected, abs=1e-5)
     assert found.cosine[2] != pytest.approx(without.cosine[2], abs=1e-3)
 
@@ -86,7 +98,7 @@ def test_the_begin_token_is_there_where_the_tokenizer_adds_one():
 def test_identical_sentences_are_all_found(tokenizer):
     pairs = [Pair(row["id"], row["completion_en"], row["completion_en"]) for row in tiny_rows(20)]
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=3)
-    assert found.retrieval == [1.0] * (NUM_LAYERS + 1)
+    assert found.retrieval == found.centered_retrieval == [1.0] * (NUM_LAYERS + 1)
     assert found.cosine == pytest.approx([1.0] * (NUM_LAYERS + 1), abs=1e-12)
     assert max(found.cosine_of_non_pairs) < 0.999
 
@@ -98,7 +110,7 @@ def test_sentences_that_do_not_belong_together_are_found_by_chance(tokenizer):
     pairs = [Pair(str(n), texts[n], texts[200 + n]) for n in range(200)]
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=64)
     # Each layer and direction: 200 draws of probability 1/200; five or more hits have a chance of 0.4 %.
-    assert all(value * 200 < 5 for value in found.retrieval)
+    assert all(value * 200 < 5 for value in (*found.retrieval, *found.centered_retrieval))
     assert found.cosine == pytest.approx(found.cosine_of_non_pairs, abs=0.05)
 
 
@@ -108,7 +120,7 @@ def test_a_model_that_says_the_same_of_everything_is_at_chance(tokenizer):
         embedding = model.get_input_embeddings().weight
         embedding.copy_(embedding[5].clone().expand_as(embedding))
     found = measure_alignment(model, tokenizer, tiny_pairs(10), batch_size=3)
-    assert found.retrieval == pytest.approx([1 / 10] * (NUM_LAYERS + 1))
+    assert found.retrieval == found.centered_retrieval == pytest.approx([1 / 10] * (NUM_LAYERS + 1))
     assert found.cosine == pytest.approx([1.0] * (NUM_LAYERS + 1), abs=1e-6)
 
 
@@ -150,7 +162,7 @@ def test_one_pair_is_too_few(tokenizer):
 def test_names_of_tasks(set_name, name):
     (task,) = alignment_tasks(set_name, "vie_Latn")
     assert (task.name, task.language, task.benchmark) == (name, "vi", "alignment")
-    assert [metric.name for metric in task.metrics] == ["retrieval_accuracy", "cosine"]
+    assert [metric.name for metric in task.metrics] == ["retrieval_accuracy", "centered_retrieval_accuracy", "cosine"]
 
 
 @pytest.mark.parametrize(("code", "part"), [("en", "English is one side already"), ("vn", "Vietnamese is vi")])
@@ -167,9 +179,7 @@ def write(folder: Path, target: str, english: str, text: str) -> None:
 def test_the_first_set_that_is_there_is_read(tmp_path):
     (task,) = alignment_tasks(None, "de")
     (tatoeba_task,) = alignment_tasks("tatoeba", "de")
-    with pytest.raises(
-        MissingDataError, match=r"alignment_de: no parallel text in German \(FLORES-200, NTREX-128, Tatoeba\)"
-    ):
+    with pytest.raises(MissingDataError, match=r"no parallel text in German \(FLORES-200, NTREX-128, Tatoeba\)"):
         task.read(Source(tmp_path))
     sets = [
         ("tatoeba.deu-eng.deu", "tatoeba.deu-eng.eng", "tatoeba"),
@@ -201,14 +211,17 @@ def test_own_pairs_come_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_knows_more_of_a_sentence_in_the_middle_than_in_the_embeddings(smollm2, shared_data):
+def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     from pivotune.model.loading import load_model, load_tokenizer
 
-    (task,) = alignment_tasks("tatoeba", "vi")
+    (task,) = alignment_tasks("tatoeba", "zh")
     pairs = task.read(Source(shared_data / "eval")).pairs[:100]
     found = measure_alignment(load_model(smollm2), load_tokenizer(smollm2), pairs)
     assert len(found.retrieval) == 31
     assert found.truncated == 0
-    assert max(found.retrieval) > 0.1  # ten times chance
+    # Measured: 13.5 % in the embeddings, 57 % after 20 blocks, 19 % at the top; chance is 1 %.
+    middle = max(found.centered_retrieval[10:25])
+    assert middle > 0.4
+    assert middle > 2 * max(found.centered_retrieval[0], found.centered_retrieval[30])
     for layer in range(1, 31):
         assert found.cosine[layer] > found.cosine_of_non_pairs[layer]

@@ -262,7 +262,7 @@ def test_tatoeba_on_the_hub_is_turned_so_that_english_comes_second(monkeypatch, 
 
 
 def test_tatoeba_on_the_hub_has_36_languages():
-    with pytest.raises(MissingDataError, match="the Hub has this set in af, ar, .*; another language needs its files"):
+    with pytest.raises(MissingDataError, match=r"the Hub has this set in af, ar, .*; another language needs its files"):
         read_parallel("tatoeba", "tatoeba_br", Source(), "br")
 
 

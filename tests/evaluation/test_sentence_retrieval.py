@@ -13,6 +13,7 @@ from pivotune.evaluation.sentence_retrieval import (
     retrieval_success,
     tokenize,
     unit_vectors,
+    without_mean,
 )
 from pivotune.model.architecture import find_architecture
 from pivotune.model.taps import tap
@@ -21,13 +22,13 @@ IDS = [[5, 9, 40, 41, 7, 200, 201, 99], [17], [30, 31, 32], [8, 9], [77, 5, 6, 3
 
 
 @torch.no_grad()
-def naive_states(model, ids):
+def naive_states(model, ids, first=1):
     """(L + 1, D) of one sentence: the model's own list, which ends normed, so the top comes from a tap."""
     architecture = find_architecture(model)
     with tap(architecture, [architecture.num_layers]) as taps:
         output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     states = (*output.hidden_states[:-1], taps.hidden_states[architecture.num_layers])
-    return torch.stack([state[0].float().mean(0) for state in states])
+    return torch.stack([state[0, min(first, len(ids) - 1) :].float().mean(0) for state in states])
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
@@ -38,6 +39,16 @@ def test_pooled_states_are_the_means_of_the_models_own(family, batch_size):
     assert pooled.shape == (len(IDS), NUM_LAYERS + 1, expected.shape[-1])
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_token_counts_where_asked_for():
+    model = build_tiny_model()
+    pooled = pooled_states(model, IDS, batch_size=3, with_first_token=True)
+    expected = torch.stack([naive_states(model, ids, first=0) for ids in IDS])
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    without = pooled_states(model, IDS, batch_size=3)
+    assert torch.allclose(without[1], pooled[1], atol=1e-5)  # its only token
+    assert not torch.allclose(without[2], pooled[2], atol=1e-2)
 
 
 def test_the_lm_head_is_never_run_and_modes_and_hooks_are_as_before():
@@ -122,6 +133,14 @@ def test_near_duplicates_are_told_apart():
     base = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(3, 1)
     vectors = unit_vectors(base + 1e-4 * torch.eye(3, dtype=torch.float64))
     assert retrieval_success(vectors, vectors).tolist() == [1, 1, 1]
+
+
+def test_without_mean_leaves_no_noise():
+    vectors = torch.tensor([[1.0, 2.0], [3.0, 2.0]], dtype=torch.float64)
+    assert without_mean(vectors).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    same = torch.full((3, 2), 1000.0, dtype=torch.float64)
+    same[0, 0] += 1e-4
+    assert not without_mean(same).any()
 
 
 def test_mean_of_non_pairs():

@@ -23,7 +23,8 @@ def sample(values, seed: int | None = 0, key: str = "f1", first: int = 0) -> Sam
 
 
 @pytest.mark.parametrize(
-    ("degrees", "critical"), [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272)]
+    ("degrees", "critical"),
+    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272)],
 )
 def test_t_at_its_tabulated_five_per_cent(degrees, critical):
     assert two_sided_p(critical, degrees) == pytest.approx(0.05, rel=1e-5)
@@ -67,7 +68,11 @@ def test_ratio_resamples_numerator_and_denominator_together():
     found = difference(
         NLL,
         *(
-            [Sample({str(i): {"nll": a, "tokens": int(t)} for i, (a, t) in enumerate(zip(nll, tokens, strict=True))}, 0)]
+            [
+                Sample(
+                    {str(i): {"nll": a, "tokens": int(t)} for i, (a, t) in enumerate(zip(nll, tokens, strict=True))}, 0
+                )
+            ]
             for nll in (ours, theirs)
         ),
     )
@@ -83,9 +88,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     hits = 0
     for _ in range(400):
         base = random.random(60)
-        found = difference(
-            F1, [sample(base + 0.1 + 0.5 * random.standard_normal(60))], [sample(base)], resamples=1000
-        )
+        found = difference(F1, [sample(base + 0.1 + 0.5 * random.standard_normal(60))], [sample(base)], resamples=1000)
         hits += found.low <= 0.1 <= found.high
     assert 0.91 <= hits / 400 <= 0.98
 
@@ -218,7 +221,9 @@ def test_three_seeds_equal_the_paired_t_test():
     assert found.verdict is Verdict.UNDECIDED
 
 
-@pytest.mark.parametrize(("seeds", "seed_noise", "item_noise"), [(2, 0.1, 0.1), (3, 0.1, 0.0), (3, 0.05, 0.5), (5, 0.1, 0.3)])
+@pytest.mark.parametrize(
+    ("seeds", "seed_noise", "item_noise"), [(2, 0.1, 0.1), (3, 0.1, 0.0), (3, 0.05, 0.5), (5, 0.1, 0.3)]
+)
 def test_interval_over_seeds_covers_the_truth(seeds, seed_noise, item_noise):
     random = np.random.default_rng(7)
     hits = naive_hits = 0

@@ -17,7 +17,7 @@ from pivotune.config import load_config
 from pivotune.errors import UsageError
 from pivotune.evaluation import sweep as module
 from pivotune.evaluation.settings import EvaluationSettings
-from pivotune.evaluation.sweep import cell_state, describe_sweep, prepare_sweep, run_sweep
+from pivotune.evaluation.sweep import describe_sweep, prepare_sweep, run_sweep
 from pivotune.evaluation.sweep_plan import parse_grid, plan_cells
 from pivotune.training.run import execute_run, prepare_run
 
@@ -53,7 +53,7 @@ def run(sweep, **options):
 
 
 def states(sweep):
-    return [str(cell_state(sweep, cell)) for cell in sweep.cells]
+    return [str(sweep.state(cell)) for cell in sweep.cells]
 
 
 def trained_weights(folder):
@@ -120,7 +120,9 @@ def test_cells_are_ordinary_runs_and_equal_to_them(config, tmp_path):
     assert lines[0] == "[1/4] thinking.layer=2,seed=0: to train"
     assert states(sweep) == ["done"] * 4
     for cell in sweep.cells[1:3]:
-        alone = load_config(config, [*cell.options[0].changes, f"seed={cell.seed}", f"output_dir={tmp_path / cell.name}"])
+        alone = load_config(
+            config, [*cell.options[0].changes, f"seed={cell.seed}", f"output_dir={tmp_path / cell.name}"]
+        )
         execute_run(prepare_run(alone))
         assert_same(trained_weights(cell.folder), trained_weights(tmp_path / cell.name))
         results = [json.loads((folder / "results.json").read_text()) for folder in (cell.folder, tmp_path / cell.name)]
@@ -167,7 +169,9 @@ class _StopAt(TrainerCallback):
 def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, trainings):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    configs = [write(tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2) for name in ("whole", "stopped")]
+    configs = [
+        write(tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2) for name in ("whole", "stopped")
+    ]
     run(prepare(configs[0], LAYERS))
     sweep = prepare(configs[1], LAYERS)
 
@@ -253,7 +257,7 @@ def test_everything_is_checked_before_anything_is_written(config):
     with pytest.raises(UsageError, match=r"unknown key training.learning_rat; did you mean"):
         prepare(config, "method=tft,deep-supervision", changes=["training.learning_rat=1"])
     with pytest.raises(UsageError, match=r"missing\.jsonl"):
-        prepare(config, "data.train=rows.jsonl,missing.jsonl", changes=[])
+        prepare(config, f"data.train={config.parent / 'rows.jsonl'},missing.jsonl")
     assert not (config.parent / "sweep").exists()
 
 
@@ -364,6 +368,16 @@ def test_failed_evaluation_leaves_the_training(config, evaluations, trainings):
     trainings.clear()
     assert run(prepare(config, "method=tft", tasks=["fails_once"]))[0] == {}
     assert trainings == []
+
+
+def test_lost_results_are_measured_again_without_training(config, evaluations, trainings):
+    run(prepare(config, "method=tft", tasks=["xquad"]))
+    trainings.clear()
+    sweep = prepare(config, "method=tft", tasks=["xquad"])
+    (sweep.cells[0].folder / "results.json").unlink()
+    assert states(sweep) == ["trained; to evaluate: xquad_sw"]
+    run(sweep)
+    assert (trainings, states(sweep)) == ([], ["done"])
 
 
 def test_broken_results_are_named(config, evaluations):

@@ -74,7 +74,9 @@ def test_tft_has_no_layer_so_it_is_there_once(config):
 def test_tft_is_not_refused_for_layers_that_it_does_not_use(config):
     changes = ["supervision.conversion.layer=6"]
     assert names(plan(config, "method=tft", "supervision.thinking.layer=5,7", changes=changes)) == ["method=tft,seed=7"]
-    with pytest.raises(UsageError, match=r"conversion\.layer: 6 is not below .*thinking\.layer: 5.*cell thinking\.layer=5"):
+    with pytest.raises(
+        UsageError, match=r"conversion\.layer: 6 is not below .*thinking\.layer: 5.*cell thinking\.layer=5"
+    ):
         plan(config, "supervision.thinking.layer=5,7", changes=changes)
 
 
@@ -82,7 +84,11 @@ def test_tft_is_not_refused_for_layers_that_it_does_not_use(config):
     ("switch", "unused", "used"),
     [
         ("supervision.thinking.signal=none", "supervision.thinking.layer=5,10", "supervision.conversion.layer=2,3"),
-        ("supervision.conversion.signal=none", "supervision.conversion.weight=0.1,1", "supervision.thinking.weight=0.1,1"),
+        (
+            "supervision.conversion.signal=none",
+            "supervision.conversion.weight=0.1,1",
+            "supervision.thinking.weight=0.1,1",
+        ),
         ("method=sft", "data.english_ratio=0,0.5", "data.limit=10,20"),
         ("method=tft", "supervision.schedule=linear,constant", "data.english_ratio=0,0.5"),
         ("method=deep-supervision", "supervision.feature.pooling=mean,last", "supervision.logits.norm=final,none"),
@@ -114,7 +120,9 @@ def test_names_are_safe_and_tell_every_value_apart(config):
 
 
 def test_names_stay_short_enough_for_a_file_system(config):
-    keys = [f"training.{name}" for name in ("lr_scheduler_type", "logging_dir", "run_name", "hub_model_id", "optim", "x")]
+    keys = [
+        f"training.{name}" for name in ("lr_scheduler_type", "logging_dir", "run_name", "hub_model_id", "optim", "x")
+    ]
     cells = plan(config, *(f"{key}={'a' * 60},{'b' * 60}" for key in keys), seeds=[0, 1])
     assert len(set(names(cells))) == 2 ** len(keys) * 2
     assert max(len(name) for name in names(cells)) <= 200
@@ -127,7 +135,9 @@ def test_more_values_and_seeds_leave_names_as_they_were(config):
 
 
 def test_keys_of_one_name_keep_their_sections():
-    labels = [option.label for axis in parse_grid(["data.limit=5", "training.limit=5", "data.train=a"]) for option in axis]
+    labels = [
+        option.label for axis in parse_grid(["data.limit=5", "training.limit=5", "data.train=a"]) for option in axis
+    ]
     assert labels == ["data.limit=5", "training.limit=5", "train=a"]
 
 
@@ -211,7 +221,9 @@ def test_a_key_may_have_one_grid_only(config):
 
 
 def test_unknown_key_is_named_with_its_cell(config):
-    with pytest.raises(UsageError, match=r"unknown key supervision.thinking.layr; did you mean .*\(cell thinking.layr=5\)"):
+    with pytest.raises(
+        UsageError, match=r"unknown key supervision.thinking.layr; did you mean .*\(cell thinking.layr=5\)"
+    ):
         plan(config, "supervision.thinking.layr=5")
 
 

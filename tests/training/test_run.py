@@ -296,6 +296,10 @@ def test_results_equal_an_independent_computation(finished):
         task = written["tasks"][name]
         assert (task["metric"], task["n"], task["higher_is_better"]) == ("nll", 4, False)
         assert task["value"] == pytest.approx(after / tokens, rel=1e-5)
+        facts = ("heldout", "sw" if side == "target" else "en", "validation")
+        assert (task["benchmark"], task["language"], task["split"]) == facts
+        figure = {key: task[key] for key in ("value", "stderr", "n", "higher_is_better")}
+        assert task["metrics"] == {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}}
         assert task["nll_per_character"] == pytest.approx(after / characters, rel=1e-5)
         assert task["base"]["value"] == pytest.approx(before / tokens, rel=1e-5)
         assert task["base"]["nll_per_character"] == pytest.approx(before / characters, rel=1e-5)
@@ -308,7 +312,8 @@ def test_items_add_up_to_the_results(finished):
         items = [json.loads(line) for line in file]
     for name, task in result.results["tasks"].items():
         mine = [item for item in items if item["task"] == name]
-        assert [item["item"] for item in mine] == [0, 1, 2, 3]
+        # The rows' places in their file: another seed holds out others.
+        assert [item["item"] for item in mine] == [pair.number for pair in prepared.validation]
         tokens = sum(item["tokens"] for item in mine)
         assert sum(item["nll"] for item in mine) / tokens == pytest.approx(task["value"], rel=1e-9)
         assert sum(item["base_nll"] for item in mine) / tokens == pytest.approx(task["base"]["value"], rel=1e-9)

@@ -21,7 +21,7 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Run folders, results files, or folders of runs. Runs that differ in seed only make one row.",
         ),
     ],

@@ -124,14 +124,14 @@ def _run(prepared: Sweep, say: Callable[[str], None]) -> dict[str, str]:
 
 
 def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:
-    from pivotune.evaluation.sweep import cell_state, missing_tasks
+    from pivotune.evaluation.sweep_state import missing_tasks
 
     if prepared.tasks:
         say(f"tasks: {', '.join(prepared.tasks)}")
     for name in prepared.bases:
         missing = missing_tasks(prepared.folder / name, prepared.tasks, prepared.settings)
         say(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
-    states = {cell.name: cell_state(prepared, cell) for cell in prepared.cells}
+    states = {cell.name: prepared.state(cell) for cell in prepared.cells}
     for name, state in states.items():
         say(f"{name}: {state}")
     say(f"{sum(state.done for state in states.values())} of {len(states)} cells are done, in {prepared.folder}")

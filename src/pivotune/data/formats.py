@@ -43,6 +43,13 @@ def read_file(path: Path) -> NumberedRecords:
         yield from reader(path)
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
+    _check_file(path)
+    with _reading(path):
+        yield from _lines(path)
+
+
 def file_type(path: Path) -> str:
     """The suffix that tells the format, in lower case and without `.gz`: '.jsonl' for 'Pairs.JSONL.gz'."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

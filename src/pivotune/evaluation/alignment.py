@@ -1,8 +1,9 @@
 """How near a model's inner layers bring a sentence and its English translation.
 
-Two figures for every layer k = 0..L: the share of sentences whose nearest neighbour among all sentences of the other
-language is their own translation (retrieval accuracy, both directions), and the mean cosine of translations, to be read
-beside the mean cosine of sentences that are no translations: in many layers all sentences are near one another.
+For every layer k = 0..L: the share of sentences whose nearest neighbour among all sentences of the other language is their
+own translation (retrieval accuracy, both directions), the same after each language's mean vector is taken off (what sets
+languages apart as a whole says nothing of a sentence's meaning), and the mean cosine of translations, to be read beside the
+mean cosine of sentences that are no translations: in many layers all sentences are near one another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     Metric("retrieval_accuracy", "mean", ("retrieval",), scale=100.0),
+    Metric("centered_retrieval_accuracy", "mean", ("centered_retrieval",), scale=100.0),
     Metric("cosine", "mean", ("cosine",)),
 )
 BENCHMARK = "alignment"
@@ -39,7 +41,7 @@ class AlignmentTask:
         name: `alignment_flores_vi`, or `alignment_vi` for the first set that is there.
         language: code of the language beside English.
         read: gives the sentences; raises `UsageError` with one line.
-        metrics: the first is the primary one; both are means over the layers 1..L.
+        metrics: the first is the primary one; all are means over the layers 1..L.
     """
 
     name: str
@@ -60,30 +62,36 @@ class Alignment:
         ids: the pairs' ids.
         retrieval: share of sentences whose nearest neighbour is their translation, mean of both directions, in 0..1;
             chance is 1/N.
+        centered_retrieval: the same with each language's mean vector over the N sentences taken off.
         cosine: mean cosine of the pairs.
         cosine_of_non_pairs: mean cosine of sentences that do not belong together.
         item_retrieval: each pair's retrieval, mean over the layers 1..L.
+        item_centered_retrieval: each pair's centered retrieval, mean over the layers 1..L.
         item_cosine: each pair's cosine, mean over the layers 1..L.
         truncated: sentences that were cut to the longest allowed.
     """
 
     ids: Sequence[str]
     retrieval: Sequence[float]
+    centered_retrieval: Sequence[float]
     cosine: Sequence[float]
     cosine_of_non_pairs: Sequence[float]
     item_retrieval: Sequence[float]
+    item_centered_retrieval: Sequence[float]
     item_cosine: Sequence[float]
     truncated: int
 
     def records(self) -> list[dict[str, Any]]:
         """One record a pair, with the fields that `METRICS` refer to."""
-        columns = zip(self.ids, self.item_retrieval, self.item_cosine, strict=True)
-        return [{"item": item, "retrieval": retrieval, "cosine": cosine} for item, retrieval, cosine in columns]
+        names = ("item", "retrieval", "centered_retrieval", "cosine")
+        columns = (self.ids, self.item_retrieval, self.item_centered_retrieval, self.item_cosine)
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def by_layer(self) -> dict[str, Any]:
         """For `results.json`: lists over k = 0..L, retrieval in percent as the metric; and `chance`, `truncated`."""
         return {
             "retrieval_accuracy": [100 * value for value in self.retrieval],
+            "centered_retrieval_accuracy": [100 * value for value in self.centered_retrieval],
             "cosine": list(self.cosine),
             "cosine_of_non_pairs": list(self.cosine_of_non_pairs),
             "chance": 100 / len(self.ids),
@@ -100,10 +108,11 @@ def measure_alignment(
     max_tokens: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> Alignment:
-    """Retrieval accuracy and cosine of translations for every layer.
+    """Retrieval accuracy and cosine of translations, for every layer.
 
-    A sentence is the mean of its tokens' raw hidden states (fp32), read without a template. Each different sentence is run
-    once, so sentences that stand twice tie exactly. Cosines are computed in float64.
+    A sentence is the mean of the raw hidden states (fp32) of its tokens but the first (see `pooled_states`), read without a
+    template, with the begin-of-text token where the tokenizer adds one. Each different sentence is run once, so sentences
+    that stand twice tie exactly. Cosines are computed in float64.
 
     Args:
         model: a supported causal LM, wrapped or not.
@@ -135,24 +144,28 @@ def _compare(
 ) -> Alignment:
     import torch
 
-    from pivotune.evaluation.sentence_retrieval import mean_of_non_pairs, retrieval_success, unit_vectors
+    from pivotune.evaluation.sentence_retrieval import both_ways, mean_of_non_pairs, unit_vectors, without_mean
 
     device = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
-    retrieval, cosine, non_pairs = [], [], []
+    layers, non_pairs = [], []
     for states in pooled.unbind(1):
-        vectors = unit_vectors(states.to(device))
-        a, b = vectors[target], vectors[english]
-        retrieval.append(((retrieval_success(a, b) + retrieval_success(b, a)) / 2).cpu())
-        cosine.append((a * b).sum(-1).cpu())
+        sides = [states[side].to(device).double() for side in (target, english)]
+        a, b = map(unit_vectors, sides)
+        centered = both_ways(*(unit_vectors(without_mean(side)) for side in sides))
+        layers.append(torch.stack([both_ways(a, b), centered, (a * b).sum(-1)]).cpu())
         non_pairs.append(mean_of_non_pairs(a, b))
-    by_layer, cosines = torch.stack(retrieval), torch.stack(cosine)
+    figures = torch.stack(layers)  # (L + 1, 3, N)
+    retrieval, centered_retrieval, cosine = figures.mean(2).T.tolist()
+    item_retrieval, item_centered_retrieval, item_cosine = figures[1:].mean(0).tolist()
     return Alignment(
         ids=tuple(ids),
-        retrieval=by_layer.mean(1).tolist(),
-        cosine=cosines.mean(1).tolist(),
+        retrieval=retrieval,
+        centered_retrieval=centered_retrieval,
+        cosine=cosine,
         cosine_of_non_pairs=non_pairs,
-        item_retrieval=by_layer[1:].mean(0).tolist(),
-        item_cosine=cosines[1:].mean(0).tolist(),
+        item_retrieval=item_retrieval,
+        item_centered_retrieval=item_centered_retrieval,
+        item_cosine=item_cosine,
         truncated=truncated,
     )
 

@@ -11,8 +11,8 @@ from pivotune.data.check.text import Text
 from pivotune.errors import UsageError
 from pivotune.evaluation.languages import Language, find_language
 
-# Of 2,286 Tatoeba sentences with at least this many letters 99.4 to 99.9% are told right in vi, ar, zh and en; with 10 to 19
-# letters 95 to 99%, and names and numbers, the usual short answers, have no language.
+# Of 2,286 Tatoeba sentences with at least this many letters 99.4 to 99.9% are told right in vi, ar, zh and en; with 10
+# to 19 letters 95 to 99%, and names and numbers, the usual short answers, have no language.
 MIN_LETTERS = 20
 _CHINESE_SCRIPTS = ("Hans", "Hant")
 _KANA = re.compile("[\u3041-\u30ff]")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,7 @@ def find_checkpoint(checkpoint: str | None = None) -> Path:
 def _in_folder(folder: Path) -> Path:
     found = folder / _CHECKPOINT_FILE
     if not found.is_file():
-        raise UsageError(
-            f"--comet {folder}: has no {_CHECKPOINT_FILE}; allowed: a .ckpt file, or a model's folder with one"
-        )
+        raise UsageError(f"--comet {folder}: has no {_CHECKPOINT_FILE}; allowed: a .ckpt file, or a folder with one")
     return found
 
 
@@ -90,8 +89,7 @@ def _cached(name: str) -> Path:
 
 
 def _load(path: Path) -> Any:
-    from comet import load_from_checkpoint  # pyright: ignore[reportMissingImports]
-
+    load_from_checkpoint = import_module("comet").load_from_checkpoint
     # Versions before 2.2 lack the option, and would ask the network for the encoder's configuration.
     offline = {"local_files_only": True} if "local_files_only" in _parameters(load_from_checkpoint) else {}
     try:

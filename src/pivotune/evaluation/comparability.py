@@ -22,7 +22,12 @@ def condition_warnings(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     for task in tasks:
         for line in _task_lines(rows, task):
             found.setdefault(line, []).append(task)
-    return [f"{line} ({_some(names)})" for line, names in found.items()]
+    return with_tasks(found)
+
+
+def with_tasks(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines with the tasks that they are about: one line for fifty tasks of which the same is to be said."""
+    return [f"{line} ({_some(list(dict.fromkeys(tasks)))})" for line, tasks in found.items()]
 
 
 def _task_lines(rows: Sequence[Row], task: str) -> list[str]:

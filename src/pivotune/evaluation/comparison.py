@@ -172,7 +172,7 @@ def _add_differences(
             warnings.append(f"{column.task}: no difference in {column.metric.name} between {pair}: {error}")
             continue
         cells[index] = replace(cell, difference=found)
-        if found.n < min(cell.n, theirs.n):
+        if found.n < max(cell.n, theirs.n):
             warnings.append(
                 f"{column.task}: {rows[index].label} and {rows[baseline].label} share {found.n} items "
                 f"(of {cell.n} and {theirs.n}): the difference is over these"

@@ -18,7 +18,8 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.languages import find_language
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
 WORD_ORDER, CHARACTER_ORDER, BETA, NGRAM_ORDER = 2, 6, 2, 4
 CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORDER
@@ -129,19 +130,19 @@ def _signature(metric: BLEU | CHRF) -> str:
 
 def _as_counts(sums: ArrayLike, wanted: int) -> NDArray[np.float64]:
     counts = np.asarray(sums, dtype=np.float64)
-    assert counts.ndim >= 1 and counts.shape[-1] == wanted, f"the last axis must hold {wanted} counts: {counts.shape}"
+    assert counts.shape[-1:] == (wanted,), f"the last axis must hold {wanted} counts: {counts.shape}"
     return counts
 
 
 @cache
 def _chrf() -> CHRF:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return CHRF(char_order=CHARACTER_ORDER, word_order=WORD_ORDER, beta=BETA)
 
 
 @cache
 def _bleu(tokenizer: str) -> BLEU:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize=tokenizer)

@@ -273,8 +273,8 @@ class Language:
     Attributes:
         code: two-letter ISO 639-1 code; the FLORES code for a language without one, or in its second script.
         flores: FLORES-200 code (`vie_Latn`).
-        iso639_3: three-letter codes that files may be named by, likeliest first (`arb`, `ara`; `cmn` for Chinese); none for a
-            second script.
+        iso639_3: three-letter codes that files may be named by, likeliest first (`arb`, `ara`; `cmn` for Chinese); none
+            for a second script.
         name: in English, as prompts say it.
         in_flores: whether FLORES-200 has it.
     """

@@ -30,9 +30,10 @@ _NTREX_ENGLISH = "newstest2019-src.eng.txt"
 _TATOEBA_HOMEPAGE = "https://github.com/facebookresearch/LASER/tree/main/data/tatoeba/v1"
 # The languages of XTREME's Tatoeba (Hu et al., ICML 2020), by the names of its configurations.
 _XTREME_CODES = (
-    "afr ara ben bul cmn deu ell est eus fin fra heb hin hun ind ita jav jpn kat kaz kor mal mar nld pes por rus spa swh tam"
-    " tel tgl tha tur urd vie"
-).split()
+    "afr", "ara", "ben", "bul", "cmn", "deu", "ell", "est", "eus", "fin", "fra", "heb",
+    "hin", "hun", "ind", "ita", "jav", "jpn", "kat", "kaz", "kor", "mal", "mar", "nld",
+    "pes", "por", "rus", "spa", "swh", "tam", "tel", "tgl", "tha", "tur", "urd", "vie",
+)  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -69,8 +70,8 @@ class ParallelSet:
         title: for tables and messages.
         homepage: where its files are.
         languages: codes it is published in; empty where files of any language will do.
-        read: (task's name, source, language) -> the text; raises `UsageError` in one line, `MissingDataError` where there is
-            none.
+        read: (task's name, source, language) -> the text; raises `UsageError` in one line, `MissingDataError` where there
+            is none.
     """
 
     name: str
@@ -162,7 +163,7 @@ def _tatoeba_from_hub(task: str, split: Split, language: Language) -> ParallelTe
         for side, sentence in zip(sides, pair, strict=True):
             side.append(sentence)
     name = hub_name(_XTREME_HUB, f"tatoeba.{code}")
-    return _aligned(*sides, [name, name], split.name, "rows")
+    return _aligned(sides[0], sides[1], [name, name], split.name, "rows")
 
 
 def _published_files(
@@ -171,8 +172,9 @@ def _published_files(
     """The first split of which both sides are there. `english_of`: target file -> name of its English side."""
     split, targets = choose_split(task, source, splits, homepage, lambda path: bool(source.find(english_of(path))))
     target = only_file(task, targets)
-    paths = (target, only_file(task, source.find(english_of(target))))
-    return _aligned(*map(_read_lines, paths), origin_of(source, paths), split.name, "lines")
+    english = only_file(task, source.find(english_of(target)))
+    names = origin_of(source, (target, english))
+    return _aligned(_read_lines(target), _read_lines(english), names, split.name, "lines")
 
 
 def _endings(path: Path) -> list[str]:

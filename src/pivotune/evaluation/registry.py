@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.alignment import AlignmentTask, alignment_tasks
+from pivotune.evaluation.languages import find_language
 from pivotune.evaluation.tasks.base import Benchmark, Task
 
 AnyTask = Task | AlignmentTask
@@ -116,6 +117,8 @@ def _task(benchmark: Benchmark, language: str) -> list[AnyTask]:
 
 
 def _of(benchmark: Benchmark, language: str) -> Sequence[Task]:
+    if language not in benchmark.languages:
+        language = find_language(language).code
     if language in benchmark.languages or benchmark.open_ended:
         return benchmark.tasks(language)
     raise UsageError(
@@ -126,8 +129,16 @@ def _of(benchmark: Benchmark, language: str) -> Sequence[Task]:
 def _alignment(tail: str, languages: Sequence[str]) -> list[AnyTask]:
     head, _, rest = tail.partition("_")
     if head in ("flores", "ntrex", "tatoeba", "pairs"):
-        return [task for language in _needed(tail, [rest] if rest else languages) for task in alignment_tasks(head, language)]
-    return [task for language in _needed(ALIGNMENT, [tail] if tail else languages) for task in alignment_tasks(None, language)]
+        return [
+            task
+            for language in _needed(tail, [rest] if rest else languages)
+            for task in alignment_tasks(head, language)
+        ]
+    return [
+        task
+        for language in _needed(ALIGNMENT, [tail] if tail else languages)
+        for task in alignment_tasks(None, language)
+    ]
 
 
 def _needed(name: str, languages: Sequence[str]) -> Sequence[str]:

@@ -370,4 +370,3 @@ def _sample(items: Sequence[Any], settings: EvaluationSettings, key: Callable[[A
 
 def _silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda done: None)
-

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _CHUNK = 512
 # Cosines of one vector with copies of itself differ by less than this in float64, whatever its fp32 rounding.
 _TIE = 1e-12
+# Relative to a vector's length; a mean of fp32 states is right to about 1e-6.
+_NOISE = 1e-5
 
 
 @torch.no_grad()
@@ -30,16 +32,20 @@ def pooled_states(
     token_ids: Sequence[Sequence[int]],
     *,
     batch_size: int,
+    with_first_token: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Mean of `h_k` over each sentence's tokens, for every layer k = 0..L.
+    """Mean of `h_k` over each sentence's tokens but the first, for every layer k = 0..L.
 
     The states are raw (`h_L` before the final norm). Only the decoder runs: no logits are made.
+    The first token is an attention sink in most models: from some layer on its state is long and nearly the same in every
+    sentence (in SmolLM2-135M a norm of 23,000 beside 180), and would drown the others.
 
     Args:
         model: a supported causal LM, wrapped or not.
         token_ids: of each sentence; a sentence without tokens has the zero vector.
         batch_size: sentences at once; they are sorted by length, so that little is padding.
+        with_first_token: whether the first token counts; the only token of a sentence always does.
         progress: called with the number of sentences done so far.
 
     Returns:
@@ -55,7 +61,8 @@ def pooled_states(
     with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            means = _batch_means(architecture, [token_ids[index] for index in indices], device)
+            batch = [token_ids[index] for index in indices]
+            means = _batch_means(architecture, batch, device, with_first_token)
             if pooled is None:
                 pooled = torch.empty(len(token_ids), *means.shape[1:])
             pooled[indices] = means
@@ -65,7 +72,9 @@ def pooled_states(
     return pooled
 
 
-def _batch_means(architecture: Architecture, token_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def _batch_means(
+    architecture: Architecture, token_ids: Sequence[Sequence[int]], device: torch.device, with_first_token: bool
+) -> Tensor:
     """(B, L + 1, D), fp32, on the CPU."""
     input_ids, mask = _pad_right(token_ids)
     layers = range(architecture.num_layers + 1)
@@ -74,6 +83,8 @@ def _batch_means(architecture: Architecture, token_ids: Sequence[Sequence[int]],
         # An empty sentence would attend to nothing and give NaN; its mean has no token and is zero.
         attention_mask[:, 0] = 1
         architecture.decoder(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    if not with_first_token:
+        mask[:, 0] &= mask.sum(1) == 1
     means = []
     for layer in layers:
         states = taps.hidden_states.pop(layer)
@@ -112,6 +123,13 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
+def without_mean(vectors: Tensor) -> Tensor:
+    """Vectors (N, D) less their mean; zero where nothing but the rounding of fp32 states is left."""
+    centered = vectors - vectors.mean(0)
+    is_noise = centered.norm(dim=-1) < _NOISE * vectors.norm(dim=-1)
+    return centered.masked_fill(is_noise[:, None], 0.0)
+
+
 def retrieval_success(queries: Tensor, keys: Tensor) -> Tensor:
     """Whether each query's nearest key is its own: 1, 0, or 1/m where m keys are equally near and its own is one.
 
@@ -133,6 +151,11 @@ def retrieval_success(queries: Tensor, keys: Tensor) -> Tensor:
         is_nearest = own[start : start + _CHUNK, None] >= nearest
         successes.append(is_nearest[:, 0].double() / ties)
     return torch.cat(successes)
+
+
+def both_ways(first: Tensor, second: Tensor) -> Tensor:
+    """Mean of `retrieval_success` in both directions, (N)."""
+    return (retrieval_success(first, second) + retrieval_success(second, first)) / 2
 
 
 def mean_of_non_pairs(queries: Tensor, keys: Tensor) -> float:

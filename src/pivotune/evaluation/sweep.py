@@ -23,9 +23,9 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.sweep_plan import Cell
+from pivotune.evaluation.sweep_state import CellState, cell_state, is_started, is_trained, missing_tasks
 from pivotune.model.loading import read_config
 from pivotune.training.arguments import build_arguments
-from pivotune.training.checkpoints import last_checkpoint
 from pivotune.training.preparation import check_layers
 from pivotune.training.run import Progress, Scores, execute_run, prepare_run
 from pivotune.training.run_folder import claim_run_folder, find_change, write_json, write_text
@@ -55,36 +55,9 @@ class Sweep:
     bases: Mapping[str, RunConfig]
     settings: EvaluationSettings
 
-
-@dataclass(frozen=True, kw_only=True)
-class CellState:
-    """How far a cell is.
-
-    Attributes:
-        started: it has a run folder.
-        trained: its model is saved.
-        checkpoint: what training goes on from.
-        missing: tasks that are not measured yet.
-    """
-
-    started: bool
-    trained: bool
-    checkpoint: Path | None
-    missing: tuple[str, ...]
-
-    @property
-    def done(self) -> bool:
-        return self.trained and not self.missing
-
-    def __str__(self) -> str:
-        """What is left to do."""
-        if self.done:
-            return "done"
-        if self.trained:
-            return f"trained; to evaluate: {', '.join(self.missing)}"
-        if self.checkpoint:
-            return f"to go on from {self.checkpoint.name}"
-        return "to train again from the start" if self.started else "to train"
+    def state(self, cell: Cell) -> CellState:
+        """How far one of the cells is."""
+        return cell_state(cell.folder, self.tasks, self.settings)
 
 
 def prepare_sweep(
@@ -108,7 +81,7 @@ def prepare_sweep(
     for cell in cells:
         _check_cell(cell)
     for cell in _typical(cells):
-        prepare_run(cell.config, resume=_is_started(cell.folder))
+        prepare_run(cell.config, resume=is_started(cell.folder))
     bases = _bases(cells) if tasks else {}
     names: tuple[str, ...] = ()
     for config in bases.values():
@@ -116,34 +89,6 @@ def prepare_sweep(
         prepared = prepare_evaluation(config.model, tasks, _of_base(settings, config), own)
         names = tuple(task.task.name for task in prepared.tasks)
     return Sweep(source=source, folder=folder, cells=tuple(cells), tasks=names, bases=bases, settings=settings)
-
-
-def cell_state(sweep: Sweep, cell: Cell) -> CellState:
-    """How far a cell is, from the files in its folder."""
-    trained = _is_trained(cell.folder)
-    return CellState(
-        started=_is_started(cell.folder),
-        trained=trained,
-        checkpoint=None if trained else last_checkpoint(cell.folder),
-        missing=missing_tasks(cell.folder, sweep.tasks, sweep.settings),
-    )
-
-
-def missing_tasks(folder: Path, tasks: Iterable[str], settings: EvaluationSettings) -> tuple[str, ...]:
-    """Tasks that the folder's results lack, or hold for other settings (another `--limit`)."""
-    entries = read_entries(folder)
-    return tuple(name for name in tasks if name not in entries or not _is_measured_so(entries[name], settings))
-
-
-def read_entries(folder: Path) -> dict[str, Any]:
-    """The tasks in a folder's `results.json`; none where there is no such file."""
-    path = folder / "results.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: cannot be read; remove it to measure again") from error
 
 
 def run_sweep(
@@ -188,7 +133,7 @@ def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
             "name": cell.name,
             "changes": [change for option in cell.options for change in option.changes],
             "seed": cell.seed,
-            "state": "failed" if cell.name in failures else str(cell_state(sweep, cell)),
+            "state": "failed" if cell.name in failures else str(sweep.state(cell)),
             "error": failures.get(cell.name),
         }
         for cell in sweep.cells
@@ -216,7 +161,7 @@ class _Trainings:
         self._before: dict[str, Scores] = {}
 
     def train(self, cell: Cell) -> None:
-        resume = _is_started(cell.folder)
+        resume = is_started(cell.folder)
         prepared = prepare_run(cell.config, resume=resume)
         key = _held_out_key(cell.config)
         with self._watch("Training") as callback:
@@ -238,7 +183,7 @@ def _run_cell(
     announce: Callable[[str], None],
     progress: Progress | None,
 ) -> None:
-    state = cell_state(sweep, cell)
+    state = sweep.state(cell)
     announce(f"{title}: {state}")
     if not state.trained:
         trainings.train(cell)
@@ -293,7 +238,7 @@ def _check_folder(folder: Path) -> None:
 def _check_cell(cell: Cell) -> None:
     """What can be told of a cell without its data: it is what it was, its arguments and its layers are possible."""
     folder, config = cell.folder, cell.config
-    if _is_started(folder):
+    if is_started(folder):
         change = find_change(folder, config, ignored=("output_dir",))
         if change is not None:
             key, before, now = change
@@ -301,9 +246,9 @@ def _check_cell(cell: Cell) -> None:
                 f"{key} is {now!r} here and was {before!r} in {folder}; choose another --out, or remove that folder to "
                 "train it again"
             )
-    if _is_trained(folder):
+    if is_trained(folder):
         return
-    claim_run_folder(config, resume=_is_started(folder))
+    claim_run_folder(config, resume=is_started(folder))
     args = build_arguments(config)
     if config.method == "deep-supervision":
         model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
@@ -315,7 +260,7 @@ def _typical(cells: Iterable[Cell]) -> list[Cell]:
     typical: dict[str, Cell] = {}
     for cell in cells:
         config = cell.config
-        if not _is_trained(cell.folder):
+        if not is_trained(cell.folder):
             key = json.dumps(
                 [config.model, config.revision, config.method, config.data.model_dump(), bool(config.lora)]
             )
@@ -352,21 +297,3 @@ def _held_out_key(config: RunConfig) -> str:
             config.training.get("bf16"),
         ]
     )
-
-
-def _is_measured_so(entry: Mapping[str, Any], settings: EvaluationSettings) -> bool:
-    """Whether a task was measured with these settings; results of training have none."""
-    own = entry.get("settings") or {}
-    same = all(
-        own.get(key) == getattr(settings, key) for key in ("limit", "seed", "max_new_tokens", "backend", "dtype")
-    )
-    return same and settings.split in (None, entry.get("split"))
-
-
-def _is_started(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
-
-
-def _is_trained(folder: Path) -> bool:
-    """Training writes `results.json` and then, as a whole, `model/`."""
-    return (folder / "model").is_dir() and (folder / "results.json").is_file()

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pivotune.evaluation.sweep import Sweep, read_entries
+from pivotune.evaluation.sweep import Sweep
 from pivotune.evaluation.sweep_plan import Cell
+from pivotune.evaluation.sweep_state import read_entries
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json
 from pivotune.layers.selection import Term
 

@@ -100,7 +100,7 @@ class Detector:
     def tells(self, text: Text, *, min_letters: int = LANGUAGE_LETTERS) -> bool | None:
         """Whether a text's likeliest language is the one asked for (or a near relative).
 
-        None where that cannot be told: fewer letters than `min_letters`, code, or a language that the detector does not know.
+        None where that cannot be told: fewer letters than `min_letters`, code, or a language unknown to the detector.
         """
         if not self.knows_target or _letters(text.words) < min_letters or text.is_code():
             return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pivotune.data.formats import _check_file, _lines, _reading, numbered_by, read_file
+from pivotune.data.formats import numbered_by, read_file, read_lines
 from pivotune.errors import UsageError
 from pivotune.evaluation.sources import Source, missing, read_hub_records
 from pivotune.evaluation.tasks.question_answering import text_member
@@ -255,13 +255,11 @@ def _table_record(path: Path, columns: Columns, names: Sequence[str], row: _Row)
 
 
 def _tab_rows(path: Path, unquote: bool) -> Iterator[_Row]:
-    _check_file(path)
-    with _reading(path):
-        for number, line in enumerate(_lines(path), start=1):
-            text = line.rstrip("\r\n")
-            if text:
-                cells = text.split("\t")
-                yield number, [_unquoted(cell) for cell in cells] if unquote else cells
+    for number, line in enumerate(read_lines(path), start=1):
+        text = line.rstrip("\r\n")
+        if text:
+            cells = text.split("\t")
+            yield number, [_unquoted(cell) for cell in cells] if unquote else cells
 
 
 def _unquoted(cell: str) -> str:
@@ -273,14 +271,12 @@ def _unquoted(cell: str) -> str:
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
     """Rows with the line they begin in: a cell may hold line breaks."""
-    _check_file(path)
-    with _reading(path):
-        # strict: a quote left open is an error with its line, not half the file in one cell.
-        reader, begin = csv.reader(_lines(path), strict=True), 1
-        try:
-            for cells in reader:
-                if cells:
-                    yield begin, cells
-                begin = reader.line_num + 1
-        except csv.Error as error:
-            raise UsageError(f"{path}, line {begin}: broken CSV: {error}") from error
+    # strict: a quote left open is an error with its line, not half the file in one cell.
+    reader, begin = csv.reader(read_lines(path), strict=True), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield begin, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {begin}: broken CSV: {error}") from error

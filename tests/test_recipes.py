@@ -1,0 +1,100 @@
+"""Recipes load, hold the paper's settings where they say so, and differ only where their names do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pivotune.config import load_config
+from pivotune.model.architecture import ARCHITECTURES
+from pivotune.training.arguments import build_arguments
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+MODELS = {"llama2-7b": "meta-llama/Llama-2-7b-hf", "gemma2-2b": "google/gemma-2-2b"}
+LAYERS = {"llama2-7b": (2, 15), "gemma2-2b": ("auto", "auto")}
+METHODS = {"sft": "sft", "tft": "tft", "logits": "deep-supervision", "feature": "deep-supervision"}
+PAPER = [(model, language, kind) for model in MODELS for language in ("vi", "ar", "zh") for kind in METHODS]
+SMALL = sorted((RECIPES / "small").glob("*.yaml"))
+
+
+def paper(model, language, kind):
+    return load_config(RECIPES / "paper" / f"{model}-{language}-{kind}.yaml")
+
+
+def test_all_paper_recipes_are_there_and_no_others():
+    expected = {f"{model}-{language}-{kind}.yaml" for model, language, kind in PAPER}
+    assert {path.name for path in (RECIPES / "paper").iterdir()} == expected
+
+
+@pytest.mark.parametrize(("model", "language", "kind"), PAPER)
+def test_paper_settings(model, language, kind):
+    config = paper(model, language, kind)
+    assert (config.model, config.method, config.data.language) == (MODELS[model], METHODS[kind], language)
+    assert (config.data.template, config.data.english_ratio, config.lora) == ("alpaca", 0.0, None)
+    args = build_arguments(config)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert (args.num_train_epochs, args.learning_rate) == (3, 2e-5)
+    if config.method == "deep-supervision":
+        supervision = config.supervision
+        assert supervision.schedule == "constant"
+        for term, layer in zip((supervision.conversion, supervision.thinking), LAYERS[model], strict=True):
+            assert (term.signal, term.weight, term.layer) == (kind, 1.0, layer)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", METHODS)
+def test_paper_recipes_differ_only_in_what_their_names_say(model, kind):
+    """Every language alike, and the baselines trained as the method is."""
+    own = paper(model, "vi", kind).model_dump()
+    for language in ("ar", "zh"):
+        other = paper(model, language, kind).model_dump()
+        assert _differences(own, other) == {"data.language", "data.train", "output_dir"}
+    tft = paper(model, "vi", "tft").model_dump()
+    assert _differences(own, tft) <= {"method", "output_dir"} | {key for key in _keys(own) if "supervision" in key}
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.name)
+def test_small_recipes_have_the_recommended_preset(path):
+    config = load_config(path)
+    build_arguments(config)
+    assert config.data.english_ratio == 0.25
+    assert (config.method == "tft") == path.name.endswith("-tft.yaml")
+    if config.method == "deep-supervision":
+        supervision = config.supervision
+        assert (supervision.conversion.weight, supervision.thinking.weight) == (0.3, 0.3)
+        assert supervision.schedule == "linear"
+
+
+def test_small_recipes_of_one_model_differ_only_in_method():
+    tft, logits, feature = (
+        load_config(RECIPES / "small" / f"smollm2-135m-{kind}.yaml").model_dump()
+        for kind in ("tft", "logits", "feature")
+    )
+    signals = {f"supervision.{term}.signal" for term in ("conversion", "thinking")}
+    assert _differences(logits, feature) == signals | {"output_dir"}
+    layers = {f"supervision.{term}.layer" for term in ("conversion", "thinking")}
+    assert _differences(logits, tft) == layers | {"method", "output_dir"}
+
+
+def test_readme_names_recipes_that_are_there():
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for name in ("small/", "cpu.yaml", "gemma2-2b-lora.yaml", "recipes/paper/llama2-7b-zh-logits.yaml"):
+        assert name in text
+    assert {path.name for path in SMALL} >= {"cpu.yaml", "gemma2-2b-lora.yaml"}
+
+
+def test_families_of_the_recipes_are_supported():
+    assert {"llama", "gemma2"} <= set(ARCHITECTURES)
+
+
+def _keys(settings, prefix=""):
+    keys = {}
+    for name, value in settings.items():
+        keys |= _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
+
+
+def _differences(one, other):
+    one, other = _keys(one), _keys(other)
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
