@@ -203,7 +203,7 @@ def test_a_metric_that_one_run_has(tmp_path):
     other = write_run(tmp_path / "b", {"xquad_vi": items}, metrics=(F1, NLL), config={"b": 1})
     comparison = compare(one, other, metrics=("nll_*",))
     assert [line[0] is None for line in comparison.cells] == [True, False]
-    assert "a does not have it: no differences" in comparison.warnings[0]
+    assert comparison.warnings == ["a, the baseline, does not have the task: no differences (xquad_vi)"]
 
 
 def test_no_tasks_at_all(tmp_path):
@@ -270,7 +270,7 @@ def test_shared_items_are_counted(tmp_path):
     difference = comparison.cells[1][0].difference  # type: ignore[union-attr]
     assert difference is not None
     assert (difference.n, difference.value) == (40, pytest.approx(10.0))
-    assert comparison.warnings == ["t_vi: b and a share 40 items (of 40 and 100): the difference is over these"]
+    assert comparison.warnings == ["b and a share 40 items of 40 and 100: the difference is over these (t_vi)"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_no_difference_without_trustworthy_items(tmp_path, damage, reason):
     comparison = compare(tmp_path)
     assert comparison.cells[1][0].value is not None  # type: ignore[union-attr]
     assert comparison.cells[1][0].difference is None  # type: ignore[union-attr]
-    assert any("t_vi: no difference in f1 between b and a: " in line and reason in line for line in comparison.warnings)
+    assert any("no difference in f1 between b and a: " in line and reason in line for line in comparison.warnings)
 
 
 def test_nll_of_other_tokens_is_not_compared(tmp_path):
@@ -306,7 +306,7 @@ def test_nll_of_other_tokens_is_not_compared(tmp_path):
 def test_seeds_that_lack_a_task_are_named(tmp_path):
     three_seeds(tmp_path, "tft", 0.0)
     change_results(tmp_path / "tft-2", lambda content: content["tasks"].pop("xquad_vi"))
-    assert compare(tmp_path).warnings[0] == "xquad_vi: only 2 of the 3 seeds of tft have it"
+    assert compare(tmp_path).warnings[0] == "only 2 of the 3 seeds of tft have the task (xquad_vi)"
 
 
 # ---- conditions and notes ----

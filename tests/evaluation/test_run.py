@@ -22,7 +22,7 @@ from pivotune.evaluation.requests import Generation, Likelihood, LogProbability
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.evaluation.settings import EvaluationSettings
 
-WORDS = "một hai ba bốn năm sáu bảy tám chín mười".split()
+WORDS = ["một", "hai", "ba", "bốn", "năm", "sáu", "bảy", "tám", "chín", "mười"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,11 @@ def data(tmp_path_factory) -> Path:
 
 def write_squad(path: Path, language: str, count: int, *, passage: str = "Có năm con mèo.") -> None:
     questions = [
-        {"id": f"{language}{index}", "question": f"Câu {index}?", "answers": [{"text": WORDS[index % 10], "answer_start": 0}]}
+        {
+            "id": f"{language}{index}",
+            "question": f"Câu {index}?",
+            "answers": [{"text": WORDS[index % 10], "answer_start": 0}],
+        }
         for index in range(count)
     ]
     article = {"title": "t", "paragraphs": [{"context": passage, "qas": questions}]}
@@ -139,7 +143,11 @@ def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_p
 
         lm = HFLM(pretrained=load_model(str(model)), tokenizer=load_tokenizer(str(model)), batch_size=8)
         expected = simple_evaluate(
-            lm, tasks=[{"group": "own", "task": [overrides]}], task_manager=TaskManager(), apply_chat_template=is_chat, bootstrap_iters=0
+            lm,
+            tasks=[{"group": "own", "task": [overrides]}],
+            task_manager=TaskManager(),
+            apply_chat_template=is_chat,
+            bootstrap_iters=0,
         )
         ours = evaluate(model, ["xcopa_vi"], tmp_path / template, data_dir=data, template=template)
         assert ours["tasks"]["xcopa_vi"]["value"] / 100 == pytest.approx(expected["results"]["xcopa_vi"]["acc,none"])
@@ -265,7 +273,7 @@ def test_a_prompt_longer_than_the_model_is_cut_and_counted(tmp_path):
 
 
 def test_an_empty_answer_counts_as_wrong(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Engine, "_generate", lambda self, requests: {request: "  " for request in requests})
+    monkeypatch.setattr(Engine, "_generate", lambda self, requests: dict.fromkeys(requests, "  "))
     entry = evaluate(model, ["xquad_vi"], tmp_path, data_dir=data)["tasks"]["xquad_vi"]
     assert entry["value"] == 0
     assert entry["metrics"]["empty_answers"]["value"] == 100

@@ -38,7 +38,9 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False),
+        typer.Option(
+            help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task: the first ones.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
@@ -50,20 +52,30 @@ def evaluate(
     pairs: Annotated[
         Path | None, typer.Option(help="Your own parallel text, for the tasks pairs_vi and alignment_vi.")
     ] = None,
-    english: Annotated[Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")] = None,
+    english: Annotated[
+        Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: each task's own.")] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder for answers, so that an interrupted evaluation goes on; default: beside the results."),
+        typer.Option(
+            help="Folder for answers, so that an interrupted evaluation goes on; default: beside the results."
+        ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
     backend: Annotated[str, typer.Option(help="hf (Transformers) or vllm.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloat16.")] = "auto",
     comet: Annotated[str | None, typer.Option(help="COMET checkpoint for translations.")] = None,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out sets whose data is not there.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out sets whose data is not there.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print all sets and their languages and exit.")] = False,
+    list_tasks: Annotated[
+        bool, typer.Option("--list-tasks", help="Print all sets and their languages and exit.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Measure a model on benchmarks in its language and in English; results go into results.json."""
@@ -100,7 +112,7 @@ def evaluate(
     )
     prepared = prepare_evaluation(run_or_model, tasks.split(","), settings, _words(languages))
     _describe(console(as_json), prepared)
-    results = execute_evaluation(prepared, folder, progress=progress)
+    results = execute_evaluation(prepared, folder, progress=progress, on_task=_tell_done)
     names = [task.task.name for task in prepared.tasks]
     if as_json:
         print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
@@ -158,6 +170,13 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
         out.print("first prompt, and its [green]gold answer[/]:")
         out.print(shown, soft_wrap=True)
+
+
+def _tell_done(name: str, entry: dict[str, Any]) -> None:
+    """A log file gets no moving bars, but wants to know how far the evaluation is."""
+    if not stderr.is_terminal:
+        line = f"{name}: {entry['metric']} {_number(entry['value'])} ± {_number(entry['stderr'])} (n = {entry['n']})"
+        stderr.print(line, soft_wrap=True, markup=False)
 
 
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
@@ -219,4 +238,6 @@ def _list_tasks(out: Console, as_json: bool) -> None:
         table.add_row(name, benchmark.title, languages, benchmark.homepage)
     out.print(table)
     out.print("groups: " + "; ".join(f"{group}: {' '.join(names)}" for group, names in GROUPS.items()), soft_wrap=True)
-    stderr.print("alignment_LANG, alignment_SET_LANG (flores, ntrex, tatoeba, pairs) compare hidden states layer by layer")
+    stderr.print(
+        "alignment_LANG, alignment_SET_LANG (flores, ntrex, tatoeba, pairs) compare hidden states layer by layer"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from pivotune.errors import UsageError
 from pivotune.evaluation.aggregate import item_vectors, statistic
 from pivotune.evaluation.columns import ENGLISH, PRIMARY, Column, find_figures, select_columns
-from pivotune.evaluation.comparability import condition_warnings
+from pivotune.evaluation.comparability import condition_warnings, with_tasks
 from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.results import MetricResult
 from pivotune.evaluation.run_groups import Row, Run
@@ -96,18 +96,19 @@ def compare_rows(
     """
     if baseline is None:
         baseline = next((index for index, row in enumerate(rows) if row.method == "tft"), 0)
-    lines = list(warnings)
+    found: dict[str, list[str]] = {}
     columns = select_columns(rows, tasks, metrics)
     table: list[list[Cell | None]] = [[] for _ in rows]
     for done, column in enumerate(columns):
         cells = [_cell(row, column) for row in rows]
-        _add_differences(rows, cells, column, baseline, resamples, seed, lines)
+        _add_differences(rows, cells, column, baseline, resamples, seed, found)
         _mark_best(cells, column)
         for line, cell in zip(table, cells, strict=True):
             line.append(cell)
         if progress:
             progress(done + 1, len(columns))
     adjusted = _adjust(table)
+    lines = [*warnings, *with_tasks(found)]
     lines += condition_warnings(rows, list(dict.fromkeys(column.task for column in columns)))
     result = Comparison(rows, columns, adjusted, baseline, list(dict.fromkeys(lines)), (), resamples, seed)
     return replace(result, notes=_notes(result))
@@ -150,17 +151,17 @@ def _add_differences(
     baseline: int,
     resamples: int,
     seed: int,
-    warnings: list[str],
+    warnings: dict[str, list[str]],
 ) -> None:
     """In place; a difference that cannot be had leaves a warning."""
     theirs = cells[baseline]
     for row, cell in zip(rows, cells, strict=True):
         if cell is not None and len(cell.by_run) < len(row.runs):
-            warnings.append(
-                f"{column.task}: only {len(cell.by_run)} of the {len(row.runs)} seeds of {row.label} have it"
+            _warn(
+                warnings, column, f"only {len(cell.by_run)} of the {len(row.runs)} seeds of {row.label} have the task"
             )
     if theirs is None:
-        warnings.append(f"{column.task}: {rows[baseline].label} does not have it: no differences")
+        _warn(warnings, column, f"{rows[baseline].label}, the baseline, does not have the task: no differences")
         return
     for index, cell in enumerate(cells):
         if cell is None or index == baseline:
@@ -169,14 +170,16 @@ def _add_differences(
             found = _difference(column, cell, theirs, resamples, seed)
         except UsageError as error:
             pair = f"{rows[index].label} and {rows[baseline].label}"
-            warnings.append(f"{column.task}: no difference in {column.metric.name} between {pair}: {error}")
+            _warn(warnings, column, f"no difference in {column.metric.name} between {pair}: {error}")
             continue
         cells[index] = replace(cell, difference=found)
         if found.n < max(cell.n, theirs.n):
-            warnings.append(
-                f"{column.task}: {rows[index].label} and {rows[baseline].label} share {found.n} items "
-                f"(of {cell.n} and {theirs.n}): the difference is over these"
-            )
+            counts = f"{found.n} items of {cell.n} and {theirs.n}: the difference is over these"
+            _warn(warnings, column, f"{rows[index].label} and {rows[baseline].label} share {counts}")
+
+
+def _warn(warnings: dict[str, list[str]], column: Column, line: str) -> None:
+    warnings.setdefault(line, []).append(column.task)
 
 
 def _difference(column: Column, ours: Cell, theirs: Cell, resamples: int, seed: int) -> Difference:

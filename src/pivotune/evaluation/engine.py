@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pivotune.errors import UsageError
@@ -25,8 +26,12 @@ BACKENDS: tuple[Backend, ...] = ("hf", "vllm")
 
 # Rows of the head product at once: 128 rows x 256,000 logits in float32 are 128 MB.
 _HEAD_ROWS = 128
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
-_ROWS_PER_GENERATION = {"cpu": 16, "cuda": 256}
+_SCORED_TOKENS = {"cpu": 2048, "cuda": 32768}
+# A step of generation on a CPU is bound by reading the weights: many rows cost little more than one.
+_CPU_GENERATION_TOKENS = 32768
+_MOST_GENERATION_ROWS = {"cpu": 64, "cuda": 512}
+# Share of a GPU's memory beside the weights that keys and values may take; the rest is for what a step makes.
+_CACHE_SHARE = 0.4
 
 
 def check_backend(backend: str) -> None:
@@ -48,12 +53,14 @@ class Engine:
         prompter: tokenizes as training did; the harness's own border rule moves white space between prompt and answer.
         batch_size: requests at once, or `auto`.
         device_type: `cpu` or `cuda`, for the automatic sizes.
+        generation_tokens: prompt and answer tokens of one batch of generations, whose keys and values are in memory.
     """
 
     lm: Any
     prompter: Prompter
     batch_size: int | Literal["auto"]
     device_type: str
+    generation_tokens: int = _CPU_GENERATION_TOKENS
 
     def batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Requests of one kind and similar length together, longest first.
@@ -63,12 +70,12 @@ class Engine:
         """
         likelihoods = [request for request in requests if isinstance(request, Likelihood)]
         generations = [request for request in requests if isinstance(request, Generation)]
-        yield from _cut(self._longest_first(likelihoods), self._rows(_TOKENS_PER_BATCH, by_tokens=True))
+        yield from _cut(self._longest_first(likelihoods), self._scored_rows)
         by_settings: dict[Any, list[Request]] = {}
         for request in generations:
             by_settings.setdefault((request.max_new_tokens, request.stop), []).append(request)
-        for group in by_settings.values():
-            yield from _cut(self._longest_first(group), self._rows(_ROWS_PER_GENERATION, by_tokens=False))
+        for (max_new_tokens, _), group in by_settings.items():
+            yield from _cut(self._longest_first(group), partial(self._generated_rows, max_new_tokens))
 
     def answer(self, batch: Sequence[Request]) -> dict[Request, Answer]:
         """Answers to one batch; a batch that does not fit the GPU's memory is halved."""
@@ -132,13 +139,18 @@ class Engine:
             return len(self.prompter.encode_context(request.context))
         return sum(map(len, self.prompter.encode_pair(request.context, request.continuation)))
 
-    def _rows(self, automatic: dict[str, int], *, by_tokens: bool) -> Callable[[int], int]:
-        """How many requests whose longest has so many tokens go into one batch."""
+    def _scored_rows(self, tokens: int) -> int:
+        """How many likelihoods go into one batch whose longest has so many tokens."""
         if self.batch_size != "auto":
-            fixed = self.batch_size
-            return lambda tokens: fixed
-        most = automatic.get(self.device_type, automatic["cpu"])
-        return (lambda tokens: max(1, most // tokens)) if by_tokens else (lambda tokens: most)
+            return self.batch_size
+        return max(1, _SCORED_TOKENS.get(self.device_type, _SCORED_TOKENS["cpu"]) // tokens)
+
+    def _generated_rows(self, max_new_tokens: int, tokens: int) -> int:
+        """How many prompts go into one batch whose longest has so many tokens."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        most = _MOST_GENERATION_ROWS.get(self.device_type, _MOST_GENERATION_ROWS["cpu"])
+        return max(1, min(most, self.generation_tokens // (tokens + max_new_tokens)))
 
 
 def _cut(requests: Sequence[tuple[int, Request]], rows: Callable[[int], int]) -> Iterator[list[Request]]:
@@ -180,7 +192,22 @@ def transformers_engine(
         max_length=prompter.max_length or 1 << 20,
         add_bos_token=bool(prompter.begin_ids),
     )
-    return Engine(lm, prompter, batch_size, model.device.type)
+    return Engine(lm, prompter, batch_size, model.device.type, _generation_tokens(model))
+
+
+def _generation_tokens(model: Any) -> int:
+    """How many tokens' keys and values fit beside the weights; from the device's total memory, so that it is the same
+    every time."""
+    import torch
+
+    if model.device.type != "cuda":
+        return _CPU_GENERATION_TOKENS
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    free = torch.cuda.get_device_properties(model.device).total_memory - model.get_memory_footprint()
+    return max(1, int(_CACHE_SHARE * free / bytes_per_token))
 
 
 def vllm_engine(location: str, prompter: Prompter, *, batch_size: int | Literal["auto"], dtype: str) -> Engine:

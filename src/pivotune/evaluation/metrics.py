@@ -7,11 +7,8 @@ task that made them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 Form = Literal["mean", "ratio", "chrf", "bleu"]
 

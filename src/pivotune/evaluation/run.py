@@ -233,7 +233,7 @@ class _Session:
     def _about(self, task: PreparedTask) -> dict[str, Any]:
         """Where an entry comes from, for readers and for `compare`, which warns where runs differ in it."""
         settings = self._prepared.settings
-        about = {
+        return {
             "benchmark": task.task.benchmark,
             "language": task.task.language,
             "split": task.split,
@@ -251,7 +251,6 @@ class _Session:
                 "dtype": settings.dtype,
             },
         }
-        return about
 
     def _identity(self) -> dict[str, Any]:
         import torch

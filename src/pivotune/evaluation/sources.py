@@ -11,7 +11,6 @@ from typing import Any
 
 from pivotune.errors import UsageError
 
-
 _CONVERTED = "refs/convert/parquet"
 
 
