@@ -26,8 +26,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english), "
-            "alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
+            help="Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english),"
+            " alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
         ),
     ] = "",
     languages: Annotated[

@@ -36,7 +36,7 @@ class Source:
         """Files whose path (relative to `data_dir`, `/` between folders) ends with the first pattern that any file matches.
 
         Args:
-            patterns: `fnmatch` patterns of a name (`xquad.vi.json`) or of the last folders and a name (`mmlu_ar/test/*.csv`);
+            patterns: `fnmatch` patterns of a name (`xquad.vi.json`) or of last folders and a name (`mmlu_ar/test/*.csv`);
                 gzipped files (`.gz` added) match too.
         """
         for pattern in patterns:

@@ -76,8 +76,8 @@ class Task:
         metrics: the first is the primary one.
         read: gives the items; raises `UsageError` with one line (which file, row; where to get a missing set).
         answer_language: language that answers should be in; None where answers have no language (numbers, names).
-        score: for `answer` and `translation`: the item's numbers, from the generated text (may be empty) and the item; their
-            names are those that `metrics` refer to. Choice tasks are scored by the runner (`accuracy`).
+        score: for `answer` and `translation`: the item's numbers, from the generated text (may be empty) and the item; the
+            names that `metrics` refer to. Choice tasks are scored by the runner (`accuracy`).
         max_new_tokens: longest answer that is generated.
         stop: strings at which generation ends.
     """
