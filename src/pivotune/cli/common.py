@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pivotune.errors import UsageError
 
 # What a person reads goes to stdout, unless a program reads stdout (`--json`).
 stdout = Console(highlight=False)
@@ -27,6 +29,20 @@ def console(as_json: bool) -> Console:
 def print_json(content: Any) -> None:
     """One JSON document on stdout, without colours or wrapping."""
     print(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def words(text: str) -> list[str]:
+    """The words of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def batch_size_option(text: str) -> int | Literal["auto"]:
+    """A number or `auto`."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
+    return int(text)
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pivotune.cli.common import print_json, printable, stderr, stdout
+from pivotune.cli.common import print_json, printable, stderr, stdout, words
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def compare(
     warnings: list[str] = []
     rows, chosen = _load([path.expanduser() for path in runs], baseline, warnings)
     _check_out(out or [], rows, overwrite)
-    rows = _rename(rows, _words(names))
+    rows = _rename(rows, words(names))
     with stderr.status(f"resampling {resamples:,} times") as status:
         comparison = compare_rows(
             rows,
             baseline=chosen,
-            tasks=_words(tasks),
-            metrics=_words(metrics) or ("primary",),
+            tasks=words(tasks),
+            metrics=words(metrics) or ("primary",),
             resamples=resamples,
             seed=seed,
             warnings=warnings,
@@ -73,10 +73,6 @@ def compare(
         )
     _write(out or [], comparison)
     _show(comparison, form)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _load(runs: list[Path], baseline: str | None, warnings: list[str]) -> tuple[list[Row], int | None]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries, stderr
+from pivotune.cli.common import (
+    batch_size_option,
+    console,
+    print_json,
+    printable,
+    progress,
+    quiet_libraries,
+    stderr,
+    words,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -98,7 +107,7 @@ def evaluate(
         split=split,
         limit=limit,
         seed=seed,
-        batch_size=_batch_size(batch_size),
+        batch_size=batch_size_option(batch_size),
         template=template,
         backend=backend,
         dtype=dtype,
@@ -110,7 +119,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    prepared = prepare_evaluation(run_or_model, tasks.split(","), settings, _words(languages))
+    prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
     _describe(console(as_json), prepared)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_tell_done)
     names = [task.task.name for task in prepared.tasks]
@@ -118,18 +127,6 @@ def evaluate(
         print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
     else:
         _show(console(as_json), {name: results["tasks"][name] for name in names}, folder)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _batch_size(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
-    return int(text)
 
 
 def _default_out(model: str) -> Path:
@@ -206,7 +203,8 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
 
 
 def _main_metrics(task: dict[str, Any]) -> list[str]:
-    secondary = [name for name in ("exact_match", "bleu", "comet", "cosine") if name in task["metrics"]]
+    shown = ("exact_match", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
+    secondary = [name for name in shown if name in task["metrics"]]
     return [task["metric"], *secondary]
 
 

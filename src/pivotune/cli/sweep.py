@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries, stderr
+from pivotune.cli.common import (
+    batch_size_option,
+    console,
+    print_json,
+    printable,
+    progress,
+    quiet_libraries,
+    stderr,
+    words,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +78,7 @@ def sweep(
         data_dir=data_dir,
         limit=limit,
         split=split,
-        batch_size=_batch_size(batch_size),
+        batch_size=batch_size_option(batch_size),
         backend=backend,
         skip_missing=skip_missing,
     )
@@ -80,7 +89,7 @@ def sweep(
     quiet_libraries()
     from pivotune.evaluation.sweep import describe_sweep, prepare_sweep
 
-    prepared = prepare_sweep(config, folder, cells, _words(tasks), settings, _words(languages))
+    prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
     say = _printer(as_json)
     failures: dict[str, str] = {}
     if dry_run:
@@ -195,15 +204,3 @@ def _printer(as_json: bool) -> Callable[[str], None]:
     """Whole lines as they are: no wrapping, no markup."""
     out = console(as_json)
     return lambda line: out.print(printable(line), soft_wrap=True, markup=False)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _batch_size(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
-    return int(text)

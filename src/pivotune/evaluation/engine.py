@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.prompts import Prompter
-from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Request
+from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Question, Request
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Engine:
     device_type: str
     generation_tokens: int = _CPU_GENERATION_TOKENS
 
-    def batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+    def batches(self, requests: Sequence[Question]) -> Iterator[list[Question]]:
         """Requests of one kind and similar length together, longest first.
 
         The same requests always give the same batches, whatever is cached, so an evaluation that was interrupted ends
@@ -71,13 +71,13 @@ class Engine:
         likelihoods = [request for request in requests if isinstance(request, Likelihood)]
         generations = [request for request in requests if isinstance(request, Generation)]
         yield from _cut(self._longest_first(likelihoods), self._scored_rows)
-        by_settings: dict[Any, list[Request]] = {}
+        by_settings: dict[Any, list[Question]] = {}
         for request in generations:
             by_settings.setdefault((request.max_new_tokens, request.stop), []).append(request)
         for (max_new_tokens, _), group in by_settings.items():
             yield from _cut(self._longest_first(group), partial(self._generated_rows, max_new_tokens))
 
-    def answer(self, batch: Sequence[Request]) -> dict[Request, Answer]:
+    def answer(self, batch: Sequence[Question]) -> dict[Request, Answer]:
         """Answers to one batch; a batch that does not fit the GPU's memory is halved."""
         try:
             return self._answer(batch)
@@ -88,7 +88,7 @@ class Engine:
         half = len(batch) // 2
         return {**self.answer(batch[:half]), **self.answer(batch[half:])}
 
-    def _answer(self, batch: Sequence[Request]) -> dict[Request, Answer]:
+    def _answer(self, batch: Sequence[Question]) -> dict[Request, Answer]:
         likelihoods = [request for request in batch if isinstance(request, Likelihood)]
         generations = [request for request in batch if isinstance(request, Generation)]
         return {**self._score(likelihoods), **self._generate(generations)}
@@ -129,12 +129,12 @@ class Engine:
         texts = self.lm.generate_until(instances, disable_tqdm=True)
         return dict(zip(requests, texts, strict=True))
 
-    def _longest_first(self, requests: Sequence[Request]) -> list[tuple[int, Request]]:
+    def _longest_first(self, requests: Sequence[Question]) -> list[tuple[int, Question]]:
         """(tokens, request), sorted by length and then by text: equal prompts stand side by side."""
         lengths = [(self._length(request), request) for request in requests]
         return sorted(lengths, key=lambda pair: (-pair[0], pair[1].context, getattr(pair[1], "continuation", "")))
 
-    def _length(self, request: Request) -> int:
+    def _length(self, request: Question) -> int:
         if isinstance(request, Generation):
             return len(self.prompter.encode_context(request.context))
         return sum(map(len, self.prompter.encode_pair(request.context, request.continuation)))
@@ -153,7 +153,7 @@ class Engine:
         return max(1, min(most, self.generation_tokens // (tokens + max_new_tokens)))
 
 
-def _cut(requests: Sequence[tuple[int, Request]], rows: Callable[[int], int]) -> Iterator[list[Request]]:
+def _cut(requests: Sequence[tuple[int, Question]], rows: Callable[[int], int]) -> Iterator[list[Question]]:
     start = 0
     while start < len(requests):
         count = rows(requests[start][0])
@@ -215,7 +215,8 @@ def vllm_engine(location: str, prompter: Prompter, *, batch_size: int | Literal[
     from lm_eval.api.registry import get_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = get_model("vllm")(
+    backend: Any = get_model("vllm")
+    lm = backend(
         pretrained=location,
         tokenizer=location,
         dtype=dtype,
@@ -234,10 +235,11 @@ def _language_model_class(model_type: str) -> Any:
 
     from pivotune.model.architecture import ARCHITECTURES
 
+    base: Any = HFLM
     if model_type not in ARCHITECTURES:
-        return HFLM
+        return base
 
-    class SelectiveHFLM(HFLM):
+    class SelectiveHFLM(base):
         """HFLM whose likelihoods come from the states that predict the continuation, equal prompts computed once."""
 
         @torch.inference_mode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pivotune.data.formats import _check_file, _lines, _reading, describe_file_types, is_data_file_name
+from pivotune.data.formats import describe_file_types, is_data_file_name, read_lines
 from pivotune.data.sources import Row, load_rows
 from pivotune.errors import UsageError
 from pivotune.evaluation.languages import Language, find_language, flores_languages
@@ -224,9 +224,7 @@ def _one_line(text: str) -> str:
 
 def _read_lines(path: Path) -> list[str]:
     """The lines of a text file, plain or gzipped, without their ends and surrounding white space."""
-    _check_file(path)
-    with _reading(path):
-        return [line.strip() for line in _lines(path)]
+    return [line.strip() for line in read_lines(path)]
 
 
 def _aligned(

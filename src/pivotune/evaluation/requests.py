@@ -33,7 +33,9 @@ class Measurement:
     content_hash: str
 
 
-Request = Likelihood | Generation | Measurement
+# What a language model answers; a measurement looks inside it.
+Question = Likelihood | Generation
+Request = Question | Measurement
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from pivotune.evaluation.identity import model_fingerprint, versions
 from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.prompts import Prompter
 from pivotune.evaluation.registry import AnyTask, find_tasks
-from pivotune.evaluation.requests import Measurement, Request
-from pivotune.evaluation.results import write_results
+from pivotune.evaluation.requests import Measurement, Question, Request
+from pivotune.evaluation.results import check_target, write_results
 from pivotune.evaluation.scoring import (
     ItemRequests,
     item_requests,
@@ -129,6 +129,7 @@ def execute_evaluation(
     Returns:
         The whole content of `results.json`.
     """
+    check_target(out, prepared.model)
     session = _Session(prepared, progress or _silent)
     results: dict[str, Any] = {}
     for task in prepared.tasks:
@@ -172,7 +173,7 @@ class _Session:
             self._answer(definition.name, requests, len(requests) - len(todo))
         return [score_item(definition, asked, self._answer_to) for asked in task.requests]
 
-    def _answer(self, name: str, requests: list[Request], done: int) -> None:
+    def _answer(self, name: str, requests: list[Question], done: int) -> None:
         """Answer what is not in the cache; batches are made of all requests, so that resuming changes none of them."""
         engine = self._engine
         with self._progress(name, len(requests)) as advance:

@@ -13,7 +13,7 @@ from pivotune.evaluation.aggregate import summarize
 from pivotune.evaluation.answer_language import in_language
 from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.prompts import Context, Prompter
-from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Request
+from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Question, Request
 from pivotune.evaluation.tasks.base import Item, Task
 
 # Beside accuracy, for every task: less noisy than F1 for small models.
@@ -38,7 +38,7 @@ class ItemRequests:
     generation: Generation | None = None
 
     @property
-    def all(self) -> tuple[Request, ...]:
+    def all(self) -> tuple[Question, ...]:
         return self.likelihoods if self.generation is None else (*self.likelihoods, self.generation)
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pivotune.layers.profile import _evaluation_mode
 from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.taps import tap
+from pivotune.model.taps import evaluation_mode, tap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +57,7 @@ def pooled_states(
     device = next(model.parameters()).device
     order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]), reverse=True)
     pooled: Tensor | None = None
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [token_ids[index] for index in indices]

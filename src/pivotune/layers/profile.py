@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from pivotune.errors import UsageError
 from pivotune.model.architecture import Architecture, find_architecture, unwrap_model
 from pivotune.model.lens import lens_logits
-from pivotune.model.taps import tap
+from pivotune.model.taps import evaluation_mode, tap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +86,7 @@ def profile_layers(
     totals = _Totals()
     # no_grad rather than inference_mode: tensors that a model caches in a forward pass (rotary tables) must stay
     # usable in the training that follows.
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             token_mask = _counted_tokens(batch, tokens_per_sequence)
             totals.add(*_batch_sums(model, architecture, batch, token_mask, english, chunk_tokens))
@@ -256,18 +255,6 @@ def _head_device(architecture: Architecture) -> torch.device:
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:
     return inspect.signature(unwrap_model(model).forward).parameters
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module's own mode as before afterwards (some may have been frozen in evaluation)."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _count_letters(texts: Iterable[str]) -> tuple[int, int]:

@@ -65,6 +65,18 @@ def truncated(architecture: Architecture, num_layers: int) -> Iterator[None]:
         setattr(architecture.decoder, architecture.blocks_name, blocks)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module's own mode as before afterwards (some may have been frozen in evaluation)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _first_input(taps: Taps):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         taps.hidden_states.setdefault(0, args[0] if args else kwargs["hidden_states"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -17,6 +16,7 @@ from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, separate_passes
 from pivotune.model.lens import readout
+from pivotune.model.taps import evaluation_mode
 from pivotune.objectives.cross_entropy import shifted
 
 Progress = Callable[[int], None]
@@ -61,7 +61,7 @@ def score_answers(
     architecture = find_architecture(model)
     device = architecture.head_weight.device
     scores: list[RowScore | None] = [None] * len(examples)
-    with _evaluating(model):
+    with evaluation_mode(model):
         for done, indices, batch in _batches(examples, pad_token_id, batch_size, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 passes = separate_passes(model, batch, PassRequest())
@@ -93,7 +93,7 @@ def greedy_answers(
     device = next(model.parameters()).device
     answers = [""] * len(examples)
     order = sorted(range(len(examples)), key=lambda index: examples[index].main.answer)
-    with _evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             prompts = [examples[index].main.ids[: examples[index].main.answer] for index in indices]
@@ -156,13 +156,3 @@ def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -
         input_ids[index, -len(prompt) :] = torch.from_numpy(prompt).long()
         attention_mask[index, -len(prompt) :] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
