@@ -12,7 +12,7 @@ from pivotune.cli.main import main
 from pivotune.errors import UsageError
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "accelerate")
-VERBS = ("demo", "data", "analyze", "init", "train", "chat")
+VERBS = ("demo", "data", "analyze", "init", "train", "evaluate", "compare", "sweep", "chat")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

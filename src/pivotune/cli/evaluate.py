@@ -177,9 +177,18 @@ def _tell_done(name: str, entry: dict[str, Any]) -> None:
 
 
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("task", "metric", "value", "± s.e.", "n", "gold NLL per token", "in its language", "notes")
+    table = Table(
+        Column("task", no_wrap=True),
+        Column("metric", no_wrap=True),
+        "value",
+        "± s.e.",
+        "n",
+        "gold NLL per token",
+        "in its language",
+        "notes",
+    )
     for name, task in tasks.items():
         metrics = task["metrics"]
         for index, metric in enumerate(_main_metrics(task)):

@@ -1,0 +1,189 @@
+"""`pivotune evaluate` as it is typed: what is printed and written, wrong input, and a process that is killed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import build_tiny_model, build_tiny_tokenizer
+
+from pivotune.cli.main import main
+
+pytest.importorskip("lm_eval")
+
+QUESTIONS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_model(max_position_embeddings=1024).save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    for language in ("de", "en"):
+        questions = [
+            {
+                "id": f"q{index}",
+                "question": f"Frage {index}?",
+                "answers": [{"text": f"Antwort {index}", "answer_start": 0}],
+            }
+            for index in range(QUESTIONS)
+        ]
+        content = {"data": [{"title": "t", "paragraphs": [{"context": "Die Katze sitzt.", "qas": questions}]}]}
+        (folder / f"xquad.{language}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "newstest2019-src.eng.txt").write_text("The cat.\nThe dog.\nA house.\n")
+    (folder / "newstest2019-ref.deu.txt").write_text("Die Katze.\nDer Hund.\nEin Haus.\n")
+    return folder
+
+
+def evaluate(*words) -> int:
+    return main(["evaluate", *map(str, words)])
+
+
+def one_error(capsys, *words) -> str:
+    assert evaluate(*words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def items(folder: Path) -> list[dict]:
+    with gzip.open(folder / "results.items.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_what_is_printed_and_written(model, data, tmp_path, capsys):
+    words = ["--tasks", "xquad_de,xquad_en,ntrex_de", "--data-dir", data, "--limit", 3, "--max-new-tokens", 4]
+    assert evaluate(model, *words, "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "template  chat",
+        "xquad_de: 3 items (validation) from xquad.de.json",
+        "Kontext: Die Katze sitzt.",
+        "f1",
+    ):
+        assert text in out
+    assert "English was not evaluated" not in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["tasks"]) == {"xquad_de", "xquad_en", "ntrex_en-de", "ntrex_de-en"}
+    assert len(items(tmp_path)) == 12
+    assert (tmp_path / "evaluation-cache").is_dir()
+
+
+def test_json_is_all_there_is_on_stdout(model, data, tmp_path, capsys):
+    words = ["--tasks", "xquad_de", "--data-dir", data, "--limit", 2, "--max-new-tokens", 4, "--no-cache", "--json"]
+    assert evaluate(model, *words, "--out", tmp_path / "de.json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["tasks"]["xquad_de"]["n"] == 2
+    assert printed["tasks"]["xquad_de"] == json.loads((tmp_path / "de.json").read_text())["tasks"]["xquad_de"]
+    assert not (tmp_path / "evaluation-cache").exists()
+
+
+def test_harm_to_english_is_asked_for(model, data, tmp_path, capsys):
+    words = ["--tasks", "xquad_de", "--data-dir", data, "--limit", 2, "--max-new-tokens", 4, "--out", tmp_path]
+    assert evaluate(model, *words) == 0
+    assert "English was not evaluated" in capsys.readouterr().out
+
+
+def test_results_of_a_model_go_to_a_folder_of_its_own(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(model, "--tasks", "xquad_de", "--data-dir", data, "--limit", 2, "--max-new-tokens", 4) == 0
+    assert (tmp_path / "results" / model.name / "results.json").is_file()
+
+
+def test_list_tasks(capsys):
+    assert evaluate("--list-tasks") == 0
+    out = capsys.readouterr().out
+    for text in ("xquad", "xstorycloze", "paper:", "english:"):
+        assert text in out
+    assert evaluate("--list-tasks", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert "vi" in listed["benchmarks"]["xquad"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "missing argument RUN_OR_MODEL"),
+        (["{model}"], "--tasks: none given"),
+        (["{model}", "--tasks", "xqad_de"], "no task 'xqad_de'; near: xquad_de"),
+        (["{model}", "--tasks", "xquad_vi"], "xquad_vi: no xquad.vi.json below"),
+        (["{model}", "--tasks", "xcopa_de"], "XCOPA has no language 'de'"),
+        (["{model}", "--tasks", "xquad_de", "--split", "train"], "has no split 'train'"),
+        (["{model}", "--tasks", "xquad_de", "--batch-size", "many"], "--batch-size: 'many' found"),
+        (["{model}", "--tasks", "xquad_de", "--backend", "tgi"], "--backend: 'tgi' found; allowed: hf, vllm"),
+        (
+            ["{model}", "--tasks", "xquad_de", "--dtype", "int3"],
+            "--dtype: 'int3' found; allowed: auto, float32, bfloat16",
+        ),
+        (["{model}", "--tasks", "ntrex_de", "--comet", "x.ckpt"], "--comet: "),
+        (["{model}", "--tasks", "xquad_de", "--english", "x.txt"], "--english goes with --pairs"),
+        (["{model}", "--tasks", "xquad_de", "--pairs", "x.txt"], "--pairs: x.txt is not a file"),
+        (["no-such-folder/at-all/x", "--tasks", "xquad_de"], "no-such-folder"),
+        (["{model}", "--tasks", "xquad_de", "--template", "none.jinja"], "none.jinja"),
+    ],
+)
+def test_bad_input_is_one_line(model, data, capsys, words, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [str(model) if word == "{model}" else word for word in words]
+    assert message in one_error(capsys, *words, "--data-dir", data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_folder_that_is_not_there(model, capsys, tmp_path):
+    assert "is not a folder" in one_error(capsys, model, "--tasks", "xquad_de", "--data-dir", tmp_path / "none")
+
+
+def test_a_malformed_file_is_named(model, capsys, tmp_path):
+    (tmp_path / "xquad.de.json").write_text('{"data": [{"title": "t"}]}')
+    assert "xquad.de.json" in one_error(capsys, model, "--tasks", "xquad_de", "--data-dir", tmp_path)
+
+
+def test_results_of_another_model_are_not_overwritten(model, data, tmp_path, capsys):
+    words = ["--tasks", "xquad_de", "--data-dir", data, "--limit", 2, "--max-new-tokens", 4, "--out", tmp_path]
+    (tmp_path / "results.json").write_text('{"model": "another/model", "tasks": {}}')
+    assert evaluate(model, *words) == 2
+    assert "holds results of another/model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again(model, data, tmp_path):
+    """`kill -9` while answers are coming in; the second start asks only for the rest and ends with the same bytes."""
+    words = ["--tasks", "xquad_de,xquad_en", "--data-dir", str(data), "--batch-size", "1", "--max-new-tokens", "8"]
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "pivotune", "evaluate", str(model), *words, "--out", str(out)]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(command(tmp_path / "parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cache = tmp_path / "parts" / "evaluation-cache"
+    deadline = time.monotonic() + 120
+    while count_answers(cache) < 50 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = count_answers(cache)
+    assert 50 <= kept < 4 * QUESTIONS
+    subprocess.run(command(tmp_path / "parts"), check=True, capture_output=True)
+    # Every answer once: what was kept was not computed again.
+    assert count_answers(cache) == count_answers(tmp_path / "whole" / "evaluation-cache")
+    assert items(tmp_path / "parts") == items(tmp_path / "whole")
+    assert (tmp_path / "parts" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+
+
+def count_answers(cache: Path) -> int:
+    return sum(
+        line.startswith('{"request"') for path in cache.glob("*.jsonl") for line in path.read_text().splitlines()
+    )
