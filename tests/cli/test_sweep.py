@@ -189,11 +189,11 @@ def test_real_model_on_real_rows(tmp_path, monkeypatch, shared_data, smollm2, ca
     }
     config = tmp_path / "vi.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    options = ("--tasks", "xquad_vi", "--data-dir", shared_data / "eval", "--limit", "4")
+    options = ("--tasks", "xcopa_vi", "--data-dir", shared_data / "eval", "--limit", "4")
     assert sweep(config, "--grid", "supervision.thinking.layer=14,20", *options) == 0
     folder = tmp_path / "sweeps" / "vi"
     measured = {
-        name: json.loads((folder / name / "results.json").read_text())["tasks"]["xquad_vi"]
+        name: json.loads((folder / name / "results.json").read_text())["tasks"]["xcopa_vi"]
         for name in ("base", "thinking.layer=14,seed=0", "thinking.layer=20,seed=0")
     }
     assert {task["n"] for task in measured.values()} == {4}

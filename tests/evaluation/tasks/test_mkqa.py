@@ -159,7 +159,7 @@ def test_the_publishers_file_is_found_gzipped_and_before_others_of_a_similar_nam
 def test_a_set_or_split_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match=r"mkqa_vi: no mkqa\.jsonl or \*mkqa\*\.jsonl below .* get it from https://"):
         read(tmp_path)
-    with pytest.raises(UsageError, match="mkqa_vi: no split 'test'; allowed: train"):
+    with pytest.raises(UsageError, match="mkqa_vi: has no split 'test'; allowed: train"):
         read(tmp_path, split="test")
     for name in ("my_mkqa.jsonl", "mkqa_small.jsonl.gz"):
         write(tmp_path, record(answer()), name=name)

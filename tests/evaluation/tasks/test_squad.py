@@ -126,9 +126,9 @@ def test_mlqa_reads_the_test_split_unless_another_is_asked_for_or_there_is_none(
 
 
 def test_a_split_that_the_set_has_not(tmp_path):
-    with pytest.raises(UsageError, match="xquad_de: no split 'test'; allowed: validation"):
+    with pytest.raises(UsageError, match="xquad_de: has no split 'test'; allowed: validation"):
         read(XQUAD, "de", tmp_path, "test")
-    with pytest.raises(UsageError, match="mlqa_de: no split 'train'; allowed: test, validation"):
+    with pytest.raises(UsageError, match="mlqa_de: has no split 'train'; allowed: test, validation"):
         read(MLQA, "de", tmp_path, "train")
 
 
