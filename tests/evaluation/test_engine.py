@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build_tiny_model
@@ -162,3 +166,45 @@ def test_a_backend_that_is_not_there_is_one_line(backend, message):
 
     with pytest.raises(UsageError, match=message):
         check_backend(backend)
+
+
+class FakeVLLM:
+    """Takes what the harness's vLLM class takes, and answers with what it was asked."""
+
+    def __init__(self, **made_with):
+        self.made_with = made_with
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False):
+        return [(-float(len(context)), False) for _, context, _ in requests]
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return [json.dumps(request.args[1]) for request in requests]
+
+
+def test_vllm_is_made_and_asked_through_the_harness(tokenizer, monkeypatch):
+    """vLLM itself needs a GPU: here its class in the harness is replaced by one with the same methods."""
+    from lm_eval import models
+    from lm_eval.api import registry
+
+    from pivotune.evaluation.engine import vllm_engine
+
+    monkeypatch.setattr(registry, "get_model", lambda name: {"vllm": FakeVLLM}[name])
+    made = vllm_engine("folder", Prompter(tokenizer, None, 99), batch_size="auto", dtype="bfloat16", end_token_ids=[2])
+    # Read, not imported: that needs vLLM.
+    source = ast.parse((Path(models.__path__[0]) / "vllm_causallms.py").read_text(encoding="utf-8"))
+    constructors = [n for n in ast.walk(source) if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    assert set(made.lm.made_with) <= {argument.arg for argument in constructors[0].args.args}
+    assert made.lm.made_with["pretrained"] == made.lm.made_with["tokenizer"] == "folder"
+    assert (made.lm.made_with["max_length"], made.lm.made_with["dtype"]) == (99, "bfloat16")
+    asked = [Likelihood("a b", " c"), Generation("a b", 5, ("\n",))]
+    context, continuation = made.prompter.encode_pair("a b", " c")
+    score, text = answers(made, asked)
+    assert score == LogProbability(-float(len(context)), len(continuation))
+    options = {
+        "until": ["\n"],
+        "max_gen_toks": 5,
+        "do_sample": False,
+        "stop_token_ids": [2],
+        "skip_special_tokens": True,
+    }
+    assert json.loads(text) == options

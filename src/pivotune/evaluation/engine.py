@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -53,6 +53,7 @@ class Engine:
         prompter: tokenizes as training did; the harness's own border rule moves white space between prompt and answer.
         batch_size: requests at once, or `auto`.
         device_type: `cpu` or `cuda`, for the automatic sizes.
+        generation_options: what else this backend is told with every generation.
         generation_tokens: prompt and answer tokens of one batch of generations, whose keys and values are in memory.
     """
 
@@ -61,6 +62,7 @@ class Engine:
     batch_size: int | Literal["auto"]
     device_type: str
     generation_tokens: int = _CPU_GENERATION_TOKENS
+    generation_options: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, requests: Sequence[Question]) -> Iterator[list[Question]]:
         """Requests of one kind and similar length together, longest first.
@@ -120,7 +122,12 @@ class Engine:
                 doc={},
                 arguments=(
                     request.context,
-                    {"until": list(request.stop), "max_gen_toks": request.max_new_tokens, "do_sample": False},
+                    {
+                        "until": list(request.stop),
+                        "max_gen_toks": request.max_new_tokens,
+                        "do_sample": False,
+                        **self.generation_options,
+                    },
                 ),
                 idx=0,
             )
@@ -210,8 +217,17 @@ def _generation_tokens(model: Any) -> int:
     return max(1, int(_CACHE_SHARE * free / bytes_per_token))
 
 
-def vllm_engine(location: str, prompter: Prompter, *, batch_size: int | Literal["auto"], dtype: str) -> Engine:
-    """An engine on vLLM, through the harness, which loads the model itself."""
+def vllm_engine(
+    location: str,
+    prompter: Prompter,
+    *,
+    batch_size: int | Literal["auto"],
+    end_token_ids: Sequence[int],
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """An engine on vLLM, through the harness, which loads the model itself; arguments as in `transformers_engine`."""
     from lm_eval.api.registry import get_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -219,13 +235,18 @@ def vllm_engine(location: str, prompter: Prompter, *, batch_size: int | Literal[
     lm = backend(
         pretrained=location,
         tokenizer=location,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         batch_size="auto",
         max_length=prompter.max_length,
         add_bos_token=bool(prompter.begin_ids),
     )
     # vLLM makes its own batches; ours only say how often progress is kept.
-    return Engine(lm, prompter, 1024 if batch_size == "auto" else batch_size, "cuda")
+    size = 1024 if batch_size == "auto" else batch_size
+    # An end token that is not the tokenizer's own would otherwise stand in the answer.
+    options = {"stop_token_ids": list(end_token_ids), "skip_special_tokens": True}
+    return Engine(lm, prompter, size, "cuda", generation_options=options)
 
 
 def _language_model_class(model_type: str) -> Any:

@@ -213,7 +213,13 @@ class _Session:
         prepared, settings = self._prepared, self._prepared.settings
         if settings.backend == "vllm":
             return vllm_engine(
-                resolve_model(prepared.model), prepared.prompter, batch_size=settings.batch_size, dtype=settings.dtype
+                resolve_model(prepared.model),
+                prepared.prompter,
+                batch_size=settings.batch_size,
+                end_token_ids=prepared.end_token_ids,
+                dtype=settings.dtype,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
             )
         ends = {*end_token_ids(self._model, prepared.prompter.tokenizer), *prepared.end_token_ids}
         return transformers_engine(
