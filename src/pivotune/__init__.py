@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pivotune.errors import UsageError as UsageError
+    from pivotune.evaluation.run import evaluate_model as evaluate_model
     from pivotune.layers.measure import analyze_layers as analyze_layers
     from pivotune.model.loading import load_model as load_model
     from pivotune.model.loading import load_tokenizer as load_tokenizer
@@ -27,6 +28,7 @@ _EXPORTS = {
     "UsageError": "pivotune.errors",
     "analyze_layers": "pivotune.layers.measure",
     "deep_supervision_terms": "pivotune.objectives.deep_supervision",
+    "evaluate_model": "pivotune.evaluation.run",
     "load_model": "pivotune.model.loading",
     "load_tokenizer": "pivotune.model.loading",
     "term_counts": "pivotune.objectives.deep_supervision",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "analyze_layers",
     "deep_supervision_terms",
+    "evaluate_model",
     "load_model",
     "load_tokenizer",
     "term_counts",

@@ -242,6 +242,18 @@ def test_changed_weights_are_asked_anew(model, data, tmp_path):
     assert [i["gold_nll"] for i in items(tmp_path / "a")] != [i["gold_nll"] for i in items(tmp_path / "b")]
 
 
+def test_from_python_without_a_file(model, data, tmp_path, monkeypatch):
+    from pivotune import evaluate_model
+
+    monkeypatch.chdir(tmp_path)
+    settings = {"data_dir": data, "limit": 3, "max_new_tokens": 4}
+    results = evaluate_model(model, ["xquad_vi", "xquad_en"], **settings)
+    assert set(results["tasks"]) == {"xquad_vi", "xquad_en"}
+    assert not list(tmp_path.iterdir())
+    written = evaluate_model(model, ["xquad_vi", "xquad_en"], out=tmp_path / "out", **settings)
+    assert written == results
+
+
 def test_tasks_already_there_stay(model, data, tmp_path):
     evaluate(model, ["xquad_vi"], tmp_path, data_dir=data, limit=3, max_new_tokens=4)
     results = evaluate(model, ["xquad_en"], tmp_path, data_dir=data, limit=2, max_new_tokens=4)

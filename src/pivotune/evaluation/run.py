@@ -27,19 +27,48 @@ from pivotune.evaluation.scoring import (
     task_entry,
     task_metrics,
 )
+from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.tasks.base import Task
 from pivotune.model.loading import load_model, resolve_model
 from pivotune.training.heldout import end_token_ids
 from pivotune.training.lora import merge_adapters
 
-__all__ = ["PreparedEvaluation", "PreparedTask", "execute_evaluation", "prepare_evaluation"]
+__all__ = ["PreparedEvaluation", "PreparedTask", "evaluate_model", "execute_evaluation", "prepare_evaluation"]
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
+def evaluate_model(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    out: Path | str | None = None,
+    languages: Sequence[str] = (),
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Evaluate a model by name: `evaluate_model("runs/vi", ["xquad_vi"], data_dir=Path("eval"), limit=100)`.
+
+    Args:
+        model: run folder, model folder, Hub name or bundled model.
+        tasks: names as `pivotune evaluate --tasks` takes them.
+        out: folder or file for `results.json` and its items; None writes nothing.
+        languages: for sets and groups without a language; a run's own language where this is empty.
+        settings: fields of `EvaluationSettings`.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        UsageError: the first thing that is wrong, in one line, before any weight is loaded.
+    """
+    prepared = prepare_evaluation(model, tasks, EvaluationSettings(**settings), languages)
+    return execute_evaluation(prepared, None if out is None else Path(out), progress=progress)
+
+
 def execute_evaluation(
     prepared: PreparedEvaluation,
-    out: Path,
+    out: Path | None,
     *,
     progress: Progress | None = None,
     on_task: Callable[[str, dict[str, Any]], None] | None = None,
@@ -47,20 +76,23 @@ def execute_evaluation(
     """Answer, score and write every task.
 
     Args:
-        out: a folder, or the result file itself; tasks that are in it already stay.
+        out: a folder, or the result file itself; tasks that are in it already stay. None writes nothing.
         on_task: called with each task's name and entry when it is written.
 
     Returns:
         The whole content of `results.json`.
     """
-    check_target(out, prepared.model)
+    if out is not None:
+        check_target(out, prepared.model)
     session = _Session(prepared, progress or _silent)
-    results: dict[str, Any] = {}
+    about: dict[str, Any] = {"model": prepared.model, "method": prepared.method}
+    results: dict[str, Any] = {**about, "tasks": {}}
     for task in prepared.tasks:
         entry, records = session.evaluate(task)
-        results = write_results(
-            out, model=prepared.model, method=prepared.method, tasks={task.task.name: entry}, items=records
-        )
+        if out is None:
+            results["tasks"][task.task.name] = entry
+        else:
+            results = write_results(out, **about, tasks={task.task.name: entry}, items=records)
         if on_task:
             on_task(task.task.name, entry)
     return results
