@@ -18,6 +18,17 @@ from pivotune.cli.common import (
     stderr,
     words,
 )
+from pivotune.cli.evaluation_options import (
+    Backend,
+    BatchSize,
+    DataDir,
+    Dtype,
+    Languages,
+    Limit,
+    MaxNewTokens,
+    SkipMissing,
+    Split,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,32 +50,28 @@ def evaluate(
             " alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
         ),
     ] = "",
-    languages: Annotated[
-        str, typer.Option("--lang", help="Languages of sets and groups, comma-separated; a run's own by default.")
-    ] = "",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the publishers' files; without it the Hub is used.")
-    ] = None,
+    languages: Languages = "",
+    data_dir: DataDir = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task: the first ones.")] = None,
+    limit: Limit = None,
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Requests at once: a number or auto.")] = "auto",
+    batch_size: BatchSize = "auto",
     template: Annotated[
         str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: what a run was trained with.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of all sets: test or validation.")] = None,
+    split: Split = None,
     pairs: Annotated[
         Path | None, typer.Option(help="Your own parallel text, for the tasks pairs_vi and alignment_vi.")
     ] = None,
     english: Annotated[
         Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: each task's own.")] = None,
+    max_new_tokens: MaxNewTokens = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -72,12 +79,10 @@ def evaluate(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
-    backend: Annotated[str, typer.Option(help="hf (Transformers) or vllm.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloat16.")] = "auto",
+    backend: Backend = "hf",
+    dtype: Dtype = "auto",
     comet: Annotated[str | None, typer.Option(help="COMET checkpoint for translations.")] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out sets whose data is not there.")
-    ] = False,
+    skip_missing: SkipMissing = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
     ] = False,

@@ -18,6 +18,17 @@ from pivotune.cli.common import (
     stderr,
     words,
 )
+from pivotune.cli.evaluation_options import (
+    Backend,
+    BatchSize,
+    DataDir,
+    Dtype,
+    Languages,
+    Limit,
+    MaxNewTokens,
+    SkipMissing,
+    Split,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,19 +64,15 @@ def sweep(
         Path | None,
         typer.Option(help="Folder of the sweep; default: sweeps/NAME of the YAML file.", show_default=False),
     ] = None,
-    languages: Annotated[
-        str, typer.Option("--lang", help="Languages of sets and groups, comma-separated; the run's own by default.")
-    ] = "",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the publishers' evaluation files; without it the Hub is used.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task: the first ones.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of all sets: test or validation.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Evaluation requests at once: a number or auto.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Of the evaluation: hf (Transformers) or vllm.")] = "hf",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out sets whose data is not there.")
-    ] = False,
+    languages: Languages = "",
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    split: Split = None,
+    batch_size: BatchSize = "auto",
+    max_new_tokens: MaxNewTokens = None,
+    backend: Backend = "hf",
+    dtype: Dtype = "auto",
+    skip_missing: SkipMissing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the cells and what is done, and stop.")
     ] = False,
@@ -79,7 +86,9 @@ def sweep(
         limit=limit,
         split=split,
         batch_size=batch_size_option(batch_size),
+        max_new_tokens=max_new_tokens,
         backend=backend,
+        dtype=dtype,
         skip_missing=skip_missing,
     )
     folder = out or Path("sweeps") / (config.stem + ("-ablation" if ablation else ""))

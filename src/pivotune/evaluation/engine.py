@@ -31,7 +31,7 @@ _SCORED_TOKENS = {"cpu": 2048, "cuda": 32768}
 _CPU_GENERATION_TOKENS = 32768
 _MOST_GENERATION_ROWS = {"cpu": 64, "cuda": 512}
 # Share of a GPU's memory beside the weights that keys and values may take; the rest is for what a step makes.
-_CACHE_SHARE = 0.4
+_CACHE_SHARE = 0.25
 
 
 def check_backend(backend: str) -> None:
