@@ -114,6 +114,27 @@ def test_generation_is_greedy_and_ends_at_stop_and_end_tokens(tokenizer):
     assert answers(ended, [Generation(prompt, 12, ())]) == [kept]
 
 
+def test_a_line_break_before_the_first_word_ends_nothing(tokenizer, monkeypatch):
+    """Many base models begin with one; the harness would take their answer for empty."""
+    ours = engine(tokenizer)
+    said = tokenizer("\n\n yes\nno more", add_special_tokens=False)["input_ids"]
+    model = ours.lm.model
+    whole = type(model).forward
+
+    def speaking(self, input_ids=None, **options):
+        output = whole(self, input_ids=input_ids, **options)
+        step = spoken.pop(0) if spoken else tokenizer.eos_token_id
+        output.logits[:, -1] = 0.0
+        output.logits[:, -1, step] = 50.0
+        return output
+
+    spoken = list(said)
+    monkeypatch.setattr(type(model), "forward", speaking)
+    assert answers(ours, [Generation("the cat", len(said) + 4, ("\n",))]) == ["yes"]
+    # It ended at the line break behind the word, not later.
+    assert spoken
+
+
 def test_generation_settings_of_the_model_are_set_aside(tokenizer):
     plain = answers(engine(tokenizer), [Generation("the cat", 12, ())])
     prompter = Prompter(tokenizer, None, 256)
@@ -146,18 +167,16 @@ def test_batches_do_not_depend_on_the_order_asked(tokenizer):
     assert list(ours.batches(requests)) == list(ours.batches(requests[::-1]))
 
 
-def test_a_continuation_longer_than_the_context_is_cut_on_the_left(tokenizer):
+def test_a_prompt_longer_than_the_context_is_cut_on_the_left(tokenizer):
     prompter = Prompter(tokenizer, None, 16)
     model = build_tiny_model().eval()
     ours = transformers_engine(model, prompter, batch_size=1, end_token_ids=[2])
-    request = Likelihood("a b", " c d e f g h i j k l m n o p q r s t u v w x y z")
-    found = answers(ours, [request])[0]
+    request = Likelihood("a b c d e f g h i j k l m n o p", " x y")
+    assert sum(map(len, prompter.encode_pair(request.context, request.continuation))) > 16
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=16)
     instance = Instance(request_type="loglikelihood", doc={}, arguments=(request.context, request.continuation), idx=0)
-    if len(prompter.encode_pair(request.context, request.continuation)[1]) <= 16:
-        expected = lm.loglikelihood([instance], disable_tqdm=True)[0][0]
-        assert found.logprob == pytest.approx(expected, rel=1e-5)
-    assert found.logprob < 0
+    expected = lm.loglikelihood([instance], disable_tqdm=True)[0][0]
+    assert answers(ours, [request])[0].logprob == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "message"), [("vllm", "vllm is not installed"), ("tgi", "allowed: hf, vllm")])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import pytest
-from conftest import build_tiny_model
+from conftest import build_tiny_model, build_tiny_tokenizer
 
 from pivotune.data.examples import Encoder
 from pivotune.data.rows import Row
@@ -56,7 +59,7 @@ def test_no_limit_cuts_nothing(tokenizer):
 
 
 def test_no_room_at_all_is_one_line(tokenizer):
-    with pytest.raises(UsageError, match="the model reads 64 tokens"):
+    with pytest.raises(UsageError, match="the model reads 64"):
         Prompter(tokenizer, load_template("alpaca", tokenizer), 64).context("why is that so?", 60)
 
 
@@ -71,3 +74,37 @@ def test_an_empty_query_goes_through_templates(tokenizer):
     for template in ("chat", "alpaca"):
         prompter = Prompter(tokenizer, load_template(template, tokenizer), 256)
         assert prompter.context("", 8).text == load_template(template, tokenizer).render(Turn("")).prompt
+
+
+LEADS = {
+    "llama-2": ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+                "{% else %} {{ m.content }} <|end|>{% endif %}{% endfor %}", "", " "),
+    "qwen3": ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|>"
+              "{% else %}<|assistant|><think>\n\n</think>\n\n{{ m.content }}<|end|>{% endif %}{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>{% endif %}", "<think>\n\n</think>\n\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEADS)
+def test_what_a_template_writes_before_the_answer_is_there(name):
+    """Training learns it, so likelihoods must be of answers behind it, and generation must not have to write it."""
+    template, fixed, space = LEADS[name]
+    tokenizer = build_tiny_tokenizer(chat_template=template)
+    loaded = load_template("chat", tokenizer)
+    prompter = Prompter(tokenizer, loaded, 256)
+    side = Encoder(tokenizer, loaded).encode([Row("một con mèo", "hai con chó", "", "")])[0].target
+    context = prompter.context("một con mèo", 8).text
+    assert context.endswith(fixed)
+    assert prompter.delimiter("|") == space
+    ids = functools.reduce(operator.iadd, prompter.encode_pair(context, f"{space}hai con chó"), [])
+    assert ids == side.ids[: len(ids)].tolist()
+
+
+def test_only_what_may_be_cut_is_cut(tokenizer):
+    words = " ".join(f"w{number}" for number in range(400))
+    query = f"Translate this:\n{words}\nNow!"
+    span = (len("Translate this:\n"), len("Translate this:\n") + len(words))
+    context = Prompter(tokenizer, load_template("chat", tokenizer), 256).context(query, 32, span)
+    assert context.truncated
+    assert "Translate this:\n" in context.text
+    assert "w399\nNow!" in context.text

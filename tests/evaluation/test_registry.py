@@ -40,6 +40,13 @@ def test_the_papers_tables():
     assert "xquad_de" in names("paper", languages=["de"])
 
 
+def test_a_run_has_a_language_of_its_own():
+    own = [task.name for task in find_tasks(["qa"], (), "ar")]
+    assert own[0] == "xquad_ar"
+    assert {"xquad_vi", "xquad_zh"} <= {task.name for task in find_tasks(["paper"], (), "ar")}
+    assert {task.language for task in find_tasks(["paper"], ["vi"], "ar")} == {"vi", "en"}
+
+
 def test_alignment_tasks():
     assert len(names("alignment_vi")) == 1
     assert names("alignment_tatoeba_vi") == ["alignment_tatoeba_vi"]
@@ -51,7 +58,8 @@ def test_alignment_tasks():
     [
         (["xquad_xx"], "language 'xx' is unknown"),
         (["xcopa_de"], "XCOPA has no language 'de'; it has"),
-        (["xquad_vietnamese"], "Vietnamese is vi"),
+        (["xquad_vietnamese"], "no task 'xquad_vietnamese'; near: xquad_vi"),
+        (["mlqa_vi_en"], "mlqa_vi_en"),
         (["nonsense"], "no task 'nonsense'"),
         (["qa"], "qa needs a language"),
         (["alignment"], "alignment needs a language"),

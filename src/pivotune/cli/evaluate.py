@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +108,7 @@ def evaluate(
     from pivotune.evaluation.settings import EvaluationSettings
 
     folder = out or _default_out(run_or_model)
+    _check_out(folder, run_or_model)
     settings = EvaluationSettings(
         data_dir=data_dir,
         split=split,
@@ -126,12 +128,22 @@ def evaluate(
     )
     prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
     _describe(console(as_json), prepared)
+    _tell_replaced(folder, prepared)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_tell_done)
     names = [task.task.name for task in prepared.tasks]
     if as_json:
         print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
     else:
         _show(console(as_json), {name: results["tasks"][name] for name in names}, folder)
+
+
+def _check_out(folder: Path, model: str) -> None:
+    """What is wrong with the place for the results shows before anything is read."""
+    from pivotune.evaluation.results import check_target
+
+    if folder.exists() and not folder.is_dir() and folder.suffix != ".json":
+        raise UsageError(f"--out: {folder} is a file; give a folder or a .json file")
+    check_target(folder, model)
 
 
 def _default_out(model: str) -> Path:
@@ -168,10 +180,22 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         out.print(f"left out: {printable(reason)}", soft_wrap=True, style="yellow", markup=False)
     asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
     if asked is not None:
-        gold = asked.item.gold_answer
+        gold = asked.likelihoods[asked.item.gold or 0].continuation
         shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
         out.print("first prompt, and its [green]gold answer[/]:")
         out.print(shown, soft_wrap=True)
+
+
+def _tell_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
+    """A task that was measured before is replaced: whoever tries a small --limit should know."""
+    from pivotune.evaluation.sweep_state import read_entries
+
+    entries = read_entries(folder)
+    for task in prepared.tasks:
+        earlier = entries.get(task.task.name)
+        if earlier is not None and earlier.get("n") != (len(task.requests) or len(task.pairs or ())):
+            line = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
+            stderr.print(printable(line), style="yellow", soft_wrap=True, markup=False)
 
 
 def _tell_done(name: str, entry: dict[str, Any]) -> None:
@@ -184,12 +208,11 @@ def _tell_done(name: str, entry: dict[str, Any]) -> None:
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
     from rich.table import Column, Table
 
+    figure_columns = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(
-        Column("task", no_wrap=True),
-        Column("metric", no_wrap=True),
-        "value",
-        "± s.e.",
-        "n",
+        Column("task", overflow="fold"),
+        Column("metric", overflow="fold"),
+        *figure_columns,
         "gold NLL per token",
         "in its language",
         "notes",
@@ -206,7 +229,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
                 _number(figure["stderr"]),
                 str(figure["n"]),
                 _number(metrics.get("nll_per_token", {}).get("value"), 3) if first else "",
-                _number(metrics.get("in_language", {}).get("value"), 0, "%") if first else "",
+                _in_language(metrics) if first else "",
                 _notes(task) if first else "",
             )
     out.print(table)
@@ -222,6 +245,12 @@ def _main_metrics(task: dict[str, Any]) -> list[str]:
     return [task["metric"], *secondary]
 
 
+def _in_language(metrics: dict[str, Any]) -> str:
+    """Of the answers that are long enough to tell, whose number stands beside."""
+    figure = metrics.get("in_language")
+    return f"{figure['value']:.0f}% of {figure['n']}" if figure else ""
+
+
 def _notes(task: dict[str, Any]) -> str:
     notes = []
     if task.get("truncated"):
@@ -231,8 +260,8 @@ def _notes(task: dict[str, Any]) -> str:
     return ", ".join(notes)
 
 
-def _number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{digits}f}{unit}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _list_tasks(out: Console, as_json: bool) -> None:

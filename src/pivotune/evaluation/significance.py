@@ -234,10 +234,14 @@ def _seed_test(result: _Resampled) -> SeedTest | None:
     return SeedTest(result.kind, t, result.degrees, two_sided_p(t, result.degrees))
 
 
+_PRINTED_ZERO = 5e-4
+
+
 def _verdict(metric: Metric, low: float, high: float, n: int) -> Verdict | None:
     """Better or worse only where the whole interval lies on one side of zero."""
     if metric.higher_is_better is None:
         return None
-    if n < FEWEST_ITEMS or not (low > 0 or high < 0):
+    # A bound that prints as zero holds zero for whoever reads the table (smoothing leaves BLEU of nonsense at 0.0002).
+    if n < FEWEST_ITEMS or not (low > _PRINTED_ZERO or high < -_PRINTED_ZERO):
         return Verdict.UNDECIDED
     return Verdict.BETTER if (low > 0) == metric.higher_is_better else Verdict.WORSE

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.errors import UsageError
+from pivotune.evaluation.results import results_paths
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.training.checkpoints import last_checkpoint
 
@@ -62,8 +63,8 @@ def missing_tasks(folder: Path, tasks: Iterable[str], settings: EvaluationSettin
 
 
 def read_entries(folder: Path) -> dict[str, Any]:
-    """The tasks in a folder's `results.json`; none where there is no such file."""
-    path = folder / "results.json"
+    """The tasks in a folder's `results.json` (or in a results file); none where there is no such file."""
+    path, _ = results_paths(folder)
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"])
     except FileNotFoundError:
@@ -85,7 +86,7 @@ def is_trained(folder: Path) -> bool:
 def _is_measured_so(entry: Mapping[str, Any], settings: EvaluationSettings) -> bool:
     """Whether a task was measured with these settings; results of training have none."""
     own = entry.get("settings") or {}
-    same = all(
-        own.get(key) == getattr(settings, key) for key in ("limit", "seed", "max_new_tokens", "backend", "dtype")
+    return all(
+        own.get(key) == getattr(settings, key)
+        for key in ("limit", "seed", "split", "max_new_tokens", "backend", "dtype")
     )
-    return same and settings.split in (None, entry.get("split"))

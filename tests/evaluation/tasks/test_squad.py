@@ -85,8 +85,8 @@ def test_german_file(tmp_path):
     data = read(XQUAD, "de", tmp_path)
     expected = f"Kontext: {PASSAGE}\n\nFrage: Wo fließt der Rhein?\n\nAntwort:"
     assert data.items == [
-        Item("q1", expected, references=("Köln", "durch Köln")),
-        Item("q2", expected, references=("der Rhein",)),
+        Item("q1", expected, references=("Köln", "durch Köln"), cuttable=(9, 9 + len(PASSAGE))),
+        Item("q2", expected, references=("der Rhein",), cuttable=(9, 9 + len(PASSAGE))),
     ]
     (task,) = XQUAD.tasks("de")
     # rhein (1 token, "der" is an article) against am rhein (2), 1 common: 2 / 3

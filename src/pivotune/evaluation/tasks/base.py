@@ -28,6 +28,8 @@ class Item:
         choices: continuations of which the likeliest is taken as the model's answer.
         gold: index of the right choice.
         delimiter: what stands between query and answer where no template does (`--template none`).
+        cuttable: characters of the query whose beginning may be left out where the model's context is too short (the
+            passage, the sentence to translate); None for all of it.
         details: more that the scorer or a reader of the items needs (subject, answer types, source sentence).
     """
 
@@ -37,6 +39,7 @@ class Item:
     choices: tuple[str, ...] = ()
     gold: int | None = None
     delimiter: str = " "
+    cuttable: tuple[int, int] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +82,7 @@ class Task:
         score: for `answer` and `translation`: the item's numbers, from the generated text (may be empty) and the item; the
             names that `metrics` refer to. Choice tasks are scored by the runner (`accuracy`).
         max_new_tokens: longest answer that is generated.
-        stop: strings at which generation ends.
+        stop: strings at which generation ends, once something other than white space has been said.
     """
 
     name: str

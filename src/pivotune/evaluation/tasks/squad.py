@@ -101,7 +101,9 @@ def _placed_item(question: Any, passage: str, place: str, language: str) -> Plac
     passage_label, question_label, answer_label = _LABELS.get(language, _LABELS["en"])
     asked = text_member(question, "question", place)
     query = f"{passage_label}: {passage}\n\n{question_label}: {asked}\n\n{answer_label}:"
-    return place, Item(question_id, query, references=_gold_answers(question, place))
+    start = len(passage_label) + len(": ")
+    answers = _gold_answers(question, place)
+    return place, Item(question_id, query, references=answers, cuttable=(start, start + len(passage)))
 
 
 def _gold_answers(question: Any, place: str) -> tuple[str, ...]:

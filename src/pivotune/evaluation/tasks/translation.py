@@ -67,11 +67,13 @@ def _item(pair: Pair, language: str, into_english: bool) -> Item:
     sentence, reference = (pair.target, pair.english) if into_english else (pair.english, pair.target)
     codes = (language, ENGLISH) if into_english else (ENGLISH, language)
     source, target = map(language_name, codes)
+    instruction = f"Translate the following sentence from {source} into {target}.\n"
     return Item(
         id=pair.id,
-        query=f"Translate the following sentence from {source} into {target}.\n{sentence}",
+        query=f"{instruction}{sentence}",
         references=(reference,),
         delimiter="\n",
+        cuttable=(len(instruction), len(instruction) + len(sentence)),
         details={"source": sentence},
     )
 
