@@ -220,7 +220,7 @@ def test_vllm_is_made_and_asked_through_the_harness(tokenizer, monkeypatch):
     score, text = answers(made, asked)
     assert score == LogProbability(-float(len(context)), len(continuation))
     options = {
-        "until": ["\n"],
+        "until": [],
         "max_gen_toks": 5,
         "do_sample": False,
         "stop_token_ids": [2],

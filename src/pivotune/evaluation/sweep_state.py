@@ -86,7 +86,9 @@ def is_trained(folder: Path) -> bool:
 def _is_measured_so(entry: Mapping[str, Any], settings: EvaluationSettings) -> bool:
     """Whether a task was measured with these settings; results of training have none."""
     own = entry.get("settings") or {}
+    if settings.split not in (own.get("split"), entry.get("split")):
+        # As it was asked for (`val`), or by the name that the set gives it.
+        return False
     return all(
-        own.get(key) == getattr(settings, key)
-        for key in ("limit", "seed", "split", "max_new_tokens", "backend", "dtype")
+        own.get(key) == getattr(settings, key) for key in ("limit", "seed", "max_new_tokens", "backend", "dtype")
     )
