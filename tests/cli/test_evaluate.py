@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import build_tiny_model, build_tiny_tokenizer
+from tiny_training import save_tiny_model
 
 from pivotune.cli.main import main
 
@@ -24,8 +24,7 @@ QUESTIONS = 40
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_model(max_position_embeddings=1024).save_pretrained(folder)
-    build_tiny_tokenizer().save_pretrained(folder)
+    save_tiny_model(folder, max_position_embeddings=1024)
     return folder
 
 

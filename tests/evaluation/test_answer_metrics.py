@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivotune.evaluation.answer_metrics import ANSWER_METRICS, exact_match, f1_score, normalize_answer
+from pivotune.evaluation.answer_metrics import QUESTION_ANSWERING_METRICS, exact_match, f1_score, normalize_answer
 
 NORMALISED = [
     # MLQA's rules: articles are whole words of the language, and of no other.
@@ -125,7 +125,7 @@ def test_there_must_be_a_gold_answer():
 
 
 def test_metrics_are_percentages_of_what_is_scored():
-    assert [(metric.name, metric.form, metric.fields, metric.scale) for metric in ANSWER_METRICS] == [
+    assert [(metric.name, metric.form, metric.fields, metric.scale) for metric in QUESTION_ANSWERING_METRICS] == [
         ("f1", "mean", ("f1",), 100.0),
         ("exact_match", "mean", ("exact_match",), 100.0),
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_model, build_tiny_tokenizer
+from tiny_training import save_tiny_model
 
 from pivotune.errors import UsageError
 
@@ -28,8 +28,7 @@ WORDS = ["một", "hai", "ba", "bốn", "năm", "sáu", "bảy", "tám", "chín"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    build_tiny_model(max_position_embeddings=1024).save_pretrained(folder)
-    build_tiny_tokenizer().save_pretrained(folder)
+    save_tiny_model(folder, max_position_embeddings=1024)
     return folder
 
 
@@ -236,8 +235,7 @@ def test_changed_weights_are_asked_anew(model, data, tmp_path):
     settings = {"data_dir": data, "limit": 3, "max_new_tokens": 4, "cache": tmp_path / "cache"}
     evaluate(model, ["xquad_vi"], tmp_path / "a", **settings)
     other = tmp_path / "model"
-    build_tiny_model(seed=1, max_position_embeddings=1024).save_pretrained(other)
-    build_tiny_tokenizer().save_pretrained(other)
+    save_tiny_model(other, seed=1, max_position_embeddings=1024)
     evaluate(other, ["xquad_vi"], tmp_path / "b", **settings)
     assert [i["gold_nll"] for i in items(tmp_path / "a")] != [i["gold_nll"] for i in items(tmp_path / "b")]
 
@@ -276,8 +274,7 @@ def test_a_seed_draws_a_sample_that_a_larger_limit_contains(model, data):
 
 def test_a_prompt_longer_than_the_model_is_cut_and_counted(tmp_path):
     folder = tmp_path / "model"
-    build_tiny_model(max_position_embeddings=128).save_pretrained(folder)
-    build_tiny_tokenizer().save_pretrained(folder)
+    save_tiny_model(folder, max_position_embeddings=128)
     write_squad(tmp_path / "xquad.vi.json", "vi", 3, passage="Có năm con mèo. " * 40)
     result = evaluate(folder, ["xquad_vi"], tmp_path / "out", data_dir=tmp_path, max_new_tokens=8)
     assert result["tasks"]["xquad_vi"]["truncated"] == 3

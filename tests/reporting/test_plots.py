@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from matplotlib.figure import Figure
 
 from pivotune.reporting.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
 
@@ -39,20 +38,6 @@ def layers(**changes):
         "english": profile([4.0, 2.0, 2.0, 1.5, 0.5]),
     }
     return {**values, **changes}
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is saved, after saving."""
-    saved = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        saved.append(self)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved
 
 
 @pytest.fixture

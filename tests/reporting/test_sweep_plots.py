@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from pivotune.reporting.plots import plot_layer_sweep
 
@@ -34,22 +33,14 @@ def curve(*all_series, **changes):
 
 
 @pytest.fixture
-def draw(monkeypatch, tmp_path):
+def draw(figures, tmp_path):
     """Draw, check that everything lies inside and nothing covers data, and return score panels and entropy panels."""
-    saved = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        saved.append(self)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
 
     def draw(content):
         path = tmp_path / "layers.png"
         plot_layer_sweep(content, path)
         assert path.read_bytes().startswith(b"\x89PNG")
-        (figure,) = saved
+        (figure,) = figures
         assert_tidy(figure)
         twins = [axes for axes in figure.axes if axes.get_ylabel() == "mean entropy (nats)"]
         return [axes for axes in figure.axes if axes not in twins], twins

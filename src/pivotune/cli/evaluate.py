@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pivotune.cli import evaluation_options as options
 from pivotune.cli.common import (
     batch_size_option,
     console,
@@ -19,25 +19,12 @@ from pivotune.cli.common import (
     stderr,
     words,
 )
-from pivotune.cli.evaluation_options import (
-    Backend,
-    BatchSize,
-    DataDir,
-    Dtype,
-    Languages,
-    Limit,
-    MaxNewTokens,
-    SkipMissing,
-    Split,
-)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.evaluation.run import PreparedEvaluation
-
-_CACHE_FOLDER = "evaluation-cache"
 
 
 def evaluate(
@@ -51,28 +38,28 @@ def evaluate(
             " alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
         ),
     ] = "",
-    languages: Languages = "",
-    data_dir: DataDir = None,
+    languages: options.Languages = "",
+    data_dir: options.DataDir = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False
         ),
     ] = None,
-    limit: Limit = None,
+    limit: options.Limit = None,
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
-    batch_size: BatchSize = "auto",
+    batch_size: options.BatchSize = "auto",
     template: Annotated[
         str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: what a run was trained with.")
     ] = None,
-    split: Split = None,
+    split: options.Split = None,
     pairs: Annotated[
         Path | None, typer.Option(help="Your own parallel text, for the tasks pairs_vi and alignment_vi.")
     ] = None,
     english: Annotated[
         Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")
     ] = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: options.MaxNewTokens = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -80,10 +67,10 @@ def evaluate(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
-    backend: Backend = "hf",
-    dtype: Dtype = "auto",
+    backend: options.Backend = "hf",
+    dtype: options.Dtype = "auto",
     comet: Annotated[str | None, typer.Option(help="COMET checkpoint for translations.")] = None,
-    skip_missing: SkipMissing = False,
+    skip_missing: options.SkipMissing = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
     ] = False,
@@ -156,7 +143,10 @@ def _default_out(model: str) -> Path:
 
 
 def _beside(out: Path) -> Path:
-    return (out.parent if out.suffix == ".json" else out) / _CACHE_FOLDER
+    from pivotune.evaluation.cache import CACHE_FOLDER
+    from pivotune.evaluation.results import results_paths
+
+    return results_paths(out)[0].parent / CACHE_FOLDER
 
 
 def _describe(out: Console, prepared: PreparedEvaluation) -> None:
@@ -208,6 +198,8 @@ def _tell_done(name: str, entry: dict[str, Any]) -> None:
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
     from rich.table import Column, Table
 
+    from pivotune.evaluation.results import results_paths
+
     figure_columns = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(
         Column("task", overflow="fold"),
@@ -235,7 +227,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
         out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
-    path = folder if folder.suffix == ".json" else folder / "results.json"
+    path, _ = results_paths(folder)
     out.print(f"saved    {path}   (compare: pivotune compare {folder} OTHER)", soft_wrap=True, markup=False)
 
 
@@ -261,7 +253,7 @@ def _notes(task: dict[str, Any]) -> str:
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _list_tasks(out: Console, as_json: bool) -> None:

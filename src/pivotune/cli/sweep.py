@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pivotune.cli import evaluation_options as options
 from pivotune.cli.common import (
     batch_size_option,
     console,
@@ -17,17 +18,6 @@ from pivotune.cli.common import (
     quiet_libraries,
     stderr,
     words,
-)
-from pivotune.cli.evaluation_options import (
-    Backend,
-    BatchSize,
-    DataDir,
-    Dtype,
-    Languages,
-    Limit,
-    MaxNewTokens,
-    SkipMissing,
-    Split,
 )
 from pivotune.errors import UsageError
 
@@ -64,15 +54,15 @@ def sweep(
         Path | None,
         typer.Option(help="Folder of the sweep; default: sweeps/NAME of the YAML file.", show_default=False),
     ] = None,
-    languages: Languages = "",
-    data_dir: DataDir = None,
-    limit: Limit = None,
-    split: Split = None,
-    batch_size: BatchSize = "auto",
-    max_new_tokens: MaxNewTokens = None,
-    backend: Backend = "hf",
-    dtype: Dtype = "auto",
-    skip_missing: SkipMissing = False,
+    languages: options.Languages = "",
+    data_dir: options.DataDir = None,
+    limit: options.Limit = None,
+    split: options.Split = None,
+    batch_size: options.BatchSize = "auto",
+    max_new_tokens: options.MaxNewTokens = None,
+    backend: options.Backend = "hf",
+    dtype: options.Dtype = "auto",
+    skip_missing: options.SkipMissing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the cells and what is done, and stop.")
     ] = False,
@@ -176,10 +166,11 @@ def _summarize(prepared: Sweep, out: Console) -> None:
 def _compare(prepared: Sweep) -> Comparison | None:
     """Starting model and cells, as far as they are measured; None where none is."""
     from pivotune.evaluation.comparison import compare_rows
+    from pivotune.evaluation.results import results_paths
     from pivotune.evaluation.run_groups import load_rows
 
     folders = [*(prepared.folder / name for name in prepared.bases), *(cell.folder for cell in prepared.cells)]
-    measured = [folder for folder in folders if (folder / "results.json").is_file()]
+    measured = [folder for folder in folders if results_paths(folder)[0].is_file()]
     if not measured:
         return None
     warnings: list[str] = []

@@ -14,7 +14,6 @@ from pivotune.evaluation.languages import Language, find_language
 # Of 2,286 Tatoeba sentences with at least this many letters 99.4 to 99.9% are told right in vi, ar, zh and en; with 10
 # to 19 letters 95 to 99%, and names and numbers, the usual short answers, have no language.
 MIN_LETTERS = 20
-_CHINESE_SCRIPTS = ("Hans", "Hant")
 _KANA = re.compile("[\u3041-\u30ff]")
 
 
@@ -39,7 +38,7 @@ def in_language(text: str, code: str) -> bool | None:
     language = find_language(code)
     if language.code == "ja":
         return _KANA.search(text) is not None
-    return not (language.script in _CHINESE_SCRIPTS and _KANA.search(text))
+    return not (language.is_chinese and _KANA.search(text))
 
 
 @cache
@@ -55,6 +54,6 @@ def _detector(code: str) -> Detector | None:
 
 
 def _label(language: Language) -> str:
-    if language.script in _CHINESE_SCRIPTS:
+    if language.is_chinese:
         return "zh"
     return language.code if language.iso639_3 else ""

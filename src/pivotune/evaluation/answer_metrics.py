@@ -36,7 +36,7 @@ from pivotune.evaluation.metrics import Metric
 
 RuleName = Literal["mlqa", "mkqa"]
 
-ANSWER_METRICS = (
+QUESTION_ANSWERING_METRICS = (
     Metric("f1", "mean", ("f1",), scale=100.0),
     Metric("exact_match", "mean", ("exact_match",), scale=100.0),
 )

@@ -23,6 +23,9 @@ from pivotune.evaluation.requests import (
     request_key,
 )
 
+# Beside the results, unless another folder is asked for.
+CACHE_FOLDER = "evaluation-cache"
+
 
 class AnswerCache:
     """Answers of one model by request.

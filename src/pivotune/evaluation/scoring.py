@@ -99,12 +99,7 @@ def task_entry(metrics: Sequence[Metric], records: Sequence[Mapping[str, Any]]) 
     for metric in metrics:
         figure = summarize(metric, records)
         if figure.n:
-            figures[metric.name] = {
-                "value": figure.value,
-                "stderr": figure.stderr,
-                "n": figure.n,
-                **metric.to_dict(),
-            }
+            figures[metric.name] = {**figure.to_dict(), **metric.to_dict()}
     primary = metrics[0].name
     top = {key: figures[primary][key] for key in ("value", "stderr", "n", "higher_is_better")}
     return {"metric": primary, **top, "metrics": figures}

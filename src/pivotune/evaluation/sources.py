@@ -65,6 +65,11 @@ def missing(task: str, source: Source, wanted: str, homepage: str) -> MissingDat
     )
 
 
+def hub_name(path: str, config: str | None) -> str:
+    """A Hub dataset and its configuration in one word."""
+    return path if config is None else f"{path}/{config}"
+
+
 def read_hub_records(task: str, path: str, config: str | None, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(number, record) for every record of a Hub dataset's split.
 
@@ -75,9 +80,9 @@ def read_hub_records(task: str, path: str, config: str | None, split: str) -> It
         dataset = _load(path, config, split)
     except Exception as error:  # the Hub, the network, the builder: they share no narrower type
         reason = " ".join(str(error).split()) or type(error).__name__
-        name = path if config is None else f"{path}/{config}"
         raise MissingDataError(
-            f"{task}: the Hub dataset {name} cannot be loaded ({reason[:200]}); --data-dir reads local files"
+            f"{task}: the Hub dataset {hub_name(path, config)} cannot be loaded ({reason[:200]}); "
+            "--data-dir reads local files"
         ) from error
     yield from enumerate(dataset, start=1)
 

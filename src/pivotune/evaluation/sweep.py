@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from pivotune.config import RunConfig
 from pivotune.errors import UsageError
+from pivotune.evaluation.cache import CACHE_FOLDER
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.sweep_plan import Cell
@@ -32,7 +33,6 @@ from pivotune.training.run_folder import claim_run_folder, find_change, write_js
 
 PLAN = "sweep.json"
 BASE = "base"
-CACHE = "evaluation-cache"
 
 # Shows the progress of one training: `with watch("Training") as callback: ...`.
 Watch = Callable[[str], AbstractContextManager[TrainerCallback | None]]
@@ -191,7 +191,9 @@ def _run_cell(
         if state.missing:
             announce(f"{title}: to evaluate: {', '.join(state.missing)}")
     if state.missing:
-        settings = replace(sweep.settings, cache=cell.folder / CACHE, trust_remote_code=cell.config.trust_remote_code)
+        settings = replace(
+            sweep.settings, cache=cell.folder / CACHE_FOLDER, trust_remote_code=cell.config.trust_remote_code
+        )
         execute_evaluation(prepare_evaluation(cell.folder, state.missing, settings), cell.folder, progress=progress)
 
 
@@ -202,7 +204,7 @@ def _evaluate_base(
     missing = missing_tasks(folder, sweep.tasks, sweep.settings)
     announce(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
     if missing:
-        settings = replace(_of_base(sweep.settings, config), cache=folder / CACHE)
+        settings = replace(_of_base(sweep.settings, config), cache=folder / CACHE_FOLDER)
         execute_evaluation(prepare_evaluation(config.model, missing, settings), folder, progress=progress)
 
 

@@ -8,32 +8,31 @@ series also differs in marker or line style. Values that are missing (null) leav
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-PathLike = str | os.PathLike[str]
+from pivotune.reporting.drawing import (
+    COLOURS,
+    GREY,
+    PathLike,
+    add_note,
+    as_number,
+    draw_legend,
+    draw_legend_of,
+    draw_line,
+    drawable,
+    new_figure,
+    save_figure,
+    set_title,
+    short_name,
+)
 
-# Okabe and Ito (2008), without the yellow that vanishes on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":")
-GREY = "#595959"
-DOTS_PER_INCH = 150
-WIDTH = 8.6  # inches: 1290 pixels, a column of a web page or a full page of a paper
-FONT = "DejaVu Sans"  # comes with matplotlib, so the pictures are the same everywhere
 CONFIDENCE = 1.96  # standard errors on either side: 95 %
-MOST_MARKERS = 45
 MARK_POINTS = 13  # height of the names of i and j above a panel
 LONGEST_TITLE = 36  # characters of a model name
-LONGEST_LABEL = 30
 
 _TRAINING_LABELS = {
     "loss": "total",
@@ -65,9 +64,9 @@ def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
     if layers.get("english"):
         languages["en"] = layers["english"]
     with_shares = any(profile.get(key) for profile in languages.values() for key in ("agreement", "english_share"))
-    figure, all_axes = _figure((3, 2) if with_shares else (3,))
+    figure, all_axes = new_figure((3, 2) if with_shares else (3,))
     for index, (language, profile) in enumerate(languages.items()):
-        label = _text(language, "target")
+        label = drawable(language, "target")
         _entropy_curve(all_axes[0], profile, label, index)
         if with_shares:
             _share_curves(all_axes[1], profile, label, index)
@@ -75,9 +74,9 @@ def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
     _finish_layers(all_axes, layers["num_layers"])
     found = {"entropy-falls": "read from the two entropy falls", "explicit": "as asked for"}
     how = found.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
-    name = _name(str(layers["model"]), "the model", LONGEST_TITLE)
-    _title(all_axes[0], f"Logit-lens entropy by layer: {name}", f"i and j: {how}", above=MARK_POINTS)
-    _save(figure, path)
+    name = short_name(str(layers["model"]), "the model", LONGEST_TITLE)
+    set_title(all_axes[0], f"Logit-lens entropy by layer: {name}", f"i and j: {how}", above=MARK_POINTS)
+    save_figure(figure, path)
 
 
 def plot_entropy_comparison(
@@ -94,14 +93,14 @@ def plot_entropy_comparison(
         profiles: name of the model -> its profile (`LayerProfile.to_dict()`).
         language: code of the text's language, for the title.
     """
-    figure, all_axes = _figure((3.4,))
+    figure, all_axes = new_figure((3.4,))
     for index, (name, profile) in enumerate(profiles.items()):
-        _entropy_curve(all_axes[0], profile, _name(name, f"model {index + 1}"), index)
+        _entropy_curve(all_axes[0], profile, short_name(name, f"model {index + 1}"), index)
     _mark_layers(all_axes, conversion, thinking)
     _finish_layers(all_axes, max(len(profile["entropy"]) for profile in profiles.values()) - 1)
-    subtitle = f"language: {_text(language, 'target')}" if language else ""
-    _title(all_axes[0], "Logit-lens entropy by layer", subtitle, above=MARK_POINTS if conversion or thinking else 0)
-    _save(figure, path)
+    subtitle = f"language: {drawable(language, 'target')}" if language else ""
+    set_title(all_axes[0], "Logit-lens entropy by layer", subtitle, above=MARK_POINTS if conversion or thinking else 0)
+    save_figure(figure, path)
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
@@ -112,20 +111,20 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
             `eval_target_nll`, `eval_english_nll` or other keys that end in `_loss` or `_nll`.
     """
     panels = [(label, keys) for label, keys in _training_panels(metrics) if keys]
-    figure, all_axes = _figure([2.2] * max(len(panels), 1))
+    figure, all_axes = new_figure([2.2] * max(len(panels), 1))
     for axes, (label, keys) in zip(all_axes, panels, strict=False):
         for index, key in enumerate(keys):
             lines = [line for line in metrics if key in line and "step" in line]
-            steps, values = [line["step"] for line in lines], [_number(line[key]) for line in lines]
-            _line(axes, steps, values, _training_label(key), _TRAINING_COLOURS.get(key, index))
+            steps, values = [line["step"] for line in lines], [as_number(line[key]) for line in lines]
+            draw_line(axes, steps, values, _training_label(key), _TRAINING_COLOURS.get(key, index))
         axes.set_ylabel(label)
-        _legend(axes)
+        draw_legend(axes)
     if not panels:
         all_axes[0].text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=all_axes[0].transAxes)
     all_axes[-1].set_xlabel("optimizer step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(all_axes[0], "Training")
-    _save(figure, path)
+    set_title(all_axes[0], "Training")
+    save_figure(figure, path)
 
 
 def plot_metric_bars(
@@ -144,22 +143,22 @@ def plot_metric_bars(
         errors: standard errors in the same form, drawn as 95 % intervals.
     """
     measures = list(dict.fromkeys(measure for values in results.values() for measure in values))
-    figure, (axes,) = _figure((3.6,))
+    figure, (axes,) = new_figure((3.6,))
     width = 0.8 / max(len(results), 1)
     for index, (method, values) in enumerate(results.items()):
         places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(measures))]
-        heights = [_number(values.get(measure)) for measure in measures]
-        margins = [CONFIDENCE * _number((errors or {}).get(method, {}).get(measure)) for measure in measures]
-        _bars(axes, places, heights, margins, 0.92 * width, _name(method, f"method {index + 1}"), index)
-    axes.set_xticks(range(len(measures)), [_text(measure, f"measure {n}") for n, measure in enumerate(measures, 1)])
+        heights = [as_number(values.get(measure)) for measure in measures]
+        margins = [CONFIDENCE * as_number((errors or {}).get(method, {}).get(measure)) for measure in measures]
+        _bars(axes, places, heights, margins, 0.92 * width, short_name(method, f"method {index + 1}"), index)
+    axes.set_xticks(range(len(measures)), [drawable(measure, f"measure {n}") for n, measure in enumerate(measures, 1)])
     axes.set_ylabel(ylabel)
     axes.set_xlabel(xlabel)
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)
-    _legend(axes)
-    _title(axes, title, "bars: 95 % interval of the mean" if errors else "")
-    _save(figure, path)
+    draw_legend(axes)
+    set_title(axes, title, "bars: 95 % interval of the mean" if errors else "")
+    save_figure(figure, path)
 
 
 def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
@@ -172,62 +171,34 @@ def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
     """
     layers, series = curve["layers"], curve["series"]
     metrics = list(dict.fromkeys(one["metric"] for one in series))
-    figure, all_axes = _figure([2.9] * max(len(metrics), 1))
+    figure, all_axes = new_figure([2.9] * max(len(metrics), 1))
     for axes, metric in zip(all_axes, metrics, strict=False):
         own = [one for one in series if one["metric"] == metric]
         for index, one in enumerate(own):
             _layer_scores(axes, one, index)
-        axes.set_ylabel(_METRIC_LABELS.get(metric) or _text(str(metric).replace("_", " "), "score"))
+        axes.set_ylabel(_METRIC_LABELS.get(metric) or drawable(str(metric).replace("_", " "), "score"))
         handles, labels = axes.get_legend_handles_labels()
         if layers:
             twin_handles, twin_labels = _entropy_beside(axes, layers["target"]["entropy"])
             handles, labels = handles + twin_handles, labels + twin_labels
-        _legend_of(axes, handles, labels, aside=1.13 if layers else 1.01)
+        draw_legend_of(axes, handles, labels, aside=1.13 if layers else 1.01)
     if not series:
         all_axes[0].text(0.5, 0.5, "no cell is finished", ha="center", va="center", transform=all_axes[0].transAxes)
     all_axes[-1].set_xlabel(f"{curve['term']} layer (after k blocks)")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10]))
-    _title(all_axes[0], f"Score by {curve['term']} layer", _SWEEP_ERRORS[curve["errors"]])
-    _save(figure, path)
+    set_title(all_axes[0], f"Score by {curve['term']} layer", _SWEEP_ERRORS[curve["errors"]])
+    save_figure(figure, path)
 
 
 # ---- parts of pictures ----
 
 
-def _figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """Panels of these heights (inches) above each other, with one x axis."""
-    figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), dpi=DOTS_PER_INCH, layout="constrained")
-    gridspec = {"height_ratios": list(heights)}
-    all_axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw=gridspec)[:, 0])
-    for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.grid(visible=True, color="#E3E3E3", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=GREY, labelcolor="black", labelsize=9)
-    figure.align_ylabels()
-    return figure, all_axes
-
-
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int, **style: Any) -> None:
-    marker = MARKERS[index % len(MARKERS)] if len(x) <= MOST_MARKERS else None
-    settings = {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
-        "marker": marker,
-        "markersize": 4,
-        "linewidth": 1.6,
-        **style,
-    }
-    axes.plot(x, y, label=label, **settings)
-
-
 def _entropy_curve(axes: Axes, profile: Mapping[str, Any], label: str, index: int) -> None:
-    mean = [_number(value) for value in profile["entropy"]]
-    _line(axes, range(len(mean)), mean, label, index)
+    mean = [as_number(value) for value in profile["entropy"]]
+    draw_line(axes, range(len(mean)), mean, label, index)
     errors = profile.get("entropy_stderr")
     if errors:
-        margin = [CONFIDENCE * _number(value) for value in errors]
+        margin = [CONFIDENCE * as_number(value) for value in errors]
         low, high = ([m + sign * e for m, e in zip(mean, margin, strict=True)] for sign in (-1, 1))
         axes.fill_between(range(len(mean)), low, high, color=COLOURS[index % len(COLOURS)], alpha=0.18, linewidth=0)
 
@@ -236,9 +207,9 @@ def _share_curves(axes: Axes, profile: Mapping[str, Any], language: str, index: 
     kinds = (("agreement", "top-1 = output's", "-"), ("english_share", "on English tokens", ":"))
     for key, label, linestyle in kinds:
         if profile.get(key):
-            values = [_number(value) for value in profile[key]]
+            values = [as_number(value) for value in profile[key]]
             fill = "white" if key == "english_share" else None
-            _line(
+            draw_line(
                 axes, range(len(values)), values, f"{language}: {label}", index,
                 linestyle=linestyle, markerfacecolor=fill or COLOURS[index % len(COLOURS)],
             )  # fmt: skip
@@ -255,7 +226,7 @@ def _mark_layers(all_axes: Sequence[Axes], conversion: int | None, thinking: int
             label = f"end of {stage}: {symbol} = {layer}" if axes is all_axes[0] else None
             axes.axvline(layer, label=label, color=GREY, linestyle=dashes, linewidth=1.2, zorder=1)
         side = {"i": "right", "j": "left"}[symbol] if close else "center"
-        _note(all_axes[0], f"{symbol} = {layer}", (layer, 1), ("data", "axes fraction"), 3, ha=side)
+        add_note(all_axes[0], f"{symbol} = {layer}", (layer, 1), ("data", "axes fraction"), 3, ha=side)
 
 
 def _finish_layers(all_axes: Sequence[Axes], num_layers: int) -> None:
@@ -266,7 +237,7 @@ def _finish_layers(all_axes: Sequence[Axes], num_layers: int) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(-0.03, 1.03)
     for axes in all_axes:
-        _legend(axes)
+        draw_legend(axes)
     all_axes[-1].set_xlabel("layer k (after k blocks; 0 = embeddings)")
     all_axes[-1].set_xlim(-0.5, num_layers + 0.5)
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10]))
@@ -287,20 +258,20 @@ def _bars(
     for place, height, margin in zip(places, heights, margins, strict=True):
         top = height + margin if math.isfinite(margin) else height
         text, top = (f"{height:.2f}", top) if math.isfinite(height) else ("n/a", 0.0)
-        _note(axes, text, (place, top), "data", 2, ha="center", color="black")
+        add_note(axes, text, (place, top), "data", 2, ha="center", color="black")
 
 
 def _layer_scores(axes: Axes, series: Mapping[str, Any], index: int) -> None:
     """One task's line over the layers, its error bars and its baseline."""
     points = series["points"]
-    places, values = [point["layer"] for point in points], [_number(point["value"]) for point in points]
-    margins = [_number(point["margin"]) for point in points]
-    _line(axes, places, values, _text(series["label"], f"task {index + 1}"), index)
+    places, values = [point["layer"] for point in points], [as_number(point["value"]) for point in points]
+    margins = [as_number(point["margin"]) for point in points]
+    draw_line(axes, places, values, drawable(series["label"], f"task {index + 1}"), index)
     colour = COLOURS[index % len(COLOURS)]
     if any(map(math.isfinite, margins)):
         axes.errorbar(places, values, yerr=margins, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
     if series["baseline"] is not None:
-        label = f"TFT: {_text(series['label'], f'task {index + 1}').strip()}"
+        label = f"TFT: {drawable(series['label'], f'task {index + 1}').strip()}"
         axes.axhline(series["baseline"], label=label, color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
 
 
@@ -311,56 +282,13 @@ def _entropy_beside(axes: Axes, entropy: Sequence[float | None]) -> tuple[list[A
     twin.spines["right"].set_color(GREY)
     twin.tick_params(colors=GREY, labelsize=9)
     twin.set_ylabel("mean entropy (nats)", color=GREY)
-    values = [_number(value) for value in entropy]
+    values = [as_number(value) for value in entropy]
     label = "entropy before training"
     twin.plot(range(len(values)), values, label=label, color=GREY, linestyle=":", linewidth=1.6, alpha=0.8)
     twin.set_ylim(bottom=0)
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
     return twin.get_legend_handles_labels()
-
-
-def _legend(axes: Axes) -> None:
-    _legend_of(axes, *axes.get_legend_handles_labels())
-
-
-def _legend_of(axes: Axes, handles: Sequence[Any], labels: Sequence[Any], *, aside: float = 1.01) -> None:
-    """A legend right of the axes, `aside` of their width from their left border."""
-    if handles:
-        axes.legend(
-            handles,
-            labels,
-            loc="upper left",
-            bbox_to_anchor=(aside, 1.0),
-            borderaxespad=0,
-            frameon=False,
-            handlelength=2.6,
-            prop={"family": FONT, "size": 9},
-        )
-
-
-def _title(axes: Axes, title: str, subtitle: str = "", *, above: float = 0) -> None:
-    """Title and subtitle at the left, `above` points higher where something stands between them and the axes."""
-    if subtitle:
-        _note(axes, subtitle, (0, 1), "axes fraction", above + 6, ha="left")
-    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=above + (19 if subtitle else 8))
-
-
-def _note(axes: Axes, text: str, place: tuple[float, float], coordinates: Any, lift: float, **style: Any) -> None:
-    """Small text `lift` points above a place."""
-    settings = {"va": "bottom", "fontsize": 9, "color": GREY, "family": FONT, **style}
-    axes.annotate(text, place, xycoords=coordinates, xytext=(0, lift), textcoords="offset points", **settings)
-
-
-def _save(figure: Figure, path: PathLike) -> None:
-    for axes in figure.axes:
-        for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-            item.set_fontfamily(FONT)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi="figure", facecolor="white")
-
-
-# ---- values and names ----
 
 
 def _training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -378,31 +306,4 @@ def _training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, li
 
 
 def _training_label(key: str) -> str:
-    return _TRAINING_LABELS.get(key) or _text(key.removeprefix("eval_").replace("_", " "), "other")
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _name(name: str, fallback: str, longest: int = LONGEST_LABEL) -> str:
-    """A name that may be a long path: its end is what tells runs apart."""
-    return _text(name if len(name) <= longest else "…" + name[1 - longest :], fallback)
-
-
-def _text(text: str, fallback: str) -> str:
-    """`text` if the font can show it, else `fallback`; never read as a formula or as a hidden legend entry."""
-    if not text.strip() or not _has_glyphs(text):
-        text = fallback
-    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
-
-
-def _has_glyphs(characters: Iterable[str]) -> bool:
-    return all(character.isprintable() and ord(character) in _font_characters() for character in characters)
-
-
-@cache
-def _font_characters() -> frozenset[int]:
-    """Code points the font draws and needs no shaping for: Arabic or Hebrew letters in a row would come out wrong."""
-    covered = get_font(findfont(FontProperties(family=FONT))).get_charmap()
-    return frozenset(code for code in covered if not 0x0590 <= code <= 0x08FF)
+    return _TRAINING_LABELS.get(key) or drawable(key.removeprefix("eval_").replace("_", " "), "other")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
+from benchmark_files import read_task, write_file
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.base import TaskData
 from pivotune.evaluation.tasks.mmlu import MMLU
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
@@ -21,16 +20,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not
 OPENAI_HEADER = ",Question,A,B,C,D,Answer,Subject\n"
 
 
-def read(language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = MMLU.tasks(language)
-    return task.read(Source(folder, split))
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = content if isinstance(content, str | bytes) else json.dumps(content, ensure_ascii=False)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
+read = partial(read_task, MMLU)
 
 
 def okapi(**changes: Any) -> dict[str, Any]:
@@ -60,9 +50,9 @@ def test_publishers_folder_by_its_own_path_and_split(shared_data):
 
 @pytest.mark.parametrize("header", ["", "question,A,B,C,D,answer\n", "Question,a,b,c,d,Answer\n"])
 def test_folder_in_another_language(header, tmp_path):
-    write(tmp_path / "mmlu_de/test/law_test.csv", header + '"Was, wo?",ja,nein,"so ""la la""",nie,C\n')
+    write_file(tmp_path / "mmlu_de/test/law_test.csv", header + '"Was, wo?",ja,nein,"so ""la la""",nie,C\n')
     packed = gzip.compress(("\ufeff" + header + "Wer?,1,2,3,4,a\n").encode())
-    write(tmp_path / "mmlu_de/test/anatomy_test.csv.gz", packed)
+    write_file(tmp_path / "mmlu_de/test/anatomy_test.csv.gz", packed)
     data = read("de", tmp_path)
     assert [(item.id, item.gold) for item in data.items] == [("anatomy/1", 0), ("law/1", 2)]
     assert data.items[1].query == 'Was, wo?\nA. ja\nB. nein\nC. so "la la"\nD. nie\nAnswer:'
@@ -72,7 +62,7 @@ def test_folder_in_another_language(header, tmp_path):
     ("language", "name"), [("es", "mmlu_ES-LA.csv"), ("ja", "test/mmlu_JA-JP.csv"), ("en", "mmlu.csv")]
 )
 def test_openais_table(language, name, tmp_path):
-    write(tmp_path / name, OPENAI_HEADER + "0,Uno?,a,b,c,d,B,law\n1,Dos?,a,b,c,d,A,law\n2,Tres?,a,b,c,d,D,art\n")
+    write_file(tmp_path / name, OPENAI_HEADER + "0,Uno?,a,b,c,d,B,law\n1,Dos?,a,b,c,d,A,law\n2,Tres?,a,b,c,d,D,art\n")
     data = read(language, tmp_path)
     assert [(item.id, item.gold) for item in data.items] == [("law/1", 1), ("art/1", 3), ("law/2", 0)]
     assert (data.split, list(data.origin)) == ("test", [name])
@@ -80,7 +70,7 @@ def test_openais_table(language, name, tmp_path):
 
 def test_regions_are_not_chosen_for_the_user(tmp_path):
     for region in ("BR", "PT"):
-        write(tmp_path / f"test/mmlu_PT-{region}.csv", OPENAI_HEADER + "0,Um?,a,b,c,d,B,law\n")
+        write_file(tmp_path / f"test/mmlu_PT-{region}.csv", OPENAI_HEADER + "0,Um?,a,b,c,d,B,law\n")
     with pytest.raises(UsageError, match=r"mmlu_pt: .*mmlu_PT-BR\.csv and .*mmlu_PT-PT\.csv are both there"):
         read("pt", tmp_path)
 
@@ -98,7 +88,7 @@ def test_regions_are_not_chosen_for_the_user(tmp_path):
 def test_okapis_json(name, split, tmp_path):
     rows = [okapi(), okapi(answer="A", id="law/test/9"), okapi(answer="B", id="anatomy/test/1")]
     lines = "\n".join(json.dumps(row) for row in rows)
-    write(tmp_path / name, lines if name.endswith("l") else rows)
+    write_file(tmp_path / name, lines if name.endswith("l") else rows)
     data = read("vi", tmp_path)
     assert data.split == split
     assert [(item.id, item.gold) for item in data.items] == [("anatomy/1", 3), ("law/1", 0), ("anatomy/2", 1)]
@@ -106,8 +96,8 @@ def test_okapis_json(name, split, tmp_path):
 
 
 def test_another_set_beside_it_is_not_taken(tmp_path):
-    write(tmp_path / "m_arc/vi_test.json", [{"question": "x"}])
-    write(tmp_path / "m_mmlu/vi_test.json", [okapi(id=3)])
+    write_file(tmp_path / "m_arc/vi_test.json", [{"question": "x"}])
+    write_file(tmp_path / "m_mmlu/vi_test.json", [okapi(id=3)])
     (item,) = read("vi", tmp_path).items
     assert (item.id, dict(item.details)) == ("mmlu/1", {"subject": "mmlu"})
 
@@ -157,7 +147,7 @@ def test_missing_set_language_and_split(tmp_path):
 
 def test_a_subject_that_is_there_twice(tmp_path):
     for name in ("law_test.csv", "law_test.csv.gz"):
-        write(tmp_path / "mmlu_de/test" / name, "a,b,c,d,e,A\n")
+        write_file(tmp_path / "mmlu_de/test" / name, "a,b,c,d,e,A\n")
     with pytest.raises(UsageError, match=r"mmlu_de: .*law_test\.csv and .*law_test\.csv\.gz are both there"):
         read("de", tmp_path)
 
@@ -181,7 +171,7 @@ def test_a_subject_that_is_there_twice(tmp_path):
     ],
 )
 def test_malformed_files(name, content, problem, tmp_path):
-    path = write(tmp_path / name, content)
+    path = write_file(tmp_path / name, content)
     with pytest.raises(UsageError) as caught:
         read("de", tmp_path)
     assert str(caught.value).startswith(f"{path}, {problem}")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import read_task
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import squad
 from pivotune.evaluation.tasks.base import Item, TaskData
 from pivotune.evaluation.tasks.squad import MLQA, XQUAD
@@ -34,11 +34,6 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def read(benchmark, language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = benchmark.tasks(language)
-    return task.read(Source(folder, split))
-
-
 def score_of_copied_gold(benchmark, language: str, data: TaskData) -> list[float]:
     """Sum of each metric's numbers where the first gold answer is given."""
     (task,) = benchmark.tasks(language)
@@ -52,7 +47,7 @@ def score_of_copied_gold(benchmark, language: str, data: TaskData) -> list[float
     [(XQUAD, dict.fromkeys(("vi", "en", "zh", "ar"), 1190)), (MLQA, {"vi": 511, "en": 1148, "zh": 504, "ar": 517})],
 )
 def test_publishers_files(benchmark, counts, language, shared_data):
-    data = read(benchmark, language, shared_data / "eval")
+    data = read_task(benchmark, language, shared_data / "eval")
     count = counts[language]
     assert len(data.items) == len({item.id for item in data.items}) == count
     assert data.split == "validation"
@@ -65,7 +60,7 @@ def test_a_real_question(shared_data):
     raw = json.loads((shared_data / "eval" / "xquad" / "xquad.vi.json").read_text(encoding="utf-8"))
     paragraph = raw["data"][3]["paragraphs"][1]
     asked = paragraph["qas"][2]
-    item = next(item for item in read(XQUAD, "vi", shared_data / "eval").items if item.id == asked["id"])
+    item = next(item for item in read_task(XQUAD, "vi", shared_data / "eval").items if item.id == asked["id"])
     assert item.query == f"Bối cảnh: {paragraph['context']}\n\nCâu hỏi: {asked['question']}\n\nTrả lời:"
     assert item.references == (asked["answers"][0]["text"],)
 
@@ -82,7 +77,7 @@ def test_task():
 
 def test_german_file(tmp_path):
     write(tmp_path / "deep" / "xquad.de.json", squad_file(question(), question("q2", answers=["der Rhein"])))
-    data = read(XQUAD, "de", tmp_path)
+    data = read_task(XQUAD, "de", tmp_path)
     expected = f"Kontext: {PASSAGE}\n\nFrage: Wo fließt der Rhein?\n\nAntwort:"
     assert data.items == [
         Item("q1", expected, references=("Köln", "durch Köln"), cuttable=(9, 9 + len(PASSAGE))),
@@ -97,14 +92,14 @@ def test_german_file(tmp_path):
 
 def test_a_language_that_is_not_published_is_read_with_english_labels(tmp_path):
     write(tmp_path / "xquad.sw.json", squad_file(question()))
-    assert read(XQUAD, "sw", tmp_path).items[0].query.startswith("Context: Der Rhein")
+    assert read_task(XQUAD, "sw", tmp_path).items[0].query.startswith("Context: Der Rhein")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_gzip_byte_order_mark_indentation_and_whole_number_ids(tmp_path, encoding):
     content = json.dumps(squad_file(question(7, answers=[" Köln\n", "Köln"])), indent=2, ensure_ascii=False)
     (tmp_path / "xquad.de.json.gz").write_bytes(gzip.compress(content.encode(encoding)))
-    (item,) = read(XQUAD, "de", tmp_path).items
+    (item,) = read_task(XQUAD, "de", tmp_path).items
     assert item.id == "7"
     assert item.references == ("Köln",)
 
@@ -112,38 +107,38 @@ def test_gzip_byte_order_mark_indentation_and_whole_number_ids(tmp_path, encodin
 def test_mlqa_reads_the_test_split_unless_another_is_asked_for_or_there_is_none(tmp_path):
     write(tmp_path / "dev" / "dev-context-de-question-de.json", squad_file(question("from dev")))
     write(tmp_path / "test" / "test-context-de-question-en.json", squad_file(question("of another pair")))
-    assert read(MLQA, "de", tmp_path).split == "validation"
+    assert read_task(MLQA, "de", tmp_path).split == "validation"
     with pytest.raises(UsageError, match=r"mlqa_de: no test-context-de-question-de\.json below"):
-        read(MLQA, "de", tmp_path, "test")
+        read_task(MLQA, "de", tmp_path, "test")
     write(tmp_path / "test" / "test-context-de-question-de.json", squad_file(question("from test")))
     for split, identity, name in [
         (None, "from test", "test"),
         ("test", "from test", "test"),
         ("validation", "from dev", "validation"),
     ]:
-        data = read(MLQA, "de", tmp_path, split)
+        data = read_task(MLQA, "de", tmp_path, split)
         assert ([item.id for item in data.items], data.split) == ([identity], name)
 
 
 def test_a_split_that_the_set_has_not(tmp_path):
     with pytest.raises(UsageError, match="xquad_de: has no split 'test'; allowed: validation"):
-        read(XQUAD, "de", tmp_path, "test")
+        read_task(XQUAD, "de", tmp_path, "test")
     with pytest.raises(UsageError, match="mlqa_de: has no split 'train'; allowed: test, validation"):
-        read(MLQA, "de", tmp_path, "train")
+        read_task(MLQA, "de", tmp_path, "train")
 
 
 def test_a_set_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match=r"xquad_de: no xquad\.de\.json below .* get it from https://"):
-        read(XQUAD, "de", tmp_path)
+        read_task(XQUAD, "de", tmp_path)
     with pytest.raises(UsageError, match=r"no test-context-de-question-de\.json or dev-context-de-question-de\.json"):
-        read(MLQA, "de", tmp_path)
+        read_task(MLQA, "de", tmp_path)
 
 
 def test_two_files_of_one_name(tmp_path):
     for folder in "ab":
         write(tmp_path / folder / "xquad.de.json", squad_file(question()))
     with pytest.raises(UsageError, match=r"a.xquad\.de\.json and .*b.xquad\.de\.json are both"):
-        read(XQUAD, "de", tmp_path)
+        read_task(XQUAD, "de", tmp_path)
 
 
 FIRST = "article 1, paragraph 1, question 1"
@@ -177,7 +172,7 @@ def test_malformed_files(tmp_path, content, message):
     # ASCII, so that half of a surrogate pair can be written as JSON spells it.
     path = write(tmp_path / "xquad.de.json", content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UsageError) as caught:
-        read(XQUAD, "de", tmp_path)
+        read_task(XQUAD, "de", tmp_path)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -187,13 +182,13 @@ def test_malformed_files(tmp_path, content, message):
 def test_a_file_without_questions(tmp_path, content):
     write(tmp_path / "deep" / "xquad.de.json", content)
     with pytest.raises(UsageError, match=r"xquad_de: no questions that can be asked in deep/xquad\.de\.json$"):
-        read(XQUAD, "de", tmp_path)
+        read_task(XQUAD, "de", tmp_path)
 
 
 def test_an_id_that_stands_twice(tmp_path):
     write(tmp_path / "xquad.de.json", squad_file(question("q1"), question("q2"), question("q1")))
     with pytest.raises(UsageError, match=r"question 3 \(id q1\): the id 'q1' is that of .* question 1 \(id q1\) too"):
-        read(XQUAD, "de", tmp_path)
+        read_task(XQUAD, "de", tmp_path)
 
 
 def hub_record(**changes: Any) -> dict:
@@ -227,16 +222,16 @@ def hub(monkeypatch):
     ],
 )
 def test_hub(hub, tmp_path, benchmark, split, asked):
-    data = read(benchmark, "de", None, split)
+    data = read_task(benchmark, "de", None, split)
     assert hub.asked == asked
     assert (data.split, data.origin) == (asked[3], [f"{asked[1]}/{asked[2]}"])
     write(tmp_path / "xquad.de.json", squad_file(question("h1", "Wo?", ["Köln"])))
-    assert data.items == read(XQUAD, "de", tmp_path).items
+    assert data.items == read_task(XQUAD, "de", tmp_path).items
 
 
 def test_hub_has_only_the_published_languages(hub):
     with pytest.raises(UsageError, match=r"mlqa_ru: the Hub has this set in ar, de, .*--data-dir"):
-        read(MLQA, "ru", None)
+        read_task(MLQA, "ru", None)
     assert hub.asked == ()
 
 
@@ -251,4 +246,4 @@ def test_hub_has_only_the_published_languages(hub):
 def test_malformed_hub_records(hub, changes, message):
     hub.records = (hub_record(), hub_record(id="h2", **changes))
     with pytest.raises(UsageError, match=rf"^google/xquad/xquad\.de, validation, row 2.*{message}"):
-        read(XQUAD, "de", None)
+        read_task(XQUAD, "de", None)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import pytest
+from benchmark_files import read_task, write_file
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.base import Item, TaskData
+from pivotune.evaluation.tasks.base import Item
 from pivotune.evaluation.tasks.truthfulqa import TRUTHFULQA
 
 HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
@@ -20,16 +19,7 @@ TABLE = HEADER + 'A,Lore, Was ist rot? ,Blut,Blut; Mohn,"Gras; ""Schnee""; ; Gra
 OKAPI = {"question": "Đúng?", "mc1_targets_choices": ["sai", "đúng", "sai"], "mc1_targets_labels": [0, 1, 0]}
 
 
-def read(language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = TRUTHFULQA.tasks(language)
-    return task.read(Source(folder, split))
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = content if isinstance(content, str | bytes) else json.dumps(content, ensure_ascii=False)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
+read = partial(read_task, TRUTHFULQA)
 
 
 def test_task_is_mc1():
@@ -60,7 +50,7 @@ def test_publishers_table(shared_data):
 
 @pytest.mark.parametrize("name", ["TruthfulQA_de.csv", "truthfulqa_de/TruthfulQA.csv", "x/TruthfulQA_mt_de_v2.csv"])
 def test_translated_table(name, tmp_path):
-    write(tmp_path / name, "\ufeff" + TABLE)
+    write_file(tmp_path / name, "\ufeff" + TABLE)
     (item,) = read("de", tmp_path).items
     assert item == Item(
         "1", "Was ist rot?", choices=("Blut.", "Gras.", '"Schnee".'), gold=0, details={"category": "Lore"}
@@ -68,16 +58,16 @@ def test_translated_table(name, tmp_path):
 
 
 def test_chinese_punctuation(tmp_path):
-    write(tmp_path / "TruthfulQA_zh.csv", HEADER + "A,B,什么是红的？,血,血,草；雪。；天空,x\n")
+    write_file(tmp_path / "TruthfulQA_zh.csv", HEADER + "A,B,什么是红的？,血,血,草；雪。；天空,x\n")
     (item,) = read("zh", tmp_path).items
     assert item.choices == ("血。", "草。", "雪。", "天空。")
 
 
 def test_a_translation_is_not_taken_for_english(tmp_path):
-    write(tmp_path / "truthfulqa_de/TruthfulQA.csv", TABLE)
+    write_file(tmp_path / "truthfulqa_de/TruthfulQA.csv", TABLE)
     with pytest.raises(UsageError, match=r"truthfulqa_en: no TruthfulQA\.csv .*get it from .*sylinrl/TruthfulQA"):
         read("en", tmp_path)
-    write(tmp_path / "TruthfulQA.csv", TABLE.replace("Blut,", "Blood,"))
+    write_file(tmp_path / "TruthfulQA.csv", TABLE.replace("Blut,", "Blood,"))
     assert read("en", tmp_path).items[0].gold_answer == "Blood."
 
 
@@ -91,14 +81,14 @@ def test_a_translation_is_not_taken_for_english(tmp_path):
 )
 @pytest.mark.parametrize("name", ["m_truthfulqa/vi_validation.json", "vi_validation.jsonl", "truthfulqa_vi.json"])
 def test_json_with_the_right_answer_anywhere(content, name, tmp_path):
-    write(tmp_path / name, json.dumps(content) if name.endswith("l") else [content])
-    write(tmp_path / "m_hellaswag/vi_validation.json" if "/" in name else tmp_path / "other.json", [{"ctx": "x"}])
+    write_file(tmp_path / name, json.dumps(content) if name.endswith("l") else [content])
+    write_file(tmp_path / "m_hellaswag/vi_validation.json" if "/" in name else tmp_path / "other.json", [{"ctx": "x"}])
     (item,) = read("vi", tmp_path).items
     assert (item.query, item.choices, item.gold) == ("Đúng?", ("sai", "đúng"), 1)
 
 
 def test_publishers_json(tmp_path):
-    write(
+    write_file(
         tmp_path / "mc_task.json", [{"question": "Red?", "mc1_targets": {"Blood.": 1, "Grass.": 0}, "mc2_targets": {}}]
     )
     (item,) = read("en", tmp_path).items
@@ -163,7 +153,7 @@ def test_splits(tmp_path):
     ],
 )
 def test_malformed_files(name, content, problem, tmp_path):
-    path = write(tmp_path / name, content)
+    path = write_file(tmp_path / name, content)
     with pytest.raises(UsageError) as caught:
         read("de", tmp_path)
     assert str(caught.value).startswith(f"{path}, {problem}")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import read_task
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.base import TaskData
 from pivotune.evaluation.tasks.xcopa import XCOPA
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
 
 
-def read(language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = XCOPA.tasks(language)
-    return task.read(Source(folder, split))
+read = partial(read_task, XCOPA)
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+from benchmark_files import read_task
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.base import TaskData
 from pivotune.evaluation.tasks.xnli import XNLI
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
@@ -22,9 +22,7 @@ ROWS = (
 OFFICIAL = "language\tgold_label\tsentence1_parse\tsentence1\tsentence2\tpromptID\tpairID\n"
 
 
-def read(language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = XNLI.tasks(language)
-    return task.read(Source(folder, split))
+read = partial(read_task, XNLI)
 
 
 def write(path: Path, text: str | bytes) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+from benchmark_files import read_task
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.base import TaskData
 from pivotune.evaluation.tasks.xstorycloze import XSTORYCLOZE
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
@@ -27,9 +27,7 @@ ROWS = (
 )
 
 
-def read(language: str, folder: Path | None, split: str | None = None) -> TaskData:
-    (task,) = XSTORYCLOZE.tasks(language)
-    return task.read(Source(folder, split))
+read = partial(read_task, XSTORYCLOZE)
 
 
 def write(folder: Path, text: str | bytes, language: str = "ru") -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from pivotune.errors import UsageError
 from pivotune.evaluation.languages import find_language
 from pivotune.evaluation.metrics import Metric
-from pivotune.evaluation.sources import Source
+from pivotune.evaluation.sources import Source, hub_name
 from pivotune.evaluation.tasks.base import Item, Task, TaskData
 
 ACCURACY = Metric("accuracy", "mean", ("correct",), 100.0)
@@ -131,7 +131,7 @@ def _read_through_harness(name: str, source: Source) -> TaskData:
         raise UsageError(f"{name}: has no split {split!r}; allowed: {', '.join(docs)}")
     with _quiet():
         items = [_item(task, str(number), doc, {}) for number, doc in enumerate(docs[split](), start=1)]
-    hub = config.dataset_path if config.dataset_name is None else f"{config.dataset_path}/{config.dataset_name}"
+    hub = hub_name(config.dataset_path, config.dataset_name)
     return TaskData(items, split, [hub])
 
 

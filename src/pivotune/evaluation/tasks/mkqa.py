@@ -21,7 +21,7 @@ from typing import Any
 
 from pivotune.data.formats import numbered_by, read_file
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source, read_hub_records
+from pivotune.evaluation.sources import Source, hub_name, read_hub_records
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
 from pivotune.evaluation.tasks.question_answering import (
     PlacedItem,
@@ -32,7 +32,7 @@ from pivotune.evaluation.tasks.question_answering import (
     member,
     text_member,
 )
-from pivotune.evaluation.tasks.tables import Split, choose_split, hub_name, only_file, origin_of
+from pivotune.evaluation.tasks.tables import Split, choose_split, only_file, origin_of
 
 _HOMEPAGE = "https://github.com/apple/ml-mkqa"
 _HUB = ("apple/mkqa", "mkqa")

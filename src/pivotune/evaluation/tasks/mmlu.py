@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pivotune.data.formats import file_type
-from pivotune.evaluation.sources import Source
+from pivotune.evaluation.sources import Source, hub_name
 from pivotune.evaluation.tasks.base import Benchmark, Task, TaskData
 from pivotune.evaluation.tasks.harness import ACCURACY, OKAPI_LANGUAGES, harness_items
 from pivotune.evaluation.tasks.question_answering import check_published
@@ -23,7 +23,6 @@ from pivotune.evaluation.tasks.tables import (
     Record,
     Split,
     choose_split,
-    hub_name,
     index_by_id,
     only_file,
     origin_of,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.answer_metrics import ANSWER_METRICS, RuleName, exact_match, f1_score
+from pivotune.evaluation.answer_metrics import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
 from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks.base import Item, Task, TaskData
 
@@ -26,7 +26,7 @@ def answer_task(benchmark: str, language: str, rules: RuleName, read: Callable[[
         benchmark=benchmark,
         language=language,
         kind="answer",
-        metrics=ANSWER_METRICS,
+        metrics=QUESTION_ANSWERING_METRICS,
         read=read,
         # Language identification knows no regions: answers to zh_hk should be zh.
         answer_language=language.partition("_")[0],

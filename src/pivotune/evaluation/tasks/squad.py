@@ -13,7 +13,7 @@ from typing import Any
 
 from pivotune.data.formats import read_file
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source, read_hub_records
+from pivotune.evaluation.sources import Source, hub_name, read_hub_records
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
 from pivotune.evaluation.tasks.question_answering import (
     PlacedItem,
@@ -24,7 +24,7 @@ from pivotune.evaluation.tasks.question_answering import (
     member,
     text_member,
 )
-from pivotune.evaluation.tasks.tables import Split, choose_split, hub_name, only_file, origin_of
+from pivotune.evaluation.tasks.tables import Split, choose_split, only_file, origin_of
 
 _XQUAD_HOMEPAGE = "https://github.com/google-deepmind/xquad"
 _MLQA_HOMEPAGE = "https://github.com/facebookresearch/MLQA"

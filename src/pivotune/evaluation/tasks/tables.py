@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pivotune.data.formats import numbered_by, read_file, read_lines
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source, missing, read_hub_records
+from pivotune.evaluation.sources import Source, hub_name, missing, read_hub_records
 from pivotune.evaluation.tasks.question_answering import text_member
 
 Value = TypeVar("Value")
@@ -146,10 +146,6 @@ def only_file(task: str, files: Sequence[Path]) -> Path:
 def origin_of(source: Source, files: Iterable[Path]) -> list[str]:
     """File names relative to the data folder, the same on every machine."""
     return [path.relative_to(source.data_dir or path.parent).as_posix() for path in files]
-
-
-def hub_name(path: str, config: str | None) -> str:
-    return path if config is None else f"{path}/{config}"
 
 
 def index_by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, Record, Value]]) -> dict[str, Value]:
