@@ -90,6 +90,21 @@ def test_json_is_all_there_is_on_stdout(model, data, tmp_path, capsys):
     assert not (tmp_path / "evaluation-cache").exists()
 
 
+def test_a_smaller_sample_that_replaces_a_larger_one_is_told(model, data, tmp_path, capsys):
+    words = ["--tasks", "xquad_de", "--data-dir", data, "--max-new-tokens", 4, "--out", tmp_path]
+    assert evaluate(model, *words, "--limit", 3) == 0
+    assert "is replaced" not in capsys.readouterr().err
+    assert evaluate(model, *words, "--limit", 2) == 0
+    assert "xquad_de: the earlier result (n = 3)" in capsys.readouterr().err
+
+
+def test_a_file_in_the_results_place_is_found_before_anything_is_read(model, tmp_path, capsys):
+    (tmp_path / "results.txt").write_text("mine")
+    words = ["--tasks", "nothing_xx", "--data-dir", tmp_path / "none", "--out", tmp_path / "results.txt"]
+    assert "--out" in one_error(capsys, model, *words)
+    assert (tmp_path / "results.txt").read_text() == "mine"
+
+
 def test_harm_to_english_is_asked_for(model, data, tmp_path, capsys):
     words = ["--tasks", "xquad_de", "--data-dir", data, "--limit", 2, "--max-new-tokens", 4, "--out", tmp_path]
     assert evaluate(model, *words) == 0

@@ -52,3 +52,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--cache"):
         AnswerCache(tmp_path / "file" / "cache", IDENTITY)
+
+
+def test_an_answer_to_another_kind_of_question_is_asked_anew(tmp_path):
+    cache = AnswerCache(tmp_path, IDENTITY)
+    cache.add(ANSWERS)
+    lines = cache.path.read_text(encoding="utf-8").splitlines()
+    damaged = [line.replace("[-1.2345678901234567, 3]", '"text"') for line in lines]
+    cache.path.write_text("\n".join(damaged) + "\n", encoding="utf-8")
+    again = AnswerCache(tmp_path, IDENTITY)
+    assert again.get(ONE) is None
+    assert again.get(TWO) == ANSWERS[TWO]

@@ -6,6 +6,7 @@ import functools
 import operator
 
 import pytest
+from chat_templates import LEADS
 from conftest import build_tiny_model, build_tiny_tokenizer
 
 from pivotune.data.examples import Encoder
@@ -76,15 +77,6 @@ def test_an_empty_query_goes_through_templates(tokenizer):
         assert prompter.context("", 8).text == load_template(template, tokenizer).render(Turn("")).prompt
 
 
-LEADS = {
-    "llama-2": ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-                "{% else %} {{ m.content }} <|end|>{% endif %}{% endfor %}", "", " "),
-    "qwen3": ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|>"
-              "{% else %}<|assistant|><think>\n\n</think>\n\n{{ m.content }}<|end|>{% endif %}{% endfor %}"
-              "{% if add_generation_prompt %}<|assistant|>{% endif %}", "<think>\n\n</think>\n\n", ""),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", LEADS)
 def test_what_a_template_writes_before_the_answer_is_there(name):
     """Training learns it, so likelihoods must be of answers behind it, and generation must not have to write it."""
@@ -108,3 +100,45 @@ def test_only_what_may_be_cut_is_cut(tokenizer):
     assert context.truncated
     assert "Translate this:\n" in context.text
     assert "w399\nNow!" in context.text
+
+
+def begin_tokenizer(**changes):
+    """A tokenizer that puts a begin-of-text token first, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_tiny_tokenizer(bos_token="<|begin|>", **changes)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+OWN_BEGIN = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "changes"), [("alpaca", {}), (None, {}), ("chat", {"chat_template": OWN_BEGIN})])
+def test_generation_and_likelihood_read_the_same_tokens(template, changes):
+    """One begin-of-text token, whoever writes it: the tokenizer, or the chat template itself."""
+    from pivotune.evaluation.engine import transformers_engine
+    from pivotune.evaluation.requests import Generation, Likelihood
+
+    pytest.importorskip("lm_eval")
+    tokenizer = begin_tokenizer(**changes)
+    prompter = Prompter(tokenizer, template and load_template(template, tokenizer), 256)
+    model = build_tiny_model()
+    read: list[list[int]] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, options: read.append(options["input_ids"][0].tolist()), with_kwargs=True
+    )
+    engine = transformers_engine(model, prompter, batch_size=1, end_token_ids=[tokenizer.eos_token_id])
+    text = prompter.context("một con mèo", 8).text
+    engine.answer([Generation(text, 1, ())])
+    engine.answer([Likelihood(text, " hai")])
+    generated, scored = read
+    assert generated == prompter.encode_context(text)
+    assert scored[: len(generated)] == generated
+    assert generated.count(tokenizer.bos_token_id) == 1
+    assert generated[0] == tokenizer.bos_token_id

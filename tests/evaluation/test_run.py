@@ -6,10 +6,12 @@ import gzip
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from chat_templates import LEADS
+from conftest import build_tiny_tokenizer
 from tiny_training import save_tiny_model
 
 from pivotune.errors import UsageError
@@ -171,21 +173,34 @@ def test_results_hold_what_the_contract_says(model, data, tmp_path):
     assert {"answer", "answer_characters", "empty", "in_language", "f1", "exact_match"} < records[0].keys()
 
 
-def test_gold_likelihood_is_that_of_training(model, data, tmp_path):
-    """The same number that `score_answers` gives, without the end token."""
-    from pivotune.data.templates import load_template
-    from pivotune.evaluation.prompts import Prompter
+@pytest.mark.parametrize("template", [None, *LEADS])
+def test_gold_likelihood_is_that_of_training(data, tmp_path, template):
+    """The number that training's own scorer gives for the same row, without what the template writes behind it."""
+    from pivotune.data.examples import Encoder, Example
+    from pivotune.data.rows import Row
+    from pivotune.data.templates import Turn, load_template
     from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.training.heldout import score_answers
 
-    evaluate(model, ["xquad_vi"], tmp_path, data_dir=data, limit=2, max_new_tokens=4)
-    tokenizer, loaded = load_tokenizer(str(model)), load_model(str(model))
-    prompter = Prompter(tokenizer, load_template("chat", tokenizer), None)
+    name = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
+    if template is not None:
+        build_tiny_tokenizer(chat_template=LEADS[template][0]).save_pretrained(name)
+    evaluate(name, ["xquad_vi"], tmp_path / "out", data_dir=data, limit=1, max_new_tokens=4)
+    tokenizer = load_tokenizer(name)
+    encoder = Encoder(tokenizer, load_template("chat", tokenizer))
     query = "Bối cảnh: Có năm con mèo.\n\nCâu hỏi: Câu 0?\n\nTrả lời:"
-    context, answer = prompter.encode_pair(prompter.context(query, 0).text, "một")
-    with torch.no_grad():
-        logits = loaded(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
-    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
-    assert items(tmp_path)[0]["gold_nll"] == pytest.approx(nll, rel=1e-5)
+    side = encoder.encode([Row(query, "một", "", "")])[0].target
+    # The words that a template always writes (an empty thinking block) are no part of the answer's likelihood.
+    fixed = tokenizer(LEADS[template][1] if template else "", add_special_tokens=False)["input_ids"]
+    assert side.ids[: side.answer].tolist() == encoder.encode_prompt(Turn(query))
+    rendered = encoder.template.render(Turn(query, "một"))
+    up_to_answer = rendered.prompt + rendered.completion[: rendered.completion.index("một") + len("một")]
+    length = len(tokenizer(up_to_answer, add_special_tokens=False)["input_ids"])
+    answer = replace(side, ids=side.ids[:length], answer=side.answer + len(fixed))
+    (expected,) = score_answers(load_model(name), [Example(answer)], pad_token_id=tokenizer.pad_token_id)
+    (record,) = items(tmp_path / "out")
+    assert record["gold_nll"] == pytest.approx(expected.nll, rel=1e-5)
+    assert record["gold_tokens"] == expected.tokens
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(model, data, tmp_path, monkeypatch):
@@ -279,6 +294,23 @@ def test_a_prompt_longer_than_the_model_is_cut_and_counted(tmp_path):
     result = evaluate(folder, ["xquad_vi"], tmp_path / "out", data_dir=tmp_path, max_new_tokens=8)
     assert result["tasks"]["xquad_vi"]["truncated"] == 3
     assert all(record["truncated"] for record in items(tmp_path / "out"))
+
+
+def test_sentences_longer_than_the_model_are_cut_and_counted(tmp_path):
+    """XNLI scores whole sentences without a prompt: nothing but they themselves can be cut."""
+    name = save_tiny_model(tmp_path / "model", max_position_embeddings=64)
+    long, short = "Có năm con mèo rất to. " * 20, "Có mèo."
+    rows = [f"{long}\t{short}\tneutral\n", f"{short}\tMèo.\tentailment\n"]
+    (tmp_path / "dev-vi.tsv").write_text("".join(rows), encoding="utf-8")
+    result = evaluate(name, ["xnli_vi"], tmp_path / "out", data_dir=tmp_path, template="none")
+    assert result["tasks"]["xnli_vi"]["truncated"] == 1
+    assert [record.get("truncated", False) for record in items(tmp_path / "out")] == [True, False]
+
+
+def test_a_prompt_that_cannot_fit_names_task_and_item(data, tmp_path):
+    name = save_tiny_model(tmp_path / "model", max_position_embeddings=48)
+    with pytest.raises(UsageError, match=r"flores_en-vi, item \S+: the prompt takes \d+ tokens .* the model reads 48"):
+        prepare_evaluation(name, ["flores_vi"], EvaluationSettings(data_dir=data, max_new_tokens=16))
 
 
 def test_an_empty_answer_counts_as_wrong(model, data, tmp_path, monkeypatch):

@@ -311,3 +311,11 @@ def test_the_same_seed_gives_the_same_interval():
     assert difference(F1, *pair) == difference(F1, *pair)
     assert isinstance(difference(F1, *pair, seed=1), Difference)
     assert difference(F1, *pair, seed=1).low != difference(F1, *pair).low
+
+
+def test_a_bound_that_prints_as_zero_is_told_apart_by_nobody():
+    """Smoothing leaves BLEU of nonsense at 0.0002: a table would show [0.000, 0.001] and an arrow."""
+    base = np.linspace(0, 1, 50)
+    assert difference(F1, [sample(base + 2e-4)], [sample(base)]).verdict is Verdict.UNDECIDED
+    assert difference(F1, [sample(base + 2e-3)], [sample(base)]).verdict is Verdict.BETTER
+    assert difference(F1, [sample(base - 2e-3)], [sample(base)]).verdict is Verdict.WORSE

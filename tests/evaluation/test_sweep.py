@@ -397,3 +397,19 @@ def test_quiet_settings_are_those_of_the_file(config):
         saved = yaml.safe_load((cell.folder / "config.yaml").read_text())
         assert saved["training"] | QUIET == saved["training"]
         assert saved["supervision"]["thinking"]["layer"] == cell.config.supervision.thinking.layer
+
+
+def test_a_split_is_known_by_what_was_typed_and_by_its_own_name(tmp_path):
+    """FLORES calls its test split `devtest`: a cell measured with `--split test` is done."""
+    from pivotune.evaluation.settings import EvaluationSettings
+    from pivotune.evaluation.sweep_state import missing_tasks
+
+    settings = {"limit": None, "seed": None, "split": "test", "max_new_tokens": None, "backend": "hf", "dtype": "auto"}
+    entry = {"value": 1.0, "split": "devtest", "settings": settings}
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": {"flores_en-vi": entry}}))
+
+    def missing(split):
+        return missing_tasks(tmp_path, ["flores_en-vi"], EvaluationSettings(split=split))
+
+    assert missing("test") == missing("devtest") == ()
+    assert missing("dev") == missing(None) == ("flores_en-vi",)
