@@ -76,6 +76,29 @@ def hook_count(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def attention_implementations(model: nn.Module) -> list[str]:
+    """What every module's configuration names as its attention."""
+    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+
+def random_batch(seed: int) -> dict[str, Tensor]:
+    """1 to 6 rows with random lengths of every part; about a quarter are replay rows without an English side.
+
+    English sides have one token at least, which predicts nothing: its branch is empty.
+    """
+    random = np.random.default_rng(seed)
+
+    def lengths() -> tuple[int, ...]:
+        return tuple(int(random.integers(low, 15)) for low in (1, 1, 0, 1))
+
+    examples = []
+    for _ in range(int(random.integers(1, 7))):
+        main, other = make_side(random, *lengths()), make_side(random, *lengths())
+        replay = random.random() < 0.25
+        examples.append(Example(main=main, parallel=None if replay else other, english=replay))
+    return collate(examples)
+
+
 def build_tied_pair(family: str) -> tuple[nn.Module, nn.Module]:
     """A model whose head is the embedding matrix, and a copy whose head is a clone of it."""
     tied = build_tiny_model(family, tie_word_embeddings=True)

@@ -28,6 +28,9 @@ class ArchitectureSpec:
         lm_head: path from the causal LM to the output projection.
         softcap: reads the cap c of `c * tanh(logits / c)` from the text configuration; None for no cap.
         logit_scale: reads the factor by which the model multiplies `lm_head(h)`; 1.0 for none.
+        shared_prefix: whether a packed batch gives the same states (`pivotune.model.branches.check_shared_passes` tells):
+            causal attention through Transformers' attention interface, positions only from `position_ids`, and nothing
+            else between tokens.
     """
 
     decoder: str = "model"
@@ -36,6 +39,7 @@ class ArchitectureSpec:
     lm_head: str = "lm_head"
     softcap: Callable[[Any], float | None] = lambda config: None
     logit_scale: Callable[[Any], float] = lambda config: 1.0
+    shared_prefix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Architecture:
     lm_head: nn.Module
     softcap: float | None
     logit_scale: float
+    shared_prefix: bool = False
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -80,7 +85,7 @@ def _softcap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
-_LLAMA_LIKE = ArchitectureSpec()
+_LLAMA_LIKE = ArchitectureSpec(shared_prefix=True)
 _GEMMA = replace(_LLAMA_LIKE, softcap=_softcap)
 
 # `model_type` of the configuration -> spec. The tests run every invariant on a tiny model of each entry.
@@ -140,6 +145,7 @@ def find_architecture(model: nn.Module) -> Architecture:
         lm_head=_submodule(model, spec.lm_head, model_type, "lm_head"),
         softcap=spec.softcap(text_config),
         logit_scale=float(spec.logit_scale(text_config)),
+        shared_prefix=spec.shared_prefix,
     )
 
 

@@ -1,7 +1,9 @@
-"""The forward passes that deep supervision needs, as one function that a faster one can replace.
+"""The forward passes that deep supervision needs, in two ways that give the same states.
 
-`separate_passes` is the reference: one pass over the target rows, one truncated pass for each logits branch, one pass
-over the English rows for the feature signal. Whatever replaces it returns the same `Passes` and is tested against it.
+`shared_passes` is the fast one: the target rows and all logits branches go through one forward without padding, where a
+branch reads its prompt's states and leaves after its layer. `separate_passes` is the reference, and what models fall
+back to that cannot do that (`choose_passes`): one pass over the target rows and one truncated pass for each branch.
+Either runs one more pass over the English rows for the feature signal.
 
 Every pass goes through the root module's own `forward` (so that wrappers such as DDP or FSDP see it) with
 `logits_to_keep=1`: the model projects one position, and the losses project only what they need.
@@ -9,18 +11,25 @@ Every pass goes through the root module's own `forward` (so that wrappers such a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pivotune.errors import UsageError
 from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.taps import Taps, tap, truncated
+from pivotune.model.packed_forward import packed, why_not_packed
+from pivotune.model.packing import Branch, Packing, pack, pick
+from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
 
+logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
+Forward = Literal["auto", "shared", "separate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +69,94 @@ class Passes:
     english: Taps | None
 
 
+RunPasses = Callable[[nn.Module, Batch, PassRequest], Passes]
+
+
+def choose_passes(model: nn.Module, forward: Forward = "auto") -> RunPasses:
+    """`shared_passes` where the model can do it, `separate_passes` otherwise (`auto`; one log line says why).
+
+    Raises:
+        UsageError: `shared` is asked for and the model cannot do it.
+    """
+    reason = None if forward == "separate" else why_not_packed(model)
+    if forward == "shared" and reason is not None:
+        raise UsageError(f"supervision.logits.forward: shared is not possible: {reason}; allowed here: auto, separate")
+    if reason is not None:
+        _say_once(reason)
+    return separate_passes if forward == "separate" or reason is not None else shared_passes
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("every branch takes a pass of its own, which is slower: %s", reason)
+
+
+@torch.no_grad()
+def check_shared_passes(model: nn.Module) -> float:
+    """Largest difference between the states of `shared_passes` and `separate_passes` on made-up rows.
+
+    The check for a newly registered architecture: it should be at rounding level, and `shared_prefix=True` may then be
+    set in its `ArchitectureSpec`. A sliding window beyond the 24 tokens of the rows is not seen by it.
+    """
+    architecture = find_architecture(model)
+    batch = _made_up_batch(architecture)
+    top = max(architecture.num_layers - 1, 1)
+    request = PassRequest(
+        main_layers=frozenset({1, top}), branches={"conversion": (1, "query"), "thinking": (top, "answer")}
+    )
+    with evaluation_mode(model):
+        shared, separate = (run(model, batch, request) for run in (shared_passes, separate_passes))
+    real = batch["attention_mask"].bool()
+    pairs = [
+        *((shared.branches[name].hidden_states, separate.branches[name].hidden_states) for name in request.branches),
+        *((shared.main.hidden_states[k][real], separate.main.hidden_states[k][real]) for k in request.main_layers),
+    ]
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def _made_up_batch(architecture: Architecture) -> Batch:
+    """Two rows of different lengths, each of a prompt, an answer and an English side."""
+    device = architecture.head_weight.device
+    columns = torch.arange(24, device=device)
+    ids = (columns * 7 + 3).remainder(architecture.vocab_size).repeat(2, 1)
+    lengths = torch.tensor([[24], [17]], device=device)
+    mask = columns < lengths
+    answer = mask & (columns >= 11)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "labels": torch.where(answer, ids, -100),
+        "english_input_ids": ids.flip(1).contiguous(),
+        "english_attention_mask": mask.long(),
+        "english_query_mask": mask & (columns < 9),
+        "english_answer_mask": mask & (columns >= 9),
+    }
+
+
+def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
+    """One forward over target rows and branches together; `pivotune.model.packing` says how they lie."""
+    architecture = find_architecture(model)
+    wanted = {name: spec for name, spec in request.branches.items() if batch[f"english_{spec[1]}_mask"].any()}
+    packing = pack(
+        batch["input_ids"].cpu(),
+        batch["attention_mask"].cpu(),
+        _prompt_lengths(batch).cpu(),
+        [_branch(batch, layer, side) for layer, side in wanted.values()],
+    )
+    taps = _run_packed(model, architecture, packing, request.main_layers | {layer for layer, _ in wanted.values()})
+    branches = {
+        name: BranchStates(
+            hidden_states=pick(taps.hidden_states[layer][0], positions),
+            labels=batch["english_input_ids"][batch[f"english_{side}_mask"]],
+        )
+        for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True)
+    }
+    english = _english_pass(model, batch, request, _run_without_padding) if _wants_english(batch, request) else None
+    return Passes(main=_padded(packing, taps, request.main_layers), branches=branches, english=english)
+
+
 def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
-    """Reference implementation: a pass of its own for every branch, stopped after that branch's layer."""
+    """Reference: a pass of its own for every branch, stopped after that branch's layer."""
     architecture = find_architecture(model)
     main = _run(model, architecture, batch["input_ids"], batch["attention_mask"], request.main_layers)
     branches = {
@@ -69,8 +164,12 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
         for name, (layer, side) in request.branches.items()
         if batch[f"english_{side}_mask"].any()
     }
-    wants_english = bool(request.english_layers) and bool(batch["english_attention_mask"].any())
-    return Passes(main=main, branches=branches, english=_english_pass(model, batch, request) if wants_english else None)
+    english = _english_pass(model, batch, request, _run) if _wants_english(batch, request) else None
+    return Passes(main=main, branches=branches, english=english)
+
+
+def _wants_english(batch: Batch, request: PassRequest) -> bool:
+    return bool(request.english_layers) and bool(batch["english_attention_mask"].any())
 
 
 def _run(
@@ -79,6 +178,30 @@ def _run(
     with tap(architecture, layers) as taps:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
     return taps
+
+
+def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, layers: Iterable[int]) -> Taps:
+    """Packed states (1, N or fewer, width)."""
+    packing = packing.to(architecture.head_weight.device)
+    with packed(model, architecture, packing), tap(architecture, layers) as taps:
+        model(input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, logits_to_keep=1)
+    return taps
+
+
+def _run_without_padding(
+    model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
+) -> Taps:
+    """As `_run`, with the padding taken out on the way."""
+    packing = pack(input_ids.cpu(), attention_mask.cpu())
+    return _padded(packing, _run_packed(model, architecture, packing, layers), layers)
+
+
+def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
+    assert taps.final is not None
+    return Taps(
+        hidden_states={layer: packing.padded(taps.hidden_states[layer]) for layer in layers},
+        final=packing.padded(taps.final),
+    )
 
 
 def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, layer: int, side: str) -> BranchStates:
@@ -102,7 +225,7 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
         input_ids (R, U), attention_mask (R, U) and branch_mask (R, U) bool, true on the English tokens; padded right.
     """
     keep = batch[f"english_{side}_mask"].any(dim=1)
-    prompt_lengths = (batch["attention_mask"].bool() & (batch["labels"] < 0)).sum(dim=1)[keep]
+    prompt_lengths = _prompt_lengths(batch)[keep]
     english_mask = batch[f"english_{side}_mask"][keep]
     english_lengths = english_mask.sum(dim=1)
     totals = prompt_lengths + english_lengths
@@ -118,27 +241,29 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, (in_prompt | in_branch).long(), in_branch
 
 
+def _prompt_lengths(batch: Batch) -> Tensor:
+    """(B,) tokens before the answer."""
+    return (batch["attention_mask"].bool() & (batch["labels"] < 0)).sum(dim=1)
+
+
 def _first_positions(tokens: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device)[None, :] < lengths[:, None]
 
 
-def _english_pass(model: nn.Module, batch: Batch, request: PassRequest) -> Taps:
+def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Callable[..., Taps]) -> Taps:
     """Run the English rows, no further than the highest layer asked for."""
     runner = model if request.reference is None else request.reference
     architecture = find_architecture(runner)
     gradient = request.english_gradient and request.reference is None
+    mask = batch["english_attention_mask"]
+    if run is _run:
+        # A row without an English side would attend to nothing and give NaN; its states are never read.
+        mask = mask.masked_fill(~mask.any(dim=1, keepdim=True), 1)
     with (
         nullcontext() if gradient else _without_gradient(architecture),
         truncated(architecture, max(request.english_layers)),
     ):
-        return _run(
-            runner,
-            architecture,
-            batch["english_input_ids"],
-            # A row without an English side would attend to nothing and give NaN; its states are never read.
-            batch["english_attention_mask"].masked_fill(~batch["english_attention_mask"].any(dim=1, keepdim=True), 1),
-            request.english_layers,
-        )
+        return run(runner, architecture, batch["english_input_ids"], mask, request.english_layers)
 
 
 @contextmanager
@@ -153,3 +278,15 @@ def _without_gradient(architecture: Architecture) -> Iterator[None]:
     finally:
         for block in checkpointed:
             block.gradient_checkpointing = True
+
+
+def _branch(batch: Batch, layer: int, side: str) -> Branch:
+    """One English side of the batch as a branch, on the CPU; the last token of a row predicts nothing and is left out."""
+    mask = batch[f"english_{side}_mask"].cpu()
+    keep = mask.any(dim=1)
+    mask = mask[keep]
+    lengths = mask.sum(dim=1) - 1
+    places = _first_positions(mask[:, : int(lengths.max())], lengths)
+    tokens = torch.zeros(places.shape, dtype=torch.long)
+    tokens[places] = batch["english_input_ids"].cpu()[keep][mask & (mask.cumsum(dim=1) <= lengths[:, None])]
+    return Branch(layer=layer, rows=keep.nonzero()[:, 0], tokens=tokens, lengths=lengths)

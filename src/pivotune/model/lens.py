@@ -7,16 +7,20 @@ reads layer entropies and inner losses through this lens (arXiv 2503.01275, sect
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.taps import tap
 
 Norm = Literal["final", "none"]
+
+_MIB = 2**20
 
 
 def frozen_norm(architecture: Architecture, hidden_states: Tensor) -> Tensor:
@@ -41,6 +45,48 @@ def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: Norm
     """
     normed = frozen_norm(architecture, hidden_states) if norm == "final" else hidden_states
     return readout(architecture, normed, frozen=True)
+
+
+def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """Logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
+
+    Blocks are rows of the head's matrix, so products of a few hundred rows run at full speed while the logits fit into
+    the cache. A head that can only be called as a module (see `plain_head`) gives one block, the whole vocabulary. No
+    gradient reaches the head. Each block is the caller's own and may be overwritten.
+    """
+    head = plain_head(architecture)
+    if head is None:
+        yield 0, readout(architecture, normed, frozen=True)
+        return
+    weights = head.weight.detach().split(columns)
+    biases = [None] * len(weights) if head.bias is None else head.bias.detach().split(columns)
+    normed = normed.to(head.weight.dtype)
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        yield index * columns, architecture.transform_logits(linear(normed, weight, bias))
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many rows of logits (rows, vocabulary) to make at once where all of a row is needed.
+
+    On a CPU 24 MiB of float32: at 576 x 49,152 chunks of 128 rows were faster than 64 (the head is read once for each
+    chunk) and than 256 (fresh pages cost more than the product saves). At least 64 rows, for large vocabularies. On a
+    GPU 256 MiB, at least 256 rows.
+    """
+    budget, least = (24 * _MIB, 64) if device.type == "cpu" else (256 * _MIB, 256)
+    return min(max(budget // (4 * vocab_size), least), 4096)
+
+
+def plain_head(architecture: Architecture) -> nn.Linear | None:
+    """The LM head where it is exactly `lm_head.weight @ h + bias` with an ordinary floating-point matrix.
+
+    None where a wrapper, adapter, quantization, hook or sharded tensor stands in between: call the module then.
+    """
+    head = architecture.lm_head
+    # Accelerate's hooks replace `forward` on the instance; ZeRO-3 leaves a parameter without its two dimensions.
+    hooked = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    if hooked or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return None
+    return head if head.weight.is_floating_point() and head.weight.ndim == 2 else None
 
 
 @torch.no_grad()
