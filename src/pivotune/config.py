@@ -67,6 +67,7 @@ class LogitsConfig(_Section):
 
     mode: Literal["autoregressive", "positional"] = "autoregressive"
     norm: Literal["final", "none"] = "final"
+    forward: Literal["auto", "shared", "separate"] = "auto"  # one pass with the target rows, or passes of their own
 
 
 class FeatureConfig(_Section):

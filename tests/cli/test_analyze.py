@@ -111,6 +111,9 @@ def test_json_is_all_there_is_on_stdout(model, data, out, capsys):
     assert analyze(model, data, out, "--json") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads(out.read_text())
+    # Progress goes to stderr, as plain text where that is no terminal: 16 rows in two languages.
+    assert "32/32" in captured.err
+    assert "\x1b" not in captured.err
     assert out.with_suffix(".png").is_file()
 
 

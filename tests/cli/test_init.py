@@ -114,6 +114,7 @@ def test_the_alternatives_are_found():
         "supervision.schedule",
         "supervision.logits.mode",
         "supervision.logits.norm",
+        "supervision.logits.forward",
         "supervision.feature.pooling",
         "supervision.feature.span",
         "supervision.feature.english",

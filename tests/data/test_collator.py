@@ -57,6 +57,20 @@ def test_pad_to_multiple_of(multiple, main, english):
     assert (batch["labels"] >= 0).sum() == 2
 
 
+def test_pooled_english_vectors_are_stacked():
+    """In the rows' order; a batch of rows without any has no such entry."""
+    vectors = {name: np.arange(3, dtype=np.float32) + start for name, start in (("conversion", 1), ("thinking", 5))}
+    zeros = {name: np.zeros(3, dtype=np.float32) for name in vectors}
+    batch = batch_of(
+        Example(main=SHORT, english=True, english_features=zeros),
+        Example(main=MAIN, parallel=ENGLISH, english_features=vectors),
+    )
+    assert batch["english_features_conversion"].tolist() == [[0, 0, 0], [1, 2, 3]]
+    assert batch["english_features_thinking"].tolist() == [[0, 0, 0], [5, 6, 7]]
+    assert batch["english_features_thinking"].dtype == torch.float32
+    assert not any("features" in name for name in batch_of(Example(main=MAIN, parallel=ENGLISH)))
+
+
 def test_padding_to_a_multiple_leaves_a_missing_side_empty():
     assert batch_of(Example(main=MAIN), pad_to_multiple_of=8)["english_input_ids"].shape == (1, 0)
 

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pivotune.errors import UsageError
 from pivotune.layers.profile import english_looking_tokens, profile_layers
+from pivotune.layers.statistics import BlockSize
 from pivotune.model.architecture import find_architecture
 from pivotune.model.lens import lens_logits
 from pivotune.model.taps import tap
 
+COLUMNS = 112  # of a block of logits; no other dimension of the tiny models has this size
 ENGLISH = torch.arange(VOCABULARY) % 3 == 0
 
 
@@ -52,11 +54,11 @@ def naive_profile(model, data):
     return torch.stack(entropy, 1), torch.stack(agreement, 1), torch.stack(share, 1), sequences
 
 
-@pytest.mark.parametrize("chunk_tokens", [4, 256])
-def test_equals_the_naive_profile(family, chunk_tokens):
+@pytest.mark.parametrize("block", [BlockSize(7, 100), BlockSize(4, VOCABULARY), None])
+def test_equals_the_naive_profile(family, block):
     model = build_tiny_model(family)
     entropy, agreement, share, sequences = naive_profile(model, batches())
-    profile = profile_layers(model, batches(), english_tokens=ENGLISH, chunk_tokens=chunk_tokens)
+    profile = profile_layers(model, batches(), english_tokens=ENGLISH, block=block)
     assert profile.num_layers == NUM_LAYERS
     assert (profile.tokens, profile.sequences) == (entropy.shape[1], len(set(sequences)))
     assert profile.entropy == pytest.approx(entropy.mean(1).tolist(), rel=2e-6)
@@ -112,7 +114,7 @@ def test_batching_does_not_matter():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor made, and of the largest with the vocabulary as its last dimension."""
+    """Elements of the largest tensor made, and of the largest with a block's columns as its last dimension."""
 
     def __init__(self, model):
         super().__init__()
@@ -123,7 +125,7 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.weights:
             self.any = max(self.any, result.numel())
-            if result.ndim and result.shape[-1] == VOCABULARY:
+            if result.ndim and result.shape[-1] in (COLUMNS, VOCABULARY):
                 self.logits = max(self.logits, result.numel())
         return result
 
@@ -133,10 +135,11 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_grows_neither_with_layers_nor_with_tokens(num_layers, tokens):
     model = build_tiny_model("llama", num_hidden_layers=num_layers)
     with LargestTensor(model) as largest:
-        profile_layers(model, batches([(2, tokens)]), english_tokens=ENGLISH, chunk_tokens=8)
-    assert largest.logits == 8 * VOCABULARY
-    # Attention of the model's own pass: rows x heads x tokens x tokens.
-    assert largest.any <= max(8 * VOCABULARY, 2 * 4 * tokens * tokens)
+        profile_layers(model, batches([(2, tokens)]), english_tokens=ENGLISH, block=BlockSize(8, COLUMNS))
+    # The forward pass itself makes one row of logits for each of two sequences.
+    assert largest.logits == max(8 * COLUMNS, 2 * VOCABULARY)
+    # Attention of the model's own pass: rows x heads x tokens x tokens. The states: layers x tokens x width.
+    assert largest.any <= max(2 * 4 * tokens * tokens, (num_layers + 1) * 2 * tokens * 32)
 
 
 def test_measures_at_most_the_asked_tokens_of_each_sequence_evenly_spread(monkeypatch):

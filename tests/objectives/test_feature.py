@@ -207,5 +207,5 @@ def test_reference_is_ignored_unless_frozen():
 
 
 def test_frozen_needs_the_reference():
-    with pytest.raises(ValueError, match="needs the frozen copy of the starting model as `reference`"):
+    with pytest.raises(ValueError, match="needs the starting model as `reference`, or its vectors in the batch"):
         deep_supervision_terms(build_tiny_model(), make_batch(2), supervision(english="frozen"))

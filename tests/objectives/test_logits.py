@@ -83,9 +83,11 @@ def test_autoregressive_gradient_equals_that_of_the_naive_loop():
     freeze_readout(model)
     for name in LAYERS:
         expected = gradients(model, sum(naive_autoregressive(model, name, "final")))
-        assert actual[name].keys() == expected.keys()
-        for parameter, gradient in expected.items():
-            torch.testing.assert_close(actual[name][parameter], gradient, rtol=1e-4, atol=1e-4)
+        # Both losses go through one call of the head, so what only the other one reaches gets zeros.
+        assert expected.keys() <= actual[name].keys()
+        for parameter, gradient in actual[name].items():
+            wanted = expected.get(parameter, torch.zeros_like(gradient))
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
 
 
 def naive_positional(model: nn.Module, name: str, norm: str) -> list[Tensor]:

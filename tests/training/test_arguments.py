@@ -11,7 +11,7 @@ SUPERVISION = {
     "conversion": {"signal": "feature", "layer": 2, "weight": 0.7},
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
-    "logits": {"mode": "positional", "norm": "none"},
+    "logits": {"mode": "positional", "norm": "none", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
     "profile_rows": 11,
 }
@@ -129,6 +129,8 @@ def test_defaults_of_a_run_and_what_training_says():
         parse_config(settings(training={"use_cpu": True, "logging_steps": 3, "save_strategy": "no"}))
     )
     assert (changed.logging_steps, str(changed.save_strategy.value)) == (3, "no")
+    assert args.train_sampling_strategy == "group_by_length"
+    assert args.logging_nan_inf_filter is False
     assert changed.deepspeed is None
     assert not changed.fsdp
 
@@ -142,6 +144,10 @@ def test_defaults_of_a_run_and_what_training_says():
         ({"thinking_layer": 3}, ("training.thinking_layer", "is set outside of training:")),
         ({"save_strategy": "sometimes"}, ("training: ", "sometimes")),
         ({"bf16": True, "fp16": True}, ("training: ",)),
+        (
+            {"train_sampling_strategy": "by_length"},
+            ("training.train_sampling_strategy: 'by_length' is not allowed", "random, sequential, group_by_length"),
+        ),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
             ("training: ", "strategy"),

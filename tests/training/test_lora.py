@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pivotune.config import LoraSettings
 from pivotune.errors import UsageError
-from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
-from pivotune.training.lora import AdaptersOff, add_adapters, build_lora_config, check_adapters, is_tied
+from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, is_tied
 
 
 def tied_model(family: str = "llama") -> Any:
@@ -124,22 +123,6 @@ def test_model_with_adapters_is_refused():
         add_adapters(model, lora())
 
 
-def test_adapters_off_is_the_base_and_leaves_them_trainable():
-    base = build_tiny_model()
-    ids = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        expected = base(input_ids=ids).logits
-    model = perturb(add_adapters(base, lora(target_modules="all-linear")))
-    off = AdaptersOff(model)
-    with torch.no_grad():
-        torch.testing.assert_close(off(input_ids=ids).logits, expected, rtol=0, atol=0)
-        assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2
-    assert find_architecture(off).lm_head is find_architecture(model).lm_head
-    assert list(off.parameters()) == []
-    assert off.state_dict() == {}
-    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
-
-
 # ---- from the configuration alone ----
 
 
@@ -177,15 +160,3 @@ def test_check_finds_what_adding_would(target, message):
 def test_check_passes_for_every_family(family):
     config: Any = tiny_config(family)
     check_adapters(LoraSettings(), AutoConfig.for_model(**config.to_dict()))
-
-
-def test_the_frozen_reference_has_no_dropout_while_the_model_trains():
-    model = build_tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
-    adapted = add_adapters(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).train()
-    reference = AdaptersOff(adapted)
-    tokens = torch.arange(5, 15)[None]
-    with torch.no_grad():
-        first, second = (reference(input_ids=tokens).logits for _ in range(2))
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        assert adapted.training
-        assert not torch.equal(adapted(input_ids=tokens).logits, first)

@@ -326,7 +326,8 @@ def test_metrics_have_every_term(finished):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     always = {"loss", "tft_loss", "grad_norm", "learning_rate", "supervision_factor", "epoch",
-              "target_tokens_per_second", "english_tokens_per_second"}  # fmt: skip
+              "target_tokens_per_second", "english_tokens_per_second", "padding_tokens_per_second",
+              "padding_share"}  # fmt: skip
     assert all(always <= line.keys() for line in steps)
     # The inner losses are not computed at the last step, where the schedule is 0.
     assert all({"conversion_loss", "thinking_loss"} <= line.keys() for line in steps[:-1])

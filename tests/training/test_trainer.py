@@ -125,7 +125,7 @@ def test_tokenizer_without_padding_token(tmp_path):
     [("sft", 16, 0), ("tft", 4, 0), ("deep-supervision", 4, 12)],
 )
 def test_methods_train_on_their_rows(tmp_path, method, english, parallel):
-    trainer = tiny_trainer(tmp_path, method=method, english_ratio=0.25)
+    trainer = tiny_trainer(tmp_path, method=method, english_ratio=0.25, num_train_epochs=3)
     examples = trainer.train_dataset.examples
     assert len(examples) == 16
     assert sum(example.english for example in examples) == english
@@ -408,6 +408,23 @@ def test_nan_stops_before_the_weights_change(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
+def test_nan_in_the_middle_of_a_window_stops_before_the_weights_change(tmp_path, monkeypatch):
+    """Whether the loss is finite is asked once per step: the first of its micro-batches counts too."""
+    trainer = tiny_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        calls.append(weights(trainer.model))
+        return compute_loss(*args, **options) * (math.nan if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(trainer, "compute_loss", poisoned)
+    with pytest.raises(TrainingDivergedError, match="at step 2 "):
+        trainer.train()
+    assert len(calls) == 8
+    assert_same(weights(trainer.model), calls[4])
+    assert any(not torch.equal(tensor, calls[0][name]) for name, tensor in calls[4].items())
+
+
 def test_loss_outside_training_counts_its_own_batch(tmp_path):
     """`compute_loss` without a window, as other code calls it."""
     trainer = tiny_trainer(tmp_path, method="tft", english_ratio=0.0)
@@ -418,4 +435,4 @@ def test_loss_outside_training_counts_its_own_batch(tmp_path):
     expected = sum(nll for nll, _ in scores) / sum(count for _, count in scores)
     assert loss.item() == outputs["loss"].item() == pytest.approx(expected, rel=1e-5)
     # It is no training step, so that no log line may count it.
-    assert trainer._window == {}
+    assert trainer._window.empty

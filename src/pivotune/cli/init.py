@@ -30,7 +30,8 @@ supervision:
   conversion: {signal: logits, layer: auto, weight: 0.3}   # language conversion at a bottom layer: logits | feature | none
   thinking: {signal: logits, layer: auto, weight: 0.3}     # English thinking at a middle layer
   schedule: linear                    # constant | linear | cosine, down to 0 at the last step
-  logits: {mode: autoregressive, norm: final}              # autoregressive | positional; final | none
+  logits: {mode: autoregressive, norm: final, forward: auto} # autoregressive | positional; final | none; \
+auto | shared | separate
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 

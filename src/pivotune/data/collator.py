@@ -45,6 +45,8 @@ class DeepSupervisionCollator:
         english_attention_mask  (B, S) int64
         english_query_mask      (B, S) bool, the tokens of x_en
         english_answer_mask     (B, S) bool, the tokens of y_en
+    Where the examples carry pooled English vectors (`feature.english: frozen`), by loss term:
+        english_features_conversion, english_features_thinking  (B, width) float32, zeros in rows without an English side
 
     In every row the answer is contiguous and last, so a prompt is what stands before the first label.
     """
@@ -64,6 +66,7 @@ class DeepSupervisionCollator:
             "answer_characters": np.array([example.main.characters for example in examples], dtype=np.int64),
             "is_english": np.array([example.english for example in examples], dtype=bool),
             **{f"english_{name}": array for name, array in english.items()},
+            **_features(examples),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -87,3 +90,11 @@ class DeepSupervisionCollator:
     def _round_up(self, length: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
+
+
+def _features(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """All rows carry vectors of the same terms, or none does."""
+    features = [example.english_features for example in examples if example.english_features is not None]
+    if not features:
+        return {}
+    return {f"english_features_{name}": np.stack([vectors[name] for vectors in features]) for name in features[0]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -75,11 +75,14 @@ class Example:
         main: the sequence that L_TFT is computed on.
         parallel: its English counterpart for the inner losses; None for rows without them.
         english: whether `main` is English (replay, or the SFT baseline).
+        english_features: pooled English vectors (width,) float32 by loss term, where they were computed beforehand;
+            zeros for rows without an English side.
     """
 
     main: Side
     parallel: Side | None = None
     english: bool = False
+    english_features: Mapping[str, np.ndarray] | None = None
 
 
 class _UnfitRowError(UsageError):

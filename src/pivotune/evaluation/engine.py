@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Backend = Literal["hf", "vllm"]
 BACKENDS: tuple[Backend, ...] = ("hf", "vllm")
 
-# Rows of the head product at once: 128 rows x 256,000 logits in float32 are 128 MB.
-_HEAD_ROWS = 128
 _SCORED_TOKENS = {"cpu": 2048, "cuda": 32768}
 # A step of generation on a CPU is bound by reading the weights: many rows cost little more than one.
 _CPU_GENERATION_TOKENS = 32768
@@ -367,14 +365,8 @@ def _final_states(model: Any, rows: Sequence[tuple[int, ...]], device: torch.dev
 def _log_probabilities(
     architecture: Any, states: torch.Tensor, index: torch.Tensor, targets: torch.Tensor
 ) -> tuple[list[float], list[bool]]:
-    from pivotune.model.lens import readout
+    from pivotune.objectives.cross_entropy import score_labels
 
-    logprobs: list[float] = []
-    greedy: list[bool] = []
     index, targets = index.to(states.device), targets.to(states.device)
-    for places, wanted in zip(index.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
-        logits = readout(architecture, states[places[:, 0], places[:, 1]], frozen=True).float()
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        logprobs += cast("list[float]", (chosen - logits.logsumexp(dim=1)).tolist())
-        greedy += cast("list[bool]", (logits.argmax(dim=1) == wanted).tolist())
-    return logprobs, greedy
+    scores = score_labels(architecture, states[index[:, 0], index[:, 1]], targets)
+    return cast("list[float]", scores.log_probabilities.tolist()), cast("list[bool]", scores.greedy.tolist())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
+from pivotune.layers.statistics import BlockSize, lens_statistics
 from pivotune.model.architecture import Architecture, find_architecture, unwrap_model
-from pivotune.model.lens import lens_logits
 from pivotune.model.taps import evaluation_mode, tap
 
 if TYPE_CHECKING:
@@ -57,16 +57,16 @@ def profile_layers(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     english_tokens: Tensor | None = None,
-    chunk_tokens: int = 128,
+    block: BlockSize | None = None,
     tokens_per_sequence: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LayerProfile:
     """Profile every layer of a causal LM on text (paper, section "Critical layers"; lens in `pivotune.model.lens`).
 
     For each counted token and layer k, with p_k = softmax(lens(h_k)): entropy -sum p_k log p_k in nats, whether
-    argmax p_k = argmax p_L, and sum of p_k over `english_tokens`. One forward pass per batch; the lens then runs over
-    `chunk_tokens` tokens of one layer at a time, so at most `chunk_tokens` x V logits exist at once (a few
-    temporaries of that size) whatever the number of layers and tokens. Entropies are fp32 also for a bf16 model.
+    argmax p_k = argmax p_L, and sum of p_k over `english_tokens`. One forward pass per batch; the lens then makes one
+    `block` of logits at a time (`pivotune.layers.statistics`), whatever the number of layers and tokens and however
+    large the vocabulary. Entropies are fp32 also for a bf16 model.
 
     Args:
         model: a supported causal LM, wrapped or not. Evaluation mode inside, its modes as before afterwards.
@@ -74,6 +74,7 @@ def profile_layers(
             that count. Padded positions never count.
         english_tokens: boolean vector over the vocabulary (see `english_looking_tokens`). A shorter one is padded
             with False: models often have more output rows than the tokenizer has tokens.
+        block: how many logits exist at once; chosen by device where None.
         tokens_per_sequence: measure at most this many counted tokens of each sequence, evenly spread. The lens costs
             L + 1 output projections for each token, while the standard error depends mostly on the number of sequences.
         progress: called after each batch with the number of sequences done so far.
@@ -89,7 +90,7 @@ def profile_layers(
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             token_mask = _counted_tokens(batch, tokens_per_sequence)
-            totals.add(*_batch_sums(model, architecture, batch, token_mask, english, chunk_tokens))
+            totals.add(*_batch_sums(model, architecture, batch, token_mask, english, block))
             if progress is not None:
                 progress(totals.sequences)
     return totals.profile(with_english=english is not None)
@@ -190,23 +191,22 @@ def _batch_sums(
     batch: Mapping[str, Tensor],
     token_mask: Tensor,
     english: Tensor | None,
-    chunk_tokens: int,
+    block: BlockSize | None,
 ) -> tuple[Tensor, Tensor]:
     """Sums of the three statistics (B, L + 1, 3) and counted tokens (B), float64 on the CPU."""
     states = _counted_states(model, architecture, batch, token_mask)
-    sequence_of = token_mask.nonzero()[:, 0].cpu()
+    found = lens_statistics(architecture, states.flatten(0, 1), english, block)
+    entropy, top, share = (values.view(states.shape[:2]) for values in found)
+    by_token = torch.stack([entropy, (top == top[-1]).float(), share], dim=-1).transpose(0, 1)
     sums = torch.zeros(len(token_mask), len(states), 3, dtype=torch.float64)
-    for start in range(0, len(sequence_of), chunk_tokens):
-        window = slice(start, start + chunk_tokens)
-        statistics = _chunk_statistics(architecture, [state[window] for state in states], english)
-        sums.index_add_(0, sequence_of[window], statistics)
+    sums.index_add_(0, token_mask.nonzero()[:, 0].cpu(), by_token.double().cpu())
     return sums, token_mask.sum(1).double().cpu()
 
 
 def _counted_states(
     model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor], token_mask: Tensor
-) -> list[Tensor]:
-    """h_0..h_L at the counted positions, each (N, D), from one forward pass that makes no logits of its own."""
+) -> Tensor:
+    """h_0..h_L at the counted positions, (L + 1, N, D), from one forward pass that makes no logits of its own."""
     device = next(model.parameters()).device
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_arguments(model) else {}
     layers = range(architecture.num_layers + 1)
@@ -217,26 +217,14 @@ def _counted_states(
             use_cache=False,
             **last_only,
         )
-    head_device = _head_device(architecture)
-    states = (taps.hidden_states.pop(layer) for layer in layers)
-    return [state[token_mask.to(state.device)].to(head_device) for state in states]
-
-
-def _chunk_statistics(architecture: Architecture, states: list[Tensor], english: Tensor | None) -> Tensor:
-    """(chunk, L + 1, 3) float64 on the CPU: entropy, agreement, English share.
-
-    From the top layer down, because its most probable token is what the others are compared with.
-    """
-    output_top: Tensor | None = None
-    by_layer = []
-    for state in reversed(states):
-        probabilities = lens_logits(architecture, state).float().softmax(-1)
-        top = probabilities.argmax(-1)
-        output_top = top if output_top is None else output_top
-        share = torch.zeros_like(top) if english is None else probabilities @ english
-        entropy = torch.special.entr(probabilities).sum(-1)
-        by_layer.append(torch.stack([entropy, (top == output_top).float(), share.float()], dim=-1))
-    return torch.stack(by_layer[::-1], dim=1).double().cpu()
+    taps.final = None
+    output = taps.hidden_states[architecture.num_layers]
+    counted = output.new_empty(len(layers), int(token_mask.sum()), output.shape[-1], device=_head_device(architecture))
+    for layer in layers:
+        # Each layer's full states are freed before the next are picked.
+        state = taps.hidden_states.pop(layer)
+        counted[layer] = state[token_mask.to(state.device)]
+    return counted
 
 
 def _english_weights(english_tokens: Tensor | None, architecture: Architecture) -> Tensor | None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pivotune.errors import UsageError
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.packed_forward import packed, why_not_packed
-from pivotune.model.packing import Branch, Packing, pack, pick
+from pivotune.model.packing import Branch, Packing, pack
+from pivotune.model.scatter import pick
 from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
 
 logger = logging.getLogger(__name__)

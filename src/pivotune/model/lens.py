@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import linear
 
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.taps import tap
@@ -51,18 +50,31 @@ def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> It
     """Logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
 
     Blocks are rows of the head's matrix, so products of a few hundred rows run at full speed while the logits fit into
-    the cache. A head that can only be called as a module (see `plain_head`) gives one block, the whole vocabulary. No
-    gradient reaches the head. Each block is the caller's own and may be overwritten.
+    the cache. All share one buffer: a block may be overwritten and is gone when the next one comes. A head that can only
+    be called as a module (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
     """
     head = plain_head(architecture)
     if head is None:
         yield 0, readout(architecture, normed, frozen=True)
         return
-    weights = head.weight.detach().split(columns)
-    biases = [None] * len(weights) if head.bias is None else head.bias.detach().split(columns)
     normed = normed.to(head.weight.dtype)
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        yield index * columns, architecture.transform_logits(linear(normed, weight, bias))
+    buffer = normed.new_empty(len(normed) * min(columns, len(head.weight)))
+    for start in range(0, len(head.weight), columns):
+        weight = head.weight.detach()[start : start + columns]
+        logits = buffer[: len(normed) * len(weight)].view(len(normed), len(weight))
+        torch.mm(normed, weight.T, out=logits)
+        if head.bias is not None:
+            logits += head.bias.detach()[start : start + columns]
+        yield start, _transform_in_place(architecture, logits)
+
+
+def _transform_in_place(architecture: Architecture, logits: Tensor) -> Tensor:
+    """`Architecture.transform_logits` without fresh memory."""
+    if architecture.logit_scale != 1.0:
+        logits *= architecture.logit_scale
+    if architecture.softcap is not None:
+        logits.div_(architecture.softcap).tanh_().mul_(architecture.softcap)
+    return logits
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.model.architecture import Architecture, find_architecture, unwrap_model
-from pivotune.model.packing import Packing, packed_attention
+from pivotune.model.packed_attention import packed_attention
+from pivotune.model.packing import Packing
 
 ATTENTION = "pivotune_packed"
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
@@ -152,5 +153,5 @@ def _attention(
 
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration that some module reads its attention from, each once; the model's own first."""
-    found = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}  # fmt: skip
-    return list(found.values())
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())

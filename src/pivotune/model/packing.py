@@ -15,38 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from pivotune.model.scatter import Scatter, moved, take
 
 # Rows that are padded this little stay padded: taking padding out costs four copies of the attention's inputs and
 # outputs in every block, about as much as computing this share of the tokens in vain (docs/performance.md).
 PADDING_LEFT_IN = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scatter:
-    """Where packed tokens go in a padded tensor of shape (rows, length).
-
-    Attributes:
-        gather: (rows * length,) the packed position that fills each padded place. Padding repeats some token: whatever
-            stands there is not attended to and not read.
-        packed: (m,) packed positions that are really taken, each once.
-        padded: (m,) their places in the padded tensor, flattened.
-        contiguous: (start, stop) where the padded tensor is this very stretch of the packed one, so that no copy is needed.
-    """
-
-    rows: int
-    length: int
-    gather: Tensor
-    packed: Tensor
-    padded: Tensor
-    contiguous: tuple[int, int] | None = None
-
-    def to(self, device: torch.device) -> Scatter:
-        """The same on `device`."""
-        moved = {name: _moved(getattr(self, name), device) for name in ("gather", "packed", "padded")}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +44,7 @@ class Segment:
 
     def to(self, device: torch.device) -> Segment:
         """The same on `device`."""
-        prompts = None if self.prompt_lengths is None else _moved(self.prompt_lengths, device)
+        prompts = None if self.prompt_lengths is None else moved(self.prompt_lengths, device)
         queries = self.queries.to(device)
         keys = queries if self.keys is self.queries else self.keys.to(device)
         return replace(self, queries=queries, keys=keys, prompt_lengths=prompts, masks={})
@@ -140,10 +115,10 @@ class Packing:
         """The same on `device`."""
         segments = [segment.to(device) for segment in self.segments]
         return Packing(
-            input_ids=_moved(self.input_ids, device),
-            position_ids=_moved(self.position_ids, device),
+            input_ids=moved(self.input_ids, device),
+            position_ids=moved(self.position_ids, device),
             segments=segments,
-            predicting=[_moved(positions, device) for positions in self.predicting],
+            predicting=[moved(positions, device) for positions in self.predicting],
         )
 
     def present(self, num_tokens: int) -> Sequence[Segment]:
@@ -256,132 +231,5 @@ def _predicting(branch: Branch, segment: Segment, starts: Tensor, prompt_lengths
     return candidates[_places(branch.lengths + 1, length + 1)]
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
-
-
 def _places(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
-
-
-class _Take(torch.autograd.Function):
-    """Packed (N, ...) to padded (rows * length, ...). Every packed place is taken at most once, so its gradient is a copy."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, packed: Tensor, gather: Tensor, sources: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(sources, places)
-        ctx.num_tokens = len(packed)  # type: ignore[attr-defined]
-        return packed.index_select(0, gather)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        sources, places = ctx.saved_tensors  # type: ignore[attr-defined]
-        result = gradient.new_zeros((ctx.num_tokens, *gradient.shape[1:]))  # type: ignore[attr-defined]
-        return result.index_copy_(0, sources, gradient.index_select(0, places)), None, None, None
-
-
-class _Give(torch.autograd.Function):
-    """Padded (rows * length, ...) to packed (m, ...): the other way round; padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = len(padded)  # type: ignore[attr-defined]
-        return padded.index_select(0, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (places,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient.new_zeros((ctx.size, *gradient.shape[1:])).index_copy_(0, places, gradient), None  # type: ignore[attr-defined]
-
-
-def take(packed: Tensor, scatter: Scatter) -> Tensor:
-    """Packed tokens (N, ...) as a padded tensor (rows, length, ...)."""
-    if scatter.contiguous is not None:
-        start, stop = scatter.contiguous
-        result = packed[start:stop]
-    else:
-        result = _Take.apply(packed, scatter.gather, scatter.packed, scatter.padded)
-    return result.unflatten(0, (scatter.rows, scatter.length))
-
-
-def give(padded: Tensor, scatter: Scatter) -> Tensor:
-    """The tokens of a padded tensor (rows, length, ...) as packed ones (m, ...), in packed order."""
-    flat = padded.flatten(0, 1)
-    return flat if scatter.contiguous is not None else _Give.apply(flat, scatter.padded)
-
-
-def pick(packed: Tensor, positions: Tensor) -> Tensor:
-    """The tokens (m, ...) of `packed` (N, ...) at `positions` (m,), each of which is there once."""
-    return _Give.apply(packed, positions)
-
-
-def packed_attention(
-    packing: Packing,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float | None,
-    dropout: float = 0.0,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention of every segment to its own rows.
-
-    Args:
-        query: (1, heads, N, head size), with rotary positions applied; `key` and `value` (1, key heads, N, head size),
-            where key heads divide heads (grouped-query attention).
-        scaling: of the products; None for 1 / sqrt(head size).
-        window: sliding window, in tokens, itself included.
-        softcap: c of `c * tanh(products / c)` before the softmax (Gemma-2).
-
-    Returns:
-        (1, N, heads, head size).
-    """
-    # Under autocast rotary embeddings leave queries and keys in float32; attention would round them anyway.
-    tokens = [states.to(value.dtype).transpose(1, 2)[0] for states in (query, key, value)]
-    outputs = []
-    for segment in packing.present(query.shape[2]):
-        places = (segment.queries, segment.keys, segment.keys)
-        padded = [take(states, scatter).transpose(1, 2) for states, scatter in zip(tokens, places, strict=True)]
-        attend = _plain_attention if softcap is None else _capped_attention
-        attended = attend(*padded, segment.mask(window), scaling, dropout, softcap)
-        outputs.append(give(attended.transpose(1, 2), segment.queries))
-    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
-
-
-def _plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, _: None
-) -> Tensor:
-    # Without a mask every fast kernel applies; with one, those of CUDA want the key heads repeated.
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None and query.is_cuda:
-        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
-        grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-    )
-
-
-def _capped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-) -> Tensor:
-    """Written out, because no fused kernel of torch caps the products; softmax in float32 as in Transformers."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    products = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    products = softcap * torch.tanh(products / softcap)
-    if mask is None:
-        mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).tril()
-    products = products.masked_fill(~mask, torch.finfo(products.dtype).min)
-    weights = torch.softmax(products, dim=-1, dtype=torch.float32).to(value.dtype)
-    return F.dropout(weights, dropout) @ value

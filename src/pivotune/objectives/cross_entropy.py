@@ -1,17 +1,58 @@
 """Next-token cross-entropy from hidden states, on labelled positions only.
 
-The place where every vocabulary-sized tensor of training is made.
+The place where every vocabulary-sized tensor of training and scoring is made, a chunk of rows at a time. Which way the
+head goes:
+
+- a plain linear layer: `pivotune.objectives.linear_cross_entropy`, or Liger's fused loss on CUDA for the trained head;
+- anything else (quantized, with adapters or hooks, wrapped, partitioned outside its own forward as under ZeRO-3): called
+  as the module it is, by `pivotune.objectives.module_cross_entropy`.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 from pivotune.model.architecture import Architecture
-from pivotune.model.lens import readout
+from pivotune.objectives.fused_cross_entropy import fused_cross_entropy_sum, fused_loss_fits
+from pivotune.objectives.head_sweep import LinearHead
+from pivotune.objectives.linear_cross_entropy import (
+    LabelScores,
+    linear_cross_entropies,
+    linear_cross_entropy_sum,
+    linear_label_scores,
+)
+from pivotune.objectives.module_cross_entropy import (
+    module_cross_entropies,
+    module_cross_entropy_sum,
+    module_label_scores,
+)
 
 IGNORED = -100
+
+
+def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] of N positions, with the model's soft-cap and logit scale; the head is frozen.
+
+    The gradient of the states is computed in this forward pass, and only where one is wanted: under `no_grad` this is
+    how likelihoods are scored.
+
+    Args:
+        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
+        labels: token ids, (N,).
+
+    Returns:
+        (N,) in nats, float32; float64 for a model in float64. Differentiable once.
+
+    Raises:
+        ValueError: states and labels do not match.
+    """
+    _check(normed, labels)
+    head = _linear_head(architecture, frozen=True)
+    if head is None:
+        return module_cross_entropies(architecture, normed, labels)
+    return linear_cross_entropies(_scaled(architecture, normed), head, labels)
 
 
 def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor, *, frozen_head: bool) -> Tensor:
@@ -23,12 +64,39 @@ def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor
         frozen_head: the head takes part in the forward pass and gets no gradient (inner losses).
 
     Returns:
-        Scalar float32; 0 with a gradient history where N is 0.
+        Scalar float32; float64 for a model in float64; 0 with a gradient history where N is 0. Differentiable once, and
+        with a trained head backward runs once.
+
+    Raises:
+        ValueError: states and labels do not match.
     """
-    if normed.shape[:-1] != labels.shape:
-        raise ValueError(f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}")
-    logits = readout(architecture, normed, frozen=frozen_head).float()
-    return F.cross_entropy(logits, labels, reduction="sum")
+    if frozen_head:
+        return cross_entropies(architecture, normed, labels).sum()
+    _check(normed, labels)
+    head = _linear_head(architecture, frozen=False)
+    if head is None:
+        return module_cross_entropy_sum(architecture, normed, labels)
+    states = _scaled(architecture, normed)
+    if fused_loss_fits(states, head):
+        return fused_cross_entropy_sum(states, head, labels)
+    return linear_cross_entropy_sum(states, head, labels)
+
+
+def score_labels(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
+    """Log-probability of every label in nats (N,), and whether greedy decoding would choose it (N,) bool. No gradient.
+
+    Args:
+        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
+        labels: token ids, (N,).
+
+    Raises:
+        ValueError: states and labels do not match.
+    """
+    _check(normed, labels)
+    head = _linear_head(architecture, frozen=True)
+    if head is None:
+        return module_label_scores(architecture, normed, labels)
+    return linear_label_scores(_scaled(architecture, normed), head, labels)
 
 
 def shifted(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,3 +111,46 @@ def shifted(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     wanted = labels[:, 1:] != IGNORED
     return hidden_states[:, :-1][wanted], labels[:, 1:][wanted]
+
+
+def _check(normed: Tensor, labels: Tensor) -> None:
+    if normed.ndim != 2 or normed.shape[:-1] != labels.shape:
+        raise ValueError(f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}")
+
+
+def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | None:
+    """The head as plain tensors; None where it has to be called as a module."""
+    head = architecture.lm_head
+    # Subclasses compute something else, and so may hooks and a replaced `forward`.
+    if type(head) is not nn.Linear or _has_hooks(head):
+        return None
+    weight, bias = (_whole(tensor, frozen=frozen) for tensor in (head.weight, head.bias))
+    if weight is None or not _plain(weight):
+        return None
+    if bias is not None and architecture.logit_scale != 1.0:
+        bias = bias * architecture.logit_scale
+    return LinearHead(weight, bias, architecture.softcap)
+
+
+def _has_hooks(module: Any) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _whole(tensor: Tensor | None, *, frozen: bool) -> Tensor | None:
+    """A sharded tensor (`DTensor`, FSDP2) gathered, with gradient back to its shards unless frozen."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach() if frozen else tensor
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _plain(weight: Tensor) -> bool:
+    """Neither quantized (a subclass, or integers) nor partitioned away (empty, ZeRO-3) nor off-loaded (meta)."""
+    ordinary = type(weight) in (Tensor, nn.Parameter)
+    return ordinary and weight.is_floating_point() and weight.numel() > 0 and weight.device.type != "meta"
+
+
+def _scaled(architecture: Architecture, normed: Tensor) -> Tensor:
+    """A linear head's logit scale applied to its states, which are smaller than its logits."""
+    return normed if architecture.logit_scale == 1.0 else normed * architecture.logit_scale

@@ -6,7 +6,7 @@ Paper: arXiv 2503.01275, equation of the total loss, where all weights are 1. Te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.branches import Batch, Passes, PassRequest, separate_passes
+from pivotune.model.branches import Batch, Passes, PassRequest, RunPasses, choose_passes
 from pivotune.model.lens import Norm
 from pivotune.objectives.cross_entropy import cross_entropy_sum, shifted
-from pivotune.objectives.feature import Pooling, Span, feature_loss, span_masks
-from pivotune.objectives.logits import autoregressive_loss, positional_loss, positional_targets
+from pivotune.objectives.feature import Pooling, Span, feature_loss, pooled_feature_loss, span_masks
+from pivotune.objectives.logits import inner_losses, positional_predictions, positional_targets
 from pivotune.objectives.terms import Term
 
 SignalKind = Literal["logits", "feature", "none"]
@@ -43,8 +43,8 @@ class Supervision:
         logits_mode: `autoregressive` (chain rule) or `positional`.
         logits_norm: `final` puts the final norm before the head at inner layers (logit lens), `none` does not.
         pooling, span: of the feature signal.
-        english: gradient through the English side of the feature signal: `detached`, `joint`, or a `frozen` copy of the
-            starting model in its place.
+        english: gradient through the English side of the feature signal: `detached`, `joint`, or the `frozen` starting
+            model in its place.
         english_norm: `final` compares with the final-normed top state of the English side, `raw` with h_L.
     """
 
@@ -82,7 +82,7 @@ def deep_supervision_terms(
     *,
     skip: frozenset[str] = frozenset(),
     reference: nn.Module | None = None,
-    run_passes: Callable[[nn.Module, Batch, PassRequest], Passes] = separate_passes,
+    run_passes: RunPasses | None = None,
 ) -> dict[str, Term]:
     """All loss terms of one micro-batch: `tft`, and `conversion` and `thinking` where they are on.
 
@@ -90,21 +90,25 @@ def deep_supervision_terms(
         model: causal LM, wrapped or not.
         batch: see `pivotune.data.collator.DeepSupervisionCollator`.
         skip: inner losses left out, with their passes (those whose weight is 0 now).
-        reference: the frozen copy of the starting model, needed for `english="frozen"`.
-        run_passes: how the forward passes are run; the reference runs them one by one.
+        reference: the frozen starting model, needed for `english="frozen"` where the batch does not carry its pooled
+            vectors (`english_features_<term>`).
+        run_passes: how the forward passes are run; None for the fastest way that the model allows
+            (`pivotune.model.branches.choose_passes`).
 
     Returns:
         name -> (sum, count); a term that has nothing to count in this batch is a zero with count 0.
     """
     architecture = find_architecture(model)
     signals = {name: signal for name, signal in supervision.active().items() if name not in skip}
-    passes = run_passes(model, batch, _request(architecture, supervision, signals, reference))
+    run_passes = run_passes or choose_passes(model)
+    passes = run_passes(model, batch, _request(architecture, batch, supervision, signals, reference))
     assert passes.main.final is not None
-    terms = {"tft": tft_loss(architecture, passes.main.final, batch["labels"])}
+    tft = tft_loss(architecture, passes.main.final, batch["labels"])
+    inner = inner_losses(architecture, _predictions(passes, batch, supervision, signals), norm=supervision.logits_norm)
     for name, signal in signals.items():
-        loss = _logits_term if signal.kind == "logits" else _feature_term
-        terms[name] = loss(architecture, passes, batch, supervision, name, signal.layer)
-    return terms
+        if signal.kind == "feature":
+            inner[name] = _feature_term(architecture, passes, batch, supervision, name, signal.layer)
+    return {"tft": tft, **{name: inner.get(name) or _nothing(batch) for name in signals}}
 
 
 def term_counts(batch: Batch, supervision: Supervision) -> dict[str, Tensor]:
@@ -125,17 +129,28 @@ def term_counts(batch: Batch, supervision: Supervision) -> dict[str, Tensor]:
 
 
 def _request(
-    architecture: Architecture, supervision: Supervision, signals: Mapping[str, Signal], reference: nn.Module | None
+    architecture: Architecture,
+    batch: Batch,
+    supervision: Supervision,
+    signals: Mapping[str, Signal],
+    reference: nn.Module | None,
 ) -> PassRequest:
-    if supervision.english == "frozen" and reference is None and any(s.kind == "feature" for s in signals.values()):
-        raise ValueError("english='frozen' needs the frozen copy of the starting model as `reference`")
+    features = {
+        name: signal.layer
+        for name, signal in signals.items()
+        if signal.kind == "feature" and _pooled_english(batch, supervision, name) is None
+    }
+    if supervision.english == "frozen" and reference is None and features:
+        raise ValueError(
+            "english='frozen' needs the starting model as `reference`, or its vectors in the batch as "
+            f"`english_features_{next(iter(features))}`"
+        )
     positional = supervision.logits_mode == "positional"
     branches = {
         name: (signal.layer, _SIDES[name])
         for name, signal in signals.items()
         if signal.kind == "logits" and not positional
     }
-    features = {name: signal.layer for name, signal in signals.items() if signal.kind == "feature"}
     english = {architecture.num_layers if name == "thinking" else layer for name, layer in features.items()}
     return PassRequest(
         main_layers=frozenset(signal.layer for name, signal in signals.items() if name not in branches),
@@ -146,27 +161,36 @@ def _request(
     )
 
 
-def _logits_term(
-    architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, layer: int
-) -> Term:
-    norm = supervision.logits_norm
+def _predictions(
+    passes: Passes, batch: Batch, supervision: Supervision, signals: Mapping[str, Signal]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """States and the English tokens that they predict, of the inner losses with the logits signal."""
+    logits = {name: signal.layer for name, signal in signals.items() if signal.kind == "logits"}
     if supervision.logits_mode == "positional":
-        return positional_loss(architecture, passes.main.hidden_states[layer], batch, _SIDES[name], norm=norm)
-    if name not in passes.branches:
-        return _nothing(batch)
-    return autoregressive_loss(architecture, passes.branches[name], norm=norm)
+        states = passes.main.hidden_states
+        return {name: positional_predictions(states[layer], batch, _SIDES[name]) for name, layer in logits.items()}
+    branches = {name: passes.branches[name] for name in logits if name in passes.branches}
+    return {name: (branch.hidden_states, branch.labels) for name, branch in branches.items()}
 
 
 def _feature_term(
     architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, layer: int
 ) -> Term:
+    target, pooling, span = passes.main.hidden_states[layer], supervision.pooling, supervision.span
+    pooled = _pooled_english(batch, supervision, name)
+    if pooled is not None:
+        return pooled_feature_loss(target, pooled, batch, pooling=pooling, span=span)
     if passes.english is None:
         return _nothing(batch)
     english = _english_states(architecture, passes, supervision, name, layer)
     if supervision.english != "joint":
         english = english.detach()
-    target = passes.main.hidden_states[layer]
-    return feature_loss(target, english, batch, pooling=supervision.pooling, span=supervision.span)
+    return feature_loss(target, english, batch, pooling=pooling, span=span)
+
+
+def _pooled_english(batch: Batch, supervision: Supervision, name: str) -> Tensor | None:
+    """What the starting model's pass would give, where it was computed beforehand."""
+    return batch.get(f"english_features_{name}") if supervision.english == "frozen" else None
 
 
 def _english_states(

@@ -31,11 +31,21 @@ def feature_loss(target: Tensor, english: Tensor, batch: Batch, *, pooling: Pool
     Returns:
         Sum in [0, 2 * rows], float32. A row without an English side adds neither to the sum nor to the count.
     """
+    pooled = pool(english, span_masks(batch, span)[1], pooling)
+    return pooled_feature_loss(target, pooled, batch, pooling=pooling, span=span)
+
+
+def pooled_feature_loss(target: Tensor, pooled_english: Tensor, batch: Batch, *, pooling: Pooling, span: Span) -> Term:
+    """`feature_loss` with an English side that is pooled already.
+
+    Args:
+        pooled_english: (B, width); rows without an English side are left out, whatever they hold.
+    """
     target_mask, english_mask = span_masks(batch, span)
     rows = english_mask.any(dim=1)
-    pooled_target = pool(target, target_mask, pooling)[rows]
-    pooled_english = pool(english, english_mask, pooling)[rows]
-    return Term((1 - F.cosine_similarity(pooled_english, pooled_target, dim=-1)).sum(), rows.sum())
+    distances = 1 - F.cosine_similarity(pooled_english.float(), pool(target, target_mask, pooling), dim=-1)
+    # No indexing by the mask: on a GPU it would wait for the device.
+    return Term(torch.where(rows, distances, 0.0).sum(), rows.sum())
 
 
 def span_masks(batch: Batch, span: Span) -> tuple[Tensor, Tensor]:

@@ -8,30 +8,43 @@ positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from pivotune.model.architecture import Architecture
-from pivotune.model.branches import Batch, BranchStates
+from pivotune.model.branches import Batch
 from pivotune.model.lens import Norm, frozen_norm
-from pivotune.objectives.cross_entropy import cross_entropy_sum
+from pivotune.objectives.cross_entropy import cross_entropies
 from pivotune.objectives.terms import Term
 
 
-def autoregressive_loss(architecture: Architecture, branch: BranchStates, *, norm: Norm) -> Term:
-    """Chain rule over the branch: token t of the English text is predicted from the prompt and English tokens < t.
+def inner_losses(
+    architecture: Architecture, predictions: Mapping[str, tuple[Tensor, Tensor]], *, norm: Norm
+) -> dict[str, Term]:
+    """-log P of the English tokens through the frozen head, for one or both inner losses in one call of the head.
 
     Args:
-        branch: raw states (N, width) after the supervised layer, and the N tokens they predict.
+        predictions: name -> raw states (N, width) after the supervised layer, and the N tokens they predict.
         norm: `final` recomputes the final norm from these states (frozen), `none` leaves it out.
 
     Returns:
-        Sum of the negative log-likelihoods in nats, and N.
+        name -> sum of the negative log-likelihoods in nats, and N.
     """
-    return _inner_cross_entropy(architecture, branch.hidden_states, branch.labels, norm)
+    if not predictions:
+        return {}
+    states, labels = (torch.cat(parts) for parts in zip(*predictions.values(), strict=True))
+    losses = cross_entropies(architecture, frozen_norm(architecture, states) if norm == "final" else states, labels)
+    counts = {name: labels.numel() for name, (_, labels) in predictions.items()}
+    sums = (part.sum() for part in losses.split(list(counts.values())))
+    return {
+        name: Term(total, torch.tensor(count, device=total.device))
+        for (name, count), total in zip(counts.items(), sums, strict=True)
+    }
 
 
-def positional_loss(architecture: Architecture, hidden_states: Tensor, batch: Batch, side: str, *, norm: Norm) -> Term:
+def positional_predictions(hidden_states: Tensor, batch: Batch, side: str) -> tuple[Tensor, Tensor]:
     """English tokens as labels on the target's own positions, cut to the shorter side.
 
     For `query` the state at the t-th query token is asked for the t-th English query token; for `answer` the state that
@@ -40,9 +53,12 @@ def positional_loss(architecture: Architecture, hidden_states: Tensor, batch: Ba
     Args:
         hidden_states: raw `h_k` of the main pass, (B, T, width).
         side: `query` or `answer`.
+
+    Returns:
+        States (N, width) and labels (N,).
     """
     positions, labels = positional_targets(batch, side)
-    return _inner_cross_entropy(architecture, hidden_states[positions], labels, norm)
+    return hidden_states[positions], labels
 
 
 def positional_targets(batch: Batch, side: str) -> tuple[Tensor, Tensor]:
@@ -60,9 +76,3 @@ def positional_targets(batch: Batch, side: str) -> tuple[Tensor, Tensor]:
 def _first(mask: Tensor, lengths: Tensor) -> Tensor:
     """The first `lengths[b]` true places of every row of `mask` (B, T)."""
     return mask & (mask.cumsum(dim=1) <= lengths[:, None])
-
-
-def _inner_cross_entropy(architecture: Architecture, hidden_states: Tensor, labels: Tensor, norm: Norm) -> Term:
-    normed = frozen_norm(architecture, hidden_states) if norm == "final" else hidden_states
-    loss = cross_entropy_sum(architecture, normed, labels, frozen_head=True)
-    return Term(loss, torch.tensor(labels.numel(), device=labels.device))

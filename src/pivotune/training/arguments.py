@@ -16,6 +16,8 @@ from pivotune.config import RunConfig, SupervisionConfig, validate
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
 
+_SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
+
 
 @dataclass
 class DeepSupervisionConfig(TrainingArguments):
@@ -31,10 +33,12 @@ class DeepSupervisionConfig(TrainingArguments):
         supervision_schedule: `constant`, or `linear` or `cosine` down to 0 at the last step, for both weights.
         logits_mode: `autoregressive` (chain rule) or `positional` (English tokens on the target's positions).
         logits_norm: `final` puts the final norm before the head at inner layers, `none` does not.
+        logits_forward: `shared` runs the English branches in the pass of the target rows, `separate` in passes of their
+            own; `auto` shares it where the model allows.
         feature_pooling: `mean` or `last`.
         feature_span: `query` or `query+answer`.
-        feature_english: gradient through the English side: `detached`, `joint`, or `frozen` for a copy of the starting
-            model in its place.
+        feature_english: gradient through the English side: `detached`, `joint`, or `frozen` for the starting model in its
+            place, whose pooled vectors are computed once and kept in `output_dir`.
         feature_english_norm: `final` (what Hugging Face's list of hidden states holds last) or `raw`.
         profile_rows: rows whose entropy decides layers that are None.
         template: `chat`, `alpaca`, a Jinja file, or None for `chat` where the tokenizer has a chat template.
@@ -42,6 +46,9 @@ class DeepSupervisionConfig(TrainingArguments):
         max_prompt_tokens, max_completion_tokens: limits of each side of a row.
         on_bad_row: `error`, or `skip` to leave out rows that cannot be used and count them.
         language: code of the target language, for names in logs and the model card.
+        train_sampling_strategy: as in `TrainingArguments`, but `group_by_length` by default: batches of rows of similar
+            length, little of which is padding.
+        logging_nan_inf_filter: as in `TrainingArguments`, but off by default: a loss that is not finite ends the run.
     """
 
     method: str = field(default="deep-supervision", metadata={"help": "deep-supervision, tft or sft"})
@@ -54,6 +61,7 @@ class DeepSupervisionConfig(TrainingArguments):
     supervision_schedule: str = field(default="linear", metadata={"help": "constant, linear or cosine down to 0"})
     logits_mode: str = field(default="autoregressive", metadata={"help": "autoregressive or positional"})
     logits_norm: str = field(default="final", metadata={"help": "norm before the head at inner layers: final or none"})
+    logits_forward: str = field(default="auto", metadata={"help": "auto, shared or separate"})
     feature_pooling: str = field(default="mean", metadata={"help": "mean or last"})
     feature_span: str = field(default="query", metadata={"help": "query or query+answer"})
     feature_english: str = field(default="detached", metadata={"help": "detached, joint or frozen"})
@@ -65,6 +73,10 @@ class DeepSupervisionConfig(TrainingArguments):
     max_completion_tokens: int = field(default=256, metadata={"help": "token limit of each answer"})
     on_bad_row: str = field(default="error", metadata={"help": "error or skip"})
     language: str | None = field(default=None, metadata={"help": "code of the target language"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "sampler of the training rows", "choices": _SAMPLING_STRATEGIES}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave such losses out of the logged mean"})
 
     def __post_init__(self) -> None:
         # The English columns are no arguments of the model's forward; the default would drop them.
@@ -101,6 +113,11 @@ class DeepSupervisionConfig(TrainingArguments):
             "output_dir": "",
         }
         validate(RunConfig, settings, where="DeepSupervisionConfig")
+        if self.train_sampling_strategy not in _SAMPLING_STRATEGIES:
+            raise UsageError(
+                f"training.train_sampling_strategy: {self.train_sampling_strategy!r} is not allowed; allowed: "
+                + ", ".join(_SAMPLING_STRATEGIES)
+            )
 
 
 def _supervision_settings(args: DeepSupervisionConfig) -> dict[str, Any]:
@@ -116,7 +133,7 @@ def _supervision_settings(args: DeepSupervisionConfig) -> dict[str, Any]:
         "conversion": signal("conversion"),
         "thinking": signal("thinking"),
         "schedule": args.supervision_schedule,
-        "logits": {"mode": args.logits_mode, "norm": args.logits_norm},
+        "logits": {"mode": args.logits_mode, "norm": args.logits_norm, "forward": args.logits_forward},
         "feature": {
             "pooling": args.feature_pooling,
             "span": args.feature_span,
@@ -180,6 +197,7 @@ def _own_settings(config: RunConfig) -> dict[str, Any]:
         "supervision_schedule": supervision.schedule,
         "logits_mode": supervision.logits.mode,
         "logits_norm": supervision.logits.norm,
+        "logits_forward": supervision.logits.forward,
         "feature_pooling": supervision.feature.pooling,
         "feature_span": supervision.feature.span,
         "feature_english": supervision.feature.english,

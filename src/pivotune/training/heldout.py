@@ -15,9 +15,8 @@ from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, separate_passes
-from pivotune.model.lens import readout
 from pivotune.model.taps import evaluation_mode
-from pivotune.objectives.cross_entropy import shifted
+from pivotune.objectives.cross_entropy import cross_entropies, shifted
 
 Progress = Callable[[int], None]
 
@@ -67,8 +66,7 @@ def score_answers(
                 passes = separate_passes(model, batch, PassRequest())
                 assert passes.main.final is not None
                 states, labels = shifted(passes.main.final, batch["labels"])
-                logits = readout(architecture, states, frozen=True).float()
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+                losses = cross_entropies(architecture, states, labels)
             tokens = (batch["labels"][:, 1:] >= 0).sum(dim=1)
             sums = [part.sum().item() for part in losses.split(tokens.tolist())]
             for index, nll, count in zip(indices, sums, tokens.tolist(), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -70,29 +70,6 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
         # Quantized weights are integers and stay as they are.
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
-
-
-class AdaptersOff(nn.Module):
-    """The model without its adapters: the frozen starting model, at no cost in memory."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        # In a tuple, so that the model's parameters are not registered a second time.
-        self._model = (model,)
-
-    @property
-    def module(self) -> nn.Module:
-        return self._model[0]
-
-    def forward(self, **inputs: Tensor) -> Any:
-        was_training = self.module.training
-        # A base with dropout of its own would otherwise give another reference at every step.
-        self.module.eval()
-        try:
-            with cast(Any, self.module).disable_adapter():
-                return self.module(**inputs)
-        finally:
-            self.module.train(was_training)
 
 
 def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,12 +34,9 @@ from pivotune.training.preparation import (
     heldout_examples,
     spread,
 )
+from pivotune.training.progress import Progress, silent
 from pivotune.training.run_folder import claim_run_folder, write_items, write_json, write_run_config, write_text
 from pivotune.training.trainer import DeepSupervisionTrainer
-
-# A context that shows progress over a known number of items: `with progress("Analyzing", 128) as advance: advance(8)`.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
 
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
@@ -114,7 +110,7 @@ def execute_run(
     Args:
         before: the starting model's held-out scores, where another run from the same start has measured them.
     """
-    progress = progress or _silent
+    progress = progress or silent
     config, args, folder = prepared.config, prepared.args, prepared.folder
     write_run_config(folder, config)
     model = load_model(
@@ -139,6 +135,7 @@ def execute_run(
         peft_config=None if config.lora is None else build_lora_config(config.lora, model),
         layers=layers,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
+        progress=progress,
     )
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
@@ -323,7 +320,3 @@ def _language(prepared: PreparedRun, side: str) -> str:
 def _row_numbers(prepared: PreparedRun, side: str) -> list[int]:
     """Where the rows stand in their file: other seeds hold out other rows, and only equal ones may be paired."""
     return [pair.number for pair in prepared.validation if getattr(pair, side) is not None]
-
-
-def _silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda done: None)

@@ -21,7 +21,7 @@ from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
 
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
-              "README.md", "environment.json", "training.png")  # fmt: skip
+              "README.md", "environment.json", "training.png", "english-features.safetensors")  # fmt: skip
 _OWN_FOLDERS = ("model", "adapter", ".saving")
 _LIBRARIES = (
     "pivotune",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,24 +11,30 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.layers.analysis import LayerAnalysis
+from pivotune.model.branches import Forward, choose_passes
 from pivotune.model.loading import load_model, load_tokenizer
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
-from pivotune.objectives.terms import Term, weighted_total
+from pivotune.objectives.terms import weighted_total
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
 from pivotune.training.checkpoints import staged_folder
-from pivotune.training.lora import AdaptersOff, add_adapters, merge_adapters
+from pivotune.training.english_features import with_features
+from pivotune.training.log_window import LogWindow
+from pivotune.training.lora import add_adapters, merge_adapters
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
     choose_supervision,
     encode_dataset,
 )
+from pivotune.training.progress import Progress
 from pivotune.training.schedule import Schedule, schedule_factor
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,7 @@ class DeepSupervisionTrainer(Trainer):
         peft_config: a `peft` configuration to train adapters in place of the whole model.
         layers: a finished layer analysis; measured on the training rows if a layer is to be chosen and this is absent.
         callbacks, optimizers: as in `Trainer`.
+        progress: shows long preparations; a bar as `Trainer` has it if absent.
 
     Attributes:
         layers: the layer analysis, or None where no layer had to be chosen.
@@ -81,6 +87,7 @@ class DeepSupervisionTrainer(Trainer):
         layers: LayerAnalysis | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        progress: Progress | None = None,
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
@@ -92,23 +99,43 @@ class DeepSupervisionTrainer(Trainer):
         pairs = encode_dataset(train_dataset, args, processing_class, model)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers)
         _use_one_device(args)
+        rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
+        # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
+        rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         super().__init__(
             model=model if peft_config is None else add_adapters(model, peft_config),
             args=args,
-            data_collator=DeepSupervisionCollator(_pad_token_id(processing_class)),
-            train_dataset=build_train_dataset(pairs, args, model.config),
+            data_collator=DeepSupervisionCollator(pad_token_id),
+            train_dataset=rows,
             eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.reference = _frozen_reference(self.supervision, cast(nn.Module, self.model))
+        self._run_passes = choose_passes(cast(nn.Module, self.model), cast(Forward, args.logits_forward))
         self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
-        self._window: dict[str, list[Tensor]] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._logged_at = time.perf_counter()
+        self._window = LogWindow(("tft", *self.supervision.active()), args.device)
+        self._diverged = torch.zeros((), device=args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         self._staging: Path | None = None
+
+    # ---- batches ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Rows of similar length together, unless `train_sampling_strategy` asks for something else."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, ExampleDataset):
+            return super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return group_by_length(dataset, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
+        # Transformers measures the rows of other strategies itself, as token ids under this name.
+        return super()._get_train_sampler(LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0]))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Sums over all rows do not depend on their order: longest first, where one process has all of them."""
+        if isinstance(eval_dataset, ExampleDataset) and self.args.world_size == 1:
+            return longest_first(eval_dataset)
+        return None if isinstance(eval_dataset, ExampleDataset) else super()._get_eval_sampler(eval_dataset)
 
     # ---- loss ----
 
@@ -117,6 +144,7 @@ class DeepSupervisionTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The batches of one accumulation window, and the count of every term over the window and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._diverged.zero_()
         return batches, self._count_terms(batches, device) if batches else None
 
     def compute_loss(
@@ -137,12 +165,12 @@ class DeepSupervisionTrainer(Trainer):
         )
         weights = {"tft": 1.0, **{name: weight * factor for name, weight in self.supervision_weights.items()}}
         off = frozenset(name for name, weight in weights.items() if weight == 0)
-        terms = deep_supervision_terms(model, inputs, self.supervision, skip=off, reference=self.reference)
+        terms = deep_supervision_terms(model, inputs, self.supervision, skip=off, run_passes=self._run_passes)
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
         # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
         loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
         if model.training:
-            self._record(terms, inputs)
+            self._window.add(terms, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -155,12 +183,14 @@ class DeepSupervisionTrainer(Trainer):
         """One micro-batch forward and backward.
 
         Raises:
-            TrainingDivergedError: the loss is not finite; raised before the optimizer touches the weights.
+            TrainingDivergedError: a loss of this accumulation window is not finite, on any rank; raised after its last
+                micro-batch, before the optimizer touches the weights.
         """
-        if not self._window:
-            self._logged_at = time.perf_counter()
+        self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        # Asked once per optimizer step: every question waits for the device.
+        self._diverged += ~torch.isfinite(loss)
+        if self.accelerator.sync_gradients and self._sum_over_ranks(self._diverged).item():
             raise TrainingDivergedError(self._divergence())
         return loss
 
@@ -174,8 +204,7 @@ class DeepSupervisionTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
 
     def _divergence(self) -> str:
-        values = {name: (window[0] / window[1].clamp(min=1)).item() for name, window in self._window.items()}
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in self._window.means().items())
         return (
             f"the loss is not a finite number at step {self.state.global_step + 1} (means since the last log: {terms}); "
             "lower training.learning_rate or the supervision weights"
@@ -183,39 +212,20 @@ class DeepSupervisionTrainer(Trainer):
 
     # ---- logging ----
 
-    def _record(self, terms: Mapping[str, Term], inputs: Mapping[str, Tensor]) -> None:
-        for name, term in terms.items():
-            window = self._window.setdefault(name, [torch.zeros((), device=term.sum.device) for _ in range(2)])
-            window[0] += term.sum.detach()
-            window[1] += term.count
-        for side, mask in (("target", "attention_mask"), ("english", "english_attention_mask")):
-            self._tokens[side] = self._tokens.get(side, 0) + inputs[mask].sum()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of every loss term since the last log line, the schedule's factor and the speed."""
-        if self._window and "loss" in logs:
-            logs.update(self._window_means())
+        """Add the mean of every loss term since the last log line, the schedule's factor, speed and padding."""
+        if not self._window.empty and "loss" in logs:
+            logs.update(self._window.metrics(self._sum_over_ranks))
             if self.supervision.active():
                 # The log line of step n reports the factor that step n used.
                 step = max(self.state.global_step - 1, 0)
                 logs["supervision_factor"] = schedule_factor(
                     cast(Schedule, self.args.supervision_schedule), step, self.state.max_steps
                 )
-            elapsed = max(time.perf_counter() - self._logged_at, 1e-9)
-            logs.update({f"{side}_tokens_per_second": int(n) / elapsed for side, n in self._tokens.items()})
         if "loss" in logs or "train_runtime" in logs:
             # The last line of a training run: what was counted since the one before belongs to no later run.
-            self._window, self._tokens = {}, {}
+            self._window.clear()
         super().log(logs, start_time)
-
-    def _window_means(self) -> dict[str, float]:
-        means = {}
-        for name in ("tft", *self.supervision.active()):
-            window = self._window.get(name) or [torch.zeros((), device=self.args.device) for _ in range(2)]
-            total, count = self._sum_over_ranks(torch.stack(window)).tolist()
-            if count:
-                means[f"{name}_loss"] = total / count
-        return means
 
     # ---- evaluation ----
 
@@ -234,7 +244,7 @@ class DeepSupervisionTrainer(Trainer):
         """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            term = deep_supervision_terms(model, inputs, Supervision())["tft"]
+            term = deep_supervision_terms(model, inputs, Supervision(), run_passes=self._run_passes)["tft"]
         sums = [term.sum, term.count, inputs["answer_characters"].sum()]
         self._heldout += torch.stack([value.double().cpu() for value in sums])
         return term.sum.detach() / term.count.clamp(min=1), None, None
@@ -245,7 +255,7 @@ class DeepSupervisionTrainer(Trainer):
         self._heldout.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Evaluation is no part of the training speed.
-        self._logged_at += time.perf_counter() - started
+        self._window.pause(time.perf_counter() - started)
         totals = self._heldout
         if self.accelerator.num_processes > 1:
             totals = self._sum_over_ranks(totals.to(self.args.device))
@@ -288,15 +298,6 @@ class DeepSupervisionTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-
-def _frozen_reference(supervision: Supervision, model: nn.Module) -> nn.Module | None:
-    """The starting model for `english="frozen"`: the model without its adapters, or a copy."""
-    if supervision.english != "frozen" or all(s.kind != "feature" for s in supervision.active().values()):
-        return None
-    if hasattr(model, "peft_config"):
-        return AdaptersOff(model)
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _use_one_device(args: DeepSupervisionConfig) -> None:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from tiny_batches import make_batch
+
+from pivotune.objectives.terms import Term
+from pivotune.training.log_window import LogWindow, token_counts
+
+
+def term(total: float, count: int) -> Term:
+    return Term(torch.tensor(total, requires_grad=True), torch.tensor(count))
+
+
+def window() -> LogWindow:
+    return LogWindow(("tft", "thinking"), torch.device("cpu"))
+
+
+def test_means_are_over_items_not_over_batches():
+    log = window()
+    assert log.empty
+    log.add({"tft": term(6.0, 2), "thinking": term(1.0, 1)}, make_batch(2))
+    log.add({"tft": term(3.0, 4)}, make_batch(2))
+    assert not log.empty
+    assert log.means() == {"tft": 1.5, "thinking": 1.0}
+    log.clear()
+    assert log.empty
+    log.add({"tft": term(2.0, 1)}, make_batch(2))
+    assert log.means() == {"tft": 2.0}
+
+
+def test_tokens_of_both_sides_and_padding():
+    """Rows of 12 and 8 tokens, with English sides of 12 and 8: 4 places of padding on each side."""
+    assert [int(count) for count in token_counts(make_batch(2))] == [20, 20, 8]
+    assert [int(count) for count in token_counts(make_batch(2, parallel=False))] == [20, 0, 4]
+
+
+def test_speed_is_that_of_all_ranks(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    log = window()
+    now = 110.0
+    log.start()
+    log.add({"tft": term(6.0, 2)}, make_batch(2))
+    now = 111.0
+    log.start()  # only the first step starts the clock
+    log.add({"tft": term(6.0, 2)}, make_batch(2))
+    now = 117.0
+    log.pause(3.0)
+    one = log.metrics(lambda values: values)
+    two = log.metrics(lambda values: 2 * values)
+    assert one == {"tft_loss": 3.0, "target_tokens_per_second": 10.0, "english_tokens_per_second": 10.0,
+                   "padding_tokens_per_second": 4.0, "padding_share": pytest.approx(1 / 6)}  # fmt: skip
+    assert two == {name: value * (2 if "second" in name else 1) for name, value in one.items()}
