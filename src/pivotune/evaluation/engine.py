@@ -351,13 +351,13 @@ def _final_states(model: Any, rows: Sequence[tuple[int, ...]], device: torch.dev
     """States after the final norm, (R, T, width)."""
     import torch
 
-    from pivotune.model.branches import PassRequest, separate_passes
+    from pivotune.model.branches import PassRequest, choose_passes
 
     length = max(map(len, rows))
     input_ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows], device=device)
-    # Padding stands on the right, where causal attention never looks; without a mask the faster kernels apply.
-    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    final = separate_passes(model, batch, PassRequest()).main.final
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    final = choose_passes(model)(model, batch, PassRequest()).main.final
     assert final is not None
     return final
 

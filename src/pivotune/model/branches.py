@@ -141,7 +141,7 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     packing = pack(
         batch["input_ids"].cpu(),
         batch["attention_mask"].cpu(),
-        _prompt_lengths(batch).cpu(),
+        _prompt_lengths(batch).cpu() if wanted else None,
         [_branch(batch, layer, side) for layer, side in wanted.values()],
     )
     taps = _run_packed(model, architecture, packing, request.main_layers | {layer for layer, _ in wanted.values()})

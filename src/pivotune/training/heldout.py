@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import PassRequest, separate_passes
+from pivotune.model.branches import PassRequest, choose_passes
 from pivotune.model.taps import evaluation_mode
 from pivotune.objectives.cross_entropy import cross_entropies, shifted
 
@@ -59,11 +59,12 @@ def score_answers(
     """
     architecture = find_architecture(model)
     device = architecture.head_weight.device
+    run_passes = choose_passes(model)
     scores: list[RowScore | None] = [None] * len(examples)
     with evaluation_mode(model):
         for done, indices, batch in _batches(examples, pad_token_id, batch_size, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                passes = separate_passes(model, batch, PassRequest())
+                passes = run_passes(model, batch, PassRequest())
                 assert passes.main.final is not None
                 states, labels = shifted(passes.main.final, batch["labels"])
                 losses = cross_entropies(architecture, states, labels)
