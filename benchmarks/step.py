@@ -1,0 +1,343 @@
+"""Forward and backward of one training step: deep supervision against plain fine-tuning, and both against their peers.
+
+Goals 1 to 5, 7 and 9 of docs/performance.md. All contenders see the same rows; those that are ours use the same loss
+kernels, so that ratios tell what the passes cost. Gradients of the shared forward are compared with those of separate
+passes in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import (
+    Goal,
+    Row,
+    at_least,
+    at_most,
+    benchmark_parser,
+    build_model,
+    measure,
+    memory_row,
+    parse_options,
+    peak_memory,
+    positive,
+    report,
+    run_program,
+    time_row,
+)
+from benchmarks.peers import trl_trainer
+from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.examples import Example, Side
+from pivotune.model.architecture import find_architecture
+from pivotune.model.branches import (
+    BranchStates,
+    Passes,
+    PassRequest,
+    RunPasses,
+    branch_inputs,
+    separate_passes,
+    shared_passes,
+)
+from pivotune.model.lens import lens_logits
+from pivotune.model.taps import tap
+from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.terms import weighted_total
+
+# Tokens of query, answer, English query and English answer: the mean of translated Alpaca rows (docs/performance.md).
+FIXED = (105, 165, 70, 110)
+SHARED_GOALS = {"smollm2": 1.25, "llama2-7b": 1.25, "gemma2-2b": 1.33}
+MEMORY_GOALS = {"smollm2": 1.25, "llama2-7b": 1.15}
+WEIGHTS = {"tft": 1.0, "conversion": 0.3, "thinking": 0.3}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one row."""
+
+    query: int
+    answer: int
+    english_query: int
+    english_answer: int
+
+
+def main(arguments: Sequence[str] | None) -> None:
+    """Measure, print and save."""
+    options = parse_options(_parser(), arguments)
+    # Weights of a random model that takes part in no result may be anything; dropout is off in these shapes.
+    model = build_model(options.shape, options.dtype, options.device, options.layers).train()
+    lengths = row_lengths(options.batch, options.lengths)
+    batch = make_batch(lengths, model.config.vocab_size, options.device, replay=options.replay)
+    width = find_architecture(model).head_weight.shape[1]
+    # Vectors that training reads from its file; their values do not matter here.
+    for name in ("conversion", "thinking"):
+        batch[f"english_features_{name}"] = torch.randn(options.batch, width, device=options.device)
+    supervisions = _supervisions(find_architecture(model).num_layers)
+    steps = _steps(model, batch, supervisions, options)
+    rows = _gradient_rows(model, batch, supervisions["logits"], options)
+    seconds = measure(steps, options.rounds)
+    memory = {name: peak_memory(step, options.device) for name, step in steps.items()}
+    rows += _time_rows(seconds, options, ideal_ratio(model, lengths[options.replay :], lengths, supervisions["logits"]))
+    rows += _memory_rows(memory, options)
+    report(options, rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = benchmark_parser("step", __doc__)
+    parser.add_argument("--batch", type=positive, default=2, help="rows of the batch")
+    parser.add_argument("--lengths", choices=["fixed", "mixed"], default="fixed", help="one length, or as in real data")
+    parser.add_argument("--replay", type=int, default=0, help="how many of the rows are English replay rows")
+    parser.add_argument("--layers", type=positive, help="blocks, where the shape's own are too many for the machine")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast over weights of --dtype")
+    return parser
+
+
+# ---- rows ----
+
+
+def row_lengths(count: int, kind: str, seed: int = 0) -> list[Lengths]:
+    """Lengths of `count` rows; `mixed` spreads them log-normally around the same means, as instruction data does.
+
+    Rows of one batch are of similar length, as grouping by length leaves them.
+    """
+    if kind == "fixed":
+        return [Lengths(*FIXED)] * count
+    random = np.random.default_rng(seed)
+    scale = np.exp(random.normal(0.0, 0.15, (count, 1)) + random.normal(0.0, 0.2, (count, 4)))
+    return [Lengths(*(int(n) for n in row)) for row in np.maximum(2, np.round(scale * FIXED))]
+
+
+def make_batch(lengths: Sequence[Lengths], vocabulary: int, device: str, replay: int = 0) -> dict[str, Tensor]:
+    """Random tokens in rows of these lengths; the first `replay` rows have no English side."""
+    random = np.random.default_rng(0)
+    examples = [
+        Example(
+            main=_side(random, vocabulary, row.query, row.answer),
+            parallel=_side(random, vocabulary, row.english_query, row.english_answer) if index >= replay else None,
+            english=index < replay,
+        )
+        for index, row in enumerate(lengths)
+    ]
+    return {name: tensor.to(device) for name, tensor in DeepSupervisionCollator(pad_token_id=0)(examples).items()}
+
+
+def _side(random: np.random.Generator, vocabulary: int, query: int, answer: int) -> Side:
+    ids = random.integers(3, vocabulary, query + answer, dtype=np.int32)
+    return Side(ids=ids, query=(0, query), answer=query, characters=answer)
+
+
+# ---- contenders ----
+
+
+def _supervisions(num_layers: int) -> dict[str, Supervision]:
+    """LC and ET at the paper's relative depths, 2/32 and 15/32."""
+    low = max(1, round(num_layers * 2 / 32))
+    high = max(low + 1, round(num_layers * 15 / 32))
+
+    def both(kind: Any, **settings: Any) -> Supervision:
+        return Supervision(conversion=Signal(kind=kind, layer=low), thinking=Signal(kind=kind, layer=high), **settings)
+
+    return {
+        "logits": both("logits"),
+        "positional": both("logits", logits_mode="positional"),
+        "feature": both("feature"),
+        "frozen": both("feature", english="frozen"),
+        "tft": Supervision(),
+    }
+
+
+def _steps(
+    model: nn.Module, batch: Mapping[str, Tensor], supervisions: Mapping[str, Supervision], options: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    def step(kind: str, run_passes: RunPasses) -> Callable[[], None]:
+        return lambda: _step(model, batch, supervisions[kind], run_passes, options)
+
+    return {
+        "tft": step("tft", shared_passes),
+        "shared": step("logits", shared_passes),
+        "separate": step("logits", separate_passes),
+        "three full-depth calls": step("logits", full_depth_passes),
+        "three calls, first writing": lambda: _first_writing(model, batch, supervisions["logits"], options),
+        "positional": step("positional", shared_passes),
+        "feature, detached": step("feature", shared_passes),
+        "feature, frozen": step("frozen", shared_passes),
+        **_trainer_steps(model, batch, options),
+    }
+
+
+def _step(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    supervision: Supervision,
+    run_passes: RunPasses,
+    options: argparse.Namespace,
+) -> None:
+    model.zero_grad(set_to_none=True)
+    device = torch.device(options.device).type
+    with torch.autocast(device, dtype=torch.bfloat16) if options.autocast else nullcontext():
+        terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
+        loss = weighted_total(terms, WEIGHTS, term_counts(batch, supervision))
+    loss.backward()
+
+
+def _first_writing(
+    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, options: argparse.Namespace
+) -> None:
+    """As one would first write it: three calls of the whole model, logits of all positions, hidden states by index."""
+    architecture = find_architecture(model)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16, enabled=options.autocast):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        loss = model(**inputs, use_cache=False).loss
+        for signal, side in ((supervision.conversion, "query"), (supervision.thinking, "answer")):
+            input_ids, attention_mask, branch_mask = branch_inputs(batch, side)
+            output = model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True
+            )
+            logits = lens_logits(architecture, output.hidden_states[signal.layer]).float()
+            labels = input_ids.masked_fill(~branch_mask, -100)
+            loss = loss + 0.3 * F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+
+
+def full_depth_passes(model: nn.Module, batch: Mapping[str, Tensor], request: PassRequest) -> Passes:
+    """A whole model call for the rows, and one for each branch; the losses are ours."""
+    architecture = find_architecture(model)
+
+    def run(input_ids: Tensor, attention_mask: Tensor, layers: set[int]) -> Any:
+        with tap(architecture, layers) as taps:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        return taps
+
+    main = run(batch["input_ids"], batch["attention_mask"], set())
+    branches = {}
+    for name, (layer, side) in request.branches.items():
+        input_ids, attention_mask, branch_mask = branch_inputs(batch, side)
+        states = run(input_ids, attention_mask, {layer}).hidden_states[layer]
+        predicting = branch_mask[:, 1:]
+        branches[name] = BranchStates(hidden_states=states[:, :-1][predicting], labels=input_ids[:, 1:][predicting])
+    return Passes(main=main, branches=branches, english=None)
+
+
+def _trainer_steps(
+    model: nn.Module, batch: Mapping[str, Tensor], options: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    """`training_step` of our trainer, of the plain `Trainer`, and of TRL's where it is installed."""
+    from transformers import Trainer, TrainingArguments
+
+    from pivotune.training.arguments import DeepSupervisionConfig
+    from pivotune.training.trainer import DeepSupervisionTrainer
+
+    settings: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(prefix="pivotune-benchmark-"),
+        "use_cpu": options.device == "cpu",
+        "bf16": options.autocast,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    ours = DeepSupervisionTrainer(
+        model=model, args=DeepSupervisionConfig(method="tft", **settings), processing_class=tokenizer
+    )
+    plain = Trainer(model=model, args=TrainingArguments(**settings))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    count = (batch["labels"][:, 1:] >= 0).sum()
+
+    def step(trainer: Trainer, inputs: Mapping[str, Tensor], count: Any) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            trainer.training_step(model, dict(inputs), count)
+
+        return run
+
+    steps = {"our trainer": step(ours, batch, {"tft": count}), "Trainer": step(plain, inputs, count)}
+    trl = trl_trainer(model, settings)
+    return {**steps, "SFTTrainer": step(trl, inputs, count)} if trl is not None else steps
+
+
+# ---- results ----
+
+
+def ideal_ratio(
+    model: nn.Module, branched: Sequence[Lengths], rows: Sequence[Lengths], supervision: Supervision
+) -> float:
+    """Products of a logits step over those of a TFT step, for these rows without padding (docs/performance.md)."""
+    architecture = find_architecture(model)
+    block = sum(p.numel() for p in architecture.blocks[0].parameters() if p.ndim == 2)
+    head = architecture.head_weight.numel()
+    tft = sum(6 * block * architecture.num_layers * (row.query + row.answer) + 6 * head * row.answer for row in rows)
+    extra = sum(
+        6 * block * (supervision.conversion.layer * row.english_query + supervision.thinking.layer * row.english_answer)
+        + 4 * head * (row.english_query + row.english_answer)
+        for row in branched
+    )
+    return 1 + extra / tft
+
+
+def _time_rows(seconds: Mapping[str, list[float]], options: argparse.Namespace, ideal: float) -> list[Row]:
+    goal = SHARED_GOALS.get(options.shape)
+    limit = 1.05 if options.device == "cpu" else 1.10
+    rows = [time_row("1: logits, shared forward / TFT", seconds, "shared", "tft", goal and at_most(goal))]
+    rows.append(_against_ideal(rows[0], ideal, at_most(limit)))
+    pairs: list[tuple[str, str, str, Goal | None]] = [
+        ("3: three calls as first written / shared forward", "three calls, first writing", "shared", at_least(1.6)),
+        ("   three full-depth calls, our losses / shared forward", "three full-depth calls", "shared", None),
+        ("   logits, separate truncated passes / TFT", "separate", "tft", None),
+        ("   logits, positional / TFT", "positional", "tft", None),
+        ("5: feature, detached / TFT", "feature, detached", "tft", at_most(1.22)),
+        ("5: feature, frozen with cached vectors / TFT", "feature, frozen", "tft", at_most(1.03)),
+        ("7: our trainer, TFT / Trainer", "our trainer", "Trainer", at_most(1.0)),
+        ("7: our trainer, TFT / TRL's SFTTrainer", "our trainer", "SFTTrainer", at_most(1.05)),
+    ]
+    return rows + [time_row(what, seconds, *sides, goal) for what, *sides, goal in pairs if sides[1] in seconds]
+
+
+def _against_ideal(measured: Row, ideal: float, goal: Goal) -> Row:
+    low, high = measured.spread
+    return Row(
+        what=f"2: measured / ideal products ({ideal:.3f})",
+        ratio=measured.ratio / ideal,
+        spread=(low / ideal, high / ideal),
+        goal=goal,
+    )
+
+
+def _memory_rows(memory: Mapping[str, int], options: argparse.Namespace) -> list[Row]:
+    limit = MEMORY_GOALS.get(options.shape)
+    return [
+        memory_row("4: peak memory, shared forward / TFT", memory, "shared", "tft", limit and at_most(limit)),
+        memory_row("   peak memory, separate passes / TFT", memory, "separate", "tft"),
+        memory_row("   peak memory, three calls as first written / TFT", memory, "three calls, first writing", "tft"),
+        memory_row("   peak memory, our trainer / Trainer", memory, "our trainer", "Trainer"),
+    ]
+
+
+def _gradient_rows(
+    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, options: argparse.Namespace
+) -> list[Row]:
+    """Norm of the difference between both ways' gradients, relative to the gradient's own norm."""
+    gradients = []
+    for run_passes in (shared_passes, separate_passes):
+        _step(model, batch, supervision, run_passes, options)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    shared, separate = gradients
+    difference = sum((shared[name] - separate[name]).double().square().sum() for name in separate)
+    norm = sum(gradient.double().square().sum() for gradient in separate.values())
+    value = float((difference / norm) ** 0.5)
+    exact = options.dtype == torch.float32 and not options.autocast
+    what = "9: gradients, shared forward against separate passes: relative difference"
+    return [Row(what=what, ratio=value, spread=(value, value), goal=at_most(1e-5) if exact else None)]
+
+
+if __name__ == "__main__":
+    run_program(main)
