@@ -39,6 +39,7 @@ from benchmarks.common import (
 from benchmarks.peers import trl_trainer
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
+from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import (
     BranchStates,
@@ -73,7 +74,7 @@ class Lengths:
 
 def main(arguments: Sequence[str] | None) -> None:
     """Measure, print and save."""
-    options = parse_options(_parser(), arguments)
+    options = _options(arguments)
     # Weights of a random model that takes part in no result may be anything; dropout is off in these shapes.
     model = build_model(options.shape, options.dtype, options.device, options.layers).train()
     lengths = row_lengths(options.batch, options.lengths)
@@ -83,13 +84,25 @@ def main(arguments: Sequence[str] | None) -> None:
     for name in ("conversion", "thinking"):
         batch[f"english_features_{name}"] = torch.randn(options.batch, width, device=options.device)
     supervisions = _supervisions(find_architecture(model).num_layers)
-    steps = _steps(model, batch, supervisions, options)
-    rows = _gradient_rows(model, batch, supervisions["logits"], options)
-    seconds = measure(steps, options.rounds)
-    memory = {name: peak_memory(step, options.device) for name, step in steps.items()}
+    with tempfile.TemporaryDirectory(prefix="pivotune-benchmark-") as folder:
+        steps = _steps(model, batch, supervisions, options, folder)
+        rows = _gradient_rows(model, batch, supervisions["logits"], options)
+        seconds = measure(steps, options.rounds)
+        memory = {name: peak_memory(step, options.device) for name, step in steps.items()}
     rows += _time_rows(seconds, options, ideal_ratio(model, lengths[options.replay :], lengths, supervisions["logits"]))
     rows += _memory_rows(memory, options)
     report(options, rows)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    options = parse_options(_parser(), arguments)
+    if not 0 <= options.replay < options.batch:
+        raise UsageError(f"--replay: {options.replay} found; allowed: 0 to {options.batch - 1}, fewer than --batch")
+    if options.layers is not None and options.layers < 3:
+        raise UsageError(
+            f"--layers: {options.layers} found; allowed: 3 or more, for two supervised layers below the top"
+        )
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,7 +170,11 @@ def _supervisions(num_layers: int) -> dict[str, Supervision]:
 
 
 def _steps(
-    model: nn.Module, batch: Mapping[str, Tensor], supervisions: Mapping[str, Supervision], options: argparse.Namespace
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    supervisions: Mapping[str, Supervision],
+    options: argparse.Namespace,
+    folder: str,
 ) -> dict[str, Callable[[], Any]]:
     def step(kind: str, run_passes: RunPasses) -> Callable[[], None]:
         return lambda: _step(model, batch, supervisions[kind], run_passes, options)
@@ -171,7 +188,7 @@ def _steps(
         "positional": step("positional", shared_passes),
         "feature, detached": step("feature", shared_passes),
         "feature, frozen": step("frozen", shared_passes),
-        **_trainer_steps(model, batch, options),
+        **_trainer_steps(model, batch, options, folder),
     }
 
 
@@ -230,7 +247,7 @@ def full_depth_passes(model: nn.Module, batch: Mapping[str, Tensor], request: Pa
 
 
 def _trainer_steps(
-    model: nn.Module, batch: Mapping[str, Tensor], options: argparse.Namespace
+    model: Any, batch: Mapping[str, Tensor], options: argparse.Namespace, folder: str
 ) -> dict[str, Callable[[], Any]]:
     """`training_step` of our trainer, of the plain `Trainer`, and of TRL's where it is installed."""
     from transformers import Trainer, TrainingArguments
@@ -239,7 +256,7 @@ def _trainer_steps(
     from pivotune.training.trainer import DeepSupervisionTrainer
 
     settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(prefix="pivotune-benchmark-"),
+        "output_dir": folder,
         "use_cpu": options.device == "cpu",
         "bf16": options.autocast,
         "report_to": "none",
@@ -253,10 +270,10 @@ def _trainer_steps(
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     count = (batch["labels"][:, 1:] >= 0).sum()
 
-    def step(trainer: Trainer, inputs: Mapping[str, Tensor], count: Any) -> Callable[[], None]:
+    def step(trainer: Any, inputs: Mapping[str, Tensor], count: Any) -> Callable[[], None]:
         def run() -> None:
-            model.zero_grad(set_to_none=True)
-            trainer.training_step(model, dict(inputs), count)
+            trainer.model.zero_grad(set_to_none=True)
+            trainer.training_step(trainer.model, dict(inputs), count)
 
         return run
 
@@ -285,13 +302,13 @@ def ideal_ratio(
 
 
 def _time_rows(seconds: Mapping[str, list[float]], options: argparse.Namespace, ideal: float) -> list[Row]:
-    goal = SHARED_GOALS.get(options.shape)
+    goal = _goal(SHARED_GOALS, options)
     limit = 1.05 if options.device == "cpu" else 1.10
-    rows = [time_row("1: logits, shared forward / TFT", seconds, "shared", "tft", goal and at_most(goal))]
+    rows = [time_row("1: logits, shared forward / TFT", seconds, "shared", "tft", goal)]
     rows.append(_against_ideal(rows[0], ideal, at_most(limit)))
     pairs: list[tuple[str, str, str, Goal | None]] = [
         ("3: three calls as first written / shared forward", "three calls, first writing", "shared", at_least(1.6)),
-        ("   three full-depth calls, our losses / shared forward", "three full-depth calls", "shared", None),
+        ("3: three full-depth calls, our losses / shared forward", "three full-depth calls", "shared", at_least(1.6)),
         ("   logits, separate truncated passes / TFT", "separate", "tft", None),
         ("   logits, positional / TFT", "positional", "tft", None),
         ("5: feature, detached / TFT", "feature, detached", "tft", at_most(1.22)),
@@ -299,7 +316,14 @@ def _time_rows(seconds: Mapping[str, list[float]], options: argparse.Namespace, 
         ("7: our trainer, TFT / Trainer", "our trainer", "Trainer", at_most(1.0)),
         ("7: our trainer, TFT / TRL's SFTTrainer", "our trainer", "SFTTrainer", at_most(1.05)),
     ]
-    return rows + [time_row(what, seconds, *sides, goal) for what, *sides, goal in pairs if sides[1] in seconds]
+    return rows + [
+        time_row(what, seconds, above, below, goal) for what, above, below, goal in pairs if below in seconds
+    ]
+
+
+def _goal(limits: Mapping[str, float], options: argparse.Namespace) -> Goal | None:
+    limit = limits.get(options.shape)
+    return None if limit is None else at_most(limit)
 
 
 def _against_ideal(measured: Row, ideal: float, goal: Goal) -> Row:
@@ -313,9 +337,9 @@ def _against_ideal(measured: Row, ideal: float, goal: Goal) -> Row:
 
 
 def _memory_rows(memory: Mapping[str, int], options: argparse.Namespace) -> list[Row]:
-    limit = MEMORY_GOALS.get(options.shape)
+    goal = _goal(MEMORY_GOALS, options)
     return [
-        memory_row("4: peak memory, shared forward / TFT", memory, "shared", "tft", limit and at_most(limit)),
+        memory_row("4: peak memory, shared forward / TFT", memory, "shared", "tft", goal),
         memory_row("   peak memory, separate passes / TFT", memory, "separate", "tft"),
         memory_row("   peak memory, three calls as first written / TFT", memory, "three calls, first writing", "tft"),
         memory_row("   peak memory, our trainer / Trainer", memory, "our trainer", "Trainer"),

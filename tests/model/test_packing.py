@@ -42,9 +42,7 @@ def test_every_block_reads_those_that_have_not_left(packing):
 def seen_by(packing: Packing, segment: int, window: int | None = None) -> list[list[int]]:
     """For every query of a segment, the packed positions that it sees."""
     part = packing.segments[segment]
-    mask = part.mask(window)
-    if mask is None:
-        mask = torch.ones(part.queries.length, part.keys.length, dtype=torch.bool).tril()[None, None]
+    mask = part.mask(window, explicit=True)
     mask = mask.expand(part.queries.rows, 1, -1, -1)[:, 0]
     keys = part.keys.gather.view(part.keys.rows, part.keys.length)
     seen = [keys[row][mask[row, query]].tolist() for row in range(len(mask)) for query in range(mask.shape[1])]

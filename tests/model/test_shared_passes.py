@@ -290,7 +290,7 @@ def test_other_families_fall_back_and_say_so_once(plain_llama, caplog):
         assert choose_passes(plain_llama) is separate_passes
         deep_supervision_terms(plain_llama, make_batch(2), logits(1, 2))
     (record,) = caplog.records
-    assert "every branch takes a pass of its own" in record.getMessage()
+    assert "padded passes, one for every branch" in record.getMessage()
     assert "'llama' is registered without shared_prefix=True" in record.getMessage()
     assert choose_passes(plain_llama, "separate") is separate_passes
 
@@ -332,3 +332,74 @@ def test_replay_rows_alone_have_no_branch():
     passes = shared_passes(build_tiny_model(), replay, REQUEST)
     assert passes.branches == {}
     assert passes.main.final is not None
+
+
+# --- input that cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run_passes", [shared_passes, separate_passes])
+def test_a_branch_without_a_prompt_is_refused(run_passes):
+    batch = make_batch(4)
+    batch["labels"][1] = torch.where(batch["attention_mask"][1].bool(), batch["input_ids"][1], -100)
+    with pytest.raises(ValueError, match="conversion: row 1 of the batch has an English query and no prompt"):
+        run_passes(build_tiny_model(), batch, REQUEST)
+
+
+@pytest.mark.parametrize("run_passes", [shared_passes, separate_passes])
+@pytest.mark.parametrize("layer", [0, NUM_LAYERS + 1])
+def test_a_branch_to_a_layer_that_is_not_there_is_refused(run_passes, layer):
+    with pytest.raises(ValueError, match=f"thinking: layer {layer} is not in 1 to {NUM_LAYERS}"):
+        run_passes(build_tiny_model(), make_batch(4), PassRequest(branches={"thinking": (layer, "answer")}))
+
+
+def test_padding_on_the_left_is_refused():
+    batch = {name: tensor.flip(1) for name, tensor in make_batch(4).items() if tensor.ndim == 2}
+    with pytest.raises(ValueError, match="padded on the right"):
+        shared_passes(build_tiny_model(), batch, PassRequest())
+
+
+def test_padding_alone_gives_what_separate_passes_give():
+    batch = make_batch(2)
+    batch["attention_mask"].zero_()
+    assert shared_passes(build_tiny_model(), batch, PassRequest()).main.final.shape[:2] == batch["labels"].shape
+
+
+@pytest.mark.parametrize("limit", [8, 12, 200])
+def test_rotary_embeddings_that_depend_on_the_longest_sequence(limit):
+    """Some branches are longer than the main rows; they may not change what the main rows read."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    weights = {"tft": 1.0, "conversion": 0.5, "thinking": 0.5}
+    results = []
+    for run in (separate_passes, shared_passes):
+        # A model of its own: such embeddings remember the longest sequence that they have seen.
+        model = build_tiny_model("llama", max_position_embeddings=limit, rope_parameters=rope)
+        results.append(terms_and_gradients(model, make_batch(8), logits(1, 3), weights, run))
+    assert relative_difference(results[1][1], results[0][1]) < 1e-5
+
+
+class Wrapper(nn.Module):
+    """Passes attributes on to the block inside, but not what is set on it, as FSDP does."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inside = block
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inside, name)
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_inside_a_wrapper(use_reentrant):
+    model = checkpointed(build_tiny_model().train(), use_reentrant)
+    weights = {"tft": 1.0, "conversion": 0.5, "thinking": 0.5}
+    _, expected = terms_and_gradients(model, make_batch(8), logits(1, 3), weights, separate_passes)
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = Wrapper(block)
+    _, found = terms_and_gradients(model, make_batch(8), logits(1, 3), weights, shared_passes)
+    assert relative_difference({name.replace(".inside", ""): value for name, value in found.items()}, expected) < 1e-5

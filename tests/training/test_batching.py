@@ -58,8 +58,19 @@ def test_longest_row_comes_first_and_the_remainder_last(num_batches):
     rows = order(lengths, 8, num_batches)
     assert lengths[rows[0]] == max(lengths)
     # Every step but the last holds whole batches: the rows that fill none are not spread over others.
-    rest = rows[333 // (8 * num_batches) * 8 * num_batches :]
+    # The last 5 rows fill no batch and are drawn at random.
+    rest = rows[333 // (8 * num_batches) * 8 * num_batches : -5]
     assert [lengths[row] for row in rest] == sorted((lengths[row] for row in rest), reverse=True)
+
+
+def test_with_drop_last_other_rows_are_left_out_in_every_epoch():
+    """Also where the rows do not fill one optimizer step."""
+    lengths = LENGTHS[:18]
+    left_out = set()
+    for number in range(40):
+        sampler = LengthGroupedSampler(lengths, batch_size=4, num_batches=8, seed=0, epoch=lambda number=number: number)
+        left_out |= set(list(sampler)[16:])
+    assert left_out == set(range(18))
 
 
 def test_steps_do_not_fall_in_length():

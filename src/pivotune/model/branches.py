@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pivotune.errors import UsageError
 from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.packed_forward import packed, why_not_packed
+from pivotune.model.packed_forward import longest_packed, packed, why_not_packed
 from pivotune.model.packing import Branch, Packing, pack
 from pivotune.model.scatter import pick
 from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
@@ -89,7 +89,7 @@ def choose_passes(model: nn.Module, forward: Forward = "auto") -> RunPasses:
 
 @cache
 def _say_once(reason: str) -> None:
-    logger.warning("every branch takes a pass of its own, which is slower: %s", reason)
+    logger.warning("padded passes, one for every branch, which is slower: %s", reason)
 
 
 @torch.no_grad()
@@ -138,12 +138,16 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     """One forward over target rows and branches together; `pivotune.model.packing` says how they lie."""
     architecture = find_architecture(model)
     wanted = {name: spec for name, spec in request.branches.items() if batch[f"english_{spec[1]}_mask"].any()}
+    _check_branches(architecture, batch, wanted)
     packing = pack(
         batch["input_ids"].cpu(),
         batch["attention_mask"].cpu(),
         _prompt_lengths(batch).cpu() if wanted else None,
         [_branch(batch, layer, side) for layer, side in wanted.values()],
     )
+    longest = longest_packed(model)
+    if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
+        return separate_passes(model, batch, request)
     taps = _run_packed(model, architecture, packing, request.main_layers | {layer for layer, _ in wanted.values()})
     branches = {
         name: BranchStates(
@@ -159,6 +163,7 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
 def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
     """Reference: a pass of its own for every branch, stopped after that branch's layer."""
     architecture = find_architecture(model)
+    _check_branches(architecture, batch, request.branches)
     main = _run(model, architecture, batch["input_ids"], batch["attention_mask"], request.main_layers)
     branches = {
         name: _branch_pass(model, architecture, batch, layer, side)
@@ -167,6 +172,21 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
     }
     english = _english_pass(model, batch, request, _run) if _wants_english(batch, request) else None
     return Passes(main=main, branches=branches, english=english)
+
+
+def _check_branches(architecture: Architecture, batch: Batch, branches: Mapping[str, tuple[int, str]]) -> None:
+    """What either way of running them relies on.
+
+    Raises:
+        ValueError: a layer that the model does not have, or a row whose branch has no prompt to continue.
+    """
+    for name, (layer, side) in branches.items():
+        if not 1 <= layer <= architecture.num_layers:
+            raise ValueError(f"{name}: layer {layer} is not in 1 to {architecture.num_layers}")
+        lost = batch[f"english_{side}_mask"].any(dim=1) & (_prompt_lengths(batch) == 0)
+        if lost.any():
+            row = int(lost.nonzero()[0, 0])
+            raise ValueError(f"{name}: row {row} of the batch has an English {side} and no prompt before its answer")
 
 
 def _wants_english(batch: Batch, request: PassRequest) -> bool:

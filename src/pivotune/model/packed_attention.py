@@ -44,8 +44,9 @@ def packed_attention(
         places = (segment.queries, segment.keys, segment.keys)
         rows = (take(states, scatter).transpose(1, 2) for states, scatter in zip(tokens, places, strict=True))
         queries, keys, values = rows
-        mask = segment.mask(window)
-        if softcap is not None or _slow_when_fused(queries, keys, dropout):
+        written = softcap is not None or _slow_when_fused(queries, keys, dropout)
+        mask = segment.mask(window, explicit=written)
+        if written:
             attended = written_attention(
                 queries, keys, values, mask=mask, scaling=scaling, softcap=softcap, dropout=dropout
             )

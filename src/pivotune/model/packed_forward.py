@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,23 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
+def longest_packed(model: nn.Module) -> int | None:
+    """How many positions a packed batch may have; None for any number.
+
+    Some rotary embeddings (`dynamic`, `longrope`) change for all tokens of a forward when its longest sequence passes the
+    length that the model was first trained on. Branches in the same forward could then change it for the main rows.
+    """
+    lengths = []
+    for config in _configs(unwrap_model(model)):
+        rope = getattr(config, "rope_parameters", None) or {}
+        nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+        if any(parameters.get("rope_type") in ("dynamic", "longrope") for parameters in nested):
+            lengths += [parameters.get("original_max_position_embeddings") for parameters in nested]
+            lengths.append(getattr(config, "original_max_position_embeddings", None))
+            lengths.append(getattr(config, "max_position_embeddings", None))
+    return min((length for length in lengths if length), default=None)
+
+
 @contextmanager
 def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> Iterator[None]:
     """Inside the context the model's forward reads `packing.input_ids` and `packing.position_ids`, both (1, N)."""
@@ -55,7 +73,7 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
             if count < packing.input_ids.shape[1]:
                 stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
             if getattr(block, "gradient_checkpointing", False) and block.training:
-                stack.enter_context(_checkpoint_carries(block, configs, packing, count))
+                stack.enter_context(_checkpoint_carries(_checkpointed(block), configs, packing, count))
         length = packing.input_ids.shape[1]
         stack.callback(architecture.final_norm.register_forward_hook(partial(_lengthen, length)).remove)
         yield
@@ -97,6 +115,11 @@ def _checkpoint_carries(block: nn.Module, configs: Sequence[Any], packing: Packi
         owner._gradient_checkpointing_func = checkpoint
 
 
+def _checkpointed(block: nn.Module) -> nn.Module:
+    """The block itself where it is wrapped: what is set on an FSDP wrapper does not reach the module inside."""
+    return next((module for module in block.modules() if "_gradient_checkpointing_func" in vars(module)), block)
+
+
 def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         with _attention_installed(configs, packing):
@@ -131,6 +154,8 @@ def _register_attention() -> None:
     AttentionInterface.register(ATTENTION, _attention)
 
 
+# Not traced by torch.compile: what it reads changes with every batch, and would be compiled anew each time.
+@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,

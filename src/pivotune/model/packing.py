@@ -40,7 +40,7 @@ class Segment:
     queries: Scatter
     keys: Scatter
     prompt_lengths: Tensor | None = None
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict, compare=False)
+    masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> Segment:
         """The same on `device`."""
@@ -49,21 +49,21 @@ class Segment:
         keys = queries if self.keys is self.queries else self.keys.to(device)
         return replace(self, queries=queries, keys=keys, prompt_lengths=prompts, masks={})
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Which key each query sees, (R or 1, 1, Q, K) bool; None where plain causal attention does.
+    def mask(self, window: int | None, *, explicit: bool = False) -> Tensor | None:
+        """Which key each query sees, (R or 1, 1, Q, K) bool; made once for all blocks.
 
         Args:
             window: how far back a query sees, itself included (sliding-window attention); None for no limit.
+            explicit: give a mask also where plain causal attention does, instead of None.
         """
         if window is not None and window >= self.keys.length:
             window = None
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        return self.masks[window]
+        if (window, explicit) not in self.masks:
+            plain = self.prompt_lengths is None and window is None and not explicit
+            self.masks[window, explicit] = None if plain else self._mask(window)
+        return self.masks[window, explicit]
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        if self.prompt_lengths is None and window is None:
-            return None
+    def _mask(self, window: int | None) -> Tensor:
         device = self.keys.gather.device
         # Queries stand at the end of the keys, prompts are laid against the branch, so distances are those of the text.
         offset = self.keys.length - self.queries.length
@@ -121,6 +121,11 @@ class Packing:
             predicting=[moved(positions, device) for positions in self.predicting],
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """N, of all segments."""
+        return self.input_ids.shape[1]
+
     def present(self, num_tokens: int) -> Sequence[Segment]:
         """The segments that are still there when `num_tokens` packed tokens are left."""
         return [segment for segment in self.segments if segment.stop <= num_tokens and segment.stop > segment.start]
@@ -145,7 +150,12 @@ def pack(
         input_ids, attention_mask: (B, T), padded right.
         prompt_lengths: (B,) tokens of each row's prompt; only needed with branches.
         branches: any number; their rows need a prompt of at least one token.
+
+    Raises:
+        ValueError: a row is not padded on the right.
     """
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask: rows must be padded on the right")
     main, tokens, positions = _pack_main(input_ids, attention_mask)
     # Where each row starts in the packed tokens.
     starts = main.gather.view(main.rows, main.length)[:, 0]

@@ -50,15 +50,15 @@ def written_attention(
     # The query heads of one key head become more queries of it: fewer and larger products, and no repeated keys.
     grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)
     if dropout:
-        weights = F.dropout(_weights(grouped, key, ~mask, scaling, softcap)[0], dropout)
+        weights = F.dropout(_weights(grouped, key, mask, scaling, softcap)[0], dropout)
         output = weights @ value
     else:
-        output = _Written.apply(grouped, key, value, ~mask, scaling, softcap)
+        output = _Written.apply(grouped, key, value, mask, scaling, softcap)
     return output.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 class _Written(torch.autograd.Function):
-    """`query` (R, H, G * Q, D), `key` and `value` (R, H, K, D), `unseen` (R or 1, 1, Q, K)."""
+    """`query` (R, H, G * Q, D), `key` and `value` (R, H, K, D), `seen` (R or 1, 1, Q, K)."""
 
     @staticmethod
     def forward(
@@ -66,28 +66,28 @@ class _Written(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        unseen: Tensor,
+        seen: Tensor,
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, unseen)
+        ctx.save_for_backward(query, key, value, seen)
         ctx.options = scaling, softcap  # type: ignore[attr-defined]
         output = torch.empty_like(query)
         # Autocast would make the weights float32, only to round them for the next product.
         with torch.autocast(query.device.type, enabled=False):
             for rows in _row_chunks(query, key):
-                weights, _ = _weights(query[rows], key[rows], _of_rows(unseen, rows), scaling, softcap)
+                weights, _ = _weights(query[rows], key[rows], _of_rows(seen, rows), scaling, softcap)
                 output[rows] = weights @ value[rows]
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, unseen = ctx.saved_tensors  # type: ignore[attr-defined]
+        query, key, value, seen = ctx.saved_tensors  # type: ignore[attr-defined]
         scaling, softcap = ctx.options  # type: ignore[attr-defined]
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for rows in _row_chunks(query, key):
-            weights, capped = _weights(query[rows], key[rows], _of_rows(unseen, rows), scaling, softcap)
+            weights, capped = _weights(query[rows], key[rows], _of_rows(seen, rows), scaling, softcap)
             gradients[2][rows] = weights.transpose(-1, -2) @ gradient[rows]
             of_weights = gradient[rows] @ value[rows].transpose(-1, -2)
             of_products = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
@@ -100,7 +100,7 @@ class _Written(torch.autograd.Function):
 
 
 def _weights(
-    query: Tensor, key: Tensor, unseen: Tensor, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, seen: Tensor, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention weights (r, H, G * Q, K), and the capped products where there is a cap."""
     products = query @ key.transpose(-1, -2) * scaling
@@ -108,8 +108,8 @@ def _weights(
     if softcap is not None:
         products = capped = softcap * torch.tanh(products / softcap)
     # (r, H, G, Q, K): the mask is the same for all heads.
-    by_group = products.unflatten(2, (-1, unseen.shape[2]))
-    masked = by_group.masked_fill(unseen[:, :, None], torch.finfo(products.dtype).min)
+    by_group = products.unflatten(2, (-1, seen.shape[2]))
+    masked = torch.where(seen[:, :, None], by_group, torch.finfo(products.dtype).min)
     return torch.softmax(masked.flatten(2, 3), dim=-1), capped
 
 
@@ -119,5 +119,5 @@ def _row_chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + count) for start in range(0, query.shape[0], count)]
 
 
-def _of_rows(unseen: Tensor, rows: slice) -> Tensor:
-    return unseen if unseen.shape[0] == 1 else unseen[rows]
+def _of_rows(seen: Tensor, rows: slice) -> Tensor:
+    return seen if seen.shape[0] == 1 else seen[rows]

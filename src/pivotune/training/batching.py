@@ -131,7 +131,11 @@ def length_grouped_order(
     if steps:
         longest = max(range(len(steps)), key=lambda index: max(lengths[row] for row in steps[index]))
         steps[0], steps[longest] = steps[longest], steps[0]
-    return [row for rows in steps for row in rows] + _longest_first(order[full:], lengths)
+    # Rows that fill no batch come last: with `dataloader_drop_last` other ones are left out in every epoch.
+    rest, short = order[full:], len(order) - len(order) % batch_size
+    return (
+        [row for rows in steps for row in rows] + _longest_first(rest[: short - full], lengths) + rest[short - full :]
+    )
 
 
 def _deal(rows: list[int], batch_size: int, num_batches: int, generator: torch.Generator) -> list[list[int]]:
