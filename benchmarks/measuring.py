@@ -26,12 +26,18 @@ def measure(contenders: Mapping[str, Contender], rounds: int = 5, warmup: int = 
     slows all of them, and none always follows the same neighbour. Garbage is collected outside the measured time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-warmup, rounds):
-        names = list(contenders)
-        for name in reversed(names) if number % 2 else names:
-            elapsed = _seconds(contenders[name])
-            if number >= 0:
-                seconds[name].append(elapsed)
+    # What is there before the first round need not be looked through again after each contender.
+    gc.collect()
+    gc.freeze()
+    try:
+        for number in range(-warmup, rounds):
+            names = list(contenders)
+            for name in reversed(names) if number % 2 else names:
+                elapsed = _seconds(contenders[name])
+                if number >= 0:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
