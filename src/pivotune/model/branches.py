@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pivotune.errors import UsageError
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.packed_forward import longest_packed, packed, why_not_packed
-from pivotune.model.packing import Branch, Packing, pack
+from pivotune.model.packing import Branch, Packing, leading, pack
 from pivotune.model.scatter import pick
 from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
 
@@ -137,26 +137,30 @@ def _made_up_batch(architecture: Architecture) -> Batch:
 def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
     """One forward over target rows and branches together; `pivotune.model.packing` says how they lie."""
     architecture = find_architecture(model)
-    wanted = {name: spec for name, spec in request.branches.items() if batch[f"english_{spec[1]}_mask"].any()}
-    _check_branches(architecture, batch, wanted)
+    # Where tokens lie is counted on the CPU, in one piece: every question to a device waits for it.
+    counted = {name: tensor.cpu() for name, tensor in batch.items() if not tensor.is_floating_point()}
+    wanted = {name: spec for name, spec in request.branches.items() if counted[f"english_{spec[1]}_mask"].any()}
+    _check_branches(architecture, counted, wanted)
     packing = pack(
-        batch["input_ids"].cpu(),
-        batch["attention_mask"].cpu(),
-        _prompt_lengths(batch).cpu() if wanted else None,
-        [_branch(batch, layer, side) for layer, side in wanted.values()],
+        counted["input_ids"],
+        counted["attention_mask"],
+        _prompt_lengths(counted) if wanted else None,
+        [_branch(counted, layer, side) for layer, side in wanted.values()],
     )
     longest = longest_packed(model)
     if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
         return separate_passes(model, batch, request)
+    packing = packing.to(architecture.head_weight.device)
     taps = _run_packed(model, architecture, packing, request.main_layers | {layer for layer, _ in wanted.values()})
     branches = {
         name: BranchStates(
             hidden_states=pick(taps.hidden_states[layer][0], positions),
-            labels=batch["english_input_ids"][batch[f"english_{side}_mask"]],
+            labels=_english_tokens(counted, side).to(packing.input_ids.device),
         )
         for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True)
     }
-    english = _english_pass(model, batch, request, _run_without_padding) if _wants_english(batch, request) else None
+    wants_english = _wants_english(counted, request)
+    english = _english_pass(model, counted, request, _run_without_padding) if wants_english else None
     return Passes(main=_padded(packing, taps, request.main_layers), branches=branches, english=english)
 
 
@@ -196,6 +200,8 @@ def _wants_english(batch: Batch, request: PassRequest) -> bool:
 def _run(
     model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
 ) -> Taps:
+    # A row of padding alone would attend to nothing and give NaN; its states are never read.
+    attention_mask = attention_mask.masked_fill(~attention_mask.any(dim=1, keepdim=True), 1)
     with tap(architecture, layers) as taps:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
     return taps
@@ -203,7 +209,6 @@ def _run(
 
 def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, layers: Iterable[int]) -> Taps:
     """Packed states (1, N or fewer, width)."""
-    packing = packing.to(architecture.head_weight.device)
     with packed(model, architecture, packing), tap(architecture, layers) as taps:
         model(input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, logits_to_keep=1)
     return taps
@@ -212,8 +217,8 @@ def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, 
 def _run_without_padding(
     model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
 ) -> Taps:
-    """As `_run`, with the padding taken out on the way."""
-    packing = pack(input_ids.cpu(), attention_mask.cpu())
+    """As `_run`, with the padding taken out on the way; tokens and mask on the CPU."""
+    packing = pack(input_ids, attention_mask).to(architecture.head_weight.device)
     return _padded(packing, _run_packed(model, architecture, packing, layers), layers)
 
 
@@ -256,7 +261,7 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
     # Padding repeats a token of the row: any valid id will do behind the attention mask.
     input_ids = batch["input_ids"][keep][:, :1].repeat(1, positions.shape[1])
     # Both masks walk the rows in order and left to right, so the tokens fall into place without a loop.
-    source = _first_positions(batch["input_ids"][keep], prompt_lengths)
+    source = leading(prompt_lengths, batch["input_ids"].shape[1])
     input_ids[in_prompt] = batch["input_ids"][keep][source]
     input_ids[in_branch] = batch["english_input_ids"][keep][english_mask]
     return input_ids, (in_prompt | in_branch).long(), in_branch
@@ -267,24 +272,22 @@ def _prompt_lengths(batch: Batch) -> Tensor:
     return (batch["attention_mask"].bool() & (batch["labels"] < 0)).sum(dim=1)
 
 
-def _first_positions(tokens: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(tokens.shape[1], device=tokens.device)[None, :] < lengths[:, None]
-
-
 def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Callable[..., Taps]) -> Taps:
     """Run the English rows, no further than the highest layer asked for."""
     runner = model if request.reference is None else request.reference
     architecture = find_architecture(runner)
     gradient = request.english_gradient and request.reference is None
-    mask = batch["english_attention_mask"]
-    if run is _run:
-        # A row without an English side would attend to nothing and give NaN; its states are never read.
-        mask = mask.masked_fill(~mask.any(dim=1, keepdim=True), 1)
     with (
         nullcontext() if gradient else _without_gradient(architecture),
         truncated(architecture, max(request.english_layers)),
     ):
-        return run(runner, architecture, batch["english_input_ids"], mask, request.english_layers)
+        return run(
+            runner,
+            architecture,
+            batch["english_input_ids"],
+            batch["english_attention_mask"],
+            request.english_layers,
+        )
 
 
 @contextmanager
@@ -302,12 +305,16 @@ def _without_gradient(architecture: Architecture) -> Iterator[None]:
 
 
 def _branch(batch: Batch, layer: int, side: str) -> Branch:
-    """One English side of the batch as a branch, on the CPU; the last token of a row predicts nothing and is left out."""
-    mask = batch[f"english_{side}_mask"].cpu()
-    keep = mask.any(dim=1)
-    mask = mask[keep]
-    lengths = mask.sum(dim=1) - 1
-    places = _first_positions(mask[:, : int(lengths.max())], lengths)
+    """One English side of a batch on the CPU; the last token of a row predicts nothing and is left out."""
+    mask = batch[f"english_{side}_mask"]
+    rows = mask.any(dim=1).nonzero()[:, 0]
+    lengths = mask[rows].sum(dim=1) - 1
+    places = leading(lengths, int(lengths.max()))
     tokens = torch.zeros(places.shape, dtype=torch.long)
-    tokens[places] = batch["english_input_ids"].cpu()[keep][mask & (mask.cumsum(dim=1) <= lengths[:, None])]
-    return Branch(layer=layer, rows=keep.nonzero()[:, 0], tokens=tokens, lengths=lengths)
+    tokens[places] = batch["english_input_ids"][rows][mask[rows] & (mask[rows].cumsum(dim=1) <= lengths[:, None])]
+    return Branch(layer=layer, rows=rows, tokens=tokens, lengths=lengths)
+
+
+def _english_tokens(batch: Batch, side: str) -> Tensor:
+    """What a branch predicts, (N,), row by row."""
+    return batch["english_input_ids"][batch[f"english_{side}_mask"]]

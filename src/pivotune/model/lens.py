@@ -8,7 +8,7 @@ reads layer entropies and inner losses through this lens (arXiv 2503.01275, sect
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,22 @@ def plain_head(architecture: Architecture) -> nn.Linear | None:
     None where a wrapper, adapter, quantization, hook or sharded tensor stands in between: call the module then.
     """
     head = architecture.lm_head
-    # Accelerate's hooks replace `forward` on the instance; ZeRO-3 leaves a parameter without its two dimensions.
-    hooked = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-    if hooked or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
-        return None
-    return head if head.weight.is_floating_point() and head.weight.ndim == 2 else None
+    return cast(nn.Linear, head) if is_plain_linear(head) and is_plain_matrix(cast(Tensor, head.weight)) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is exactly `nn.Linear`: subclasses compute something else, and so may hooks.
+
+    Accelerate's hooks replace `forward` on the instance.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
+
+
+def is_plain_matrix(weight: Tensor) -> bool:
+    """Neither quantized (a subclass, or integers) nor partitioned away (empty, ZeRO-3) nor off-loaded (meta)."""
+    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2
+    return ordinary and weight.numel() > 0 and weight.device.type != "meta"
 
 
 @torch.no_grad()

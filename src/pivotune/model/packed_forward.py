@@ -70,12 +70,12 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
         stack.enter_context(_attention_installed(configs, packing))
         for index, block in enumerate(architecture.blocks):
             count = packing.tokens_left(index)
-            if count < packing.input_ids.shape[1]:
+            if count < packing.num_tokens:
                 stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
             if getattr(block, "gradient_checkpointing", False) and block.training:
                 stack.enter_context(_checkpoint_carries(_checkpointed(block), configs, packing, count))
-        length = packing.input_ids.shape[1]
-        stack.callback(architecture.final_norm.register_forward_hook(partial(_lengthen, length)).remove)
+        lengthen = partial(_lengthen, packing.num_tokens)
+        stack.callback(architecture.final_norm.register_forward_hook(lengthen).remove)
         yield
 
 

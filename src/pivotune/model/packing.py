@@ -29,18 +29,23 @@ class Segment:
     """The main sequences, or the tokens of one branch: packed positions `start` to `stop`.
 
     Attributes:
+        start: packed position of its first token.
         layer: the last layer k that the segment runs through; None for all.
         queries, keys: where its tokens, and the tokens that these may see, go for attention.
         prompt_lengths: (R,) tokens of the prompt before each row of a branch; None for main sequences.
     """
 
     start: int
-    stop: int
     layer: int | None
     queries: Scatter
     keys: Scatter
     prompt_lengths: Tensor | None = None
     masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """The packed position after its last token."""
+        return self.start + len(self.queries.padded)
 
     def to(self, device: torch.device) -> Segment:
         """The same on `device`."""
@@ -159,14 +164,14 @@ def pack(
     main, tokens, positions = _pack_main(input_ids, attention_mask)
     # Where each row starts in the packed tokens.
     starts = main.gather.view(main.rows, main.length)[:, 0]
-    segments = [Segment(start=0, stop=len(tokens), layer=None, queries=main, keys=main)]
+    segments = [Segment(start=0, layer=None, queries=main, keys=main)]
     all_tokens, all_positions, predicting = [tokens], [positions], [torch.empty(0)] * len(branches)
     for index in sorted(range(len(branches)), key=lambda index: -branches[index].layer):
         branch = branches[index]
         assert prompt_lengths is not None
         segment, own_positions = _pack_branch(branch, segments[-1].stop, starts, prompt_lengths)
         segments.append(segment)
-        all_tokens.append(branch.tokens[_places(branch.lengths, branch.tokens.shape[1])])
+        all_tokens.append(branch.tokens[leading(branch.lengths, branch.tokens.shape[1])])
         all_positions.append(own_positions)
         predicting[index] = _predicting(branch, segment, starts, prompt_lengths)
     return Packing(
@@ -193,7 +198,7 @@ def _pack_main(input_ids: Tensor, attention_mask: Tensor) -> tuple[Scatter, Tens
     starts = (counts.cumsum(0) - counts).clamp(max=max(packed - 1, 0))
     gather = starts[:, None].repeat(1, length).flatten().index_copy(0, padded, own)
     contiguous = (0, packed) if packed == places.numel() else None
-    scatter = Scatter(rows=rows, length=length, gather=gather, packed=own, padded=padded, contiguous=contiguous)
+    scatter = Scatter(rows=rows, length=length, gather=gather, padded=padded, contiguous=contiguous)
     return scatter, input_ids[places], positions[places]
 
 
@@ -203,14 +208,13 @@ def _pack_branch(branch: Branch, start: int, starts: Tensor, prompt_lengths: Ten
     rows, length = branch.tokens.shape
     prompts = prompt_lengths[branch.rows]
     longest = int(prompts.max()) if rows else 0
-    places = _places(branch.lengths, length)
+    places = leading(branch.lengths, length)
     padded = places.flatten().nonzero()[:, 0]
     own = torch.arange(start, start + len(padded), device=device)
     queries = Scatter(
         rows=rows,
         length=length,
         gather=torch.zeros(rows * length, dtype=torch.long, device=device).index_copy(0, padded, own),
-        packed=own,
         padded=padded,
         contiguous=(start, start + len(padded)) if len(padded) == places.numel() else None,
     )
@@ -221,11 +225,10 @@ def _pack_branch(branch: Branch, start: int, starts: Tensor, prompt_lengths: Ten
     gather = torch.cat([prompt_positions, queries.gather.view(rows, length)], dim=1)
     taken = torch.cat([in_prompt, places], dim=1).flatten().nonzero()[:, 0]
     gather = gather.flatten()
-    keys = Scatter(rows=rows, length=longest + length, gather=gather, packed=gather[taken], padded=taken)
+    keys = Scatter(rows=rows, length=longest + length, gather=gather, padded=taken)
     positions = prompts[:, None] + torch.arange(length, device=device)[None, :]
     segment = Segment(
         start=start,
-        stop=start + len(padded),
         layer=branch.layer,
         queries=queries,
         keys=keys,
@@ -238,8 +241,9 @@ def _predicting(branch: Branch, segment: Segment, starts: Tensor, prompt_lengths
     last_of_prompt = starts[branch.rows] + prompt_lengths[branch.rows] - 1
     rows, length = branch.tokens.shape
     candidates = torch.cat([last_of_prompt[:, None], segment.queries.gather.view(rows, length)], dim=1)
-    return candidates[_places(branch.lengths + 1, length + 1)]
+    return candidates[leading(branch.lengths + 1, length + 1)]
 
 
-def _places(lengths: Tensor, size: int) -> Tensor:
+def leading(lengths: Tensor, size: int) -> Tensor:
+    """(rows, size) bool: the first `lengths[row]` places of every row."""
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

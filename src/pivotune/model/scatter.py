@@ -6,6 +6,7 @@ Every packed token is taken once at most, so that gradients are copied too, wher
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,24 +20,26 @@ class Scatter:
     Attributes:
         gather: (rows * length,) the packed position that fills each padded place. Padding repeats some token: whatever
             stands there is not attended to and not read.
-        packed: (m,) packed positions that are really taken, each once.
-        padded: (m,) their places in the padded tensor, flattened.
+        padded: (m,) places that are no padding, flattened; each holds a packed token of its own.
         contiguous: (start, stop) where the padded tensor is this very stretch of the packed one, so that no copy is needed.
     """
 
     rows: int
     length: int
     gather: Tensor
-    packed: Tensor
     padded: Tensor
     contiguous: tuple[int, int] | None = None
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """(m,) packed positions that are really taken."""
+        return self.gather[self.padded]
 
     def to(self, device: torch.device) -> Scatter:
         """The same on `device`."""
         return replace(
             self,
             gather=moved(self.gather, device),
-            packed=moved(self.packed, device),
             padded=moved(self.padded, device),
         )
 

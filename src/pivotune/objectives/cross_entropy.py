@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pivotune.model.architecture import Architecture
+from pivotune.model.lens import is_plain_linear, is_plain_matrix
 from pivotune.objectives.fused_cross_entropy import fused_cross_entropy_sum, fused_loss_fits
 from pivotune.objectives.head_sweep import LinearHead
 from pivotune.objectives.linear_cross_entropy import (
@@ -121,20 +122,14 @@ def _check(normed: Tensor, labels: Tensor) -> None:
 def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | None:
     """The head as plain tensors; None where it has to be called as a module."""
     head = architecture.lm_head
-    # Subclasses compute something else, and so may hooks and a replaced `forward`.
-    if type(head) is not nn.Linear or _has_hooks(head):
+    if not is_plain_linear(head):
         return None
-    weight, bias = (_whole(tensor, frozen=frozen) for tensor in (head.weight, head.bias))
-    if weight is None or not _plain(weight):
+    weight, bias = (_whole(cast(Any, tensor), frozen=frozen) for tensor in (head.weight, head.bias))
+    if weight is None or not is_plain_matrix(weight):
         return None
     if bias is not None and architecture.logit_scale != 1.0:
         bias = bias * architecture.logit_scale
     return LinearHead(weight, bias, architecture.softcap)
-
-
-def _has_hooks(module: Any) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def _whole(tensor: Tensor | None, *, frozen: bool) -> Tensor | None:
@@ -143,12 +138,6 @@ def _whole(tensor: Tensor | None, *, frozen: bool) -> Tensor | None:
         return None
     tensor = tensor.detach() if frozen else tensor
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _plain(weight: Tensor) -> bool:
-    """Neither quantized (a subclass, or integers) nor partitioned away (empty, ZeRO-3) nor off-loaded (meta)."""
-    ordinary = type(weight) in (Tensor, nn.Parameter)
-    return ordinary and weight.is_floating_point() and weight.numel() > 0 and weight.device.type != "meta"
 
 
 def _scaled(architecture: Architecture, normed: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.branches import Batch, Passes, PassRequest, RunPasses, choose_passes
 from pivotune.model.lens import Norm
+from pivotune.model.taps import Taps
 from pivotune.objectives.cross_entropy import cross_entropy_sum, shifted
 from pivotune.objectives.feature import Pooling, Span, feature_loss, pooled_feature_loss, span_masks
 from pivotune.objectives.logits import inner_losses, positional_predictions, positional_targets
@@ -107,7 +108,7 @@ def deep_supervision_terms(
     inner = inner_losses(architecture, _predictions(passes, batch, supervision, signals), norm=supervision.logits_norm)
     for name, signal in signals.items():
         if signal.kind == "feature":
-            inner[name] = _feature_term(architecture, passes, batch, supervision, name, signal.layer)
+            inner[name] = _feature_term(architecture, passes, batch, supervision, name, signal)
     return {"tft": tft, **{name: inner.get(name) or _nothing(batch) for name in signals}}
 
 
@@ -136,7 +137,7 @@ def _request(
     reference: nn.Module | None,
 ) -> PassRequest:
     features = {
-        name: signal.layer
+        name: english_layer(name, signal, architecture.num_layers)
         for name, signal in signals.items()
         if signal.kind == "feature" and _pooled_english(batch, supervision, name) is None
     }
@@ -151,11 +152,10 @@ def _request(
         for name, signal in signals.items()
         if signal.kind == "logits" and not positional
     }
-    english = {architecture.num_layers if name == "thinking" else layer for name, layer in features.items()}
     return PassRequest(
         main_layers=frozenset(signal.layer for name, signal in signals.items() if name not in branches),
         branches=branches,
-        english_layers=frozenset(english),
+        english_layers=frozenset(features.values()),
         english_gradient=supervision.english == "joint",
         reference=reference if supervision.english == "frozen" else None,
     )
@@ -174,15 +174,16 @@ def _predictions(
 
 
 def _feature_term(
-    architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, layer: int
+    architecture: Architecture, passes: Passes, batch: Batch, supervision: Supervision, name: str, signal: Signal
 ) -> Term:
-    target, pooling, span = passes.main.hidden_states[layer], supervision.pooling, supervision.span
+    target, pooling, span = passes.main.hidden_states[signal.layer], supervision.pooling, supervision.span
     pooled = _pooled_english(batch, supervision, name)
     if pooled is not None:
         return pooled_feature_loss(target, pooled, batch, pooling=pooling, span=span)
     if passes.english is None:
         return _nothing(batch)
-    english = _english_states(architecture, passes, supervision, name, layer)
+    layer = english_layer(name, signal, architecture.num_layers)
+    english = english_states(passes.english, supervision, name, layer)
     if supervision.english != "joint":
         english = english.detach()
     return feature_loss(target, english, batch, pooling=pooling, span=span)
@@ -193,17 +194,17 @@ def _pooled_english(batch: Batch, supervision: Supervision, name: str) -> Tensor
     return batch.get(f"english_features_{name}") if supervision.english == "frozen" else None
 
 
-def _english_states(
-    architecture: Architecture, passes: Passes, supervision: Supervision, name: str, layer: int
-) -> Tensor:
-    """Conversion compares at its own layer; thinking with the top of the English side."""
-    assert passes.english is not None
-    if name == "conversion":
-        return passes.english.hidden_states[layer]
-    if supervision.english_norm == "raw":
-        return passes.english.hidden_states[architecture.num_layers]
-    assert passes.english.final is not None
-    return passes.english.final
+def english_layer(name: str, signal: Signal, num_layers: int) -> int:
+    """The layer of the English side that a feature term compares with: conversion its own, thinking the top."""
+    return num_layers if name == "thinking" else signal.layer
+
+
+def english_states(english: Taps, supervision: Supervision, name: str, layer: int) -> Tensor:
+    """The English side's states (B, S, width) for a feature term, `layer` as of `english_layer`."""
+    if name == "conversion" or supervision.english_norm == "raw":
+        return english.hidden_states[layer]
+    assert english.final is not None
+    return english.final
 
 
 def _nothing(batch: Batch) -> Term:

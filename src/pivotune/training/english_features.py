@@ -23,8 +23,9 @@ from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
-from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
-from pivotune.objectives.deep_supervision import Supervision
+from pivotune.model.branches import PassRequest, choose_passes
+from pivotune.model.taps import evaluation_mode, truncated
+from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.progress import Progress, silent, tqdm_bar
@@ -206,28 +207,20 @@ def _starting_model(model: nn.Module, num_layers: int, autocast: torch.dtype | N
 def _pooled(
     model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, layers: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    architecture = find_architecture(model)
-    device = architecture.head_weight.device
+    device = find_architecture(model).head_weight.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    with tap(architecture, layers.values()) as taps:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+    states = choose_passes(model)(model, inputs, PassRequest(main_layers=frozenset(layers.values()))).main
     mask = span_masks(batch, supervision.span)[1].to(device)
     return {
-        name: pool(_states(taps, supervision, name, layer), mask, supervision.pooling) for name, layer in layers.items()
+        name: pool(english_states(states, supervision, name, layer), mask, supervision.pooling)
+        for name, layer in layers.items()
     }
 
 
 def _layers(supervision: Supervision, num_layers: int) -> dict[str, int]:
-    """The layer of the English side by feature term; thinking compares with the top."""
+    """The layer of the English side by feature term."""
     signals = {name: signal for name, signal in supervision.active().items() if signal.kind == "feature"}
-    return {name: num_layers if name == "thinking" else signal.layer for name, signal in signals.items()}
-
-
-def _states(taps: Taps, supervision: Supervision, name: str, layer: int) -> Tensor:
-    if name == "conversion" or supervision.english_norm == "raw":
-        return taps.hidden_states[layer]
-    assert taps.final is not None
-    return taps.final
+    return {name: english_layer(name, signal, num_layers) for name, signal in signals.items()}
 
 
 def _key(
