@@ -11,10 +11,12 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from pivotune.config import RunConfig, SupervisionConfig, validate
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
+from pivotune.training.optimizers import check_optimizer
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
 
@@ -166,12 +168,19 @@ def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSuperv
     settings = {**defaults, **training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
         settings["use_cpu"] = True
+    if "optim" in settings:
+        check_optimizer(settings["optim"], use_cpu=bool(settings.get("use_cpu")))
     try:
         return DeepSupervisionConfig(**settings)
     except UsageError:
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """`training.optim` as text."""
+    return OptimizerNames(args.optim).value
 
 
 def bf16_is_native() -> bool:

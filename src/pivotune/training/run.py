@@ -84,7 +84,7 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
         check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
-    rows, validation_rows, skipped = _load_data(config)
+    rows, validation_rows, skipped = load_data(config)
     train = encoder.encode(rows, on_bad_row=config.data.on_bad_row, source=config.data.train)
     validation = encoder.encode(validation_rows, on_bad_row="skip")
     _check_rows(config, args, train, validation, encoder.report)
@@ -227,7 +227,8 @@ def _check_apart(config: RunConfig) -> None:
         )
 
 
-def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+def load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+    """Rows to train on, rows held out, and how many were left out, by reason."""
     rows = _load(config, config.data.train, config.data.english, heldout=False)
     validation = config.data.validation
     if isinstance(validation, str):
