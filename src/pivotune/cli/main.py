@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pivotune import __version__
-from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
+from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
 from pivotune.errors import UsageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,6 +27,7 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("analyze")(analyze.analyze)
 app.command("init")(init.init)
+app.command("estimate")(estimate.estimate)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
@@ -87,7 +88,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, UsageError):
         print(f"pivotune: error: {text}", file=sys.stderr)
         return EXIT_USAGE
-    if type(error).__name__ == "TrainingDivergedError":
+    if type(error).__name__ in ("TrainingDivergedError", "MemoryExhaustedError"):
         print(f"pivotune: stopped: {text}", file=sys.stderr)
         return EXIT_FAILURE
     print(f"pivotune: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)

@@ -40,6 +40,7 @@ def train(
     if resume:
         out.print(f"resuming: {_last_checkpoint(prepared.folder)}", soft_wrap=True, markup=False)
     describe_run(out, prepared)
+    describe_training(out, prepared)
     try:
         with TrainingProgress() as bar:
             result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
@@ -78,6 +79,24 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
+
+
+def describe_training(out: Console, prepared: PreparedRun) -> None:
+    """How much is trained, in which steps, and whether memory will suffice; nothing where that cannot be told."""
+    from pivotune.cli.estimate import gibibytes, training_words
+    from pivotune.training.estimate.startup import startup_estimate
+
+    found = startup_estimate(prepared.config, prepared.args, prepared.train)
+    if found is None:
+        return
+    line = training_words(prepared.config, prepared.args, found.size, found.target, found.schedule)
+    if found.peak is not None:
+        has = "" if found.device.memory is None else f" (has {gibibytes(found.device.memory)})"
+        line += f"; estimated peak {gibibytes(found.peak)} a device{has}"
+    out.print(f"[bold]training[/] {line}", soft_wrap=True)
+    if found.too_much:
+        warning = "the device's memory will probably not suffice; `pivotune estimate` says what would fit"
+        out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
 
 
 def mask_text(tokenizer: Any, side: Any) -> Any:

@@ -27,6 +27,7 @@ from pivotune.training.checkpoints import last_checkpoint, staged_folder
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
+from pivotune.training.out_of_memory import explained_out_of_memory
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
@@ -113,19 +114,13 @@ def execute_run(
     progress = progress or silent
     config, args, folder = prepared.config, prepared.args, prepared.folder
     write_run_config(folder, config)
-    model = load_model(
-        config.model,
-        dtype=_dtype(config),
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-    )
-    model = merge_adapters(model)
-    if config.quantize is None:
-        cast(nn.Module, model).to(args.device)
+    with explained_out_of_memory(config, args, "loading the model"):
+        model = _load_model(config, args)
     layers = _earlier_layers(folder) if resume else None
-    layers = layers or _measure(prepared, model, progress)
-    before = before or _score(prepared, model, progress, "Scoring the starting model")
+    with explained_out_of_memory(config, args, "measuring the layers"):
+        layers = layers or _measure(prepared, model, progress)
+    with explained_out_of_memory(config, args, "scoring the starting model"):
+        before = before or _score(prepared, model, progress, "Scoring the starting model")
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -141,14 +136,30 @@ def execute_run(
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None:
         write_layers_json(folder / "layers.json", trainer.layers)
-    _train(trainer, last_checkpoint(folder) if resume else None)
+    with explained_out_of_memory(config, args, "training"):
+        _train(trainer, last_checkpoint(folder) if resume else None)
     _free_optimizer(trainer)
-    after = _score(prepared, trainer.model, progress, "Scoring the trained model")
+    with explained_out_of_memory(config, args, "scoring the trained model"):
+        after = _score(prepared, trainer.model, progress, "Scoring the trained model")
     results = _write_results(prepared, before, after)
     result = RunResult(folder, trainer.layers, results, trainer.model, before, trainer.state.log_history)
     write_text(folder / "README.md", model_card(config, result.layers, results))
     result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
     return result
+
+
+def _load_model(config: RunConfig, args: DeepSupervisionConfig) -> PreTrainedModel:
+    model = load_model(
+        config.model,
+        dtype=_dtype(config),
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+    model = merge_adapters(model)
+    if config.quantize is None:
+        cast(nn.Module, model).to(args.device)
+    return model
 
 
 def _earlier_layers(folder: Path) -> LayerAnalysis | None:

@@ -104,9 +104,7 @@ def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[
             times |= {f"{direction} {len(kept) - 1}": repeats for direction in ("forward", "backward")}
     blocks = nn.ModuleList(architecture.blocks[index] for index in kept)
     setattr(architecture.decoder, architecture.blocks_name, blocks)
-    signals = {
-        name: replace(signal, layer=new_layers[signal.layer]) for name, signal in supervision.active().items()
-    }
+    signals = {name: replace(signal, layer=new_layers[signal.layer]) for name, signal in supervision.active().items()}
     return replace(supervision, **signals), times
 
 

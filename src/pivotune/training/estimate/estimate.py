@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -93,26 +93,38 @@ def estimate_run(config: RunConfig, target: Target, rows: RunRows) -> Estimate:
     Raises:
         UsageError: what is wrong with the configuration.
     """
+    return estimate_strategies(config, [target], rows)[0]
+
+
+def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:
+    """The same for several ways to divide a run over processes of one kind of device: the step is run dry once."""
     model_config = read_model_config(config)
-    args = arguments_for(config, target.device)
+    args = arguments_for(config, targets[0].device)
     supervision = assumed_supervision(args, model_config.get_text_config().num_hidden_layers)
-    batch = largest_batch(rows.examples, args, rows=rows.rows or len(rows.examples), processes=target.processes)
-    timeline = dry_run(config, model_config, args, supervision, batch, target.device)
+    num_rows = rows.rows or len(rows.examples)
+    batch = largest_batch(rows.examples, args, rows=num_rows, processes=targets[0].processes)
+    timeline = dry_run(config, model_config, args, supervision, batch, targets[0].device)
     model = meta_model(config, model_config)
     size = measure_model(model, optimizer=optimizer_name(args), quantized=config.quantize is not None)
-    schedule = None if rows.rows is None else training_schedule(args, rows.rows, target.processes)
-    costs = measure_costs(model, checkpointing=args.gradient_checkpointing, whole_squares=target.device == "cpu")
-    return Estimate(
-        target=target,
-        size=size,
-        memory=_memory(size, timeline, args, target),
-        schedule=schedule,
-        operations=None if schedule is None else _operations(rows, schedule, costs, supervision, args),
-        batch_rows=len(batch),
-        batch_tokens=sum(map(num_tokens, batch)),
-        autocast=args.bf16,
-        rows=rows,
-    )
+    whole_squares = targets[0].device == "cpu" and args.bf16
+    costs = measure_costs(model, checkpointing=bool(args.gradient_checkpointing), whole_squares=whole_squares)
+    estimates = []
+    for target in targets:
+        schedule = None if rows.rows is None else training_schedule(args, rows.rows, target.processes)
+        estimates.append(
+            Estimate(
+                target=target,
+                size=size,
+                memory=_memory(size, timeline, args, target),
+                schedule=schedule,
+                operations=None if schedule is None else _operations(rows, schedule, costs, supervision, args),
+                batch_rows=len(batch),
+                batch_tokens=sum(map(num_tokens, batch)),
+                autocast=args.bf16,
+                rows=rows,
+            )
+        )
+    return estimates
 
 
 def dry_run(
@@ -127,17 +139,12 @@ def dry_run(
     settings = StepSettings(
         device=device,
         autocast=args.bf16,
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=bool(args.gradient_checkpointing),
         accumulated=args.gradient_accumulation_steps > 1,
         forward=cast(Forward, args.logits_forward),
     )
     width = model_config.get_text_config().hidden_size
     return dry_step(meta_model(config, model_config), _collate(batch, supervision, width), supervision, settings)
-
-
-def with_strategy(estimate: Estimate, timeline: Timeline, args: DeepSupervisionConfig, target: Target) -> Estimate:
-    """The same run divided in another way."""
-    return replace(estimate, target=target, memory=_memory(estimate.size, timeline, args, target))
 
 
 def read_model_config(config: RunConfig) -> Any:
@@ -152,9 +159,7 @@ def read_model_config(config: RunConfig) -> Any:
 
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     else:
-        model_config = read_config(
-            config.model, trust_remote_code=config.trust_remote_code, revision=config.revision
-        )
+        model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     check_architecture(model_config.model_type)
     return model_config
 

@@ -166,3 +166,8 @@ def _seconds(states: torch.Tensor, weight: torch.Tensor) -> float:
     started = time.perf_counter()
     torch.nn.functional.linear(states, weight)
     return time.perf_counter() - started
+
+
+def seconds_needed(operations: float, rate: float, processes: int) -> float:
+    """Seconds for so many operations over `processes` devices of this rate each."""
+    return operations / (rate * processes)
