@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.config import RunConfig
-    from pivotune.training.estimate.device import Device
     from pivotune.training.arguments import DeepSupervisionConfig
+    from pivotune.training.estimate.device import Device
     from pivotune.training.estimate.estimate import Estimate, Target
     from pivotune.training.estimate.model_size import ModelSize
     from pivotune.training.estimate.rows import Schedule
@@ -179,21 +179,24 @@ def training_words(
 
 
 def memory_table(estimates: list[Estimate], device: Device) -> Any:
-    """Memory of one device, a row for each strategy."""
+    """Memory of one device in GiB, a row for each strategy."""
     from rich import box
     from rich.table import Table
 
     from pivotune.training.estimate.fitting import fits
 
     columns = ("weights", "gradients", "optimizer", "activations", "communication", "peak")
-    table = Table("one of", *columns, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("GiB on one of", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     if device.memory is not None:
-        table.add_column(f"in {gibibytes(device.memory)}")
+        table.add_column(f"{device.memory / 2**30:.1f} GiB", no_wrap=True)
     for item in estimates:
         memory, target = item.memory, item.target
         name = "1" if target.strategy == "single" else f"{target.processes}, {target.strategy}"
         verdict = [] if device.memory is None else ["fits" if fits(item, device.memory) else "too much"]
-        table.add_row(name, *(gibibytes(getattr(memory, column)) for column in columns), *verdict)
+        table.add_row(name, *(f"{getattr(memory, column) / 2**30:,.2f}" for column in columns), *verdict)
     return table
 
 

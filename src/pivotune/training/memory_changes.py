@@ -70,7 +70,7 @@ def _eight_bit(config: RunConfig, args: DeepSupervisionConfig) -> MemoryChange |
 def _adapters(config: RunConfig) -> MemoryChange | None:
     if config.lora is not None:
         return None
-    return MemoryChange("lora", "lora={r: 16}", other={"lora": LoraSettings()})
+    return MemoryChange("lora", "lora={r: 16}", other={"lora": LoraSettings.model_validate({})})
 
 
 def _four_bit(config: RunConfig) -> MemoryChange | None:

@@ -41,19 +41,27 @@ def optimizer_names() -> list[str]:
     return [name.value for name in OptimizerNames]
 
 
-def check_optimizer(name: str, *, use_cpu: bool) -> None:
-    """Refuse an optimizer that is unknown, or that this machine cannot run, before anything slow.
-
-    Args:
-        use_cpu: whether the run is on the CPU although there may be a GPU.
+def check_optimizer_name(name: str) -> None:
+    """Refuse an optimizer that nobody knows.
 
     Raises:
-        UsageError: with the nearest valid name, or with what to install.
+        UsageError: with the nearest valid name.
     """
     if name not in optimizer_names():
         near = difflib.get_close_matches(name, optimizer_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(optimizer_names())}"
         raise UsageError(f"training.optim: {name!r} is not allowed; {hint}")
+
+
+def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
+    """Refuse an optimizer that this machine cannot run, before anything slow.
+
+    Args:
+        use_cpu: whether the run is on the CPU although there may be a GPU.
+
+    Raises:
+        UsageError: with what to install, or what there is none of.
+    """
     module, package = _NEEDS.get(name, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
         raise UsageError(f"training.optim: {name} needs a package that is not installed: pip install {package}")

@@ -1,8 +1,8 @@
 """When fake tensors come and go: the memory of a computation that never runs.
 
 `AllocationLog` watches every operation on fake tensors and notes each storage when it is made and when it is gone.
-`Timeline` turns the notes into the bytes that are alive at any time, by kind, and can repeat the part of one decoder block as
-often as the model has such blocks.
+`Timeline` turns the notes into the bytes that are alive at any time, by kind, and can repeat the part of one decoder
+block as often as the model has such blocks.
 """
 
 from __future__ import annotations

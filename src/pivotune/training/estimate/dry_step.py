@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[
     kept: list[int] = []
     new_layers = {architecture.num_layers: 0}
     times: dict[str, int] = {}
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         kept += range(start, min(start + _BLOCKS_KEPT, stop))
         new_layers[stop] = len(kept)
         if stop - start > _BLOCKS_KEPT:

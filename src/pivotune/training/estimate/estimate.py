@@ -169,7 +169,7 @@ def arguments_for(config: RunConfig, device: str) -> DeepSupervisionConfig:
     training = dict(config.training)
     if device == "cuda":
         training.setdefault("bf16", not (training.get("fp16") or training.get("use_cpu")))
-    return build_arguments(config.model_copy(update={"training": training}))
+    return build_arguments(config.model_copy(update={"training": training}), here=False)
 
 
 def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
@@ -181,7 +181,7 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     Raises:
         UsageError: a local file that cannot be used.
     """
-    args = build_arguments(config)
+    args = build_arguments(config, here=False)
     tokenizer = _tokenizer(config)
     if tokenizer is None or not Path(config.data.train).is_file():
         return RunRows(examples=_examples(assumed_pairs(args), args), rows=rows, assumed=True)

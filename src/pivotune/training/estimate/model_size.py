@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -132,7 +132,7 @@ def _state_bytes(parameter: nn.Parameter, optimizer: str, embedding: bool) -> fl
     return count * _STATE_BYTES.get(optimizer, 8.0)
 
 
-def _quantized(blocks: nn.ModuleList) -> Iterator[nn.Parameter]:
+def _quantized(blocks: nn.ModuleList) -> Iterator[Tensor]:
     """Frozen matrices of the linear layers in the blocks; embeddings and head stay as they are."""
     for module in blocks.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad:

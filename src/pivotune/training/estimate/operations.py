@@ -1,8 +1,7 @@
 """Floating-point operations of a run, and how long a device takes for them.
 
-The formula is that of docs/performance.md, with every row's own lengths. Letters: P parameters of a block's matrices, A of its
-adapters, d width, V vocabulary, L blocks, a width of all attention heads; x, y target tokens of prompt and answer, xe, ye
-English ones.
+The formula is that of docs/performance.md, with every row's own lengths, and with attention and adapters in it. d is the
+width, V the vocabulary, L the number of blocks.
 """
 
 from __future__ import annotations

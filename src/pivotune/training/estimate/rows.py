@@ -65,7 +65,7 @@ def largest_batch(
         rows: how many there are.
     """
     count = max(min(rows, _ROWS_ORDERED), len(examples))
-    indices = np.arange(count) % len(examples)
+    indices = [row % len(examples) for row in range(count)]
     lengths = [len(examples[index].main.ids) for index in indices]
     generator = torch.Generator().manual_seed(args.seed)
     size = args.per_device_train_batch_size
