@@ -41,14 +41,14 @@ def optimizer_names() -> list[str]:
     return [name.value for name in OptimizerNames]
 
 
-def check_optimizer_name(name: str) -> None:
+def check_optimizer_name(name: object) -> None:
     """Refuse an optimizer that nobody knows.
 
     Raises:
         UsageError: with the nearest valid name.
     """
     if name not in optimizer_names():
-        near = difflib.get_close_matches(name, optimizer_names(), n=1)
+        near = difflib.get_close_matches(str(name), optimizer_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(optimizer_names())}"
         raise UsageError(f"training.optim: {name!r} is not allowed; {hint}")
 

@@ -85,9 +85,5 @@ def test_every_optimizer_has_a_size():
 def test_eight_bit_states_leave_embeddings_and_small_tensors_alone():
     model = build_tiny_model(hidden_size=128, num_attention_heads=4, num_key_value_heads=4)
     saved = optimizer_bytes(model, "adamw_torch") - optimizer_bytes(model, "adamw_8bit")
-    large = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.numel() >= 4096 and "embed" not in name
-    )
+    large = sum(p.numel() for name, p in model.named_parameters() if p.numel() >= 4096 and "embed" not in name)
     assert saved == pytest.approx(large * (8 - 2 * (1 + 4 / 256)))
