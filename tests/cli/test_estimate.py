@@ -31,7 +31,8 @@ def test_json_for_one_device(tmp_path, capsys):
     found = estimated(capsys, run_file(tmp_path), "--rows", "16")
     (single,) = found["strategies"]
     assert found["parameters"]["total"] == found["parameters"]["trained"] > 0
-    assert single["memory"]["optimizer"] == 2 * single["memory"]["weights"]
+    # The weights hold a few buffers that are not trained.
+    assert single["memory"]["optimizer"] == 2 * single["memory"]["gradients"]
     assert single["schedule"]["steps"] == 2
     assert single["fits"] is True
     assert single["seconds"] > 0

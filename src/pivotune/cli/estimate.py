@@ -186,10 +186,12 @@ def memory_table(estimates: list[Estimate], device: Device) -> Any:
     from pivotune.training.estimate.fitting import fits
 
     columns = ("weights", "gradients", "optimizer", "activations", "communication", "peak")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("GiB on one of", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+        # Gathered weights too, but the table has to fit into 80 columns.
+        title = "buffers" if column == "communication" else column
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     if device.memory is not None:
         table.add_column(f"{device.memory / 2**30:.1f} GiB", no_wrap=True)
     for item in estimates:

@@ -111,7 +111,7 @@ def load_model(
         dtype: of the weights; `auto` keeps the one they are stored in.
         revision: branch, tag or commit on the Hub; without meaning for folders.
         attn_implementation: Transformers' option of that name (`sdpa`, `eager`, `flash_attention_2`...).
-        quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes; needs CUDA.
+        quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, on CUDA or a CPU.
 
     Raises:
         UsageError: as `check_model`; unknown option values; weights that are damaged, missing or of another shape.
@@ -172,8 +172,6 @@ def _quantization_config(quantize: str) -> Any:
 
     if quantize != "4bit":
         raise UsageError(f"quantize: {quantize!r} found; allowed: 4bit, or leave it out")
-    if not torch.cuda.is_available():
-        raise UsageError("quantize: 4bit needs a CUDA device and none is found; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("quantize: 4bit needs the package bitsandbytes: pip install bitsandbytes")
     return BitsAndBytesConfig(

@@ -18,15 +18,15 @@ from pivotune.data.examples import Example
 from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.objectives.deep_supervision import Supervision, english_layer
 
-# Dense bfloat16 products in TFLOP/s and memory in GiB as the vendors state them, by part of the device's name.
+# Dense bfloat16 products in TFLOP/s as the vendors state them, by part of the device's name.
 KNOWN_DEVICES = {
     "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
     "A10": 125.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "MI300X": 1307.0, "MI250X": 383.0,
 }  # fmt: skip
 # Share of that rate which a training step reaches. On a GPU an assumption (0.3 to 0.5 is usual for models of 1 B parameters
-# and more); on a CPU, where the rate is measured with the model's own shapes, what runs here reached (docs/scaling.md).
+# and more); on a CPU, where the rate is measured with the model's own shapes, what a run in float32 reached (docs/scaling.md).
 GPU_UTILIZATION = 0.4
-CPU_UTILIZATION = {torch.float32: 0.85, torch.bfloat16: 0.5}
+CPU_UTILIZATION = {torch.float32: 0.65, torch.bfloat16: 0.65}
 _RATE_ROUNDS = 5
 
 
