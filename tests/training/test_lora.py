@@ -160,3 +160,23 @@ def test_check_finds_what_adding_would(target, message):
 def test_check_passes_for_every_family(family):
     config: Any = tiny_config(family)
     check_adapters(LoraSettings(), AutoConfig.for_model(**config.to_dict()))
+
+
+def test_four_bit_base_trains_and_loads_again(tmp_path):
+    """Loading, adapters, training, saving: on a CPU too, where bitsandbytes is installed."""
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    from tiny_training import QUIET, run_config, save_tiny_model, write_rows
+
+    from pivotune.model.loading import load_model
+    from pivotune.training.run import execute_run, prepare_run
+
+    # A matrix of less than 4,096 values would stay as it is.
+    save_tiny_model(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    write_rows(tmp_path / "rows.jsonl", 20)
+    training = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    result = execute_run(prepare_run(run_config(tmp_path, quantize="4bit", lora={"r": 4}, training=training)))
+    losses = [line["loss"] for line in result.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    frozen = [parameter for parameter in result.model.parameters() if not parameter.requires_grad]
+    assert any(parameter.dtype == torch.uint8 for parameter in frozen)
+    assert hasattr(load_model(str(result.folder)), "peft_config")
