@@ -24,7 +24,7 @@ KNOWN_DEVICES = {
     "A10": 125.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "MI300X": 1307.0, "MI250X": 383.0,
 }  # fmt: skip
 # Share of that rate which a training step reaches. On a GPU an assumption (0.3 to 0.5 is usual for models of 1 B parameters
-# and more); on a CPU, where the rate is measured with the model's own shapes, what a run in float32 reached (docs/scaling.md).
+# and more); on a CPU, where the rate is measured with the model's own shapes, what a run reached (docs/scaling.md).
 GPU_UTILIZATION = 0.4
 CPU_UTILIZATION = {torch.float32: 0.65, torch.bfloat16: 0.65}
 _RATE_ROUNDS = 5
