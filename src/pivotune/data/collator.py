@@ -48,14 +48,15 @@ class DeepSupervisionCollator:
     Where the examples carry pooled English vectors (`feature.english: frozen`), by loss term:
         english_features_conversion, english_features_thinking  (B, width) float32, zeros in rows without an English side
 
-    In every row the answer is contiguous and last, so a prompt is what stands before the first label.
+    In every row the answer is contiguous and last, so a prompt is what stands before the first label. A row without any
+    token is all padding; T is 1 at least.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        main = self._pad([example.main for example in examples])
+        main = self._pad([example.main for example in examples], least=1)
         labels = np.where(main["answer_mask"], main["input_ids"], IGNORED)
         english = self._pad([example.parallel for example in examples])
         batch: dict[str, Any] = {
@@ -70,8 +71,9 @@ class DeepSupervisionCollator:
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _pad(self, sides: Sequence[Side | None]) -> dict[str, np.ndarray]:
-        shape = (len(sides), self._round_up(max((len(side.ids) for side in sides if side is not None), default=0)))
+    def _pad(self, sides: Sequence[Side | None], *, least: int = 0) -> dict[str, np.ndarray]:
+        longest = max((len(side.ids) for side in sides if side is not None), default=0)
+        shape = (len(sides), self._round_up(max(longest, least)))
         arrays = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),

@@ -81,6 +81,9 @@ class DeepSupervisionConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # The English columns are no arguments of the model's forward; the default would drop them.
         self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            # All that is trained is used in every step. DDP would look for it in the model's output, which no loss reads.
+            self.ddp_find_unused_parameters = False
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"

@@ -9,13 +9,14 @@ from torch.utils.data import Dataset, Sampler
 
 from pivotune.data.collator import ExampleDataset
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.data_order import DataOrder
 
 # Rows are compared within 50 batches drawn at random: 2 % padding where random batches of 8 have 45 % (docs/method.md).
 _BATCHES_COMPARED = 50
 
 
 def group_by_length(
-    dataset: ExampleDataset, args: DeepSupervisionConfig, batch_size: int, epoch: Callable[[], int]
+    dataset: ExampleDataset, args: DeepSupervisionConfig, order: DataOrder, epoch: Callable[[], int]
 ) -> LengthGroupedSampler:
     """The sampler of `train_sampling_strategy: group_by_length`.
 
@@ -23,14 +24,13 @@ def group_by_length(
     the same order.
 
     Args:
-        batch_size: rows of one micro-batch on one rank.
+        order: the shape of a step.
         epoch: see `LengthGroupedSampler`.
     """
     return LengthGroupedSampler(
         [len(example.main.ids) for example in dataset.examples],
-        # The ranks take turns: what they run at the same time is of similar length, so that none waits for another.
-        batch_size=batch_size * args.world_size,
-        num_batches=args.gradient_accumulation_steps,
+        batch_size=order.batch_rows,
+        num_batches=order.num_batches,
         seed=args.seed if args.data_seed is None else args.data_seed,
         epoch=epoch,
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -24,7 +25,8 @@ from pivotune.objectives.deep_supervision import Supervision, deep_supervision_t
 from pivotune.objectives.terms import weighted_total
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
-from pivotune.training.checkpoints import staged_folder
+from pivotune.training.checkpoints import last_checkpoint, staged_folder
+from pivotune.training.data_order import DataOrder, order_of, resumed_order
 from pivotune.training.english_features import with_features
 from pivotune.training.log_window import LogWindow
 from pivotune.training.lora import add_adapters, merge_adapters
@@ -35,6 +37,7 @@ from pivotune.training.preparation import (
     encode_dataset,
 )
 from pivotune.training.progress import Progress
+from pivotune.training.rank_rows import RankOrder, WithBlankRows
 from pivotune.training.schedule import Schedule, schedule_factor
 
 logger = logging.getLogger(__name__)
@@ -118,24 +121,66 @@ class DeepSupervisionTrainer(Trainer):
         self._diverged = torch.zeros((), device=args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         self._staging: Path | None = None
+        self._order: DataOrder | None = None
 
     # ---- batches ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Rows of similar length together, unless `train_sampling_strategy` asks for something else."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = _rows(self.train_dataset if train_dataset is None else train_dataset)
         if not isinstance(dataset, ExampleDataset):
             return super()._get_train_sampler(train_dataset)
+        order = self._order or order_of(self.args, self._train_batch_size)
         if self.args.train_sampling_strategy == "group_by_length":
-            return group_by_length(dataset, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
+            return self._for_ranks(group_by_length(dataset, self.args, order, self._epoch), self._train_batch_size)
         # Transformers measures the rows of other strategies itself, as token ids under this name.
-        return super()._get_train_sampler(LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0]))
+        lengths = LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0])
+        return self._for_ranks(super()._get_train_sampler(lengths), self._train_batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        """Sums over all rows do not depend on their order: longest first, where one process has all of them."""
-        if isinstance(eval_dataset, ExampleDataset) and self.args.world_size == 1:
-            return longest_first(eval_dataset)
-        return None if isinstance(eval_dataset, ExampleDataset) else super()._get_eval_sampler(eval_dataset)
+        """Sums over all rows do not depend on their order: longest first."""
+        dataset = _rows(eval_dataset)
+        if not isinstance(dataset, ExampleDataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return self._for_ranks(longest_first(dataset), self.args.eval_batch_size, drop_last=False)
+
+    def _for_ranks(self, sampler: Any, batch_size: int, *, drop_last: bool | None = None) -> Any:
+        """The sampler as several processes share it out; `batch_size` is that of one."""
+        # A batch sampler knows of ranks itself.
+        if self.args.world_size == 1 or isinstance(sampler, BatchSampler):
+            return sampler
+        if type(sampler) is RandomSampler:
+            # As accelerate does for one process: the order depends on seed and epoch only.
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
+        return RankOrder(
+            sampler,
+            batch_size=batch_size,
+            world_size=self.args.world_size,
+            drop_last=self.args.dataloader_drop_last if drop_last is None else drop_last,
+            epoch=self._epoch,
+        )
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(dataset, ExampleDataset) and self.args.world_size > 1:
+            dataset = WithBlankRows(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Raises:
+            UsageError: the checkpoint's steps hold another number of rows than this run's.
+        """
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume_from_checkpoint is True else None
+        checkpoint = checkpoint or (Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None)
+        now = order_of(self.args, self._train_batch_size)
+        self._order = now if checkpoint is None else resumed_order(checkpoint, now)
+        if self._order != now:
+            logger.warning("%s was written with %s; this run has %s, in the same order", checkpoint, self._order, now)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     # ---- loss ----
 
@@ -298,6 +343,10 @@ class DeepSupervisionTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+
+def _rows(dataset: Any) -> Any:
+    return dataset.dataset if isinstance(dataset, WithBlankRows) else dataset
 
 
 def _use_one_device(args: DeepSupervisionConfig) -> None:
