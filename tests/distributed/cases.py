@@ -9,8 +9,10 @@ from conftest import build_tiny_model
 from peft import LoraConfig
 from tiny_training import make_pairs, tiny_trainer
 
+from pivotune.training.lora import add_adapters
 from pivotune.training.trainer import DeepSupervisionTrainer
 
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 FEATURE = {"conversion_signal": "feature", "thinking_signal": "feature"}
 _RANDOM = {"train_sampling_strategy": "random"}
 
@@ -44,22 +46,27 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-separate-checkpointed": {"lora": {}, "logits_forward": "separate", "gradient_checkpointing": True},
     "lora-frozen": {"lora": {}, **FEATURE, "feature_english": "frozen"},
     "gemma2": {"model": {"model_type": "gemma2"}},
+    "gemma3": {"model": {"model_type": "gemma3"}},
     "gpt2-separate": {"model": {"model_type": "gpt2"}, "logits_forward": "separate"},
 }  # fmt: skip
+
+
+def build_model(name: str, *, seed: int = 0) -> Any:
+    """The model of a case, with its adapters."""
+    model = build_tiny_model(**{"tie_word_embeddings": True, "seed": seed, **CASES[name].get("model", {})})
+    return add_adapters(model, LORA) if "lora" in CASES[name] else model
 
 
 def build(name: str, folder: Path, num_processes: int, **changes: Any) -> DeepSupervisionTrainer:
     """The trainer of a case; a step has the same rows whatever the number of processes."""
     case = {"english_ratio": 0.25, "optim": "sgd", "max_grad_norm": 0.5, "learning_rate": 0.1, **CASES[name], **changes}
     model = build_tiny_model(**{"tie_word_embeddings": True, **case.pop("model", {})})
-    lora = case.pop("lora", None)
-    peft_config = None if lora is None else LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     together = 2 * case.pop("per_process", 2)
     return tiny_trainer(
         folder,
         model=model,
         rows=make_pairs(case.pop("rows", 13)),
-        trainer={"peft_config": peft_config},
+        trainer={"peft_config": LORA if case.pop("lora", None) is not None else None},
         per_device_train_batch_size=together // num_processes,
         per_device_eval_batch_size=4 // num_processes,
         **case,

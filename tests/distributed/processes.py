@@ -32,10 +32,14 @@ def start(command: list[str], *, rank: int, world_size: int, port: int, log: Pat
         **env,
     }
     with log.open("w") as output:
-        return subprocess.Popen(command, env=settings, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=settings, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
 
 
-def run_together(command: list[str], folder: Path, *, world_size: int = 2, timeout: float = 500, **env: str) -> list[str]:
+def run_together(
+    command: list[str], folder: Path, *, world_size: int = 2, timeout: float = 500, **env: str
+) -> list[str]:
     """Run a command on all ranks until they end, and give what each printed.
 
     Raises:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from cases import build
+from cases import build, build_model
 from safetensors.torch import save_file
 from tiny_training import make_pairs, step_logs
 from transformers import PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pivotune.model.sharding import is_fsdp
+from pivotune.training.gathering import gathered_model
 
 
 def shard_on_cpu(**plugin: Any) -> None:
@@ -49,10 +53,33 @@ def shard_on_cpu(**plugin: Any) -> None:
     Accelerator.__init__ = with_plugin
 
 
-def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """All weights on every rank's CPU, under the names that they have in one process."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {name.removeprefix("module."): tensor.detach().clone().contiguous() for name, tensor in state.items()}
+def deepspeed_settings(stage: int) -> dict[str, Any]:
+    """ZeRO as `configs/accelerate/zero*.yaml` ask for it; parameters of any size are partitioned."""
+    from accelerate.state import DistributedType, PartialState
+
+    # Accelerate leaves the choice of a backend to a GPU.
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    # A faster all-reduce within a machine, which would be compiled first.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}  # fmt: skip
+    return {
+        "deepspeed": {
+            "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        "use_cpu": False,
+    }
+
+
+def whole_weights(trainer: Any, make_model: Any) -> dict[str, torch.Tensor]:
+    """All weights on the first rank, under the names that they have in one process."""
+    model = gathered_model(trainer, make_model)
+    return {} if model is None else {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def run(engine: str, folder: Path, names: list[str]) -> None:
@@ -61,16 +88,20 @@ def run(engine: str, folder: Path, names: list[str]) -> None:
         shard_on_cpu(activation_checkpointing=engine == "fsdp2-checkpointing")
     for name in names:
         changes = {"bf16": True} if engine.endswith("bf16") else {}
+        if engine.startswith("zero"):
+            changes = deepspeed_settings(int(engine[-1]))
         trainer = build(name, folder / f"run-{name}", world_size, **changes)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         assert is_fsdp(trainer.model_wrapped) == engine.startswith("fsdp2")
         held_out = trainer.evaluate(make_pairs(7, seed=1))
-        weights = whole_weights(trainer)
+        weights = whole_weights(trainer, partial(build_model, name, seed=1))
         if rank == 0:
             save_file(weights, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps({"logs": step_logs(trainer), "held_out": held_out}))
         print(f"rank {rank}: {name} done", flush=True)
+        # Transformers would make the next model partitioned.
+        unset_hf_deepspeed_config()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

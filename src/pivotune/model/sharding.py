@@ -37,8 +37,8 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def is_partitioned(module: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps this module's own parameters, or its base layer's, in parts."""
-    return any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters())
+    """Whether DeepSpeed ZeRO-3 keeps parameters of this module in parts; they may happen to be gathered just now."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.layers.analysis import LayerAnalysis
+from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import Forward, choose_passes
 from pivotune.model.loading import load_model, load_tokenizer
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
@@ -105,8 +106,10 @@ class DeepSupervisionTrainer(Trainer):
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
+        model = model if peft_config is None else add_adapters(model, peft_config)
+        _freeze_unread(model)
         super().__init__(
-            model=model if peft_config is None else add_adapters(model, peft_config),
+            model=model,
             args=args,
             data_collator=DeepSupervisionCollator(pad_token_id),
             train_dataset=rows,
@@ -343,6 +346,15 @@ class DeepSupervisionTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+
+def _freeze_unread(model: nn.Module) -> None:
+    """What text never passes through (the vision tower of a multimodal model) is not trained, and DDP does not wait for it."""
+    architecture = find_architecture(model)
+    read = {id(p) for module in (architecture.decoder, architecture.lm_head) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 def _rows(dataset: Any) -> Any:
