@@ -56,6 +56,7 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     if resume:
         _refuse_links_out(folder)
         _check_same_run(folder, config)
+        _check_last_checkpoint(folder)
     elif overwrite:
         _remove_run(folder)
     else:
@@ -166,6 +167,15 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
             f"--resume: {key} is {now!r} here and was {before!r} in {folder}; resume with the same settings or choose "
             "another output_dir"
         )
+
+
+def _check_last_checkpoint(folder: Path) -> None:
+    # Readers of results need this module without torch.
+    from pivotune.training.checkpoint_safety import check_checkpoint
+    from pivotune.training.checkpoints import last_checkpoint
+
+    if (checkpoint := last_checkpoint(folder)) is not None:
+        check_checkpoint(checkpoint)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
