@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pivotune.errors import UsageError
-from pivotune.printable import printable, printable_json
+from pivotune.escaping import printable, printable_json
 
 # What a person reads goes to stdout, unless a program reads stdout (`--json`).
 stdout = Console(highlight=False)

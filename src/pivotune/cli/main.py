@@ -12,7 +12,7 @@ import typer
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
 from pivotune.errors import UsageError
-from pivotune.printable import printable
+from pivotune.escaping import printable
 from pivotune.redaction import redact
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
