@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pivotune.errors import UsageError
+from pivotune.redaction import redact_settings
 
 Method = Literal["sft", "tft", "deep-supervision"]
 SignalName = Literal["logits", "feature", "none"]
@@ -197,8 +198,8 @@ def apply_changes(settings: Mapping[str, Any], changes: Iterable[str]) -> dict[s
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, defaults included."""
-    return to_yaml(config.model_dump(mode="json"))
+    """The configuration as YAML, defaults included and secrets (`training.hub_token`) left out."""
+    return to_yaml(redact_settings(config.model_dump(mode="json")))
 
 
 def to_yaml(value: Any) -> str:

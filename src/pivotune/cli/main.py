@@ -12,6 +12,8 @@ import typer
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
 from pivotune.errors import UsageError
+from pivotune.escaping import printable
+from pivotune.redaction import redact
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -79,11 +81,11 @@ def _report(error: Exception) -> int:
     # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
-        getattr(error, "show", lambda: None)()
+        _show_usage(error)
         return int(exit_code)
     if type(error).__name__ == "Abort":
         return _stopped()
-    text = " ".join(str(error).split())
+    text = printable(redact(" ".join(str(error).split())))
     if isinstance(error, UsageError):
         print(f"pivotune: error: {text}", file=sys.stderr)
         return EXIT_USAGE
@@ -92,6 +94,14 @@ def _report(error: Exception) -> int:
         return EXIT_FAILURE
     print(f"pivotune: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
+
+
+def _show_usage(error: Exception) -> None:
+    """What Typer has to say about the words of the command line, which may hold anything."""
+    for name in ("message", "option_name", "param_hint"):
+        if isinstance(text := getattr(error, name, None), str):
+            setattr(error, name, printable(redact(text)))
+    getattr(error, "show", lambda: None)()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries, stderr
+from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries, safe, stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,13 +38,13 @@ def train(
     out = console(as_json)
     prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
     if resume:
-        out.print(f"resuming: {_last_checkpoint(prepared.folder)}", soft_wrap=True, markup=False)
+        out.print(f"resuming: {safe(_last_checkpoint(prepared.folder))}", soft_wrap=True)
     describe_run(out, prepared)
     try:
         with TrainingProgress() as bar:
             result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
     except KeyboardInterrupt:
-        stderr.print(f"{_last_checkpoint(prepared.folder)}; go on with --resume", soft_wrap=True, markup=False)
+        stderr.print(f"{safe(_last_checkpoint(prepared.folder))}; go on with --resume", soft_wrap=True)
         raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
@@ -61,10 +61,8 @@ def _last_checkpoint(folder: Path) -> str:
 
 def describe_run(out: Console, prepared: PreparedRun) -> None:
     """What will be trained on what, and one decoded example with its mask: wrong masks fail silently otherwise."""
-    from rich.markup import escape
-
     config, report = prepared.config, prepared.report
-    out.print(f"[bold]model[/]    {escape(config.model)}", soft_wrap=True)
+    out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {_method_line(config)}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
@@ -72,9 +70,9 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
     if report.cut:
         cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
-        out.print(f"         cut at the token limits: {cut}")
+        out.print(f"         cut at the token limits: {safe(cut)}")
     for reason, count in {**prepared.skipped, **report.skipped}.items():
-        out.print(f"         left out: {count} rows: {escape(reason)}")
+        out.print(f"         left out: {count} rows: {safe(reason)}")
     example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
@@ -87,7 +85,7 @@ def mask_text(tokenizer: Any, side: Any) -> Any:
     from pivotune.data.preview import preview
 
     styles = {"template": "dim", "query": "cyan", "answer": "green"}
-    return Text.assemble(*((segment.text, styles[segment.role]) for segment in preview(tokenizer, side)))
+    return Text.assemble(*((printable(segment.text), styles[segment.role]) for segment in preview(tokenizer, side)))
 
 
 def describe_result(out: Console, result: RunResult) -> None:
@@ -97,7 +95,7 @@ def describe_result(out: Console, result: RunResult) -> None:
     if result.layers:
         chosen = result.layers
         out.print(
-            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}",
+            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {safe(chosen['reason'])}",
             soft_wrap=True,
         )
     if result.results["tasks"]:
@@ -105,11 +103,11 @@ def describe_result(out: Console, result: RunResult) -> None:
         for name, task in result.results["tasks"].items():
             base = task["base"]
             numbers = (base["value"], task["value"], base["nll_per_character"], task["nll_per_character"])
-            table.add_row(name.removeprefix("heldout_"), str(task["n"]), *(f"{number:.3f}" for number in numbers))
+            table.add_row(safe(name.removeprefix("heldout_")), str(task["n"]), *(f"{number:.3f}" for number in numbers))
         out.print(table)
     # Whole and as they are, to be copied: no wrapping, no markup.
     saved = f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})"
-    out.print(saved, soft_wrap=True, markup=False)
+    out.print(printable(saved), soft_wrap=True, markup=False)
 
 
 def _method_line(config: Any) -> str:

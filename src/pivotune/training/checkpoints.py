@@ -26,6 +26,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
         UsageError: the disk is full or not writable; names what is still usable.
     """
     staging = final.parent / STAGING / final.name
+    if staging.parent.is_symlink():
+        # What it points to is not ours to empty.
+        staging.parent.unlink()
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)

@@ -19,6 +19,7 @@ import yaml
 
 from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
+from pivotune.redaction import redact_command, redact_settings
 
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
               "README.md", "environment.json", "training.png", "english-features.safetensors")  # fmt: skip
@@ -53,7 +54,9 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     if not _holds_run(folder):
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
+        _refuse_links_out(folder)
         _check_same_run(folder, config)
+        _check_last_checkpoint(folder)
     elif overwrite:
         _remove_run(folder)
     else:
@@ -72,7 +75,7 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
-    """`config.yaml` (resolved, all defaults written out) and `environment.json`."""
+    """`config.yaml` (resolved, all defaults written out, no secrets) and `environment.json`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
@@ -93,7 +96,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "devices": devices,
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],
     }
 
 
@@ -147,7 +150,8 @@ def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) ->
     Args:
         ignored: what keys may begin with to be passed over.
     """
-    before, now = _flat(read_run_config(folder).model_dump()), _flat(config.model_dump())
+    # `config.yaml` has no secrets: the other side is compared without them too.
+    before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith(ignored) and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -165,6 +169,15 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
         )
 
 
+def _check_last_checkpoint(folder: Path) -> None:
+    # Readers of results need this module without torch.
+    from pivotune.training.checkpoint_safety import check_checkpoint
+    from pivotune.training.checkpoints import last_checkpoint
+
+    if (checkpoint := last_checkpoint(folder)) is not None:
+        check_checkpoint(checkpoint)
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -174,11 +187,25 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a run writes and nothing else."""
+    """Remove what a run writes and nothing else; of a link the link, never what it points to."""
     for name in _OWN_FILES:
         (folder / name).unlink(missing_ok=True)
     for path in [*(folder / name for name in _OWN_FOLDERS), *folder.glob("checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """A run is written to as it goes on: a link in it could lead the writing anywhere."""
+    inside = folder.resolve()
+    names = [*_OWN_FILES, *_OWN_FOLDERS, *(path.name for path in folder.glob("checkpoint-*"))]
+    for path in (folder / name for name in names):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UsageError(
+                f"--resume: {path} is a link to {path.resolve()}, outside of the run; replace it with what it points to"
+            )
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
@@ -26,6 +26,7 @@ from pivotune.objectives.deep_supervision import Supervision, deep_supervision_t
 from pivotune.objectives.terms import weighted_total
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
+from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
 from pivotune.training.checkpoints import last_checkpoint, staged_folder
 from pivotune.training.data_order import DataOrder, order_of, resumed_order
 from pivotune.training.english_features import with_features
@@ -339,6 +340,26 @@ class DeepSupervisionTrainer(Trainer):
             # By step: a deletion that was cut short makes an old checkpoint look new.
             use_mtime=False,
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As `Trainer` does, but without its pickle of the arguments: nothing here reads it, and it holds the Hub token."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or cast(str, self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Only from this run's own folder, whatever the `trainer_state.json` that it was resumed from names."""
+        named = self.state.best_model_checkpoint
+        best = own_checkpoint(named, Path(super()._get_output_dir(None)))
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if best is None:
+            logger.warning("the best checkpoint %s is not one of this run; the last weights are kept", named)
+            return
+        check_checkpoint(best)
+        super()._load_best_model()
 
     def _best_checkpoint(self, saving: Path) -> str | None:
         best = saving.parent / f"checkpoint-{self.state.best_global_step}"
