@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,9 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pivotune.errors import UsageError
 from pivotune.escaping import printable, printable_json
 
-# What a person reads goes to stdout, unless a program reads stdout (`--json`).
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+# This process among those that `torchrun` or `accelerate launch` started together, on all machines and on this one.
+RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if _number("WORLD_SIZE") > 1 else (0, 0)
+
+# What a person reads goes to stdout, unless a program reads stdout (`--json`). Of several processes the first one speaks.
+stdout = Console(highlight=False, quiet=RANK > 0)
+stderr = Console(stderr=True, highlight=False, quiet=RANK > 0)
 
 
 def console(as_json: bool) -> Console:
@@ -26,7 +36,8 @@ def console(as_json: bool) -> Console:
 
 def print_json(content: Any) -> None:
     """One JSON document on stdout, without colours or wrapping."""
-    print(printable_json(json.dumps(content, ensure_ascii=False, indent=2)))
+    if RANK == 0:
+        print(printable_json(json.dumps(content, ensure_ascii=False, indent=2)))
 
 
 def print_json_line(content: Any) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
+from pivotune.cli.common import LOCAL_RANK, RANK
 from pivotune.errors import UsageError
 from pivotune.escaping import printable
 from pivotune.redaction import redact
@@ -77,7 +78,7 @@ def _stopped() -> int:
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr for any error."""
+    """One line on stderr for any error; of one that all processes meet, a line for each machine."""
     # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
@@ -86,13 +87,16 @@ def _report(error: Exception) -> int:
     if type(error).__name__ == "Abort":
         return _stopped()
     text = printable(redact(" ".join(str(error).split())))
+    place = f"pivotune: process {RANK}" if RANK else "pivotune"
     if isinstance(error, UsageError):
-        print(f"pivotune: error: {text}", file=sys.stderr)
+        if LOCAL_RANK == 0:
+            print(f"{place}: error: {text}", file=sys.stderr)
         return EXIT_USAGE
     if type(error).__name__ == "TrainingDivergedError":
-        print(f"pivotune: stopped: {text}", file=sys.stderr)
+        if LOCAL_RANK == 0:
+            print(f"{place}: stopped: {text}", file=sys.stderr)
         return EXIT_FAILURE
-    print(f"pivotune: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+    print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pivotune.errors import UsageError
 from pivotune.training import ranks
@@ -36,6 +37,9 @@ def gathered_model(trainer: Trainer, make_model: Callable[[], Any]) -> Any:
         raise UsageError(f"the weights cannot be gathered: {' '.join(str(error).split())}") from error
     if not ranks.is_main():
         return None
+    if trainer.is_deepspeed_enabled:
+        # Transformers would make it partitioned too, which needs the other processes.
+        unset_hf_deepspeed_config()
     model = make_model()
     missing, unexpected = model.load_state_dict(state, strict=False)
     # A head that is the embedding is gathered under one name.
