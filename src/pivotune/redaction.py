@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
-_NAME = r"(?:token|secret|password|passwd|passphrase|api_?key|access_?key|secret_?key|private_?key|credentials?)"
+_NAME = r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|credentials?)"
 _SECRET_NAME = re.compile(rf"(?:.*[_.-])?{_NAME}", re.IGNORECASE)
 # Tokens of a tokenizer, not of a service.
 _TEXT_TOKEN = re.compile(
@@ -21,11 +21,12 @@ _TEXT_TOKEN = re.compile(
 )
 # Keys of people and services are long and have no other meaning; GitHub, OpenAI and AWS publish these forms.
 _FORMS = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"(?<![A-Za-z0-9])()(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|github_pat_[A-Za-z0-9_]{30,}|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{20,})"
 )
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
-_BEARER = re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}")
+# Also with one slash: a path would have lost the other.
+_URL_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^\s/@\"']+(?=@)")
+_BEARER = re.compile(r"(?i)(?<=bearer )()[A-Za-z0-9._~+/=-]{8,}")
 # `hub_token=x`, `hub_token: "x"`, `'hub_token': 'x'`, `?token=x`.
 _NAMED = re.compile(
     rf"(?P<name>(?:[A-Za-z0-9]+[_.-])*{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
@@ -45,7 +46,7 @@ def redact(text: str) -> str:
     for value in _secrets_of_environment():
         text = text.replace(value, REDACTED)
     for pattern in (_FORMS, _URL_CREDENTIALS, _BEARER):
-        text = pattern.sub(REDACTED, text)
+        text = pattern.sub(rf"\g<1>{REDACTED}", text)
     return _NAMED.sub(_without_value, text)
 
 
