@@ -17,6 +17,9 @@ from pivotune.errors import UsageError
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
+# EX_TEMPFAIL of sysexits.h: what a signal stopped can go on; job scripts ask for it to queue the job again.
+EXIT_STOPPED = 75
+
 # Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -26,6 +27,7 @@ from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
 from pivotune.training.checkpoints import staged_folder
 from pivotune.training.english_features import with_features
+from pivotune.training.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.log_window import LogWindow
 from pivotune.training.lora import add_adapters, merge_adapters
 from pivotune.training.preparation import (
@@ -40,11 +42,7 @@ from pivotune.training.schedule import Schedule, schedule_factor
 logger = logging.getLogger(__name__)
 
 
-class TrainingDivergedError(RuntimeError):
-    """The loss is not a finite number; the weights are those of the last step whose loss was."""
-
-
-class DeepSupervisionTrainer(Trainer):
+class DeepSupervisionTrainer(FaultTolerantTrainer):
     """Fine-tune a causal LM on target-language instruction data with English supervision of inner layers.
 
     Used like any `Trainer`: callbacks, `report_to`, `train(resume_from_checkpoint=True)`, accelerate. The loss terms are
@@ -115,7 +113,6 @@ class DeepSupervisionTrainer(Trainer):
         self._run_passes = choose_passes(cast(nn.Module, self.model), cast(Forward, args.logits_forward))
         self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
-        self._diverged = torch.zeros((), device=args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         self._staging: Path | None = None
 
@@ -144,7 +141,7 @@ class DeepSupervisionTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The batches of one accumulation window, and the count of every term over the window and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._diverged.zero_()
+        self._begin_step()
         return batches, self._count_terms(batches, device) if batches else None
 
     def compute_loss(
@@ -171,6 +168,7 @@ class DeepSupervisionTrainer(Trainer):
         loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
         if model.training:
             self._window.add(terms, inputs)
+            self._step.add_terms(terms, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -179,36 +177,11 @@ class DeepSupervisionTrainer(Trainer):
         stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch forward and backward.
-
-        Raises:
-            TrainingDivergedError: a loss of this accumulation window is not finite, on any rank; raised after its last
-                micro-batch, before the optimizer touches the weights.
-        """
-        self._window.start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        # Asked once per optimizer step: every question waits for the device.
-        self._diverged += ~torch.isfinite(loss)
-        if self.accelerator.sync_gradients and self._sum_over_ranks(self._diverged).item():
-            raise TrainingDivergedError(self._divergence())
-        return loss
-
     def _count_terms(self, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
         counted = [term_counts(batch, self.supervision) for batch in batches]
         names = list(counted[0])
         totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
         return dict(zip(names, self._sum_over_ranks(totals), strict=True))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
-
-    def _divergence(self) -> str:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in self._window.means().items())
-        return (
-            f"the loss is not a finite number at step {self.state.global_step + 1} (means since the last log: {terms}); "
-            "lower training.learning_rate or the supervision weights"
-        )
 
     # ---- logging ----
 
@@ -242,6 +215,7 @@ class DeepSupervisionTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
+        self._leave_evaluation_if_stopped()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             term = deep_supervision_terms(model, inputs, Supervision(), run_passes=self._run_passes)["tft"]
@@ -270,11 +244,14 @@ class DeepSupervisionTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside its place and rename it when it is complete."""
         if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
+            with self._counters_in_state():
+                super()._save_checkpoint(model, trial)
             return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if not folder.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder.parent))
         best = self._best_checkpoint(folder)
-        with staged_folder(folder) as staging:
+        with staged_folder(folder) as staging, self._counters_in_state():
             self._staging = staging.parent
             try:
                 super()._save_checkpoint(model, trial)
