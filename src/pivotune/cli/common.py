@@ -28,6 +28,9 @@ RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if _number("WORLD_SI
 stdout = Console(highlight=False, quiet=RANK > 0)
 stderr = Console(stderr=True, highlight=False, quiet=RANK > 0)
 
+# EX_TEMPFAIL of sysexits.h: what a signal stopped can go on; job scripts ask for it to queue the job again.
+EXIT_STOPPED = 75
+
 
 def console(as_json: bool) -> Console:
     """Where text for a person goes."""

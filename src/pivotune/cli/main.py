@@ -12,11 +12,11 @@ import typer
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
 from pivotune.cli.common import LOCAL_RANK, RANK
-from pivotune.errors import UsageError
+from pivotune.errors import TrainingError, UsageError
 from pivotune.escaping import printable
 from pivotune.redaction import redact
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130  # and common.EXIT_STOPPED
 
 app = typer.Typer(
     name="pivotune",
@@ -54,7 +54,10 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake of the user's, 1 for anything else."""
+    """Run the command line and return its exit code.
+
+    0, 2 for a mistake of the user's, 75 for a training that a signal stopped, 130 for Ctrl-C, 1 for anything else.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("PIVOTUNE_DEBUG"))
     words = [word for word in words if word != "--debug"]
@@ -92,7 +95,7 @@ def _report(error: Exception) -> int:
         if LOCAL_RANK == 0:
             print(f"{place}: error: {text}", file=sys.stderr)
         return EXIT_USAGE
-    if type(error).__name__ == "TrainingDivergedError":
+    if isinstance(error, TrainingError):
         if LOCAL_RANK == 0:
             print(f"{place}: stopped: {text}", file=sys.stderr)
         return EXIT_FAILURE

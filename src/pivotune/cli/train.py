@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries, safe, stderr
+from pivotune.cli.common import EXIT_STOPPED, console, print_json, printable, progress, quiet_libraries, safe, stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pivotune.config import RunConfig
     from pivotune.training.run import PreparedRun, RunResult
+    from pivotune.training.signals import StoppedBySignalError, StopSignals
 
 
 def train(
@@ -21,6 +23,9 @@ def train(
         list[str] | None, typer.Option("--set", help="Change a key: training.num_train_epochs=1. Repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on where output_dir holds a run, start where it does not.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in output_dir.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
@@ -28,28 +33,59 @@ def train(
     from pivotune.config import load_config
     from pivotune.errors import UsageError
 
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
+    if overwrite and (resume or auto_resume):
+        raise UsageError(f"{'--resume' if resume else '--auto-resume'} and --overwrite exclude each other")
     run_config = load_config(config, changes or [])
-    quiet_libraries()
-    from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.training.run import execute_run, prepare_run
-
     out = console(as_json)
-    prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
-    if resume:
-        out.print(f"resuming: {safe(_last_checkpoint(prepared.folder))}", soft_wrap=True)
-    describe_run(out, prepared)
-    try:
-        with TrainingProgress() as bar:
-            result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
-    except KeyboardInterrupt:
-        stderr.print(f"{safe(_last_checkpoint(prepared.folder))}; go on with --resume", soft_wrap=True)
-        raise
+    from pivotune.training.run_folder import holds_run, is_finished
+    from pivotune.training.signals import StoppedBySignalError, StopSignals
+
+    folder = Path(run_config.output_dir)
+    if auto_resume and not resume:
+        resume = holds_run(folder)
+        if resume and is_finished(folder):
+            out.print(f"{safe(folder)} holds a finished run; --resume trains it further", soft_wrap=True)
+            return
+    with StopSignals() as signals:
+        try:
+            result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
+        except StoppedBySignalError as stop:
+            _report_stop(folder, stop)
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            stderr.print(f"{safe(_last_checkpoint(folder))}; go on with --resume", soft_wrap=True)
+            raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
     else:
         describe_result(out, result)
+
+
+def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:
+    """Prepare and train; a failure after a signal is the signal's, which reaches data workers too."""
+    from pivotune.errors import TrainingError
+
+    quiet_libraries()
+    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.training.run import execute_run, prepare_run
+
+    try:
+        prepared = prepare_run(config, overwrite=overwrite, resume=resume)
+        if resume:
+            start = prepared.checkpoint or "no checkpoint yet, from the beginning"
+            out.print(f"resuming: {safe(start)}", soft_wrap=True)
+        describe_run(out, prepared)
+        with TrainingProgress() as bar:
+            return execute_run(prepared, resume=resume, callbacks=[bar], progress=progress, stop_signals=signals)
+    except TrainingError:
+        signals.check()
+        raise
+
+
+def _report_stop(folder: Path, stop: StoppedBySignalError) -> None:
+    """One line: what was kept, and how to go on."""
+    saved = f"saved {stop.checkpoint}" if stop.checkpoint else _last_checkpoint(folder)
+    stderr.print(f"pivotune: stopped by {safe(stop.name)}: {safe(saved)}; go on with --resume", soft_wrap=True)
 
 
 def _last_checkpoint(folder: Path) -> str:

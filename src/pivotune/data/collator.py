@@ -40,6 +40,7 @@ class DeepSupervisionCollator:
         query_mask          (B, T) bool, the user's text inside the prompt
         answer_characters   (B,) int64, characters of the answer's text
         is_english          (B,) bool
+        row_numbers         (B,) int64, the rows' places in their file, to name them; 0 where not known
     English parallel side, S = longest one, 0 where no row has one. Rows without it (replay rows, TFT, SFT) are all padding:
         english_input_ids       (B, S) int64
         english_attention_mask  (B, S) int64
@@ -66,6 +67,7 @@ class DeepSupervisionCollator:
             "query_mask": main["query_mask"],
             "answer_characters": np.array([example.main.characters for example in examples], dtype=np.int64),
             "is_english": np.array([example.english for example in examples], dtype=bool),
+            "row_numbers": np.array([example.number for example in examples], dtype=np.int64),
             **{f"english_{name}": array for name, array in english.items()},
             **_features(examples),
         }

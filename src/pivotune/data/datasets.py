@@ -27,15 +27,15 @@ def training_examples(
     their English prompt and answer with L_TFT alone; the number of rows stays the same, so that budgets stay equal.
     """
     if method == "sft":
-        return [Example(main=_needed(pair.english), english=True) for pair in pairs]
+        return [Example(main=_needed(pair.english), english=True, number=pair.number) for pair in pairs]
     replay = replay_indices(len(pairs), english_ratio, seed)
     examples = []
     for index, pair in enumerate(pairs):
         if index in replay:
-            examples.append(Example(main=_needed(pair.english), english=True))
+            examples.append(Example(main=_needed(pair.english), english=True, number=pair.number))
         else:
             parallel = _needed(pair.english) if method == "deep-supervision" else None
-            examples.append(Example(main=_needed(pair.target), parallel=parallel))
+            examples.append(Example(main=_needed(pair.target), parallel=parallel, number=pair.number))
     return examples
 
 

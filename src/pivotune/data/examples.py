@@ -77,12 +77,14 @@ class Example:
         english: whether `main` is English (replay, or the SFT baseline).
         english_features: pooled English vectors (width,) float32 by loss term, where they were computed beforehand;
             zeros for rows without an English side.
+        number: the row's place in its file; 0 where it is not known.
     """
 
     main: Side
     parallel: Side | None = None
     english: bool = False
     english_features: Mapping[str, np.ndarray] | None = None
+    number: int = 0
 
 
 class _UnfitRowError(UsageError):

@@ -84,8 +84,10 @@ def heldout_examples(pairs: Iterable[Pair]) -> dict[str, list[Example]]:
     """`target` and `english` rows for evaluation; a language that no row has is left out."""
     pairs = list(pairs)
     sides = {
-        "target": [Example(pair.target) for pair in pairs if pair.target is not None],
-        "english": [Example(pair.english, english=True) for pair in pairs if pair.english is not None],
+        "target": [Example(pair.target, number=pair.number) for pair in pairs if pair.target is not None],
+        "english": [
+            Example(pair.english, english=True, number=pair.number) for pair in pairs if pair.english is not None
+        ],
     }
     return {name: examples for name, examples in sides.items() if examples}
 

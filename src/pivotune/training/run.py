@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
@@ -23,7 +23,8 @@ from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
-from pivotune.training.checkpoints import last_checkpoint, staged_folder
+from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
+from pivotune.training.faults import explained_faults
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
@@ -35,7 +36,23 @@ from pivotune.training.preparation import (
     spread,
 )
 from pivotune.training.progress import Progress, silent
-from pivotune.training.run_folder import claim_run_folder, write_items, write_json, write_run_config, write_text
+from pivotune.training.run_folder import (
+    claim_run_folder,
+    make_folder,
+    write_items,
+    write_json,
+    write_run_config,
+    write_text,
+)
+from pivotune.training.run_lock import run_lock
+from pivotune.training.run_record import (
+    check_rows_record,
+    pairs_digest,
+    read_start_scores,
+    write_rows_record,
+    write_start_scores,
+)
+from pivotune.training.signals import StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Held-out scores by side: `target` and `english`.
@@ -44,7 +61,11 @@ Scores = dict[str, list[RowScore]]
 
 @dataclass
 class PreparedRun:
-    """Everything that was checked before a weight was loaded."""
+    """Everything that was checked before a weight was loaded.
+
+    Attributes:
+        checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
+    """
 
     config: RunConfig
     args: DeepSupervisionConfig
@@ -55,6 +76,7 @@ class PreparedRun:
     report: EncodingReport
     skipped: dict[str, int]
     dtype: torch.dtype
+    checkpoint: Path | None = None
 
 
 @dataclass
@@ -93,8 +115,15 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
     _check_apart(config)
     folder = claim_run_folder(config, overwrite=overwrite, resume=resume)
+    checkpoint = _find_checkpoint(config, folder, train) if resume else None
     dtype = getattr(model_config, "dtype", None) or torch.float32
-    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype)
+    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
+
+
+def _find_checkpoint(config: RunConfig, folder: Path, train: list[Pair]) -> Path | None:
+    check_rows_record(folder, train, config.data.train)
+    restore_replaced(folder)
+    return whole_checkpoint(folder)
 
 
 def execute_run(
@@ -104,15 +133,37 @@ def execute_run(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
     before: Scores | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> RunResult:
     """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong.
 
     Args:
         before: the starting model's held-out scores, where another run from the same start has measured them.
+        stop_signals: where signals are received that ask to stop.
+
+    Raises:
+        UsageError: another process trains in the folder, or it cannot be written, or the disk is full.
+        TrainingError: a fault that stopped the training; one line that says what is kept.
+        StoppedBySignalError: a signal asked to stop.
     """
-    progress = progress or silent
+    folder = prepared.folder
+    make_folder(folder)
+    with run_lock(folder) if prepared.args.process_index == 0 else nullcontext(), explained_faults(folder):
+        return _execute(prepared, resume, callbacks, progress or silent, before, stop_signals or StopSignals())
+
+
+def _execute(
+    prepared: PreparedRun,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress,
+    before: Scores | None,
+    stop_signals: StopSignals,
+) -> RunResult:
     config, args, folder = prepared.config, prepared.args, prepared.folder
     write_run_config(folder, config)
+    if not resume:
+        write_rows_record(folder, prepared.train)
     model = load_model(
         config.model,
         dtype=_dtype(config),
@@ -125,7 +176,7 @@ def execute_run(
         cast(nn.Module, model).to(args.device)
     layers = _earlier_layers(folder) if resume else None
     layers = layers or _measure(prepared, model, progress)
-    before = before or _score(prepared, model, progress, "Scoring the starting model")
+    before = before or _score_start(prepared, model, progress, resume=resume)
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -137,11 +188,13 @@ def execute_run(
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
     )
+    trainer.stop_signals = stop_signals
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None:
         write_layers_json(folder / "layers.json", trainer.layers)
-    _train(trainer, last_checkpoint(folder) if resume else None)
+    with stop_signals.deferred():
+        trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
     _free_optimizer(trainer)
     after = _score(prepared, trainer.model, progress, "Scoring the trained model")
     results = _write_results(prepared, before, after)
@@ -155,21 +208,6 @@ def _earlier_layers(folder: Path) -> LayerAnalysis | None:
     """A resumed run supervises the layers it began with, whatever another machine would measure."""
     path = folder / "layers.json"
     return read_layers_json(path) if path.is_file() else None
-
-
-def _train(trainer: DeepSupervisionTrainer, checkpoint: Path | None) -> None:
-    """Train, or only load the weights of a checkpoint that has reached the end: `Trainer` would do one step more."""
-    if checkpoint is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    args = trainer.args
-    done = state.global_step >= args.max_steps if args.max_steps > 0 else (state.epoch or 0) >= args.num_train_epochs
-    if done:
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
@@ -283,6 +321,21 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
                 autocast=prepared.args.bf16,
                 progress=advance,
             )
+    return scores
+
+
+def _score_start(prepared: PreparedRun, model: Any, progress: Progress, *, resume: bool) -> Scores:
+    """The starting model's scores, measured once in the life of a run."""
+    args = prepared.args
+    key = {
+        "rows": pairs_digest(prepared.validation),
+        "batch_size": args.per_device_eval_batch_size,
+        "bf16": bool(args.bf16),
+    }
+    scores = read_start_scores(prepared.folder, key) if resume else None
+    if scores is None:
+        scores = _score(prepared, model, progress, "Scoring the starting model")
+        write_start_scores(prepared.folder, key, scores)
     return scores
 
 

@@ -20,10 +20,13 @@ import yaml
 from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.redaction import redact_command, redact_settings
+from pivotune.training.checkpoints import STAGING
+from pivotune.training.run_lock import LOCK, check_unlocked
 
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
-              "README.md", "environment.json", "training.png", "english-features.safetensors")  # fmt: skip
-_OWN_FOLDERS = ("model", "adapter", ".saving")
+              "README.md", "environment.json", "training.png", "english-features.safetensors", "rows.json",
+              "start-scores.json")  # fmt: skip
+_OWN_FOLDERS = ("model", "adapter", STAGING)
 _LIBRARIES = (
     "pivotune",
     "torch",
@@ -47,10 +50,11 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir: {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(not _is_leftover(path) for path in folder.iterdir()):
         if resume:
             raise UsageError(f"output_dir: there is no run in {folder} to resume")
         return folder
+    check_unlocked(folder)
     if not _holds_run(folder):
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
@@ -62,6 +66,16 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     else:
         raise UsageError(f"output_dir: {folder} already holds a run; add --resume to go on with it or --overwrite")
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training has begun here."""
+    return folder.is_dir() and _holds_run(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run has ended: `model/` is the last that it writes, and appears as a whole."""
+    return (folder / "model").is_dir() and (folder / "results.json").is_file()
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -76,10 +90,18 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
     """`config.yaml` (resolved, all defaults written out, no secrets) and `environment.json`."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
         write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the run's folder where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
 
@@ -125,6 +147,11 @@ def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
+def _is_leftover(path: Path) -> bool:
+    """What a process leaves that was killed before it had written `config.yaml`."""
+    return path.name in (LOCK, STAGING) or path.name.startswith(".config.yaml.")
+
+
 def _holds_run(folder: Path) -> bool:
     """Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that are not ours to replace."""
     if not (folder / "config.yaml").is_file():
@@ -159,8 +186,8 @@ def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) ->
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` must be as it was: a longer run is the same run, other data or layers are not."""
-    change = find_change(folder, config, ignored=("training", "output_dir"))
+    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data or layers are not."""
+    change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
     if change is not None:
         key, before, now = change
         raise UsageError(
