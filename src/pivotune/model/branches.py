@@ -9,8 +9,8 @@ Every pass goes through the root module's own `forward` (so that wrappers such a
 `logits_to_keep=1`: the model projects one position, and the losses project only what they need.
 
 Beside other ranks (`in_lockstep`) all passes that the losses ask for are run, whatever the rows of this rank's batch hold:
-weights are gathered in every pass, and a rank that left one out would leave the others waiting. Where no row needs a pass it
-reads one token, and what comes out predicts nothing.
+weights are gathered in every pass, and a rank that left one out would leave the others waiting. Where no row needs a pass
+it reads one token, and what comes out predicts nothing.
 """
 
 from __future__ import annotations

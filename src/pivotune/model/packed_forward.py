@@ -126,7 +126,7 @@ def _checkpoint_wrapper(block: nn.Module) -> Any:
 
 @contextmanager
 def _wrapper_carries(owner: Any, configs: Sequence[Any], packing: Packing) -> Iterator[None]:
-    """`_checkpoint_carries` for a wrapper. Hooks on it are outside of what is run again: what it keeps is narrow already."""
+    """As `_checkpoint_carries`; a wrapper's hooks are outside of what is run again, which is narrow already."""
     checkpoint = owner.checkpoint_fn
 
     def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

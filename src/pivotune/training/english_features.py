@@ -27,6 +27,7 @@ from pivotune.model.branches import PassRequest, choose_passes
 from pivotune.model.taps import evaluation_mode, truncated
 from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.vector_file import Vectors, map_vectors, rows_digest, save_vectors, weights_digest, why_unusable
@@ -84,20 +85,22 @@ def with_features(
     if dataset is None or not wants_features(supervision):
         return dataset
     path = Path(cast(str, args.output_dir)) / FEATURES_FILE
-    # One process of a machine computes; the others' weights may not even be loaded yet (FSDP).
-    with args.main_process_first():
-        if args.local_process_index == 0:
-            with placed(model, args.device):
-                prepare_features(
-                    model,
-                    dataset.examples,
-                    supervision,
-                    path,
-                    pad_token_id=pad_token_id,
-                    batch_size=args.per_device_eval_batch_size,
-                    autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-                    progress=progress or (silent if args.disable_tqdm else tqdm_bar),
-                )
+
+    def compute() -> None:
+        with placed(model, args.device):
+            prepare_features(
+                model,
+                dataset.examples,
+                supervision,
+                path,
+                pad_token_id=pad_token_id,
+                batch_size=args.per_device_eval_batch_size,
+                autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                progress=progress or (silent if args.disable_tqdm else tqdm_bar),
+            )
+
+    # One process computes for all; the others' weights may not even be loaded yet (FSDP).
+    ranks.on_main(compute)
     return FeatureDataset(dataset.examples, path)
 
 

@@ -20,6 +20,7 @@ from pivotune.layers.measure import analyze_layers
 from pivotune.layers.selection import Term, check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 
 _Item = TypeVar("_Item")
@@ -124,7 +125,9 @@ def choose_supervision(
     if layers is None and "auto" in wanted.values():
         if not pairs:
             raise UsageError("choosing layers needs training rows; give train_dataset, or the layers")
-        layers = analyze_layers(model, tokenizer, spread(pairs, args.profile_rows), language=args.language)
+        rows = spread(pairs, args.profile_rows)
+        # One process measures: on others rounding might choose other layers.
+        layers = ranks.on_main(lambda: analyze_layers(model, tokenizer, rows, language=args.language))
     chosen = _resolve(wanted, num_layers, layers)
     if layers is not None:
         layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +22,15 @@ from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_laye
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
 from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
+from pivotune.training.english_features import placed
 from pivotune.training.faults import explained_faults
+from pivotune.training.gathering import gathered_model, is_sharded
 from pivotune.training.heldout import RowScore, score_answers, summarize
-from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
+from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.preparation import (
     build_encoder,
@@ -114,8 +118,9 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
     _check_apart(config)
-    folder = claim_run_folder(config, overwrite=overwrite, resume=resume)
-    checkpoint = _find_checkpoint(config, folder, train) if resume else None
+    # One process looks and, with `overwrite`, removes.
+    folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
+    checkpoint = ranks.on_main(lambda: _find_checkpoint(config, folder, train)) if resume else None
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
 
@@ -147,9 +152,13 @@ def execute_run(
         StoppedBySignalError: a signal asked to stop.
     """
     folder = prepared.folder
-    make_folder(folder)
-    with run_lock(folder) if prepared.args.process_index == 0 else nullcontext(), explained_faults(folder):
-        return _execute(prepared, resume, callbacks, progress or silent, before, stop_signals or StopSignals())
+    progress = progress if progress is not None and ranks.is_main() else silent
+    with ExitStack() as stack:
+        # The main process holds the folder for all.
+        ranks.on_main(lambda: make_folder(folder))
+        ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
+        stack.enter_context(explained_faults(folder))
+        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals())
 
 
 def _execute(
@@ -161,22 +170,9 @@ def _execute(
     stop_signals: StopSignals,
 ) -> RunResult:
     config, args, folder = prepared.config, prepared.args, prepared.folder
-    write_run_config(folder, config)
-    if not resume:
-        write_rows_record(folder, prepared.train)
-    model = load_model(
-        config.model,
-        dtype=_dtype(config),
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-    )
-    model = merge_adapters(model)
-    if config.quantize is None:
-        cast(nn.Module, model).to(args.device)
-    layers = _earlier_layers(folder) if resume else None
-    layers = layers or _measure(prepared, model, progress)
-    before = before or _score_start(prepared, model, progress, resume=resume)
+    ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
+    model = _starting_model(config)
+    layers = ranks.on_main(lambda: (_earlier_layers(folder) if resume else None) or _measure(prepared, model, progress))
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -191,17 +187,90 @@ def _execute(
     trainer.stop_signals = stop_signals
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
-    if trainer.layers is not None:
+    if trainer.layers is not None and ranks.is_main():
         write_layers_json(folder / "layers.json", trainer.layers)
+    start = _StartScores(prepared, trainer, progress, before, resume=resume)
     with stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+    assert start.scores is not None
     _free_optimizer(trainer)
-    after = _score(prepared, trainer.model, progress, "Scoring the trained model")
-    results = _write_results(prepared, before, after)
-    result = RunResult(folder, trainer.layers, results, trainer.model, before, trainer.state.log_history)
-    write_text(folder / "README.md", model_card(config, result.layers, results))
-    result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
+    after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
+    results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
+    result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
+    trained = gathered_model(trainer, partial(_starting_model, config, adapters=True))
+
+    def save() -> None:
+        write_text(folder / "README.md", model_card(config, result.layers, results))
+        result.model = save_model(trained, prepared.tokenizer, folder, dtype=prepared.dtype)
+
+    ranks.on_main(save)
     return result
+
+
+def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
+    write_run_config(prepared.folder, prepared.config)
+    if not resume:
+        write_rows_record(prepared.folder, prepared.train)
+
+
+def _starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedModel:
+    """What training starts from, on the CPU; with fresh adapters where asked and the run trains some."""
+    model = merge_adapters(
+        load_model(
+            config.model,
+            dtype=_dtype(config),
+            quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
+    )
+    return add_adapters(model, build_lora_config(config.lora, model)) if adapters and config.lora is not None else model
+
+
+class _StartScores(TrainerCallback):
+    """The starting model's held-out scores, measured once in the life of a run.
+
+    Before training; of a model that will be sharded when it is, for no process may be able to hold all of it.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        trainer: DeepSupervisionTrainer,
+        progress: Progress,
+        scores: Scores | None,
+        *,
+        resume: bool,
+    ) -> None:
+        args = prepared.args
+        self._key = {
+            "rows": pairs_digest(prepared.validation),
+            "batch_size": args.per_device_eval_batch_size,
+            "bf16": bool(args.bf16),
+        }
+        self._prepared, self._trainer, self._progress = prepared, trainer, progress
+        self.scores = scores
+        if scores is None and resume:
+            self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
+        if self.scores is None and is_sharded(trainer):
+            if prepared.checkpoint is not None:
+                raise UsageError(
+                    f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
+                    "per_device_eval_batch_size, bf16 and data as they were"
+                )
+            trainer.add_callback(self)
+        elif self.scores is None:
+            self._measure()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.scores is None:
+            self._measure()
+
+    def _measure(self) -> None:
+        prepared = self._prepared
+        scores = _score(prepared, self._trainer.model_wrapped, self._progress, "Scoring the starting model")
+        ranks.on_main(lambda: write_start_scores(prepared.folder, self._key, scores))
+        self.scores = scores
 
 
 def _earlier_layers(folder: Path) -> LayerAnalysis | None:
@@ -212,6 +281,9 @@ def _earlier_layers(folder: Path) -> LayerAnalysis | None:
 
 def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
     """Give back what only training needs, three times the weights; the trainer sits in cycles and would keep it."""
+    if trainer.is_deepspeed_enabled:
+        # Its engine owns the optimizer, and is still needed.
+        return
     cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
     trainer.optimizer = trainer.callback_handler.optimizer = None
     trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
@@ -298,7 +370,7 @@ def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) 
     if prepared.config.method != "deep-supervision":
         return None
     pairs = spread(prepared.train, prepared.args.profile_rows)
-    with progress("Measuring the layers", num_sequences(pairs)) as advance:
+    with placed(model, prepared.args.device), progress("Measuring the layers", num_sequences(pairs)) as advance:
         return analyze_layers(
             model,
             prepared.tokenizer,
@@ -320,22 +392,8 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
                 batch_size=prepared.args.per_device_eval_batch_size,
                 autocast=prepared.args.bf16,
                 progress=advance,
+                shared_out=True,
             )
-    return scores
-
-
-def _score_start(prepared: PreparedRun, model: Any, progress: Progress, *, resume: bool) -> Scores:
-    """The starting model's scores, measured once in the life of a run."""
-    args = prepared.args
-    key = {
-        "rows": pairs_digest(prepared.validation),
-        "batch_size": args.per_device_eval_batch_size,
-        "bf16": bool(args.bf16),
-    }
-    scores = read_start_scores(prepared.folder, key) if resume else None
-    if scores is None:
-        scores = _score(prepared, model, progress, "Scoring the starting model")
-        write_start_scores(prepared.folder, key, scores)
     return scores
 
 
