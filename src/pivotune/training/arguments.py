@@ -87,6 +87,9 @@ class DeepSupervisionConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # The English columns are no arguments of the model's forward; the default would drop them.
         self.remove_unused_columns = False
+        if self.data_seed is None:
+            # Otherwise accelerate orders rows by whatever has seeded torch last, and a resumed run in another order.
+            self.data_seed = self.seed
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from pivotune.training.callbacks import MetricsFile
 from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
 from pivotune.training.faults import explained_faults
 from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.liveness import Liveness, watched
 from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.preparation import (
@@ -148,8 +149,14 @@ def execute_run(
     """
     folder = prepared.folder
     make_folder(folder)
-    with run_lock(folder) if prepared.args.process_index == 0 else nullcontext(), explained_faults(folder):
-        return _execute(prepared, resume, callbacks, progress or silent, before, stop_signals or StopSignals())
+    with ExitStack() as stack:
+        if prepared.args.process_index == 0:
+            stack.enter_context(run_lock(folder))
+        stack.enter_context(explained_faults(folder))
+        liveness = stack.enter_context(watched(prepared.args.hang_timeout))
+        return _execute(
+            prepared, resume, callbacks, progress or silent, before, stop_signals or StopSignals(), liveness
+        )
 
 
 def _execute(
@@ -159,7 +166,9 @@ def _execute(
     progress: Progress,
     before: Scores | None,
     stop_signals: StopSignals,
+    liveness: Liveness | None,
 ) -> RunResult:
+    progress = progress if liveness is None else liveness.told_by(progress)
     config, args, folder = prepared.config, prepared.args, prepared.folder
     write_run_config(folder, config)
     if not resume:
@@ -188,7 +197,7 @@ def _execute(
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
     )
-    trainer.stop_signals = stop_signals
+    trainer.stop_signals, trainer.liveness = stop_signals, liveness
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None:
