@@ -68,17 +68,21 @@ def inject_hold_scoring(title: str, marker: str) -> None:
 
 
 def inject_file_limit(step: int, size: int, where: str) -> None:
-    """No file may become larger than `size` bytes, as on a full disk: from the `checkpoint` or the log line (`metrics`) of
-    that step, or from the saving of the `model`, on."""
+    """No file may become larger than `size` bytes, as on a full disk, while the `checkpoint` or the log line (`metrics`) of
+    that step, the `model` or the `results` are written."""
 
-    def limit() -> None:
+    def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def limited(method: Callable[..., Any], step_of: Callable[..., int]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             if step_of(*args) == step:
-                limit()
-            return method(*args, **options)
+                limit(size)
+            try:
+                return method(*args, **options)
+            finally:
+                # The messages of the process go to a file, too.
+                limit(resource.RLIM_INFINITY)
 
         return call
 
