@@ -90,6 +90,9 @@ class DeepSupervisionConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # All that is trained is used in every step. DDP would look for it in the model's output, which no loss reads.
             self.ddp_find_unused_parameters = False
+        if self.data_seed is None:
+            # Otherwise accelerate orders rows by whatever has seeded torch last, and a resumed run in another order.
+            self.data_seed = self.seed
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside with their checksums, renamed when complete, checked before use."""
+"""Checkpoints that are whole or not there: written beside with checksums, renamed when complete, checked before use."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
         damaged.append(f"{path.name}: {problem}")
     if damaged:
         raise UsageError(
-            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or in another output_dir"
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or elsewhere"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""What makes a training survive faults: steps that are no numbers, signals, and checkpoints from which a run goes on exactly.
+"""What makes a training survive faults: steps that are no numbers, signals, checkpoints from which it goes on exactly.
 
 `Trainer` resumes weights, optimizer, schedule, data order and random numbers. Here is what it leaves out: the log window
 that a checkpoint cuts through, evaluations and log lines that are due at the same step as the checkpoint, and a run that
@@ -22,6 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.liveness import Liveness
 from pivotune.training.log_window import LogWindow
 from pivotune.training.nonfinite import StepRecord
 from pivotune.training.signals import StoppedBySignalError, StopSignals
@@ -44,6 +45,7 @@ class FaultTolerantTrainer(Trainer):
 
     Attributes:
         stop_signals: where signals are remembered; None where nobody listens.
+        liveness: told of every phase; None where there is one process.
     """
 
     args: DeepSupervisionConfig
@@ -52,6 +54,7 @@ class FaultTolerantTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_signals: StopSignals | None = None
+        self.liveness: Liveness | None = None
         self._step = StepRecord()
         self._leaving = False  # a signal has come, on whatever rank
         self._reported_step = -1
@@ -67,10 +70,15 @@ class FaultTolerantTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; whether it was finite is asked once per optimizer step."""
         self._evaluate_if_due()
+        self._tell("forward and backward")
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step.add_loss(loss)
         return loss
+
+    def _tell(self, phase: str) -> None:
+        if self.liveness is not None:
+            self.liveness.progress(phase, self.state.global_step + 1)
 
     def _begin_step(self) -> None:
         """Remember what a skipped step must leave as it was."""
@@ -85,6 +93,7 @@ class FaultTolerantTrainer(Trainer):
             TrainingDivergedError: a loss of this step or its gradient is not finite, on any rank, and steps are not to be
                 skipped, or too many were.
         """
+        self._tell("the gradient's norm")
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad_losses, leaving, norm = self._ask_all_ranks(grad_norm)
         self._leaving = leaving
@@ -109,8 +118,8 @@ class FaultTolerantTrainer(Trainer):
         found = self._step.describe(self.state.global_step + 1, norm)
         if self.args.nonfinite == "stop":
             raise TrainingDivergedError(
-                f"{found}; the weights are those of the step before; look at these rows, lower training.learning_rate or the "
-                "supervision weights, or set faults.nonfinite: skip"
+                f"{found}; the weights are those of the step before; look at these rows, lower training.learning_rate or "
+                "the supervision weights, or set faults.nonfinite: skip"
             )
         self._skipped_steps += 1
         if self._skipped_steps > self.args.skip_limit:
@@ -155,8 +164,8 @@ class FaultTolerantTrainer(Trainer):
     ) -> None:
         """Log, evaluate, save, in this order, and leave after a signal.
 
-        Called after every step, and again after the last one of an epoch. A checkpoint that is due after that step waits for
-        the second call: a run resumed from it would never come to what that call logs and evaluates.
+        Called after every step, and again after the last one of an epoch. A checkpoint that is due after that step waits
+        for the second call: a run resumed from it would never come to what that call logs and evaluates.
 
         Raises:
             StoppedBySignalError: a signal has come, and the checkpoint is saved. An evaluation that was due is left to the
@@ -207,6 +216,7 @@ class FaultTolerantTrainer(Trainer):
 
     def _leave_evaluation_if_stopped(self) -> None:
         """To be called before every batch of an evaluation."""
+        self._tell("evaluation")
         if self._may_cut_evaluation and self.stop_signals is not None and self.stop_signals.received is not None:
             raise _EvaluationCutError
 
@@ -235,6 +245,7 @@ class FaultTolerantTrainer(Trainer):
     @contextmanager
     def _counters_in_state(self) -> Iterator[None]:
         """Inside, the trainer's state holds what a resumed run goes on counting from."""
+        self._tell("saving a checkpoint")
         processes = self.accelerator.num_processes
         self.state.stateful_callbacks[_COUNTERS] = {
             "loss_sum": self._sum_over_ranks(self._tr_loss.clone()).item() / processes,

@@ -49,8 +49,8 @@ def explain(error: OSError | RuntimeError, folder: Path) -> Exception | None:
     if worker := _WORKER.search(str(error)):
         killed = f" by {worker[2]}" if worker[2] else ""
         return TrainingError(
-            f"a data worker (process {worker[1].strip()}) was killed{killed}, often for lack of memory; {kept(folder)}; lower "
-            "training.dataloader_num_workers or free memory, and go on with --resume"
+            f"a data worker (process {worker[1].strip()}) was killed{killed}, often for lack of memory; {kept(folder)}; "
+            "lower training.dataloader_num_workers or free memory, and go on with --resume"
         )
     return None
 

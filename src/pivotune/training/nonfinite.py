@@ -49,10 +49,13 @@ class StepRecord:
         bad = [index for index, loss in enumerate(self._losses) if not math.isfinite(loss.item())]
         if bad:
             found = {name: value.item() for index in bad for name, value in self._terms_of(index).items()}
-            broken = [f"{name} {value:g}" for name, value in found.items() if not math.isfinite(value)]
-            return f"the loss is not a finite number at step {step} ({', '.join(broken) or 'no term by itself'}; {self._name(bad)})"
+            broken = ", ".join(f"{name} {value:g}" for name, value in found.items() if not math.isfinite(value))
+            return (
+                f"the loss is not a finite number at step {step} ({broken or 'no term by itself'}; {self._name(bad)})"
+            )
         if not math.isfinite(gradient_norm):
-            return f"the gradient is not a finite number at step {step} (norm {gradient_norm:g}; {self._name(range(len(self._rows)))})"
+            rows = self._name(range(len(self._rows)))
+            return f"the gradient is not a finite number at step {step} (norm {gradient_norm:g}; {rows})"
         return f"the loss is not a finite number at step {step} (in rows of another process)"
 
     def _terms_of(self, index: int) -> dict[str, Tensor]:

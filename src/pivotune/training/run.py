@@ -30,6 +30,7 @@ from pivotune.training.english_features import placed
 from pivotune.training.faults import explained_faults
 from pivotune.training.gathering import gathered_model, is_sharded
 from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.liveness import Liveness, watched
 from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.preparation import (
@@ -158,7 +159,8 @@ def execute_run(
         ranks.on_main(lambda: make_folder(folder))
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
-        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals())
+        liveness = stack.enter_context(watched(prepared.args.hang_timeout))
+        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals(), liveness)
 
 
 def _execute(
@@ -168,7 +170,9 @@ def _execute(
     progress: Progress,
     before: Scores | None,
     stop_signals: StopSignals,
+    liveness: Liveness | None,
 ) -> RunResult:
+    progress = progress if liveness is None else liveness.told_by(progress)
     config, args, folder = prepared.config, prepared.args, prepared.folder
     ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
     model = _starting_model(config)
@@ -184,7 +188,7 @@ def _execute(
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
     )
-    trainer.stop_signals = stop_signals
+    trainer.stop_signals, trainer.liveness = stop_signals, liveness
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None and ranks.is_main():

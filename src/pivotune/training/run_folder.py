@@ -186,7 +186,7 @@ def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) ->
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data or layers are not."""
+    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data are not."""
     change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
     if change is not None:
         key, before, now = change

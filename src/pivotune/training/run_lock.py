@@ -1,4 +1,4 @@
-"""One process at a time in a run folder. The operating system lets go of the lock when its process dies, however it dies."""
+"""One process at a time in a run folder. The operating system lets go of the lock when its process dies, however."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Signals that ask a training to stop: SIGTERM, and SIGUSR1 as Slurm sends it ahead of a job's end (`--signal=USR1@120`).
+"""Signals that ask a training to stop: SIGTERM, and SIGUSR1 as Slurm sends it before a job ends (`--signal=USR1@120`).
 
-Inside the training loop a signal is only remembered: the trainer finishes its optimizer step, saves a checkpoint and leaves.
-Everywhere else (preparation, scoring, saving the model) it raises at once; what is half written is never in its place yet.
+Inside the training loop a signal is only remembered: the trainer finishes its optimizer step, saves a checkpoint and
+leaves. Everywhere else (preparation, scoring, saving the model) it raises at once; what is half written is not in place.
 """
 
 from __future__ import annotations

@@ -192,6 +192,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The batches of one accumulation window, and the count of every term over the window and all ranks."""
+        self._tell("loading data")
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._begin_step()
         return batches, self._count_terms(batches, device) if batches else None
