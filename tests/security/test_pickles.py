@@ -34,7 +34,18 @@ def arguments(verb: str, model: Path, rows: Path, folder: Path) -> list[object]:
     if verb == "analyze":
         return ["analyze", "--model", model, "--data", rows, "--rows", 2, "--out", folder / "layers.json"]
     if verb == "evaluate":
-        return ["evaluate", model, "--tasks", "alignment_pairs_sw", "--pairs", rows, "--limit", 3, "--out", folder / "out"]
+        return [
+            "evaluate",
+            model,
+            "--tasks",
+            "alignment_pairs_sw",
+            "--pairs",
+            rows,
+            "--limit",
+            3,
+            "--out",
+            folder / "out",
+        ]
     return ["chat", model, "--prompt", "Namba?", "--max-new-tokens", 2]
 
 

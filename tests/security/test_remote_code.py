@@ -57,7 +57,10 @@ def test_model_code_is_refused(model, rows, tmp_path, capsys):
     edit_json(model / "config.json", model_type="evil", auto_map=auto_map)
     for words in calls(model, rows, tmp_path):
         message = refused(capsys, *words)
-        assert message == f"{model}: it needs code of its own to be run; set trust_remote_code to true if you trust its author"
+        assert (
+            message
+            == f"{model}: it needs code of its own to be run; set trust_remote_code to true if you trust its author"
+        )
 
 
 def test_model_code_beside_a_known_architecture_is_not_run(model, capsys):
@@ -67,7 +70,9 @@ def test_model_code_beside_a_known_architecture_is_not_run(model, capsys):
 
 def test_tokenizer_code_is_refused(model, rows, tmp_path, capsys):
     edit_json(
-        model / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": ["evil.Evil", None]}
+        model / "tokenizer_config.json",
+        tokenizer_class="EvilTokenizer",
+        auto_map={"AutoTokenizer": ["evil.Evil", None]},
     )
     for words in calls(model, rows, tmp_path):
         assert "trust_remote_code" in refused(capsys, *words)

@@ -39,7 +39,12 @@ def test_no_token_in_a_run(where, base, rows, tmp_path, monkeypatch, capsys):
                 "save_steps": 1, "hub_strategy": "end"}  # fmt: skip
     if where == "file":
         training["hub_token"] = PLAIN
-    settings = {"model": str(base), "data": {"train": str(rows), "validation": 2}, "method": "tft", "training": training}
+    settings = {
+        "model": str(base),
+        "data": {"train": str(rows), "validation": 2},
+        "method": "tft",
+        "training": training,
+    }
     path = tmp_path / "config" / "run.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "run")}))
