@@ -1,4 +1,4 @@
-"""Text from data, models, configurations and file names is shown and written as text: it drives no terminal, page or table."""
+"""Text from data, models, configurations and file names stays text: it drives no terminal, page or table."""
 
 from __future__ import annotations
 
@@ -83,9 +83,15 @@ def test_models_that_answer_with_controls(base, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["train", f"{FILE_NAME}.yaml"], ["chat", FILE_NAME], ["compare", FILE_NAME], ["data", "check", f"{FILE_NAME}.jsonl", "--lang", "vi"],
-     ["analyze", "--model", FILE_NAME, "--data", "x.jsonl"], ["evaluate", FILE_NAME, "--tasks", "xquad_de"]],
-)  # fmt: skip
+    [
+        ["train", f"{FILE_NAME}.yaml"],
+        ["chat", FILE_NAME],
+        ["compare", FILE_NAME],
+        ["data", "check", f"{FILE_NAME}.jsonl", "--lang", "vi"],
+        ["analyze", "--model", FILE_NAME, "--data", "x.jsonl"],
+        ["evaluate", FILE_NAME, "--tasks", "xquad_de"],
+    ],
+)
 def test_hostile_names_in_errors(words, capsys):
     message = refused(capsys, *words)
     assert harmless(message)
