@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
-_NAME = r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|credentials?)"
+_NAME = r"(?:token|secret|password|passwd|passphrase|(?:api|access|secret|private)[_-]?key|credentials?)"
 _SECRET_NAME = re.compile(rf"(?:.*[_.-])?{_NAME}", re.IGNORECASE)
 # Tokens of a tokenizer, not of a service.
 _TEXT_TOKEN = re.compile(

@@ -109,14 +109,18 @@ def test_languages_are_no_paths(base, rows, tmp_path, outside, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"outside", "run", "run.yaml", "base", "rows.jsonl"}
 
 
-@pytest.mark.parametrize("words", [["demo", "--lang", "../../outside", "--out", "OUT"],
-                                   ["evaluate", "BASE", "--tasks", "xquad_../../outside", "--out", "OUT"],
-                                   ["evaluate", "BASE", "--tasks", "alignment_pairs_../x", "--out", "OUT", "--pairs", "ROWS",
-                                    "--limit", "2"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--lang", "../../outside", "--out", "OUT"],
+        ["evaluate", "BASE", "--tasks", "flores_vi-../../x", "--out", "OUT", "--data-dir", "DATA"],
+        ["evaluate", "BASE", "--tasks", "alignment_pairs_../x", "--out", "OUT", "--pairs", "ROWS", "--limit", "2"],
+    ],
+)
 def test_languages_of_tasks_are_no_paths(words, base, rows, tmp_path, outside, capsys):
-    places = {"OUT": tmp_path / "out", "BASE": base, "ROWS": rows}
-    assert "../" in refused(capsys, *(places.get(word, word) for word in words))
-    assert {path.name for path in tmp_path.iterdir()} <= {"outside"}
+    places = {"OUT": tmp_path / "out", "BASE": base, "ROWS": rows, "DATA": rows.parent}
+    assert refused(capsys, *(places.get(word, word) for word in words))
+    assert {path.name for path in tmp_path.iterdir()} == {"outside"}
 
 
 def test_values_of_a_sweep_are_no_paths(base, rows, tmp_path, outside, capsys):

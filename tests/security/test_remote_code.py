@@ -56,11 +56,8 @@ def test_model_code_is_refused(model, rows, tmp_path, capsys):
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     edit_json(model / "config.json", model_type="evil", auto_map=auto_map)
     for words in calls(model, rows, tmp_path):
-        message = refused(capsys, *words)
-        assert (
-            message
-            == f"{model}: it needs code of its own to be run; set trust_remote_code to true if you trust its author"
-        )
+        expected = "it needs code of its own to be run; set trust_remote_code to true if you trust its author"
+        assert refused(capsys, *words) == f"{model}: {expected}"
 
 
 def test_model_code_beside_a_known_architecture_is_not_run(model, capsys):

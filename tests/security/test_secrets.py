@@ -164,9 +164,11 @@ def test_texts_that_go(text):
     assert HUB not in redact(text)
 
 
+VALUES = st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "pad_token: x", "größer"])
+
+
 @hypothesis_settings(max_examples=40, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5).filter(lambda t: redact(t) == t),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner)))  # fmt: skip
+@given(st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner)))
 def test_settings_without_secrets_stay(value):
     assert redact_settings(value) == value
 
