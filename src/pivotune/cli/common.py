@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,14 +10,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pivotune.errors import UsageError
+from pivotune.errors import UsageError, make_visible
 
 # What a person reads goes to stdout, unless a program reads stdout (`--json`).
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
-
-# Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def console(as_json: bool) -> Console:
@@ -47,13 +43,7 @@ def batch_size_option(text: str) -> int | Literal["auto"]:
 
 def printable(text: str) -> str:
     """The text with every control and direction character made visible, one for one: data must not drive the terminal."""
-    return _CONTROL.sub(lambda match: _visible(match.group()), text.replace("\r\n", "\n"))
-
-
-def _visible(character: str) -> str:
-    """Unicode has pictures of the ASCII controls (U+2400 and on)."""
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+    return make_visible(text.replace("\r\n", "\n"))
 
 
 def progress_bar() -> Progress:

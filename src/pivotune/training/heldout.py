@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, choose_passes
@@ -140,7 +141,7 @@ def _batches(
 ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
     """Rows of similar length together: (rows done after this batch, their indices, batch)."""
     collate = DeepSupervisionCollator(pad_token_id)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].main.ids))
+    order = main_lengths(examples).argsort(kind="stable").tolist()
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([examples[index] for index in indices])
