@@ -11,22 +11,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example, Side
 
 IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
 
 
 class ExampleDataset(Dataset):
-    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work."""
+    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work.
+
+    Attributes:
+        examples: as given; lazy ones stay lazy.
+    """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
+        self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every main side, int32 (examples,)."""
+        return main_lengths(self.examples)
 
 
 @dataclass

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.data.datasets import ParallelSides, has_parallel
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
@@ -48,7 +49,7 @@ class FeatureDataset(ExampleDataset):
     def __init__(self, examples: Sequence[Example], path: Path) -> None:
         super().__init__(examples)
         self._path = path
-        has_english = np.array([example.parallel is not None for example in self.examples], dtype=bool)
+        has_english = has_parallel(self.examples)
         self._places = np.where(has_english, np.cumsum(has_english) - 1, -1)
         self._vectors = map_vectors(path)
 
@@ -138,7 +139,7 @@ def prepare_features(
             "supervision.feature.english: frozen needs the whole starting model on one device, and its weights are "
             "sharded (DeepSpeed ZeRO-3); allowed here: detached, joint"
         )
-    sides = [example.parallel for example in examples if example.parallel is not None]
+    sides = ParallelSides(examples)
     key = _key(model, sides, supervision, autocast)
     problem = why_unusable(path, key, len(sides))
     if problem is None:

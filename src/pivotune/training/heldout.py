@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, choose_passes
@@ -150,7 +151,7 @@ def _batches(
     A rank that has fewer batches than another ends with one that holds no row.
     """
     collate = DeepSupervisionCollator(pad_token_id)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].main.ids))
+    order = main_lengths(examples).argsort(kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done, num_ranks = 0, ranks.world_size() if shared_out else 1
     for indices in ranks.share_out(batches, []) if shared_out else batches:

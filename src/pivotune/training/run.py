@@ -16,6 +16,7 @@ from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, Tra
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
+from pivotune.data.pair_store import store_pairs
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
@@ -76,8 +77,8 @@ class PreparedRun:
     args: DeepSupervisionConfig
     folder: Path
     tokenizer: Any
-    train: list[Pair]
-    validation: list[Pair]
+    train: Sequence[Pair]
+    validation: Sequence[Pair]
     report: EncodingReport
     skipped: dict[str, int]
     dtype: torch.dtype
@@ -112,8 +113,8 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
     rows, validation_rows, skipped = _load_data(config)
-    train = encoder.encode(rows, on_bad_row=config.data.on_bad_row, source=config.data.train)
-    validation = encoder.encode(validation_rows, on_bad_row="skip")
+    train = store_pairs(encoder.encode_lazily(rows, on_bad_row=config.data.on_bad_row, source=config.data.train))
+    validation = store_pairs(encoder.encode_lazily(validation_rows, on_bad_row="skip"))
     _check_rows(config, args, train, validation, encoder.report)
     build_train_dataset(train, args, model_config)
     if config.lora is not None:
@@ -320,7 +321,11 @@ def _cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _check_rows(
-    config: RunConfig, args: DeepSupervisionConfig, train: list[Pair], validation: list[Pair], report: EncodingReport
+    config: RunConfig,
+    args: DeepSupervisionConfig,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    report: EncodingReport,
 ) -> None:
     if not train:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items())
