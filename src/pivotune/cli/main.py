@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pivotune import __version__
-from pivotune.cli import analyze, chat, compare, data, demo, evaluate, init, sweep, train
+from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
 from pivotune.cli.common import LOCAL_RANK, RANK
 from pivotune.errors import TrainingError, UsageError
 from pivotune.escaping import printable
@@ -30,6 +30,7 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("analyze")(analyze.analyze)
 app.command("init")(init.init)
+app.command("estimate")(estimate.estimate)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)

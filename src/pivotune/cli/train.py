@@ -75,6 +75,7 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
             start = prepared.checkpoint or "no checkpoint yet, from the beginning"
             out.print(f"resuming: {safe(start)}", soft_wrap=True)
         describe_run(out, prepared)
+        describe_training(out, prepared)
         with TrainingProgress() as bar:
             return execute_run(prepared, resume=resume, callbacks=[bar], progress=progress, stop_signals=signals)
     except TrainingError:
@@ -112,6 +113,26 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
+
+
+def describe_training(out: Console, prepared: PreparedRun) -> None:
+    """How much is trained, in which steps, and whether memory will suffice; nothing where that cannot be told."""
+    if out.quiet:
+        return
+    from pivotune.cli.estimate import gibibytes, training_words
+    from pivotune.training.estimate.startup import startup_estimate
+
+    found = startup_estimate(prepared.config, prepared.args, prepared.train)
+    if found is None:
+        return
+    line = training_words(prepared.config, prepared.args, found.size, found.target, found.schedule)
+    if found.peak is not None:
+        has = "" if found.device.memory is None else f" (has {gibibytes(found.device.memory)})"
+        line += f"; estimated peak {gibibytes(found.peak)} a device{has}"
+    out.print(f"[bold]training[/] {line}", soft_wrap=True)
+    if found.too_much:
+        warning = "the device's memory will probably not suffice; `pivotune estimate` says what would fit"
+        out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
 
 
 def mask_text(tokenizer: Any, side: Any) -> Any:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pivotune.model.device_kind import device_kind
 from pivotune.model.packing import Packing
 from pivotune.model.scatter import give, take
 from pivotune.model.written_attention import written_attention
@@ -57,7 +58,7 @@ def packed_attention(
 
 
 def _slow_when_fused(query: Tensor, key: Tensor, dropout: float) -> bool:
-    in_half_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    in_half_on_cpu = query.dtype == torch.bfloat16 and device_kind(query) == "cpu"
     return in_half_on_cpu and key.shape[2] <= LONGEST_WRITTEN and not dropout
 
 
@@ -66,7 +67,7 @@ def _fused_attention(
 ) -> Tensor:
     # Without a mask every fast kernel applies; with one, those of CUDA want the key heads repeated.
     grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None and query.is_cuda:
+    if grouped and mask is not None and device_kind(query) == "cuda":
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         grouped = False
     return F.scaled_dot_product_attention(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from pivotune.model.device_kind import device_kind
+
 # Products of some rows at a time: a few MiB stay in the cache of a CPU core, and no long sequence needs much memory.
 _ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 
@@ -115,7 +117,7 @@ def _weights(
 
 def _row_chunks(query: Tensor, key: Tensor) -> list[slice]:
     of_one_row = query.shape[1] * query.shape[2] * key.shape[2]
-    count = max(1, _ELEMENTS.get(query.device.type, _ELEMENTS["cuda"]) // max(of_one_row, 1))
+    count = max(1, _ELEMENTS.get(device_kind(query), _ELEMENTS["cuda"]) // max(of_one_row, 1))
     return [slice(start, start + count) for start in range(0, query.shape[0], count)]
 
 

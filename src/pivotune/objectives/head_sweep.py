@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pivotune.model.device_kind import device_kind
+
 _MIB = 2**20
 # Measured for width 576, V = 49,152 and 1,024 rows, time against naive: frozen head 0.84 for 128 rows at once, 0.82 for 256
 # and 0.81 for 512 (bare products 0.79), in bfloat16 0.50, 0.44 and 0.48; trained head 0.91, 0.89 and 0.87. 48 MiB are 256
@@ -114,7 +116,7 @@ class _Workspace:
 
     @classmethod
     def of(cls, states: Tensor, head: LinearHead, wanted: Wanted) -> _Workspace:
-        device_type, vocab_size, exact = states.device.type, len(head.weight), _exact_dtype(states.dtype)
+        device_type, vocab_size, exact = device_kind(states), len(head.weight), _exact_dtype(states.dtype)
         rows = max(1, min(len(states), rows_per_chunk(device_type, vocab_size)))
         cached = max(1, _CPU_SOFTMAX // (vocab_size * exact.itemsize)) if device_type == "cpu" else rows
         shape = min(rows, cached), vocab_size
@@ -229,7 +231,7 @@ def _add_product(total: Tensor, gradient: Tensor, states: Tensor, *, first: bool
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.T, states, beta=0 if first else 1)
         return
-    size = _CPU_GRADIENT_PART if total.device.type == "cpu" else _GPU_GRADIENT_PART
+    size = _CPU_GRADIENT_PART if device_kind(total) == "cpu" else _GPU_GRADIENT_PART
     for part in even_chunks(len(total), max(1, size // (states.shape[1] * states.element_size()))):
         product = torch.mm(gradient[:, part].T, states)
         if first:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from pivotune.model.architecture import Architecture
+from pivotune.model.device_kind import device_kind
 from pivotune.objectives.head_sweep import even_chunks, rows_per_chunk
 from pivotune.objectives.linear_cross_entropy import LabelScores, refuse_second_derivative
 
@@ -94,7 +95,7 @@ class _FrozenModule(Function):
 def _chunks(architecture: Architecture, normed: Tensor) -> list[slice]:
     # A packed 4-bit weight does not have the vocabulary as its first dimension.
     vocab_size = getattr(architecture.lm_head, "out_features", None) or architecture.vocab_size
-    return list(even_chunks(len(normed), rows_per_chunk(normed.device.type, vocab_size)))
+    return list(even_chunks(len(normed), rows_per_chunk(device_kind(normed), vocab_size)))
 
 
 def _logits(architecture: Architecture, states: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from pivotune.config import RunConfig, SupervisionConfig, validate
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
+from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
 
@@ -161,11 +163,15 @@ def _supervision_settings(args: DeepSupervisionConfig) -> dict[str, Any]:
     }
 
 
-def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSupervisionConfig:
+def build_arguments(config: RunConfig, *, where: str = "training", here: bool = True) -> DeepSupervisionConfig:
     """The trainer's arguments of a run configuration.
 
     Where `training:` does not say otherwise: bfloat16 autocast on hardware that has it, no reporting integrations, a log
     line every 10 steps, a checkpoint every epoch.
+
+    Args:
+        where: names the settings in messages.
+        here: whether the run is for this machine, which must then have what its optimizer needs.
 
     Raises:
         UsageError: an unknown field of TrainingArguments, or a value it refuses.
@@ -183,12 +189,21 @@ def build_arguments(config: RunConfig, *, where: str = "training") -> DeepSuperv
     settings = {**defaults, **training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
         settings["use_cpu"] = True
+    if "optim" in settings:
+        check_optimizer_name(settings["optim"])
+        if here:
+            check_optimizer_runs(settings["optim"], use_cpu=bool(settings.get("use_cpu")))
     try:
         return DeepSupervisionConfig(**settings)
     except UsageError:
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """`training.optim` as text."""
+    return OptimizerNames(args.optim).value
 
 
 def bf16_is_native() -> bool:

@@ -247,7 +247,7 @@ class FaultTolerantTrainer(Trainer):
         """Inside, the trainer's state holds what a resumed run goes on counting from."""
         self._tell("saving a checkpoint")
         processes = self.accelerator.num_processes
-        self.state.stateful_callbacks[_COUNTERS] = {
+        self._saved_states()[_COUNTERS] = {
             "loss_sum": self._sum_over_ranks(self._tr_loss.clone()).item() / processes,
             "total_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
@@ -262,11 +262,14 @@ class FaultTolerantTrainer(Trainer):
         try:
             yield
         finally:
-            self.state.stateful_callbacks.pop(_COUNTERS, None)
+            self._saved_states().pop(_COUNTERS, None)
+
+    def _saved_states(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self.state.stateful_callbacks)
 
     def _restore_counters(self) -> None:
         """Once, after `Trainer` has read a checkpoint; a checkpoint of another program has none."""
-        counters = self.state.stateful_callbacks.pop(_COUNTERS, None)
+        counters = self._saved_states().pop(_COUNTERS, None)
         if counters is None:
             return
         self._began, self._seconds_before = time.time(), counters["seconds"]

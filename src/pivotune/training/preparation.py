@@ -130,6 +130,22 @@ def choose_supervision(
     return _supervision(settings, signals), layers
 
 
+def assumed_supervision(args: DeepSupervisionConfig, num_layers: int) -> Supervision:
+    """The inner losses before anything is measured: layers that are to be chosen lie at the paper's relative depths.
+
+    Raises:
+        UsageError: as `check_layers`.
+    """
+    settings = args.supervision()
+    if args.method != "deep-supervision":
+        return Supervision()
+    check_layers(settings, num_layers)
+    active = _active(settings)
+    chosen = _resolve({name: signal.layer for name, signal in active.items()}, num_layers, None)
+    signals = {name: Signal(kind=active[name].signal, layer=getattr(chosen, name)) for name in active}
+    return _supervision(settings, signals)
+
+
 def spread(items: Sequence[_Item], count: int) -> list[_Item]:
     """`count` items at even distances: files are often sorted by topic."""
     step = max(len(items) / count, 1.0)

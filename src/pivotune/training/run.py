@@ -34,6 +34,7 @@ from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.liveness import Liveness, watched
 from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
+from pivotune.training.out_of_memory import explained_out_of_memory
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
@@ -112,7 +113,7 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
         check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
-    rows, validation_rows, skipped = _load_data(config)
+    rows, validation_rows, skipped = load_data(config)
     train = store_pairs(encoder.encode_lazily(rows, on_bad_row=config.data.on_bad_row, source=config.data.train))
     validation = store_pairs(encoder.encode_lazily(validation_rows, on_bad_row="skip"))
     _check_rows(config, args, train, validation, encoder.report)
@@ -127,7 +128,7 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
 
 
-def _find_checkpoint(config: RunConfig, folder: Path, train: list[Pair]) -> Path | None:
+def _find_checkpoint(config: RunConfig, folder: Path, train: Sequence[Pair]) -> Path | None:
     check_rows_record(folder, train, config.data.train)
     restore_replaced(folder)
     return whole_checkpoint(folder)
@@ -176,8 +177,13 @@ def _execute(
     progress = progress if liveness is None else liveness.told_by(progress)
     config, args, folder = prepared.config, prepared.args, prepared.folder
     ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
-    model = _starting_model(config)
-    layers = ranks.on_main(lambda: (_earlier_layers(folder) if resume else None) or _measure(prepared, model, progress))
+    in_memory = partial(explained_out_of_memory, config, args)
+    with in_memory("loading the model"):
+        model = _starting_model(config)
+    with in_memory("measuring the layers"):
+        layers = ranks.on_main(
+            lambda: (_earlier_layers(folder) if resume else None) or _measure(prepared, model, progress)
+        )
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -194,12 +200,14 @@ def _execute(
     trainer.remove_callback(PrinterCallback)
     if trainer.layers is not None and ranks.is_main():
         write_layers_json(folder / "layers.json", trainer.layers)
-    start = _StartScores(prepared, trainer, progress, before, resume=resume)
-    with stop_signals.deferred():
+    with in_memory("scoring the starting model"):
+        start = _StartScores(prepared, trainer, progress, before, resume=resume)
+    with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
     assert start.scores is not None
     _free_optimizer(trainer)
-    after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
+    with in_memory("scoring the trained model"):
+        after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
     results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
     result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
     trained = gathered_model(trainer, partial(_starting_model, config, adapters=True))
@@ -346,7 +354,8 @@ def _check_apart(config: RunConfig) -> None:
         )
 
 
-def _load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+def load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+    """Rows to train on, rows held out, and how many were left out, by reason."""
     rows = _load(config, config.data.train, config.data.english, heldout=False)
     validation = config.data.validation
     if isinstance(validation, str):

@@ -108,10 +108,10 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
-        model = model if peft_config is None else add_adapters(model, peft_config)
-        _freeze_unread(model)
+        trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
+        _freeze_unread(trained)
         super().__init__(
-            model=model,
+            model=cast(PreTrainedModel, trained),
             args=args,
             data_collator=DeepSupervisionCollator(pad_token_id),
             train_dataset=rows,
@@ -352,7 +352,7 @@ def _must_be_there(folder: Path) -> None:
 
 
 def _freeze_unread(model: nn.Module) -> None:
-    """What text never passes through (the vision tower of a multimodal model) is not trained, and DDP does not wait for it."""
+    """What text never passes through (a vision tower) is not trained, and DDP does not wait for it."""
     architecture = find_architecture(model)
     read = {id(p) for module in (architecture.decoder, architecture.lm_head) for p in module.parameters()}
     for parameter in model.parameters():

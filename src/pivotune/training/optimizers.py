@@ -1,0 +1,78 @@
+"""Which optimizers `training.optim` names, and what each needs that is not always there."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+
+import torch
+from transformers.training_args import OptimizerNames
+
+from pivotune.errors import UsageError
+
+# Optimizer -> (module to import, package to install), beyond torch and Transformers.
+_BITSANDBYTES = ("bitsandbytes", "bitsandbytes")
+_NEEDS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        (
+            "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "ademamix", "ademamix_8bit",
+            "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+            "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+        ),
+        _BITSANDBYTES,
+    ),
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), ("torchao", "torchao")),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_layerwise", "galore_adafactor", "galore_adafactor_layerwise"),
+                    ("galore_torch", "galore-torch")),
+    **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), ("galore_torch", "galore-torch bitsandbytes")),
+    **dict.fromkeys(("apollo_adamw", "apollo_adamw_layerwise"), ("apollo_torch", "apollo-torch")),
+    **dict.fromkeys(("lomo", "adalomo"), ("lomo_optim", "lomo-optim")),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), ("schedulefree", "schedulefree")),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_xla": ("torch_xla", "torch_xla"),
+    "adamw_torch_npu_fused": ("torch_npu", "torch_npu"),
+}  # fmt: skip
+
+
+def optimizer_names() -> list[str]:
+    """Every name that `training.optim` may have."""
+    return [name.value for name in OptimizerNames]
+
+
+def check_optimizer_name(name: str) -> None:
+    """Refuse an optimizer that nobody knows.
+
+    Raises:
+        UsageError: with the nearest valid name.
+    """
+    if name not in optimizer_names():
+        near = difflib.get_close_matches(name, optimizer_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(optimizer_names())}"
+        raise UsageError(f"training.optim: {name!r} is not allowed; {hint}")
+
+
+def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
+    """Refuse an optimizer that this machine cannot run, before anything slow.
+
+    Args:
+        use_cpu: whether the run is on the CPU although there may be a GPU.
+
+    Raises:
+        UsageError: with what to install, or what there is none of.
+    """
+    module, package = _NEEDS.get(name, (None, None))
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise UsageError(f"training.optim: {name} needs a package that is not installed: pip install {package}")
+    if needs_cuda(name) and (use_cpu or not torch.cuda.is_available()):
+        raise UsageError(
+            f"training.optim: {name} needs a CUDA device and "
+            + ("training.use_cpu is set" if torch.cuda.is_available() else "none is found")
+            + "; allowed here: adamw_torch, adafactor, sgd and others of torch"
+        )
+
+
+def needs_cuda(name: str) -> bool:
+    """Whether the optimizer runs on CUDA alone: paged states lie in CUDA's memory that both sides see."""
+    return name.startswith("paged_")
