@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast faults lint format clean
 
 help:
 	@echo "make demo    install, then train and compare on real facts with a small real model (CPU, under 10 minutes)"
 	@echo "make test    install, then run all tests"
+	@echo "make faults  kill, stop and damage trainings and say which promises of docs/reliability.md are kept (10 minutes)"
 	@echo "make lint    install, then ruff, pyright and import-linter"
 	@echo "make format  let ruff rewrite the code's layout"
 	@echo "make clean   remove the environment and the demo's output"
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+faults: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.table $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

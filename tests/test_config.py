@@ -20,7 +20,8 @@ from pivotune.errors import UsageError
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, method, data, supervision, training, lora, quantize, dtype, revision, trust_remote_code, output_dir, seed"
+    "model, method, data, supervision, training, faults, lora, quantize, dtype, revision, trust_remote_code, "
+    "output_dir, seed"
 )
 
 
@@ -79,6 +80,7 @@ def test_every_default():
             "profile_rows": 64,
         },
         "training": {},
+        "faults": {"nonfinite": "stop", "skip_limit": 10, "hang_timeout": 1800.0},
         "lora": None,
         "quantize": None,
         "dtype": "auto",

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pivotune.errors import UsageError
+from pivotune.redaction import redact_settings
 
 Method = Literal["sft", "tft", "deep-supervision"]
 SignalName = Literal["logits", "feature", "none"]
@@ -111,6 +112,16 @@ class LoraSettings(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
+class FaultsConfig(_Section):
+    """What a training does when something goes wrong (docs/reliability.md)."""
+
+    # A number that is not finite says that something is wrong with rows or settings: stopping shows it.
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_limit: Annotated[int, Field(ge=0)] = 10  # optimizer steps that a run may skip
+    # Seconds without progress, with several processes; longer than any pause of a healthy run. 0 never stops.
+    hang_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1800.0
+
+
 class RunConfig(_Section):
     """Everything `pivotune train` reads."""
 
@@ -119,6 +130,7 @@ class RunConfig(_Section):
     data: DataConfig
     supervision: SupervisionConfig = SupervisionConfig()
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
+    faults: FaultsConfig = FaultsConfig()
     lora: LoraSettings | None = None
     quantize: Literal["4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -197,8 +209,8 @@ def apply_changes(settings: Mapping[str, Any], changes: Iterable[str]) -> dict[s
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, defaults included."""
-    return to_yaml(config.model_dump(mode="json"))
+    """The configuration as YAML, defaults included and secrets (`training.hub_token`) left out."""
+    return to_yaml(redact_settings(config.model_dump(mode="json")))
 
 
 def to_yaml(value: Any) -> str:

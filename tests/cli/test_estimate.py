@@ -103,7 +103,7 @@ def test_train_says_what_it_trains(tmp_path, capsys):
 def test_an_estimate_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
     from pivotune.training.estimate import startup
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise ValueError("no estimate")
 
     monkeypatch.setattr(startup, "_estimate", fail)
@@ -127,10 +127,10 @@ def test_a_warning_where_memory_will_not_suffice(tmp_path, capsys, monkeypatch):
 def test_out_of_memory_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     from pivotune.training import run
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory ...")
 
-    monkeypatch.setattr(run, "_train", fail)
+    monkeypatch.setattr(run.DeepSupervisionTrainer, "train", fail)
     assert main(["train", run_file(tmp_path), "--set", "training.bf16=false"]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pivotune:")]
     assert len(error) == 1

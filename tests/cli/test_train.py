@@ -18,7 +18,7 @@ from pivotune.config import load_config
 
 STEPS = 2
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
-             "model", f"checkpoint-{STEPS}"}  # fmt: skip
+             "rows.json", "start-scores.json", ".lock", "model", f"checkpoint-{STEPS}"}  # fmt: skip
 LAYERS = ["supervision.conversion.layer=1", "supervision.thinking.layer=3"]
 
 
@@ -392,7 +392,8 @@ def test_bad_rows_are_left_out_and_counted_when_told(config, tmp_path, capsys):
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
     from pivotune.cli import training_progress
-    from pivotune.training.trainer import DeepSupervisionTrainer, TrainingDivergedError
+    from pivotune.training.fault_tolerant import TrainingDivergedError
+    from pivotune.training.trainer import DeepSupervisionTrainer
 
     bars = []
     made = training_progress.progress_bar

@@ -20,7 +20,7 @@ def batch_of(*examples: Example, **options) -> dict[str, torch.Tensor]:
 
 def test_batch_worked_out_by_hand():
     """A row with an English side and a replay row without one, of different lengths."""
-    batch = batch_of(Example(main=MAIN, parallel=ENGLISH), Example(main=SHORT, english=True))
+    batch = batch_of(Example(main=MAIN, parallel=ENGLISH, number=7), Example(main=SHORT, english=True))
     no, yes = False, True
     expected = {
         "input_ids": [[5, 6, 7, 8, 9], [4, 3, PAD, PAD, PAD]],
@@ -29,6 +29,7 @@ def test_batch_worked_out_by_hand():
         "query_mask": [[no, yes, no, no, no], [yes, no, no, no, no]],
         "answer_characters": [11, 2],
         "is_english": [no, yes],
+        "row_numbers": [7, 0],
         "english_input_ids": [[10, 11, 12, 13], [PAD] * 4],
         "english_attention_mask": [[1] * 4, [0] * 4],
         "english_query_mask": [[no, yes, yes, no], [no] * 4],

@@ -121,7 +121,9 @@ def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path, write_file)
      "a.csv, line 1: the header names the column 'prompt' more than once"),
     ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "a.csv, line 4: broken CSV: unexpected end of data"),
     ("a.csv", b"prompt,completion\na,b\nc,\xe1\n", "a.csv, line 3: not UTF-8 (byte 0xe1); save the file as UTF-8"),
-    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "a.jsonl.gz: cannot be read: Compressed file ended"),
+    # Without a time of writing, which would give the test another name in every process.
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9],
+     "a.jsonl.gz: cannot be read: Compressed file ended"),
     ("a.jsonl.gz", b"\x1f\x8bnot gzip at all", "a.jsonl.gz: cannot be read: "),
     ("a.parquet", "PAR1 not really", "a.parquet: not a readable Parquet file: "),
     ("a.xlsx", "x",

@@ -204,11 +204,71 @@ class TestBadRows:
         rows = load_rows(pairs(1, r1="completion"), need_target=False)
         assert [(row.has_target, row.has_english) for row in rows] == [(False, True)]
 
-    def test_broken_json_is_an_error_even_under_skip(self, tmp_path):
+    LINES = (
+        json.dumps({"prompt": "Swali", "completion": "Jibu", "prompt_en": "Q", "completion_en": "A"}).encode(),
+        b"{]",
+        b'{"prompt": "caf\xe9"}',
+        b'{"prompt": 1, "prompt": 2}',
+        b"[" * 100_000,
+        b'{"prompt": "\\ud800", "completion": "Jibu", "prompt_en": "Q", "completion_en": "A"}',
+        b'{"id": "\\ud800", "prompt": "a", "completion": "b", "prompt_en": "Q", "completion_en": "A"}',
+    )
+
+    def test_lines_that_cannot_be_read_are_skipped_and_counted(self, tmp_path):
         path = tmp_path / "a.jsonl"
-        path.write_text(json.dumps(pairs(1)[0]) + "\n{]\n")
-        message = error_of(path, on_bad_row="skip")
-        assert message.startswith(f"{path}, line 2, column 2: broken JSON: Expecting property name")
+        path.write_bytes(b"\n".join([*self.LINES, self.LINES[0]]))
+        rows = load_rows(path, on_bad_row="skip")
+        assert [row.number for row in rows] == [1, 8]
+        assert rows.total == 8
+        assert rows.skipped == {
+            "the row is not valid JSON": 1,
+            "the row is not UTF-8": 1,
+            "the row names a key more than once": 1,
+            "the row is JSON that cannot be read": 1,
+            "`prompt` holds half of a surrogate pair, which is no character": 1,
+            "`id` holds half of a surrogate pair, which is no character": 1,
+        }
+
+    @pytest.mark.parametrize(("line", "message"), [
+        (1, "line 2, column 2: broken JSON: Expecting property name"),
+        (2, "line 2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+        (3, "line 2: an object names the key 'prompt' more than once"),
+        (4, "line 2: unreadable JSON: lists or objects stand within each other too deeply"),
+    ])  # fmt: skip
+    def test_lines_that_cannot_be_read_are_an_error_otherwise(self, tmp_path, line, message):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(self.LINES[0] + b"\n" + self.LINES[line])
+        assert error_of(path).startswith(f"{path}, {message}")
+
+    def test_no_line_can_be_read(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"prompt": "a"}\n', encoding="utf-16")
+        assert error_of(path, on_bad_row="skip") == (
+            f"{path}, line 1: the row is not UTF-8 (this looks like UTF-16); save the file as UTF-8; "
+            "1 of 2 rows is like this, 1 more cannot be used for other reasons"
+        )
+
+    @pytest.mark.parametrize(("name", "content", "message"), [
+        ("a.csv", "prompt,completion,prompt_en,completion_en\na,b,c,d\na,b,c,d,e\n", "has more cells than the header"),
+        ("a.json", '[{"prompt": "a", "completion": "b", "prompt_en": "c", "completion_en": "d"},'
+                   ' {"prompt": "a", "x": [{"y": 1, "y": 2}]}]', "names a key more than once"),
+    ])  # fmt: skip
+    def test_rows_of_other_files_that_cannot_be_read(self, tmp_path, name, content, message):
+        path = tmp_path / name
+        path.write_text(content)
+        rows = load_rows(path, on_bad_row="skip")
+        assert (len(rows), rows.skipped) == (1, {f"the row {message}": 1})
+        with pytest.raises(
+            UsageError, match="line 3: 5 cells" if name == "a.csv" else "row 2: an object names the key 'y'"
+        ):
+            load_rows(path)
+
+    def test_reasons_without_end_are_counted_together(self):
+        chats = [{"messages": [{"role": f"role {n}", "content": "x"}]} for n in range(80)]
+        rows = load_rows([*pairs(1), *chats], on_bad_row="skip")
+        assert len(rows.skipped) == 51
+        assert rows.skipped["other reasons"] == 30
+        assert sum(rows.skipped.values()) == 80
 
     def test_limit_keeps_the_first_usable_rows_and_reads_no_further(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [*pairs(4, r1="prompt"), "text"])
@@ -331,6 +391,14 @@ class TestTwoFiles:
             ("moja", "one", "1"),
             ("mbili", "", ""),
         ]
+
+    def test_a_line_that_cannot_be_read_does_not_change_how_rows_are_joined(self, write, tmp_path):
+        files = write([(1, "moja", "1"), (2, "mbili", "2"), (3, "tatu", "3")], [(3, "three", "3"), (1, "one", "1")])
+        with (tmp_path / "en.jsonl").open("a") as file:
+            file.write("{broken\n")
+        rows = load_rows(**files, on_bad_row="skip")
+        assert [(row.prompt, row.prompt_en) for row in rows] == [("moja", "one"), ("tatu", "three")]
+        assert rows.skipped == {"`id` is not in en.jsonl": 1, "the row is not valid JSON": 1}
 
     def test_limit(self, write):
         side = [(None, f"swali {n}", "jibu") for n in range(4)]

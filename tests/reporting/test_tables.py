@@ -215,7 +215,7 @@ def test_a_metric_without_direction_has_no_arrow_mark_or_legend(tmp_path):
 def test_markdown_is_escaped(comparison):
     text = render(renamed(comparison, SIGNS + "\nnext"), "markdown")
     row = text.splitlines()[2]
-    assert row.startswith(r"| a\_b & 50% {x} $y$ \#1 \~^\\ \<b\>\|\`\* next | ")
+    assert row.startswith(r"| a\_b \& 50% {x} \$y\$ \#1 \~^\\ \<b\>\|\`\* next | ")
     assert len(re.findall(r"(?<!\\)\|", row)) == 4
 
 

@@ -14,8 +14,8 @@ def arguments(tmp_path) -> TrainingArguments:
     return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
 
 
-def at(step: int, *, first: bool = True) -> TrainerState:
-    return TrainerState(global_step=step, is_world_process_zero=first)
+def at(step: int, *, first: bool = True, lines: list[dict] | None = None) -> TrainerState:
+    return TrainerState(global_step=step, is_world_process_zero=first, log_history=lines or [])
 
 
 def log(callback: MetricsFile, arguments: TrainingArguments, step: int, **logs) -> None:
@@ -47,14 +47,19 @@ def test_other_ranks_and_empty_lines_write_nothing(tmp_path, arguments):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (0, [])])
-def test_resuming_drops_what_will_be_repeated(tmp_path, arguments, resumed_at, kept):
-    """Also all of it, where the run was stopped before its first checkpoint."""
+@pytest.mark.parametrize("resumed_at", [3, 5, 0])
+@pytest.mark.parametrize("left", ["more", "less", "nothing"])
+def test_a_resumed_run_begins_with_the_lines_of_its_checkpoint(tmp_path, arguments, resumed_at, left):
+    """Whatever a killed process left in the file; none where it was stopped before its first checkpoint."""
     callback = MetricsFile(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
+    for step in range(1, {"more": 6, "less": 2, "nothing": 1}[left]):
         log(callback, arguments, step, loss=float(step))
-    callback.on_train_begin(arguments, at(resumed_at), TrainerControl())
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == kept
+    # As the trainer keeps them: the step last, and what JSON lacks.
+    lines = [{"loss": math.nan if step == 2 else float(step), "step": step} for step in range(1, resumed_at + 1)]
+    callback.on_train_begin(arguments, at(resumed_at, lines=lines), TrainerControl())
+    expected = [{"step": step, "loss": None if step == 2 else float(step)} for step in range(1, resumed_at + 1)]
+    text = (tmp_path / "metrics.jsonl").read_text() if resumed_at or left != "nothing" else ""
+    assert text == "".join(json.dumps(line) + "\n" for line in expected)
     log(callback, arguments, resumed_at + 1, loss=9.0)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": resumed_at + 1, "loss": 9.0}
 
@@ -64,6 +69,6 @@ def test_a_line_cut_by_a_crash_is_left_out(tmp_path, arguments):
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
     callback = MetricsFile(path)
-    callback.on_train_begin(arguments, at(1), TrainerControl())
+    callback.on_train_begin(arguments, at(1, lines=[{"loss": 2.0, "step": 1}]), TrainerControl())
     log(callback, arguments, 2, loss=1.0)
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]

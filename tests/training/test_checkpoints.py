@@ -15,10 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pivotune.errors import UsageError
 from pivotune.training.checkpoints import STAGING, last_checkpoint, staged_folder
+from pivotune.training.checksums import CHECKSUMS
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    """Every file but the checksums."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 @pytest.fixture

@@ -65,9 +65,9 @@ def test_a_run_says_when_memory_ran_out(tmp_path, monkeypatch):
     prepared = prepare_run(run_config(tmp_path))
     from pivotune.training import run
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise ERRORS["cpu"]
 
-    monkeypatch.setattr(run, "_train", fail)
+    monkeypatch.setattr(run.DeepSupervisionTrainer, "train", fail)
     with pytest.raises(MemoryExhaustedError, match="while training"):
         execute_run(prepared)

@@ -258,8 +258,8 @@ def finished(tmp_path_factory):
 def test_run_folder_is_complete(finished):
     _, result = finished
     assert sorted(path.name for path in result.folder.iterdir()) == [
-        "README.md", "checkpoint-2", "checkpoint-4", "config.yaml", "environment.json", "layers.json", "metrics.jsonl",
-        "model", "results.items.jsonl.gz", "results.json",
+        ".lock", "README.md", "checkpoint-2", "checkpoint-4", "config.yaml", "environment.json", "layers.json",
+        "metrics.jsonl", "model", "results.items.jsonl.gz", "results.json", "rows.json", "start-scores.json",
     ]  # fmt: skip
     names = {path.name for path in (result.folder / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names

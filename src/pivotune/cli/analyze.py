@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, progress, quiet_libraries, safe
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def analyze(
         print_json(analysis)
     else:
         print_layers(console(as_json), analysis)
-        console(as_json).print(f"saved {out} and {picture}", soft_wrap=True, markup=False)
+        console(as_json).print(f"saved {safe(out)} and {safe(picture)}", soft_wrap=True)
 
 
 def _encode(
@@ -112,6 +112,5 @@ def print_layers(out: Console, analysis: Any) -> None:
         cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
         table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)
     out.print(table)
-    out.print(
-        f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}: {analysis['reason']}"
-    )
+    chosen = f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}"
+    out.print(f"{chosen}: {safe(analysis['reason'])}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, printable, quiet_libraries, stderr
+from pivotune.cli.common import console, print_json_line, printable, quiet_libraries, safe, stderr
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from pivotune.data.examples import Encoder
 
 EXIT_WORDS, RESET_WORD = ("/exit", "/quit"), "/reset"
-_C1_CONTROL = re.compile("[\x7f-\x9f]")
 
 
 def chat(
@@ -202,7 +199,7 @@ def _load(name: str) -> Any:
 
     from pivotune.model.loading import load_model
 
-    with stderr.status(f"Loading {printable(name)}"):
+    with stderr.status(f"Loading {safe(name)}"):
         model: Any = load_model(name)
     return model.to("cuda") if torch.cuda.is_available() else model
 
@@ -294,9 +291,7 @@ class _Session:
 
     def _print_json(self, prompt: str) -> None:
         answers = {chatter.name: chatter.answer(prompt) for chatter in self.chatters}
-        line = json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False)
-        # JSON escapes the other controls itself.
-        print(_C1_CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", line), flush=True)
+        print_json_line({"prompt": prompt, "answers": answers})
 
     def _tell_dropped(self) -> None:
         for chatter in self.chatters:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pivotune.errors import UsageError
+from pivotune.escaping import printable, printable_json
 
-# What a person reads goes to stdout, unless a program reads stdout (`--json`).
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
 
-# Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+# This process among those that `torchrun` or `accelerate launch` started together, on all machines and on this one.
+RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if _number("WORLD_SIZE") > 1 else (0, 0)
+
+# What a person reads goes to stdout, unless a program reads stdout (`--json`). Of several processes the first one speaks.
+stdout = Console(highlight=False, quiet=RANK > 0)
+stderr = Console(stderr=True, highlight=False, quiet=RANK > 0)
+
+# EX_TEMPFAIL of sysexits.h: what a signal stopped can go on; job scripts ask for it to queue the job again.
+EXIT_STOPPED = 75
 
 
 def console(as_json: bool) -> Console:
@@ -28,7 +39,18 @@ def console(as_json: bool) -> Console:
 
 def print_json(content: Any) -> None:
     """One JSON document on stdout, without colours or wrapping."""
-    print(json.dumps(content, ensure_ascii=False, indent=2))
+    if RANK == 0:
+        print(printable_json(json.dumps(content, ensure_ascii=False, indent=2)))
+
+
+def print_json_line(content: Any) -> None:
+    """One JSON document in a line of its own, at once: a program may wait for it."""
+    print(printable_json(json.dumps(content, ensure_ascii=False)), flush=True)
+
+
+def safe(text: object) -> str:
+    """Text from outside for a place that reads rich's markup: nothing in it is obeyed, by rich or by the terminal."""
+    return escape(printable(str(text)))
 
 
 def words(text: str) -> list[str]:
@@ -43,17 +65,6 @@ def batch_size_option(text: str) -> int | Literal["auto"]:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
     return int(text)
-
-
-def printable(text: str) -> str:
-    """The text with every control and direction character made visible, one for one: data must not drive the terminal."""
-    return _CONTROL.sub(lambda match: _visible(match.group()), text.replace("\r\n", "\n"))
-
-
-def _visible(character: str) -> str:
-    """Unicode has pictures of the ASCII controls (U+2400 and on)."""
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def progress_bar() -> Progress:
@@ -74,7 +85,7 @@ def progress_bar() -> Progress:
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress over `total` items; call what this yields with the number of items done so far."""
     with progress_bar() as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(safe(title), total=total, note="")
         yield lambda done: bar.update(task, completed=done)
 
 

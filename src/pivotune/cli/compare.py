@@ -134,7 +134,7 @@ def _write(paths: list[Path], comparison: Comparison) -> None:
             write_text(path, render(comparison, FORMATS[path.suffix]))
         except OSError as error:
             raise UsageError(f"--out: {path} cannot be written ({error.strerror or error})") from error
-        stderr.print(f"saved {path}", soft_wrap=True, markup=False)
+        stderr.print(printable(f"saved {path}"), soft_wrap=True, markup=False)
 
 
 def _show(comparison: Comparison, form: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries
+from pivotune.cli.common import safe as _safe
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -136,13 +137,6 @@ def _print_finding(out: Console, finding: Finding) -> None:
 def _excerpt(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _EXCERPT_CHARACTERS else f"{line[:_EXCERPT_CHARACTERS]}..."
-
-
-def _safe(text: str) -> str:
-    """Data as rich markup: neither its brackets nor its control characters mean anything."""
-    from rich.markup import escape
-
-    return escape(printable(text))
 
 
 def _encoder(model: str, template: str | None, max_prompt_tokens: int, max_completion_tokens: int) -> Encoder:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ def demo(
             f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}",
             f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}",
         ):
-            screen.print(line, soft_wrap=True, markup=False)
+            screen.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
@@ -123,5 +123,5 @@ def _show_answers(screen: Console, results: dict[str, Any]) -> None:
     for index in range(0, len(answers[0]), max(len(answers[0]) // 5, 1)):
         first = answers[0][index]
         cells = [first["question"], first["gold"], *(group[index]["answer"] for group in answers)]
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     screen.print(table)

@@ -16,6 +16,7 @@ from pivotune.cli.common import (
     printable,
     progress,
     quiet_libraries,
+    safe,
     stderr,
     words,
 )
@@ -192,7 +193,7 @@ def _tell_done(name: str, entry: dict[str, Any]) -> None:
     """A log file gets no moving bars, but wants to know how far the evaluation is."""
     if not stderr.is_terminal:
         line = f"{name}: {entry['metric']} {_number(entry['value'])} ± {_number(entry['stderr'])} (n = {entry['n']})"
-        stderr.print(line, soft_wrap=True, markup=False)
+        stderr.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
@@ -215,20 +216,21 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
             figure = metrics[metric]
             first = index == 0
             table.add_row(
-                name if first else "",
-                metric,
+                safe(name) if first else "",
+                safe(metric),
                 _number(figure["value"]),
                 _number(figure["stderr"]),
                 str(figure["n"]),
                 _number(metrics.get("nll_per_token", {}).get("value"), 3) if first else "",
                 _in_language(metrics) if first else "",
-                _notes(task) if first else "",
+                safe(_notes(task)) if first else "",
             )
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
         out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
     path, _ = results_paths(folder)
-    out.print(f"saved    {path}   (compare: pivotune compare {folder} OTHER)", soft_wrap=True, markup=False)
+    saved = f"saved    {path}   (compare: pivotune compare {folder} OTHER)"
+    out.print(printable(saved), soft_wrap=True, markup=False)
 
 
 def _main_metrics(task: dict[str, Any]) -> list[str]:

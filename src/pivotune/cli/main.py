@@ -11,9 +11,12 @@ import typer
 
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
-from pivotune.errors import UsageError
+from pivotune.cli.common import LOCAL_RANK, RANK
+from pivotune.errors import TrainingError, UsageError
+from pivotune.escaping import printable
+from pivotune.redaction import redact
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130  # and common.EXIT_STOPPED
 
 app = typer.Typer(
     name="pivotune",
@@ -52,7 +55,10 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake of the user's, 1 for anything else."""
+    """Run the command line and return its exit code.
+
+    0, 2 for a mistake of the user's, 75 for a training that a signal stopped, 130 for Ctrl-C, 1 for anything else.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("PIVOTUNE_DEBUG"))
     words = [word for word in words if word != "--debug"]
@@ -76,23 +82,34 @@ def _stopped() -> int:
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr for any error."""
+    """One line on stderr for any error; of one that all processes meet, a line for each machine."""
     # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
-        getattr(error, "show", lambda: None)()
+        _show_usage(error)
         return int(exit_code)
     if type(error).__name__ == "Abort":
         return _stopped()
-    text = " ".join(str(error).split())
+    text = printable(redact(" ".join(str(error).split())))
+    place = f"pivotune: process {RANK}" if RANK else "pivotune"
     if isinstance(error, UsageError):
-        print(f"pivotune: error: {text}", file=sys.stderr)
+        if LOCAL_RANK == 0:
+            print(f"{place}: error: {text}", file=sys.stderr)
         return EXIT_USAGE
-    if type(error).__name__ in ("TrainingDivergedError", "MemoryExhaustedError"):
-        print(f"pivotune: stopped: {text}", file=sys.stderr)
+    if isinstance(error, TrainingError):
+        if LOCAL_RANK == 0:
+            print(f"{place}: stopped: {text}", file=sys.stderr)
         return EXIT_FAILURE
-    print(f"pivotune: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+    print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
+
+
+def _show_usage(error: Exception) -> None:
+    """What Typer has to say about the words of the command line, which may hold anything."""
+    for name in ("message", "option_name", "param_hint"):
+        if isinstance(text := getattr(error, name, None), str):
+            setattr(error, name, printable(redact(text)))
+    getattr(error, "show", lambda: None)()
 
 
 if __name__ == "__main__":

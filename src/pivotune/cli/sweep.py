@@ -160,7 +160,8 @@ def _summarize(prepared: Sweep, out: Console) -> None:
             saved.append(prepared.folder / f"table{suffix}")
             write_text(saved[-1], render(comparison, FORMATS[suffix]))
     saved += _draw(prepared)
-    out.print(f"saved    {', '.join(map(str, saved)) or 'nothing: no cell is finished'}", soft_wrap=True, markup=False)
+    names = printable(", ".join(map(str, saved)))
+    out.print(f"saved    {names or 'nothing: no cell is finished'}", soft_wrap=True, markup=False)
 
 
 def _compare(prepared: Sweep) -> Comparison | None:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries, stderr
+from pivotune.cli.common import EXIT_STOPPED, console, print_json, printable, progress, quiet_libraries, safe, stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pivotune.config import RunConfig
     from pivotune.training.run import PreparedRun, RunResult
+    from pivotune.training.signals import StoppedBySignalError, StopSignals
 
 
 def train(
@@ -21,6 +23,9 @@ def train(
         list[str] | None, typer.Option("--set", help="Change a key: training.num_train_epochs=1. Repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on where output_dir holds a run, start where it does not.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in output_dir.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
@@ -28,29 +33,60 @@ def train(
     from pivotune.config import load_config
     from pivotune.errors import UsageError
 
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
+    if overwrite and (resume or auto_resume):
+        raise UsageError(f"{'--resume' if resume else '--auto-resume'} and --overwrite exclude each other")
     run_config = load_config(config, changes or [])
-    quiet_libraries()
-    from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.training.run import execute_run, prepare_run
-
     out = console(as_json)
-    prepared = prepare_run(run_config, overwrite=overwrite, resume=resume)
-    if resume:
-        out.print(f"resuming: {_last_checkpoint(prepared.folder)}", soft_wrap=True, markup=False)
-    describe_run(out, prepared)
-    describe_training(out, prepared)
-    try:
-        with TrainingProgress() as bar:
-            result = execute_run(prepared, resume=resume, callbacks=[bar], progress=progress)
-    except KeyboardInterrupt:
-        stderr.print(f"{_last_checkpoint(prepared.folder)}; go on with --resume", soft_wrap=True, markup=False)
-        raise
+    from pivotune.training.run_folder import holds_run, is_finished
+    from pivotune.training.signals import StoppedBySignalError, StopSignals
+
+    folder = Path(run_config.output_dir)
+    if auto_resume and not resume:
+        resume = holds_run(folder)
+        if resume and is_finished(folder):
+            out.print(f"{safe(folder)} holds a finished run; --resume trains it further", soft_wrap=True)
+            return
+    with StopSignals() as signals:
+        try:
+            result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
+        except StoppedBySignalError as stop:
+            _report_stop(folder, stop)
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            stderr.print(f"{safe(_last_checkpoint(folder))}; go on with --resume", soft_wrap=True)
+            raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
     else:
         describe_result(out, result)
+
+
+def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:
+    """Prepare and train; a failure after a signal is the signal's, which reaches data workers too."""
+    from pivotune.errors import TrainingError
+
+    quiet_libraries()
+    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.training.run import execute_run, prepare_run
+
+    try:
+        prepared = prepare_run(config, overwrite=overwrite, resume=resume)
+        if resume:
+            start = prepared.checkpoint or "no checkpoint yet, from the beginning"
+            out.print(f"resuming: {safe(start)}", soft_wrap=True)
+        describe_run(out, prepared)
+        describe_training(out, prepared)
+        with TrainingProgress() as bar:
+            return execute_run(prepared, resume=resume, callbacks=[bar], progress=progress, stop_signals=signals)
+    except TrainingError:
+        signals.check()
+        raise
+
+
+def _report_stop(folder: Path, stop: StoppedBySignalError) -> None:
+    """One line: what was kept, and how to go on."""
+    saved = f"saved {stop.checkpoint}" if stop.checkpoint else _last_checkpoint(folder)
+    stderr.print(f"pivotune: stopped by {safe(stop.name)}: {safe(saved)}; go on with --resume", soft_wrap=True)
 
 
 def _last_checkpoint(folder: Path) -> str:
@@ -62,10 +98,8 @@ def _last_checkpoint(folder: Path) -> str:
 
 def describe_run(out: Console, prepared: PreparedRun) -> None:
     """What will be trained on what, and one decoded example with its mask: wrong masks fail silently otherwise."""
-    from rich.markup import escape
-
     config, report = prepared.config, prepared.report
-    out.print(f"[bold]model[/]    {escape(config.model)}", soft_wrap=True)
+    out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {_method_line(config)}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
@@ -73,9 +107,9 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
     if report.cut:
         cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
-        out.print(f"         cut at the token limits: {cut}")
+        out.print(f"         cut at the token limits: {safe(cut)}")
     for reason, count in {**prepared.skipped, **report.skipped}.items():
-        out.print(f"         left out: {count} rows: {escape(reason)}")
+        out.print(f"         left out: {count} rows: {safe(reason)}")
     example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
@@ -83,6 +117,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
 
 def describe_training(out: Console, prepared: PreparedRun) -> None:
     """How much is trained, in which steps, and whether memory will suffice; nothing where that cannot be told."""
+    if out.quiet:
+        return
     from pivotune.cli.estimate import gibibytes, training_words
     from pivotune.training.estimate.startup import startup_estimate
 
@@ -106,7 +142,7 @@ def mask_text(tokenizer: Any, side: Any) -> Any:
     from pivotune.data.preview import preview
 
     styles = {"template": "dim", "query": "cyan", "answer": "green"}
-    return Text.assemble(*((segment.text, styles[segment.role]) for segment in preview(tokenizer, side)))
+    return Text.assemble(*((printable(segment.text), styles[segment.role]) for segment in preview(tokenizer, side)))
 
 
 def describe_result(out: Console, result: RunResult) -> None:
@@ -116,7 +152,7 @@ def describe_result(out: Console, result: RunResult) -> None:
     if result.layers:
         chosen = result.layers
         out.print(
-            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {chosen['reason']}",
+            f"[bold]layers[/]   conversion {chosen['conversion']}, thinking {chosen['thinking']}: {safe(chosen['reason'])}",
             soft_wrap=True,
         )
     if result.results["tasks"]:
@@ -124,11 +160,11 @@ def describe_result(out: Console, result: RunResult) -> None:
         for name, task in result.results["tasks"].items():
             base = task["base"]
             numbers = (base["value"], task["value"], base["nll_per_character"], task["nll_per_character"])
-            table.add_row(name.removeprefix("heldout_"), str(task["n"]), *(f"{number:.3f}" for number in numbers))
+            table.add_row(safe(name.removeprefix("heldout_")), str(task["n"]), *(f"{number:.3f}" for number in numbers))
         out.print(table)
     # Whole and as they are, to be copied: no wrapping, no markup.
     saved = f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})"
-    out.print(saved, soft_wrap=True, markup=False)
+    out.print(printable(saved), soft_wrap=True, markup=False)
 
 
 def _method_line(config: Any) -> str:

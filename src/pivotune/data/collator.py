@@ -11,22 +11,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example, Side
 
 IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
 
 
 class ExampleDataset(Dataset):
-    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work."""
+    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work.
+
+    Attributes:
+        examples: as given; lazy ones stay lazy.
+    """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
+        self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every main side, int32 (examples,)."""
+        return main_lengths(self.examples)
 
 
 @dataclass
@@ -40,6 +50,7 @@ class DeepSupervisionCollator:
         query_mask          (B, T) bool, the user's text inside the prompt
         answer_characters   (B,) int64, characters of the answer's text
         is_english          (B,) bool
+        row_numbers         (B,) int64, the rows' places in their file, to name them; 0 where not known
     English parallel side, S = longest one, 0 where no row has one. Rows without it (replay rows, TFT, SFT) are all padding:
         english_input_ids       (B, S) int64
         english_attention_mask  (B, S) int64
@@ -48,14 +59,15 @@ class DeepSupervisionCollator:
     Where the examples carry pooled English vectors (`feature.english: frozen`), by loss term:
         english_features_conversion, english_features_thinking  (B, width) float32, zeros in rows without an English side
 
-    In every row the answer is contiguous and last, so a prompt is what stands before the first label.
+    In every row the answer is contiguous and last, so a prompt is what stands before the first label. A row without any
+    token is all padding; T is 1 at least.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        main = self._pad([example.main for example in examples])
+        main = self._pad([example.main for example in examples], least=1)
         labels = np.where(main["answer_mask"], main["input_ids"], IGNORED)
         english = self._pad([example.parallel for example in examples])
         batch: dict[str, Any] = {
@@ -65,13 +77,15 @@ class DeepSupervisionCollator:
             "query_mask": main["query_mask"],
             "answer_characters": np.array([example.main.characters for example in examples], dtype=np.int64),
             "is_english": np.array([example.english for example in examples], dtype=bool),
+            "row_numbers": np.array([example.number for example in examples], dtype=np.int64),
             **{f"english_{name}": array for name, array in english.items()},
             **_features(examples),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _pad(self, sides: Sequence[Side | None]) -> dict[str, np.ndarray]:
-        shape = (len(sides), self._round_up(max((len(side.ids) for side in sides if side is not None), default=0)))
+    def _pad(self, sides: Sequence[Side | None], *, least: int = 0) -> dict[str, np.ndarray]:
+        longest = max((len(side.ids) for side in sides if side is not None), default=0)
+        shape = (len(sides), self._round_up(max(longest, least)))
         arrays = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,9 @@ from pivotune.errors import UsageError
 
 # Rows tokenized in one call: enough for the tokenizer's own threads, little enough to show progress.
 _ROWS_PER_CALL = 512
+# A call ends early with the row that reaches this many characters: tokens with their offsets take about a hundred times
+# the memory of the text.
+_CHARACTERS_PER_CALL = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ class Example:
         english: whether `main` is English (replay, or the SFT baseline).
         english_features: pooled English vectors (width,) float32 by loss term, where they were computed beforehand;
             zeros for rows without an English side.
+        number: the row's 1-based place in its source.
     """
 
     main: Side
     parallel: Side | None = None
     english: bool = False
     english_features: Mapping[str, np.ndarray] | None = None
+    number: int = 0
 
 
 class _UnfitRowError(UsageError):
@@ -127,23 +131,26 @@ class Encoder:
         self._bos = begin_ids(tokenizer, template.adds_special_tokens)
 
     def encode(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> list[Pair]:
-        """Encode all rows, in order.
+        """Encode all rows, in order; see `encode_lazily`."""
+        return list(self.encode_lazily(rows, on_bad_row=on_bad_row, source=source))
+
+    def encode_lazily(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> Iterator[Pair]:
+        """Encode rows one after the other: memory holds the tokens of one call of the tokenizer.
 
         Raises:
             UsageError: a row whose template alone exceeds the limits, or whose answer is cut to nothing; with
                 `on_bad_row="skip"` such rows are left out and counted instead.
         """
-        pairs: list[Pair] = []
-        for chunk in _chunks(rows, _ROWS_PER_CALL):
+        for chunk in _chunks(rows):
             rendered: list[_RenderedRow] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
                     rendered.append(self._render(row))
             for pair in self._tokenize_rows(rendered):
                 with self._row_errors(pair.number, on_bad_row, source):
-                    pairs.append(self._fit(pair))
-        self.report.rows += len(pairs)
-        return pairs
+                    fitting = self._fit(pair)
+                    self.report.rows += 1
+                    yield fitting
 
     def encode_prompt(self, turn: Turn) -> list[int]:
         """Token ids of the prompt alone, as training laid it out: what generation continues."""
@@ -286,7 +293,15 @@ def begin_ids(tokenizer: Any, text_has_special_tokens: bool) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
-def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, size)):
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += sum(map(len, (row.prompt, row.completion, row.input)))
+        characters += sum(map(len, (row.prompt_en, row.completion_en, row.input_en)))
+        if len(chunk) == _ROWS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
         yield chunk

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pivotune.data.formats import NumberedRecords, describe_file_types, is_data_file_name, missing_file_error
+from pivotune.data.formats import describe_file_types, is_data_file_name, missing_file_error
+from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
 
 _PREFIX = "hub:"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral, Number
 from typing import Any, NamedTuple
+
+from pivotune.data.json_text import RepeatedKeyError, parse_json, shown
 
 MISSING = "is missing"
 EMPTY = "is empty"
 ENGLISH_SUFFIX = "_en"
+_HALF_A_PAIR = "holds half of a surrogate pair, which is no character"
+# Names from the data are cut in messages.
+_LONGEST_NAME = 60
 
 # One turn of a chat, {"role": "system" | "user" | "assistant", "content": text}: what chat templates read.
 Message = dict[str, str]
@@ -128,16 +133,26 @@ def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool
         input_en=english.input,
         history=target.history,
         history_en=english.history,
-        id=record_id(record),
+        id=_valid_id(record),
         number=number,
     )
+
+
+def _valid_id(record: Mapping[str, Any]) -> str:
+    found = record_id(record)
+    if not _is_valid_unicode(found):
+        raise RowError("id", _HALF_A_PAIR)
+    return found
 
 
 def record_id(record: Any) -> str:
     """The record's `id` as text; '' where it has none. Whole numbers count as ids."""
     value = record.get("id") if isinstance(record, Mapping) else None
     is_id = isinstance(value, str | Integral) and not isinstance(value, bool)
-    return str(value).strip() if is_id else ""
+    try:
+        return str(value).strip() if is_id else ""
+    except ValueError:  # Python does not write out whole numbers of over 4,300 digits
+        return ""
 
 
 def _read_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
@@ -171,7 +186,7 @@ def _find_form(record: Mapping[str, Any], suffix: str) -> _Form | None:
 
 def _columns_note(record: Mapping[str, Any]) -> str:
     """Name the columns that are there, for a user whose columns have other names."""
-    names = [f"`{name}`" for name in list(record)[:8]]
+    names = [f"`{_cut(str(name))}`" for name in islice(record, 8)]
     more = ", ..." if len(record) > len(names) else ""
     return f" (the row has {', '.join(names)}{more})" if names else " (the row has no columns)"
 
@@ -198,7 +213,11 @@ def _text_fault(value: Any) -> str:
     if not value or value.isspace():
         return EMPTY
     # JSON can spell half a surrogate pair (\ud83d alone); tokenizers fail on it much later and say less.
-    return "" if _is_valid_unicode(value) else "holds half of a surrogate pair, which is no character"
+    return "" if _is_valid_unicode(value) else _HALF_A_PAIR
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _is_valid_unicode(text: str) -> bool:
@@ -242,7 +261,9 @@ def _as_list(value: Any, key: str) -> list[Any]:
         if not value.strip():
             raise RowError(key, EMPTY)
         try:
-            value = json.loads(value)
+            value = parse_json(value)
+        except RepeatedKeyError as error:
+            raise RowError(key, "has an object that names a key more than once", f" (it {error})") from None
         except ValueError:
             raise RowError(key, "is text, not a list of messages") from None
     elif hasattr(value, "tolist"):
@@ -259,7 +280,8 @@ def _read_message(item: Any, key: str) -> Message | None:
     name = _first_present(item, "role", "from")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise RowError(key, f"has a message with role {name!r} (allowed: {', '.join(ROLES)})")
+        role = shown(name) if isinstance(name, str) else repr(name) if name is None else _kind(name)
+        raise RowError(key, f"has a message with role {role} (allowed: {', '.join(ROLES)})")
     content = _first_present(item, "content", "value")
     fault = _text_fault(content)
     if role == "system" and fault in (MISSING, EMPTY):

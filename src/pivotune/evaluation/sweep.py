@@ -26,6 +26,7 @@ from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.sweep_plan import Cell
 from pivotune.evaluation.sweep_state import CellState, cell_state, is_started, is_trained, missing_tasks
 from pivotune.model.loading import read_config
+from pivotune.redaction import redact
 from pivotune.training.arguments import build_arguments
 from pivotune.training.preparation import check_layers
 from pivotune.training.run import Progress, Scores, execute_run, prepare_run
@@ -131,7 +132,7 @@ def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
     cells = [
         {
             "name": cell.name,
-            "changes": [change for option in cell.options for change in option.changes],
+            "changes": [redact(change) for option in cell.options for change in option.changes],
             "seed": cell.seed,
             "state": "failed" if cell.name in failures else str(sweep.state(cell)),
             "error": failures.get(cell.name),
@@ -214,8 +215,8 @@ def _attempt(job: Callable[[], None], log: Path) -> str | None:
     try:
         job()
     except Exception as error:  # one cell's failure, whatever it is, must not cost the others
-        write_text(log, traceback.format_exc())
-        text = " ".join(str(error).split()) or "no message"
+        write_text(log, redact(traceback.format_exc()))
+        text = redact(" ".join(str(error).split())) or "no message"
         return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
     return None
 

@@ -7,6 +7,10 @@ Either runs one more pass over the English rows for the feature signal.
 
 Every pass goes through the root module's own `forward` (so that wrappers such as DDP or FSDP see it) with
 `logits_to_keep=1`: the model projects one position, and the losses project only what they need.
+
+Beside other ranks (`in_lockstep`) all passes that the losses ask for are run, whatever the rows of this rank's batch hold:
+weights are gathered in every pass, and a rank that left one out would leave the others waiting. Where no row needs a pass
+it reads one token, and what comes out predicts nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pivotune.model.architecture import Architecture, find_architecture
 from pivotune.model.packed_forward import longest_packed, packed, why_not_packed
 from pivotune.model.packing import Branch, Packing, leading, pack
 from pivotune.model.scatter import pick
+from pivotune.model.sharding import in_lockstep
 from pivotune.model.taps import Taps, evaluation_mode, tap, truncated
 
 logger = logging.getLogger(__name__)
@@ -79,12 +84,18 @@ def choose_passes(model: nn.Module, forward: Forward = "auto") -> RunPasses:
     Raises:
         UsageError: `shared` is asked for and the model cannot do it.
     """
-    reason = None if forward == "separate" else why_not_packed(model)
+    reason = None if forward == "separate" else why_not_packed(model) or _why_not_in_lockstep(model)
     if forward == "shared" and reason is not None:
         raise UsageError(f"supervision.logits.forward: shared is not possible: {reason}; allowed here: auto, separate")
     if reason is not None:
         _say_once(reason)
     return separate_passes if forward == "separate" or reason is not None else shared_passes
+
+
+def _why_not_in_lockstep(model: nn.Module) -> str | None:
+    if in_lockstep() and longest_packed(model) is not None:
+        return "its rotary embedding grows with the sequence, and all processes have to run the same passes"
+    return None
 
 
 @cache
@@ -141,6 +152,8 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     counted = {name: tensor.cpu() for name, tensor in batch.items() if not tensor.is_floating_point()}
     wanted = {name: spec for name, spec in request.branches.items() if counted[f"english_{spec[1]}_mask"].any()}
     _check_branches(architecture, counted, wanted)
+    if in_lockstep():
+        counted["attention_mask"] = _at_least_one_token(counted["attention_mask"])
     packing = pack(
         counted["input_ids"],
         counted["attention_mask"],
@@ -151,7 +164,8 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
         return separate_passes(model, batch, request)
     packing = packing.to(architecture.head_weight.device)
-    taps = _run_packed(model, architecture, packing, request.main_layers | {layer for layer, _ in wanted.values()})
+    layers = request.main_layers | {layer for layer, _ in request.branches.values()}
+    taps = _run_packed(model, architecture, packing, layers)
     branches = {
         name: BranchStates(
             hidden_states=pick(taps.hidden_states[layer][0], positions),
@@ -159,6 +173,9 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
         )
         for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True)
     }
+    if in_lockstep():
+        # The head is gathered for the inner losses on all ranks (ZeRO-3).
+        branches = {**_no_predictions(taps, packing, request), **branches}
     wants_english = _wants_english(counted, request)
     english = _english_pass(model, counted, request, _run_without_padding) if wants_english else None
     return Passes(main=_padded(packing, taps, request.main_layers), branches=branches, english=english)
@@ -172,7 +189,7 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
     branches = {
         name: _branch_pass(model, architecture, batch, layer, side)
         for name, (layer, side) in request.branches.items()
-        if batch[f"english_{side}_mask"].any()
+        if in_lockstep() or batch[f"english_{side}_mask"].any()
     }
     english = _english_pass(model, batch, request, _run) if _wants_english(batch, request) else None
     return Passes(main=main, branches=branches, english=english)
@@ -194,7 +211,25 @@ def _check_branches(architecture: Architecture, batch: Batch, branches: Mapping[
 
 
 def _wants_english(batch: Batch, request: PassRequest) -> bool:
-    return bool(request.english_layers) and bool(batch["english_attention_mask"].any())
+    return bool(request.english_layers) and (in_lockstep() or bool(batch["english_attention_mask"].any()))
+
+
+def _at_least_one_token(attention_mask: Tensor) -> Tensor:
+    """The mask, with one token for a batch that is all padding; nothing is read from it."""
+    if attention_mask.any():
+        return attention_mask
+    attention_mask = attention_mask.clone()
+    attention_mask[0, 0] = 1
+    return attention_mask
+
+
+def _no_predictions(taps: Taps, packing: Packing, request: PassRequest) -> dict[str, BranchStates]:
+    """Branches that predict no token, with a gradient history."""
+    none = torch.zeros(0, dtype=torch.long, device=packing.input_ids.device)
+    return {
+        name: BranchStates(hidden_states=taps.hidden_states[layer][0][none], labels=none)
+        for name, (layer, _) in request.branches.items()
+    }
 
 
 def _run(
@@ -232,7 +267,11 @@ def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
 
 def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, layer: int, side: str) -> BranchStates:
     """Run [prompt | English tokens] through the first `layer` blocks."""
-    input_ids, attention_mask, branch_mask = branch_inputs(batch, side)
+    if batch[f"english_{side}_mask"].any():
+        input_ids, attention_mask, branch_mask = branch_inputs(batch, side)
+    else:
+        input_ids, attention_mask = batch["input_ids"][:1, :1], torch.ones_like(batch["attention_mask"][:1, :1])
+        branch_mask = torch.zeros_like(attention_mask, dtype=torch.bool)
     with truncated(architecture, layer):
         taps = _run(model, architecture, input_ids, attention_mask, frozenset({layer}))
     # The token before predicts: the last prompt token predicts the first English one.
@@ -281,13 +320,15 @@ def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Cal
         nullcontext() if gradient else _without_gradient(architecture),
         truncated(architecture, max(request.english_layers)),
     ):
-        return run(
-            runner,
-            architecture,
-            batch["english_input_ids"],
-            batch["english_attention_mask"],
-            request.english_layers,
-        )
+        return run(runner, architecture, *_english_inputs(batch), request.english_layers)
+
+
+def _english_inputs(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Tokens and mask (B, S) of the English rows; where there are none at all, one token that nothing reads."""
+    input_ids, attention_mask = batch["english_input_ids"], batch["english_attention_mask"]
+    if attention_mask.any():
+        return input_ids, attention_mask
+    return batch["input_ids"][:, :1], _at_least_one_token(torch.zeros_like(batch["attention_mask"][:, :1]))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ reads layer entropies and inner losses through this lens (arXiv 2503.01275, sect
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pivotune.model.architecture import Architecture, find_architecture
+from pivotune.model.sharding import (
+    class_of,
+    foreign_hooks,
+    has_replaced_forward,
+    in_place_of_forward,
+    is_fsdp,
+    is_partitioned,
+)
 from pivotune.model.taps import tap
 
 Norm = Literal["final", "none"]
@@ -100,10 +109,9 @@ def plain_head(architecture: Architecture) -> nn.Linear | None:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is exactly `nn.Linear`: subclasses compute something else, and so may hooks.
 
-    Accelerate's hooks replace `forward` on the instance.
+    Accelerate's hooks replace `forward` on the instance. FSDP2's and ZeRO-3's compute nothing.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
+    return class_of(module) is nn.Linear and not foreign_hooks(module) and not has_replaced_forward(module)
 
 
 def is_plain_matrix(weight: Tensor) -> bool:
@@ -130,5 +138,26 @@ def check_lens(model: nn.Module, input_ids: Tensor | None = None) -> float:
 
 def _call_frozen(module: nn.Module, states: Tensor) -> Tensor:
     """Call a module with all its parameters detached; the module itself is left as it is (also one with adapters)."""
+    if is_partitioned(module):
+        return in_place_of_forward(module, partial(_call_copy, module), states)
+    if is_fsdp(module):
+        return _call_copy(module, states)
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return functional_call(module, weights, (states,))
+
+
+def _call_copy(module: nn.Module, states: Tensor) -> Tensor:
+    """`_call_frozen` with copies of weights that are gathered now and may be gone before the backward pass is here."""
+    copies = {f"module.{name}": parameter.detach().clone() for name, parameter in module.named_parameters()}
+    return functional_call(_Unhooked(module), copies, (states,))
+
+
+class _Unhooked(nn.Module):
+    """A module's own forward, without the hooks that gather its weights: they count on the model's own order of calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, states: Tensor) -> Tensor:
+        return class_of(self.module).forward(self.module, states)

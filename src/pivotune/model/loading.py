@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pivotune.errors import UsageError
 from pivotune.model.loading_errors import OFFLINE_MODEL, about_base_of, one_line_errors
-from pivotune.model.locating import ModelFiles, base_of, locate, resolve_model, tokenizer_files
+from pivotune.model.locating import ModelFiles, base_of, check_index, locate, resolve_model, tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,8 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
     with one_line_errors(name, "configuration"):
         config = AutoConfig.from_pretrained(files.location, trust_remote_code=trust_remote_code, **files.arguments)
     _check_causal(name, config)
+    if not trust_remote_code:
+        _check_no_kernel(name, config)
     return config
 
 
@@ -126,7 +128,8 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
     files = locate(name, revision)
     if files.is_adapter:
         return _load_adapter(name, files, options)
-    read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
+    config = read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
+    check_index(files, getattr(config, "transformers_weights", None))
     with one_line_errors(name, "model"), _quiet_transformers(files):
         # Transformers declares one return type; with `output_loading_info` it is a pair.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -197,6 +200,18 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
         raise UsageError(
             f"{name}: the weights are of {architectures[0]}, not of a causal language model such as {head}"
         )
+
+
+def _check_no_kernel(name: str, config: PretrainedConfig) -> None:
+    """A configuration may name an attention kernel on the Hub, which Transformers would fetch and run."""
+    for part in (config, config.get_text_config()):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            wanted = getattr(part, key, None)
+            if isinstance(wanted, str) and "/" in wanted:
+                raise UsageError(
+                    f"{name}: its configuration asks for code from the Hub ({key.strip('_')}: {wanted}); set "
+                    "trust_remote_code to true if you trust its author"
+                )
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

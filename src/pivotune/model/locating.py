@@ -111,7 +111,7 @@ def base_of(name: str, files: ModelFiles) -> tuple[str, str | None]:
             path = Path(hf_hub_download(files.location, _ADAPTER_CONFIG, **files.arguments))
         adapter = json.loads(path.read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
-    if not base:
+    if not base or not isinstance(base, str):
         raise UsageError(f"{name}: {_ADAPTER_CONFIG} does not name the base model (base_model_name_or_path)")
     return base, adapter.get("revision")
 
@@ -188,10 +188,42 @@ def _check_shards(folder: Path) -> None:
     index = folder / _WEIGHTS[1]
     if (folder / _WEIGHTS[0]).is_file() or not index.is_file():
         return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index}: not a readable list of shards ({error})") from error
+    shards = read_shards(index)
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
+
+
+def read_shards(index: Path) -> set[str]:
+    """Names of the weight files that an index lists: Safetensors beside it, nothing elsewhere.
+
+    Raises:
+        UsageError: no readable index, or a shard that is a path, or of another format.
+    """
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index}: not a readable list of shards ({error})") from error
+    for shard in sorted(shards, key=str):
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise UsageError(f"{index}: the shard {shard!r} is not a file beside it; allowed: plain file names")
+        if not shard.endswith(".safetensors"):
+            raise UsageError(f"{index}: the shard {shard!r} is not read; allowed: .safetensors")
+    return shards
+
+
+def check_index(files: ModelFiles, named: str | None) -> None:
+    """What `resolve_model` has checked of a folder also for the Hub, and for an index that `config.json` names.
+
+    Args:
+        named: `transformers_weights` of the configuration.
+    """
+    from huggingface_hub import hf_hub_download
+
+    single, index = _WEIGHTS
+    name = named or (index if single not in files.names and index in files.names else "")
+    if not name.endswith(".index.json"):
+        return
+    folder = Path(files.location)
+    with one_line_errors(files.location, name):
+        read_shards(folder / name if folder.is_dir() else Path(hf_hub_download(str(folder), name, **files.arguments)))

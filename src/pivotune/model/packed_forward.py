@@ -36,8 +36,6 @@ def why_not_packed(model: nn.Module) -> str | None:
             f"model type {architecture.model_type!r} is registered without shared_prefix=True (check it with "
             "pivotune.model.branches.check_shared_passes)"
         )
-    if any(hasattr(block, "_checkpoint_wrapped_module") for block in architecture.blocks):
-        return "the blocks are wrapped for activation checkpointing from outside; use training.gradient_checkpointing"
     if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
         return "the model is spread over several devices"
     if any(getattr(config, "use_bidirectional_attention", False) for config in _configs(architecture.decoder)):
@@ -72,7 +70,9 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
             count = packing.tokens_left(index)
             if count < packing.num_tokens:
                 stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
-            if getattr(block, "gradient_checkpointing", False) and block.training:
+            if (wrapper := _checkpoint_wrapper(block)) is not None:
+                stack.enter_context(_wrapper_carries(wrapper, configs, packing))
+            elif getattr(block, "gradient_checkpointing", False) and block.training:
                 stack.enter_context(_checkpoint_carries(_checkpointed(block), configs, packing, count))
         lengthen = partial(_lengthen, packing.num_tokens)
         stack.callback(architecture.final_norm.register_forward_hook(lengthen).remove)
@@ -115,15 +115,39 @@ def _checkpoint_carries(block: nn.Module, configs: Sequence[Any], packing: Packi
         owner._gradient_checkpointing_func = checkpoint
 
 
+def _checkpoint_wrapper(block: nn.Module) -> Any:
+    """torch's `checkpoint_wrapper` around a block, which FSDP's own activation checkpointing puts there; or None."""
+    while hasattr(block, "_checkpoint_wrapped_module"):
+        if hasattr(block, "checkpoint_fn"):
+            return block
+        block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
+    return None
+
+
+@contextmanager
+def _wrapper_carries(owner: Any, configs: Sequence[Any], packing: Packing) -> Iterator[None]:
+    """As `_checkpoint_carries`; a wrapper's hooks are outside of what is run again, which is narrow already."""
+    checkpoint = owner.checkpoint_fn
+
+    def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(_with_attention(function, configs, packing), *args, **kwargs)
+
+    owner.checkpoint_fn = carrying
+    try:
+        yield
+    finally:
+        owner.checkpoint_fn = checkpoint
+
+
 def _checkpointed(block: nn.Module) -> nn.Module:
     """The block itself where it is wrapped: what is set on an FSDP wrapper does not reach the module inside."""
     return next((module for module in block.modules() if "_gradient_checkpointing_func" in vars(module)), block)
 
 
 def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with _attention_installed(configs, packing):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return run
 

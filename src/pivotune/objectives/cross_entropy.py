@@ -4,18 +4,24 @@ The place where every vocabulary-sized tensor of training and scoring is made, a
 head goes:
 
 - a plain linear layer: `pivotune.objectives.linear_cross_entropy`, or Liger's fused loss on CUDA for the trained head;
-- anything else (quantized, with adapters or hooks, wrapped, partitioned outside its own forward as under ZeRO-3): called
-  as the module it is, by `pivotune.objectives.module_cross_entropy`.
+- anything else (quantized, with adapters or hooks, wrapped): called as the module it is, by
+  `pivotune.objectives.module_cross_entropy`.
+
+Under ZeRO-3 either way runs in the place of the head's own forward, where its weights are gathered: once for each loss,
+since all ranks have to gather equally often, whatever the number of their rows.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar, cast
 
 from torch import Tensor
 
 from pivotune.model.architecture import Architecture
 from pivotune.model.lens import is_plain_linear, is_plain_matrix
+from pivotune.model.sharding import in_place_of_forward, is_partitioned, whole
 from pivotune.objectives.fused_cross_entropy import fused_cross_entropy_sum, fused_loss_fits
 from pivotune.objectives.head_sweep import LinearHead
 from pivotune.objectives.linear_cross_entropy import (
@@ -31,6 +37,7 @@ from pivotune.objectives.module_cross_entropy import (
 )
 
 IGNORED = -100
+_Result = TypeVar("_Result")
 
 
 def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
@@ -50,6 +57,10 @@ def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) 
         ValueError: states and labels do not match.
     """
     _check(normed, labels)
+    return _with_head(architecture, partial(_cross_entropies, architecture), normed, labels)
+
+
+def _cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
     head = _linear_head(architecture, frozen=True)
     if head is None:
         return module_cross_entropies(architecture, normed, labels)
@@ -74,6 +85,10 @@ def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor
     if frozen_head:
         return cross_entropies(architecture, normed, labels).sum()
     _check(normed, labels)
+    return _with_head(architecture, partial(_trained_head_sum, architecture), normed, labels)
+
+
+def _trained_head_sum(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
     head = _linear_head(architecture, frozen=False)
     if head is None:
         return module_cross_entropy_sum(architecture, normed, labels)
@@ -94,6 +109,10 @@ def score_labels(architecture: Architecture, normed: Tensor, labels: Tensor) -> 
         ValueError: states and labels do not match.
     """
     _check(normed, labels)
+    return _with_head(architecture, partial(_label_scores, architecture), normed, labels)
+
+
+def _label_scores(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
     head = _linear_head(architecture, frozen=True)
     if head is None:
         return module_label_scores(architecture, normed, labels)
@@ -119,25 +138,29 @@ def _check(normed: Tensor, labels: Tensor) -> None:
         raise ValueError(f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}")
 
 
+def _with_head(
+    architecture: Architecture, function: Callable[[Tensor, Tensor], _Result], normed: Tensor, labels: Tensor
+) -> _Result:
+    """`function(normed, labels)` where the head's weights are whole."""
+    head = architecture.lm_head
+    if not is_partitioned(head):
+        return function(normed, labels)
+    return in_place_of_forward(head, function, normed, labels)
+
+
 def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | None:
     """The head as plain tensors; None where it has to be called as a module."""
     head = architecture.lm_head
     if not is_plain_linear(head):
         return None
-    weight, bias = (_whole(cast(Any, tensor), frozen=frozen) for tensor in (head.weight, head.bias))
+    weight, bias = (
+        None if part is None else whole(cast(Tensor, part), frozen=frozen) for part in (head.weight, head.bias)
+    )
     if weight is None or not is_plain_matrix(weight):
         return None
     if bias is not None and architecture.logit_scale != 1.0:
         bias = bias * architecture.logit_scale
     return LinearHead(weight, bias, architecture.softcap)
-
-
-def _whole(tensor: Tensor | None, *, frozen: bool) -> Tensor | None:
-    """A sharded tensor (`DTensor`, FSDP2) gathered, with gradient back to its shards unless frozen."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach() if frozen else tensor
-    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _scaled(architecture: Architecture, normed: Tensor) -> Tensor:

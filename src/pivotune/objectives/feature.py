@@ -31,7 +31,9 @@ def feature_loss(target: Tensor, english: Tensor, batch: Batch, *, pooling: Pool
     Returns:
         Sum in [0, 2 * rows], float32. A row without an English side adds neither to the sum nor to the count.
     """
-    pooled = pool(english, span_masks(batch, span)[1], pooling)
+    mask = span_masks(batch, span)[1]
+    # A pass beside other ranks reads one token where no row has an English side.
+    pooled = pool(english[:, : mask.shape[1]], mask, pooling)
     return pooled_feature_loss(target, pooled, batch, pooling=pooling, span=span)
 
 
@@ -59,9 +61,10 @@ def span_masks(batch: Batch, span: Span) -> tuple[Tensor, Tensor]:
 def pool(hidden_states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Pool (B, T, width) over the true places of `mask` (B, T) into (B, width), float32.
 
-    `mean` averages them, `last` takes the last of them. A row without any gives zeros for `mean`.
+    `mean` averages them, `last` takes the last of them. A row without any gives zeros for `mean`; for `last` its first
+    place, or zeros where there are no places at all.
     """
-    if pooling == "last":
+    if pooling == "last" and mask.shape[1]:
         # The running count reaches its maximum first at the last true place.
         last = mask.long().cumsum(dim=1).argmax(dim=1)
         return hidden_states[torch.arange(len(last), device=last.device), last].float()

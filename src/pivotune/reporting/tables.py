@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import math
-import re
 from itertools import groupby
 from typing import Any
 
+from pivotune.escaping import csv_text, latex, markdown, one_line
 from pivotune.evaluation.aggregate import finite
 from pivotune.evaluation.comparison import Cell, Column, Comparison
 from pivotune.evaluation.significance import CONFIDENCE, Difference, Verdict
@@ -28,12 +28,6 @@ _CSV_FIELDS: tuple[str, ...] = (
 _LATEX_MARKS = {Verdict.BETTER: "^{+}", Verdict.WORSE: "^{-}", Verdict.UNDECIDED: ""}
 _LATEX_LEGEND = "$^{+}$ better, $^{-}$ worse; no mark: not told apart."
 _LATEX_ARROWS = {True: r" $\uparrow$", False: r" $\downarrow$", None: ""}
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
-    "–": "--", "\n": " ", "\r": " ",
-}  # fmt: skip
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
 def render(comparison: Comparison, form: str) -> str:
@@ -139,22 +133,23 @@ def to_csv(comparison: Comparison) -> str:
     for index, line in enumerate(comparison.cells):
         for column, cell in zip(comparison.columns, line, strict=True):
             if cell is not None:
-                writer.writerows(_csv_lines(comparison, index, column, cell))
+                lines = _csv_lines(comparison, index, column, cell)
+                writer.writerows({key: csv_text(value) for key, value in line.items()} for line in lines)
     return buffer.getvalue()
 
 
 def to_markdown(comparison: Comparison) -> str:
     """One table, differences on a line of their own within the cells."""
     heads = ["method"] + [
-        f"{_markdown(f'{column.benchmark} {column.short_name}')}<br>{_markdown(metric_title(column))}, "
+        f"{markdown(f'{column.benchmark} {column.short_name}')}<br>{markdown(metric_title(column))}, "
         f"{column_count(comparison, index)}"
         for index, column in enumerate(comparison.columns)
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * len(comparison.columns) + "|"]
     for index, cells in enumerate(comparison.cells):
         texts = [_markdown_cell(cell, column) for cell, column in zip(cells, comparison.columns, strict=True)]
-        lines.append(f"| {' | '.join([_markdown(row_title(comparison, index)), *texts])} |")
-    below = [*(f"**Warning:** {_markdown(line)}" for line in comparison.warnings), *map(_markdown, notes(comparison))]
+        lines.append(f"| {' | '.join([markdown(row_title(comparison, index)), *texts])} |")
+    below = [*(f"**Warning:** {markdown(line)}" for line in comparison.warnings), *map(markdown, notes(comparison))]
     return "\n".join(lines) + "\n\n" + "\n\n".join(below) + "\n"
 
 
@@ -166,15 +161,15 @@ def to_latex(comparison: Comparison) -> str:
     for _, width in groups:
         rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
         start += width
-    lines = [f"% warning: {_one_line(warning)}" for warning in comparison.warnings]
+    lines = [f"% warning: {one_line(warning)}" for warning in comparison.warnings]
     lines += ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(["", *(rf"\multicolumn{{{width}}}{{c}}{{{title}}}" for title, width in groups)]) + r" \\"]
-    lines += [" ".join(rules), " & ".join(["method", *(_latex(column.short_name) for column in columns)]) + r" \\"]
+    lines += [" ".join(rules), " & ".join(["method", *(latex(column.short_name) for column in columns)]) + r" \\"]
     lines += [" & ".join(["", *(column_count(comparison, i).replace("-", "--") for i in range(len(columns)))]) + r" \\"]
     for index in range(len(comparison.rows)):
         lines += [r"\addlinespace" if index else r"\midrule", *_latex_row(comparison, index)]
-    caption = " ".join([*map(_latex, comparison.notes[:1]), _LATEX_LEGEND, *map(_latex, comparison.notes[1:])])
+    caption = " ".join([*map(latex, comparison.notes[:1]), _LATEX_LEGEND, *map(latex, comparison.notes[1:])])
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
@@ -270,13 +265,9 @@ def _markdown_cell(cell: Cell | None, column: Column) -> str:
     return "<br>".join(part for part in (text, f"{difference_text(found, column)}{mark}", seed_text(found)) if part)
 
 
-def _markdown(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", _one_line(text))
-
-
 def _latex_group(column: Column) -> str:
     arrow = _LATEX_ARROWS[column.metric.higher_is_better]
-    return f"{_latex(column.benchmark)} ({_latex(column.metric.name)}{arrow})"
+    return f"{latex(column.benchmark)} ({latex(column.metric.name)}{arrow})"
 
 
 def _latex_row(comparison: Comparison, index: int) -> list[str]:
@@ -284,15 +275,15 @@ def _latex_row(comparison: Comparison, index: int) -> list[str]:
     cells = list(zip(comparison.cells[index], comparison.columns, strict=True))
     found = [(cell.difference if cell else None, column) for cell, column in cells]
     lines = [
-        [_latex(row_title(comparison, index)), *(_latex_value(cell, column) for cell, column in cells)],
+        [latex(row_title(comparison, index)), *(_latex_value(cell, column) for cell, column in cells)],
         ["", *(_latex_difference(difference, column) for difference, column in found)],
-        ["", *(_latex_small(_latex(seed_text(difference))) if difference else "" for difference, _ in found)],
+        ["", *(_latex_small(latex(seed_text(difference))) if difference else "" for difference, _ in found)],
     ]
     return [" & ".join(line) + r" \\" for line in lines if any(line)]
 
 
 def _latex_value(cell: Cell | None, column: Column) -> str:
-    text = _latex(value_text(cell, column))
+    text = latex(value_text(cell, column))
     return rf"\textbf{{{text}}}" if cell is not None and cell.best else text
 
 
@@ -306,11 +297,3 @@ def _latex_difference(found: Difference | None, column: Column) -> str:
 
 def _latex_small(text: str) -> str:
     return rf"{{\footnotesize {text}}}" if text else ""
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

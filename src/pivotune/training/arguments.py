@@ -48,9 +48,12 @@ class DeepSupervisionConfig(TrainingArguments):
         max_prompt_tokens, max_completion_tokens: limits of each side of a row.
         on_bad_row: `error`, or `skip` to leave out rows that cannot be used and count them.
         language: code of the target language, for names in logs and the model card.
+        nonfinite: what a loss or gradient that is not finite does: `stop` the training, or `skip` the step.
+        skip_limit: steps that a run may skip.
+        hang_timeout: seconds without progress after which a training of several processes ends; 0 for never.
         train_sampling_strategy: as in `TrainingArguments`, but `group_by_length` by default: batches of rows of similar
             length, little of which is padding.
-        logging_nan_inf_filter: as in `TrainingArguments`, but off by default: a loss that is not finite ends the run.
+        logging_nan_inf_filter: as in `TrainingArguments`, but off by default: see `nonfinite`.
     """
 
     method: str = field(default="deep-supervision", metadata={"help": "deep-supervision, tft or sft"})
@@ -75,6 +78,9 @@ class DeepSupervisionConfig(TrainingArguments):
     max_completion_tokens: int = field(default=256, metadata={"help": "token limit of each answer"})
     on_bad_row: str = field(default="error", metadata={"help": "error or skip"})
     language: str | None = field(default=None, metadata={"help": "code of the target language"})
+    nonfinite: str = field(default="stop", metadata={"help": "a loss or gradient that is not finite: stop or skip"})
+    skip_limit: int = field(default=10, metadata={"help": "optimizer steps that a run may skip"})
+    hang_timeout: float = field(default=1800.0, metadata={"help": "seconds without progress, then stop; 0: never"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "sampler of the training rows", "choices": _SAMPLING_STRATEGIES}
     )
@@ -83,6 +89,12 @@ class DeepSupervisionConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # The English columns are no arguments of the model's forward; the default would drop them.
         self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            # All that is trained is used in every step. DDP would look for it in the model's output, which no loss reads.
+            self.ddp_find_unused_parameters = False
+        if self.data_seed is None:
+            # Otherwise accelerate orders rows by whatever has seeded torch last, and a resumed run in another order.
+            self.data_seed = self.seed
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"
@@ -112,6 +124,11 @@ class DeepSupervisionConfig(TrainingArguments):
                 "language": self.language,
             },
             "supervision": _supervision_settings(self),
+            "faults": {
+                "nonfinite": self.nonfinite,
+                "skip_limit": self.skip_limit,
+                "hang_timeout": float(self.hang_timeout),
+            },
             "output_dir": "",
         }
         validate(RunConfig, settings, where="DeepSupervisionConfig")
@@ -224,6 +241,9 @@ def _own_settings(config: RunConfig) -> dict[str, Any]:
         "max_completion_tokens": data.max_completion_tokens,
         "on_bad_row": data.on_bad_row,
         "language": data.language,
+        "nonfinite": config.faults.nonfinite,
+        "skip_limit": config.faults.skip_limit,
+        "hang_timeout": config.faults.hang_timeout,
     }
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from pivotune.data.collator import ExampleDataset
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.data_order import DataOrder
 
 # Rows are compared within 50 batches drawn at random: 2 % padding where random batches of 8 have 45 % (docs/method.md).
 _BATCHES_COMPARED = 50
 
 
 def group_by_length(
-    dataset: ExampleDataset, args: DeepSupervisionConfig, batch_size: int, epoch: Callable[[], int]
+    dataset: ExampleDataset, args: DeepSupervisionConfig, order: DataOrder, epoch: Callable[[], int]
 ) -> LengthGroupedSampler:
     """The sampler of `train_sampling_strategy: group_by_length`.
 
@@ -23,14 +25,13 @@ def group_by_length(
     the same order.
 
     Args:
-        batch_size: rows of one micro-batch on one rank.
+        order: the shape of a step.
         epoch: see `LengthGroupedSampler`.
     """
     return LengthGroupedSampler(
-        [len(example.main.ids) for example in dataset.examples],
-        # The ranks take turns: what they run at the same time is of similar length, so that none waits for another.
-        batch_size=batch_size * args.world_size,
-        num_batches=args.gradient_accumulation_steps,
+        dataset.lengths,
+        batch_size=order.batch_rows,
+        num_batches=order.num_batches,
         seed=args.seed if args.data_seed is None else args.data_seed,
         epoch=epoch,
     )
@@ -38,21 +39,20 @@ def group_by_length(
 
 def longest_first(dataset: ExampleDataset) -> Order:
     """The rows of a dataset by falling length."""
-    lengths = [len(example.main.ids) for example in dataset.examples]
-    return Order(_longest_first(list(range(len(lengths))), lengths))
+    return Order(_longest_first(np.arange(len(dataset)), dataset.lengths))
 
 
 class Order(Sampler[int]):
     """The rows in a fixed order."""
 
-    def __init__(self, rows: Sequence[int]) -> None:
+    def __init__(self, rows: np.ndarray) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._rows)
+        return map(int, self._rows)
 
 
 class LengthsOnly(Dataset):
@@ -63,14 +63,14 @@ class LengthsOnly(Dataset):
     """
 
     def __init__(self, dataset: ExampleDataset, name: str) -> None:
-        self._examples = dataset.examples
+        self._lengths = dataset.lengths
         self._name = name
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._lengths)
 
     def __getitem__(self, index: int) -> dict[str, range]:
-        return {self._name: range(len(self._examples[index].main.ids))}
+        return {self._name: range(self._lengths[index])}
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -89,7 +89,13 @@ class LengthGroupedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, num_batches: int, seed: int, epoch: Callable[[], int]
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        epoch: Callable[[], int],
     ) -> None:
         self._lengths = lengths
         self._batch_size = batch_size
@@ -102,53 +108,43 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch())
-        yield from length_grouped_order(self._lengths, self._batch_size, self._num_batches, generator)
+        yield from map(int, length_grouped_order(self._lengths, self._batch_size, self._num_batches, generator))
 
 
 def length_grouped_order(
-    lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator
-) -> list[int]:
-    """A permutation of the rows for `LengthGroupedSampler`.
+    lengths: Sequence[int] | np.ndarray, batch_size: int, num_batches: int, generator: torch.Generator
+) -> np.ndarray:
+    """A permutation of the rows for `LengthGroupedSampler`, int64 (rows,).
 
     Rows are drawn into groups of `_BATCHES_COMPARED` batches (or a quarter of the rows, if that is less, so that the rows
     of a batch differ from epoch to epoch). Each group is sorted and cut into batches, and dealt out to its steps. The
     step with the longest row comes first, to show at once whether memory suffices; rows that fill no step come last.
     """
+    lengths = np.asarray(lengths)
     step = batch_size * num_batches
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator).numpy()
     full = len(order) // step * step
     steps_per_group = max(1, min(len(order) // (4 * batch_size), _BATCHES_COMPARED) // num_batches)
-    steps = [
-        dealt
-        for start in range(0, full, step * steps_per_group)
-        for dealt in _deal(
-            _longest_first(order[start : min(start + step * steps_per_group, full)], lengths),
-            batch_size,
-            num_batches,
-            generator,
-        )
-    ]
-    if steps:
-        longest = max(range(len(steps)), key=lambda index: max(lengths[row] for row in steps[index]))
-        steps[0], steps[longest] = steps[longest], steps[0]
+    for start in range(0, full, step * steps_per_group):
+        group = order[start : min(start + step * steps_per_group, full)]
+        group[:] = _deal(_longest_first(group, lengths), batch_size, num_batches, generator)
+    steps = order[:full].reshape(-1, step)
+    if len(steps):
+        longest = lengths[steps].max(axis=1).argmax()
+        steps[[0, longest]] = steps[[longest, 0]]
     # Rows that fill no batch come last: with `dataloader_drop_last` other ones are left out in every epoch.
-    rest, short = order[full:], len(order) - len(order) % batch_size
-    return (
-        [row for rows in steps for row in rows] + _longest_first(rest[: short - full], lengths) + rest[short - full :]
-    )
+    short = len(order) - len(order) % batch_size
+    order[full:short] = _longest_first(order[full:short], lengths)
+    return order
 
 
-def _deal(rows: list[int], batch_size: int, num_batches: int, generator: torch.Generator) -> list[list[int]]:
+def _deal(rows: np.ndarray, batch_size: int, num_batches: int, generator: torch.Generator) -> np.ndarray:
     """Cut sorted rows into batches and give every step one batch of each length class, longest first."""
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    num_steps = len(batches) // num_batches
-    classes = [batches[start : start + num_steps] for start in range(0, len(batches), num_steps)]
-    orders = [torch.randperm(num_steps, generator=generator).tolist() for _ in classes]
-    return [
-        [row for batches, order in zip(classes, orders, strict=True) for row in batches[order[step]]]
-        for step in range(num_steps)
-    ]
+    classes = rows.reshape(num_batches, -1, batch_size)
+    dealt = [batches[torch.randperm(len(batches), generator=generator).numpy()] for batches in classes]
+    return np.stack(dealt, axis=1).reshape(-1)
 
 
-def _longest_first(rows: list[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda row: lengths[row], reverse=True)
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Rows of one length stay in their order."""
+    return rows[np.argsort(-lengths[rows], kind="stable")]

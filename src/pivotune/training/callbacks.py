@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pivotune.training.run_folder import write_text
+
 
 class MetricsFile(TrainerCallback):
-    """Append every log line to `metrics.jsonl`, with its step; a resumed run first drops what it will repeat."""
+    """Append every log line to `metrics.jsonl`, with its step; a resumed run begins with the lines of its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -19,11 +21,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and self._path.exists():
-            # A run that was stopped before its first checkpoint starts again at step 0 and repeats everything.
-            done = state.global_step
-            kept = [line for line in read_metrics(self._path) if done and line["step"] <= done]
-            self._path.write_text("".join(map(_as_line, kept)), encoding="utf-8")
+        if state.is_world_process_zero and (state.log_history or self._path.exists()):
+            # The checkpoint knows all lines up to its step; the file may hold later ones, a broken one, or none.
+            write_text(self._path, "".join(map(_as_line, map(_step_first, state.log_history))))
 
     def on_log(
         self,
@@ -47,6 +47,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def _step_first(line: dict[str, Any]) -> dict[str, Any]:
+    return {"step": line["step"], **line}
 
 
 def _as_line(logs: dict[str, Any]) -> str:

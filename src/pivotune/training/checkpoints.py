@@ -1,35 +1,43 @@
-"""Checkpoints that are whole or not there: written beside, renamed when complete."""
+"""Checkpoints that are whole or not there: written beside with checksums, renamed when complete, checked before use."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
 
 from pivotune.errors import UsageError
+from pivotune.training.checksums import find_checkpoint_damage, write_checksums
 
+logger = logging.getLogger(__name__)
 STAGING = ".saving"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder to write into that becomes `final` when the block ends, and vanishes when it fails.
 
-    An existing `final` is replaced only after the new one is complete.
+    It gets its `checksums.json` last. An existing `final` is replaced only after the new one is complete.
 
     Raises:
         UsageError: the disk is full or not writable; names what is still usable.
     """
     staging = final.parent / STAGING / final.name
+    if staging.parent.is_symlink():
+        # What it points to is not ours to empty.
+        staging.parent.unlink()
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
         yield staging
+        write_checksums(staging)
         _flush(staging)
         _replace(staging, final)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -43,10 +51,46 @@ def staged_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(staging.parent, ignore_errors=True)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, the newest first."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return None if found is None else Path(found)
+    """The newest complete checkpoint of a run, or None; what is in it is not looked at."""
+    return next(iter(checkpoints(folder)), None)
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose every file is what was written; None where there is no checkpoint.
+
+    A damaged one is passed over with a warning that names it and the file.
+
+    Raises:
+        UsageError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
+    for path in checkpoints(folder):
+        problem = find_checkpoint_damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged and passed over: %s", path, problem)
+        damaged.append(f"{path.name}: {problem}")
+    if damaged:
+        raise UsageError(
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or elsewhere"
+        )
+    return None
+
+
+def restore_replaced(folder: Path) -> None:
+    """Undo a replacement that a killed process left half done: the old folder moved away, the new one not in place."""
+    for old in (folder / STAGING).glob("*.old"):
+        final = folder / old.name.removesuffix(".old")
+        if not final.exists():
+            os.replace(old, final)
 
 
 def _replace(staging: Path, final: Path) -> None:

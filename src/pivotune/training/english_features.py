@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.data.datasets import ParallelSides, has_parallel
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
@@ -27,6 +28,7 @@ from pivotune.model.branches import PassRequest, choose_passes
 from pivotune.model.taps import evaluation_mode, truncated
 from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.vector_file import Vectors, map_vectors, rows_digest, save_vectors, weights_digest, why_unusable
@@ -47,7 +49,7 @@ class FeatureDataset(ExampleDataset):
     def __init__(self, examples: Sequence[Example], path: Path) -> None:
         super().__init__(examples)
         self._path = path
-        has_english = np.array([example.parallel is not None for example in self.examples], dtype=bool)
+        has_english = has_parallel(self.examples)
         self._places = np.where(has_english, np.cumsum(has_english) - 1, -1)
         self._vectors = map_vectors(path)
 
@@ -84,20 +86,22 @@ def with_features(
     if dataset is None or not wants_features(supervision):
         return dataset
     path = Path(cast(str, args.output_dir)) / FEATURES_FILE
-    # One process of a machine computes; the others' weights may not even be loaded yet (FSDP).
-    with args.main_process_first():
-        if args.local_process_index == 0:
-            with placed(model, args.device):
-                prepare_features(
-                    model,
-                    dataset.examples,
-                    supervision,
-                    path,
-                    pad_token_id=pad_token_id,
-                    batch_size=args.per_device_eval_batch_size,
-                    autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-                    progress=progress or (silent if args.disable_tqdm else tqdm_bar),
-                )
+
+    def compute() -> None:
+        with placed(model, args.device):
+            prepare_features(
+                model,
+                dataset.examples,
+                supervision,
+                path,
+                pad_token_id=pad_token_id,
+                batch_size=args.per_device_eval_batch_size,
+                autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                progress=progress or (silent if args.disable_tqdm else tqdm_bar),
+            )
+
+    # One process computes for all; the others' weights may not even be loaded yet (FSDP).
+    ranks.on_main(compute)
     return FeatureDataset(dataset.examples, path)
 
 
@@ -135,7 +139,7 @@ def prepare_features(
             "supervision.feature.english: frozen needs the whole starting model on one device, and its weights are "
             "sharded (DeepSpeed ZeRO-3); allowed here: detached, joint"
         )
-    sides = [example.parallel for example in examples if example.parallel is not None]
+    sides = ParallelSides(examples)
     key = _key(model, sides, supervision, autocast)
     problem = why_unusable(path, key, len(sides))
     if problem is None:

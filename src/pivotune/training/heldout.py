@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, choose_passes
 from pivotune.model.taps import evaluation_mode
 from pivotune.objectives.cross_entropy import cross_entropies, shifted
+from pivotune.training import ranks
+from pivotune.training.rank_rows import blank_like
 
 Progress = Callable[[int], None]
 
@@ -49,6 +52,7 @@ def score_answers(
     batch_size: int = 16,
     autocast: bool = False,
     progress: Progress | None = None,
+    shared_out: bool = False,
 ) -> list[RowScore]:
     """Score every row's gold answer, in the order given.
 
@@ -56,13 +60,14 @@ def score_answers(
         examples: rows whose `main` side is scored.
         autocast: run in bfloat16 autocast, as training may have.
         progress: called with the number of rows done so far.
+        shared_out: every rank scores a part and gets all scores; all ranks have to call this. A sharded model needs it.
     """
     architecture = find_architecture(model)
     device = architecture.head_weight.device
     run_passes = choose_passes(model)
-    scores: list[RowScore | None] = [None] * len(examples)
+    scores: dict[int, RowScore] = {}
     with evaluation_mode(model):
-        for done, indices, batch in _batches(examples, pad_token_id, batch_size, device):
+        for done, indices, batch in _batches(examples, pad_token_id, batch_size, device, shared_out=shared_out):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 passes = run_passes(model, batch, PassRequest())
                 assert passes.main.final is not None
@@ -70,11 +75,14 @@ def score_answers(
                 losses = cross_entropies(architecture, states, labels)
             tokens = (batch["labels"][:, 1:] >= 0).sum(dim=1)
             sums = [part.sum().item() for part in losses.split(tokens.tolist())]
-            for index, nll, count in zip(indices, sums, tokens.tolist(), strict=True):
+            # A rank without rows reads a blank one, which no index stands for.
+            for index, nll, count in zip(indices, sums, tokens.tolist(), strict=False):
                 scores[index] = RowScore(nll, count, examples[index].main.characters)
             if progress:
                 progress(done)
-    return [score for score in scores if score is not None]
+    parts = ranks.gather_objects(scores) if shared_out else [scores]
+    found = {index: score for part in parts for index, score in part.items()}
+    return [found[index] for index in range(len(examples))]
 
 
 @torch.no_grad()
@@ -136,15 +144,20 @@ def summarize(scores: Sequence[RowScore]) -> Summary:
 
 
 def _batches(
-    examples: Sequence[Example], pad_token_id: int, batch_size: int, device: torch.device
+    examples: Sequence[Example], pad_token_id: int, batch_size: int, device: torch.device, *, shared_out: bool
 ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
-    """Rows of similar length together: (rows done after this batch, their indices, batch)."""
+    """Rows of similar length together: (rows done after this batch, their indices, batch); with `shared_out` a rank's own.
+
+    A rank that has fewer batches than another ends with one that holds no row.
+    """
     collate = DeepSupervisionCollator(pad_token_id)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].main.ids))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = collate([examples[index] for index in indices])
-        yield start + len(indices), indices, {name: tensor.to(device) for name, tensor in batch.items()}
+    order = main_lengths(examples).argsort(kind="stable").tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    done, num_ranks = 0, ranks.world_size() if shared_out else 1
+    for indices in ranks.share_out(batches, []) if shared_out else batches:
+        batch = collate([examples[index] for index in indices] or [blank_like(examples[0])])
+        done = min(done + num_ranks * len(indices), len(examples))
+        yield done, indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:

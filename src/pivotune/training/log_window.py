@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,35 @@ class LogWindow:
         self._counts = torch.zeros(len(self._names) + len(_TOKENS), dtype=torch.long, device=self._device)
         self._empty = True
         self._started = time.perf_counter()
+
+    def mark(self) -> None:
+        """An optimizer step begins, which `rollback` takes back."""
+        self._marked = self._sums.clone(), self._counts.clone()
+
+    def rollback(self) -> None:
+        """Forget what was added since `mark`."""
+        self._sums, self._counts = self._marked
+
+    def state(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON: sums over all ranks, and the seconds they took."""
+        return {
+            "sums": sum_over_ranks(self._sums.clone()).tolist(),
+            "counts": sum_over_ranks(self._counts.clone()).tolist(),
+            "empty": self._empty,
+            "seconds": 0.0 if self._empty else time.perf_counter() - self._started,
+        }
+
+    def restore(self, state: Mapping[str, Any], *, counts: bool = True) -> None:
+        """Go on from a `state`.
+
+        Args:
+            counts: False on all ranks but one, whose sums are those of all.
+        """
+        self.clear()
+        if counts and len(state["sums"]) == len(self._sums):
+            self._sums += torch.tensor(state["sums"], device=self._device)
+            self._counts += torch.tensor(state["counts"], device=self._device)
+        self._empty, self._started = state["empty"], time.perf_counter() - state["seconds"]
 
     def start(self) -> None:
         """The clock begins with the first step, not with the line before it: evaluation and saving lie between."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pivotune.config import RunConfig, dump_config
+from pivotune.escaping import markdown, printable
+from pivotune.redaction import redact
 
 _METHODS = {
     "deep-supervision": "Deep supervision fine-tuning: the answer's cross-entropy in the target language, and losses at "
@@ -21,14 +24,15 @@ _METHODS = {
 def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
     """Markdown with the Hub's metadata block."""
     language = config.data.language or "the target language"
+    settings = dump_config(config)
     parts = [
         _metadata(config),
-        f"# {config.model} fine-tuned for {language}\n\n{_METHODS[config.method]}",
+        f"# {_text(config.model)} fine-tuned for {_text(language)}\n\n{_METHODS[config.method]}",
         _layers_text(layers),
         _results_table(results),
         "## How to use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("model")\ntokenizer = AutoTokenizer.from_pretrained("model")\n```',
-        f"## Configuration\n\n```yaml\n{dump_config(config)}```",
+        f"## Configuration\n\n{_fence(settings)}yaml\n{printable(settings)}{_fence(settings)}",
         "Made with Pivotune. `metrics.jsonl` holds every logged step, `environment.json` the versions.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -43,7 +47,7 @@ def _metadata(config: RunConfig) -> str:
     }
     # The Hub takes names of its own models only.
     if not config.model.startswith("bundled:") and not Path(config.model).exists():
-        metadata["base_model"] = config.model
+        metadata["base_model"] = redact(config.model)
     metadata["tags"] = ["pivotune", config.method]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
 
@@ -53,13 +57,13 @@ def _layers_text(layers: Any) -> str:
         return ""
     return (
         f"## Layers\n\nConversion at layer {layers['conversion']}, thinking at layer {layers['thinking']} of "
-        f"{layers['num_layers']} ({layers['reason']})."
+        f"{layers['num_layers']} ({_text(layers['reason'])})."
     )
 
 
 def _results_table(results: dict[str, Any]) -> str:
     rows = [
-        f"| {name} | {task['n']} | {task['base']['value']:.3f} | {task['value']:.3f}{_spread(task['stderr'])} | "
+        f"| {_text(name)} | {task['n']} | {task['base']['value']:.3f} | {task['value']:.3f}{_spread(task['stderr'])} | "
         f"{task['base']['nll_per_character']:.3f} | {task['nll_per_character']:.3f} |"
         for name, task in results["tasks"].items()
         if "base" in task
@@ -76,3 +80,13 @@ def _results_table(results: dict[str, Any]) -> str:
 def _spread(stderr: float) -> str:
     """Nothing for a single row, which has no standard error."""
     return f" ± {stderr:.3f}" if math.isfinite(stderr) else ""
+
+
+def _text(name: str) -> str:
+    """A name from the configuration as one line of plain text: no markup, no HTML, no secret."""
+    return markdown(redact(name))
+
+
+def _fence(text: str) -> str:
+    """Backticks that the text does not hold."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

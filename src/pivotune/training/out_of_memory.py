@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from pivotune.config import RunConfig
+from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.memory_changes import memory_changes
 
@@ -16,7 +17,7 @@ _CHANGES_NAMED = 3
 _CPU_WORDS = ("defaultcpuallocator", "not enough memory")
 
 
-class MemoryExhaustedError(RuntimeError):
+class MemoryExhaustedError(TrainingError):
     """The device's memory did not suffice; the message says when and what to change, `__cause__` is the first error."""
 
 

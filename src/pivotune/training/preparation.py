@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from pivotune.config import SignalConfig, SupervisionConfig, needed_by
 from pivotune.data.collator import ExampleDataset
-from pivotune.data.datasets import check_branch_lengths, training_examples
-from pivotune.data.examples import Encoder, Example, Pair
+from pivotune.data.datasets import PairExamples, check_branch_lengths, side_examples, training_examples
+from pivotune.data.examples import Encoder, Pair
+from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
@@ -20,6 +21,7 @@ from pivotune.layers.measure import analyze_layers
 from pivotune.layers.selection import Term, check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 
 _Item = TypeVar("_Item")
@@ -38,8 +40,8 @@ def context_length(model_config: Any) -> int | None:
 
 def encode_dataset(
     dataset: Any, args: DeepSupervisionConfig, tokenizer: Any, model: nn.Module, *, heldout: bool = False
-) -> list[Pair] | None:
-    """Rows in any form of the data contract as encoded pairs; pairs pass through, None stays None.
+) -> Sequence[Pair] | None:
+    """Rows in any form of the data contract as encoded pairs, outside memory; pairs pass through, None stays None.
 
     Held-out rows need the trained side only: they are evaluated in the languages that they have.
 
@@ -56,7 +58,7 @@ def encode_dataset(
         needed_by=needed_by(args.method, args.english_ratio),
     )
     encoder = build_encoder(args, tokenizer, model.config)
-    return encoder.encode(rows, on_bad_row=args.on_bad_row, source=rows.source)
+    return store_pairs(encoder.encode_lazily(rows, on_bad_row=args.on_bad_row, source=rows.source))
 
 
 def needs_english(args: DeepSupervisionConfig, *, heldout: bool = False) -> bool:
@@ -66,7 +68,7 @@ def needs_english(args: DeepSupervisionConfig, *, heldout: bool = False) -> bool
     return not heldout and (args.method == "deep-supervision" or args.english_ratio > 0)
 
 
-def build_train_dataset(pairs: list[Pair] | None, args: DeepSupervisionConfig, model_config: Any) -> Any:
+def build_train_dataset(pairs: Sequence[Pair] | None, args: DeepSupervisionConfig, model_config: Any) -> Any:
     """What the method trains on, as a map-style dataset.
 
     Raises:
@@ -80,13 +82,9 @@ def build_train_dataset(pairs: list[Pair] | None, args: DeepSupervisionConfig, m
     return ExampleDataset(examples)
 
 
-def heldout_examples(pairs: Iterable[Pair]) -> dict[str, list[Example]]:
+def heldout_examples(pairs: Sequence[Pair]) -> dict[str, PairExamples]:
     """`target` and `english` rows for evaluation; a language that no row has is left out."""
-    pairs = list(pairs)
-    sides = {
-        "target": [Example(pair.target) for pair in pairs if pair.target is not None],
-        "english": [Example(pair.english, english=True) for pair in pairs if pair.english is not None],
-    }
+    sides = {"target": side_examples(pairs, "target"), "english": side_examples(pairs, "english")}
     return {name: examples for name, examples in sides.items() if examples}
 
 
@@ -122,7 +120,9 @@ def choose_supervision(
     if layers is None and "auto" in wanted.values():
         if not pairs:
             raise UsageError("choosing layers needs training rows; give train_dataset, or the layers")
-        layers = analyze_layers(model, tokenizer, spread(pairs, args.profile_rows), language=args.language)
+        rows = spread(pairs, args.profile_rows)
+        # One process measures: on others rounding might choose other layers.
+        layers = ranks.on_main(lambda: analyze_layers(model, tokenizer, rows, language=args.language))
     chosen = _resolve(wanted, num_layers, layers)
     if layers is not None:
         layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})
@@ -193,4 +193,5 @@ def _supervision(settings: SupervisionConfig, signals: dict[str, Signal]) -> Sup
 
 
 def _is_encoded(dataset: Any) -> bool:
-    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Pair)
+    is_list_of_pairs = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Pair)
+    return is_list_of_pairs or isinstance(dataset, PairStore)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
+from pivotune.data.pair_store import store_pairs
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
-from pivotune.training.checkpoints import last_checkpoint, staged_folder
+from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
+from pivotune.training.english_features import placed
+from pivotune.training.faults import explained_faults
+from pivotune.training.gathering import gathered_model, is_sharded
 from pivotune.training.heldout import RowScore, score_answers, summarize
-from pivotune.training.lora import build_lora_config, check_adapters, merge_adapters
+from pivotune.training.liveness import Liveness, watched
+from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.out_of_memory import explained_out_of_memory
 from pivotune.training.preparation import (
@@ -36,7 +43,23 @@ from pivotune.training.preparation import (
     spread,
 )
 from pivotune.training.progress import Progress, silent
-from pivotune.training.run_folder import claim_run_folder, write_items, write_json, write_run_config, write_text
+from pivotune.training.run_folder import (
+    claim_run_folder,
+    make_folder,
+    write_items,
+    write_json,
+    write_run_config,
+    write_text,
+)
+from pivotune.training.run_lock import run_lock
+from pivotune.training.run_record import (
+    check_rows_record,
+    pairs_digest,
+    read_start_scores,
+    write_rows_record,
+    write_start_scores,
+)
+from pivotune.training.signals import StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Held-out scores by side: `target` and `english`.
@@ -45,17 +68,22 @@ Scores = dict[str, list[RowScore]]
 
 @dataclass
 class PreparedRun:
-    """Everything that was checked before a weight was loaded."""
+    """Everything that was checked before a weight was loaded.
+
+    Attributes:
+        checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
+    """
 
     config: RunConfig
     args: DeepSupervisionConfig
     folder: Path
     tokenizer: Any
-    train: list[Pair]
-    validation: list[Pair]
+    train: Sequence[Pair]
+    validation: Sequence[Pair]
     report: EncodingReport
     skipped: dict[str, int]
     dtype: torch.dtype
+    checkpoint: Path | None = None
 
 
 @dataclass
@@ -86,16 +114,24 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
     rows, validation_rows, skipped = load_data(config)
-    train = encoder.encode(rows, on_bad_row=config.data.on_bad_row, source=config.data.train)
-    validation = encoder.encode(validation_rows, on_bad_row="skip")
+    train = store_pairs(encoder.encode_lazily(rows, on_bad_row=config.data.on_bad_row, source=config.data.train))
+    validation = store_pairs(encoder.encode_lazily(validation_rows, on_bad_row="skip"))
     _check_rows(config, args, train, validation, encoder.report)
     build_train_dataset(train, args, model_config)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
     _check_apart(config)
-    folder = claim_run_folder(config, overwrite=overwrite, resume=resume)
+    # One process looks and, with `overwrite`, removes.
+    folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
+    checkpoint = ranks.on_main(lambda: _find_checkpoint(config, folder, train)) if resume else None
     dtype = getattr(model_config, "dtype", None) or torch.float32
-    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype)
+    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
+
+
+def _find_checkpoint(config: RunConfig, folder: Path, train: Sequence[Pair]) -> Path | None:
+    check_rows_record(folder, train, config.data.train)
+    restore_replaced(folder)
+    return whole_checkpoint(folder)
 
 
 def execute_run(
@@ -105,22 +141,49 @@ def execute_run(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
     before: Scores | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> RunResult:
     """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong.
 
     Args:
         before: the starting model's held-out scores, where another run from the same start has measured them.
+        stop_signals: where signals are received that ask to stop.
+
+    Raises:
+        UsageError: another process trains in the folder, or it cannot be written, or the disk is full.
+        TrainingError: a fault that stopped the training; one line that says what is kept.
+        StoppedBySignalError: a signal asked to stop.
     """
-    progress = progress or silent
+    folder = prepared.folder
+    progress = progress if progress is not None and ranks.is_main() else silent
+    with ExitStack() as stack:
+        # The main process holds the folder for all.
+        ranks.on_main(lambda: make_folder(folder))
+        ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
+        stack.enter_context(explained_faults(folder))
+        liveness = stack.enter_context(watched(prepared.args.hang_timeout))
+        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals(), liveness)
+
+
+def _execute(
+    prepared: PreparedRun,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress,
+    before: Scores | None,
+    stop_signals: StopSignals,
+    liveness: Liveness | None,
+) -> RunResult:
+    progress = progress if liveness is None else liveness.told_by(progress)
     config, args, folder = prepared.config, prepared.args, prepared.folder
-    write_run_config(folder, config)
-    with explained_out_of_memory(config, args, "loading the model"):
-        model = _load_model(config, args)
-    layers = _earlier_layers(folder) if resume else None
-    with explained_out_of_memory(config, args, "measuring the layers"):
-        layers = layers or _measure(prepared, model, progress)
-    with explained_out_of_memory(config, args, "scoring the starting model"):
-        before = before or _score(prepared, model, progress, "Scoring the starting model")
+    ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
+    in_memory = partial(explained_out_of_memory, config, args)
+    with in_memory("loading the model"):
+        model = _starting_model(config)
+    with in_memory("measuring the layers"):
+        layers = ranks.on_main(
+            lambda: (_earlier_layers(folder) if resume else None) or _measure(prepared, model, progress)
+        )
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -132,34 +195,95 @@ def execute_run(
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
     )
+    trainer.stop_signals, trainer.liveness = stop_signals, liveness
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
-    if trainer.layers is not None:
+    if trainer.layers is not None and ranks.is_main():
         write_layers_json(folder / "layers.json", trainer.layers)
-    with explained_out_of_memory(config, args, "training"):
-        _train(trainer, last_checkpoint(folder) if resume else None)
+    with in_memory("scoring the starting model"):
+        start = _StartScores(prepared, trainer, progress, before, resume=resume)
+    with in_memory("training"), stop_signals.deferred():
+        trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+    assert start.scores is not None
     _free_optimizer(trainer)
-    with explained_out_of_memory(config, args, "scoring the trained model"):
-        after = _score(prepared, trainer.model, progress, "Scoring the trained model")
-    results = _write_results(prepared, before, after)
-    result = RunResult(folder, trainer.layers, results, trainer.model, before, trainer.state.log_history)
-    write_text(folder / "README.md", model_card(config, result.layers, results))
-    result.model = save_model(trainer.model, prepared.tokenizer, folder, dtype=prepared.dtype)
+    with in_memory("scoring the trained model"):
+        after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
+    results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
+    result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
+    trained = gathered_model(trainer, partial(_starting_model, config, adapters=True))
+
+    def save() -> None:
+        write_text(folder / "README.md", model_card(config, result.layers, results))
+        result.model = save_model(trained, prepared.tokenizer, folder, dtype=prepared.dtype)
+
+    ranks.on_main(save)
     return result
 
 
-def _load_model(config: RunConfig, args: DeepSupervisionConfig) -> PreTrainedModel:
-    model = load_model(
-        config.model,
-        dtype=_dtype(config),
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
+def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
+    write_run_config(prepared.folder, prepared.config)
+    if not resume:
+        write_rows_record(prepared.folder, prepared.train)
+
+
+def _starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedModel:
+    """What training starts from, on the CPU; with fresh adapters where asked and the run trains some."""
+    model = merge_adapters(
+        load_model(
+            config.model,
+            dtype=_dtype(config),
+            quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
     )
-    model = merge_adapters(model)
-    if config.quantize is None:
-        cast(nn.Module, model).to(args.device)
-    return model
+    return add_adapters(model, build_lora_config(config.lora, model)) if adapters and config.lora is not None else model
+
+
+class _StartScores(TrainerCallback):
+    """The starting model's held-out scores, measured once in the life of a run.
+
+    Before training; of a model that will be sharded when it is, for no process may be able to hold all of it.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        trainer: DeepSupervisionTrainer,
+        progress: Progress,
+        scores: Scores | None,
+        *,
+        resume: bool,
+    ) -> None:
+        args = prepared.args
+        self._key = {
+            "rows": pairs_digest(prepared.validation),
+            "batch_size": args.per_device_eval_batch_size,
+            "bf16": bool(args.bf16),
+        }
+        self._prepared, self._trainer, self._progress = prepared, trainer, progress
+        self.scores = scores
+        if scores is None and resume:
+            self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
+        if self.scores is None and is_sharded(trainer):
+            if prepared.checkpoint is not None:
+                raise UsageError(
+                    f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
+                    "per_device_eval_batch_size, bf16 and data as they were"
+                )
+            trainer.add_callback(self)
+        elif self.scores is None:
+            self._measure()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.scores is None:
+            self._measure()
+
+    def _measure(self) -> None:
+        prepared = self._prepared
+        scores = _score(prepared, self._trainer.model_wrapped, self._progress, "Scoring the starting model")
+        ranks.on_main(lambda: write_start_scores(prepared.folder, self._key, scores))
+        self.scores = scores
 
 
 def _earlier_layers(folder: Path) -> LayerAnalysis | None:
@@ -168,23 +292,11 @@ def _earlier_layers(folder: Path) -> LayerAnalysis | None:
     return read_layers_json(path) if path.is_file() else None
 
 
-def _train(trainer: DeepSupervisionTrainer, checkpoint: Path | None) -> None:
-    """Train, or only load the weights of a checkpoint that has reached the end: `Trainer` would do one step more."""
-    if checkpoint is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    args = trainer.args
-    done = state.global_step >= args.max_steps if args.max_steps > 0 else (state.epoch or 0) >= args.num_train_epochs
-    if done:
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
 def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
     """Give back what only training needs, three times the weights; the trainer sits in cycles and would keep it."""
+    if trainer.is_deepspeed_enabled:
+        # Its engine owns the optimizer, and is still needed.
+        return
     cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
     trainer.optimizer = trainer.callback_handler.optimizer = None
     trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
@@ -217,7 +329,11 @@ def _cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _check_rows(
-    config: RunConfig, args: DeepSupervisionConfig, train: list[Pair], validation: list[Pair], report: EncodingReport
+    config: RunConfig,
+    args: DeepSupervisionConfig,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    report: EncodingReport,
 ) -> None:
     if not train:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items())
@@ -272,7 +388,7 @@ def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) 
     if prepared.config.method != "deep-supervision":
         return None
     pairs = spread(prepared.train, prepared.args.profile_rows)
-    with progress("Measuring the layers", num_sequences(pairs)) as advance:
+    with placed(model, prepared.args.device), progress("Measuring the layers", num_sequences(pairs)) as advance:
         return analyze_layers(
             model,
             prepared.tokenizer,
@@ -294,6 +410,7 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
                 batch_size=prepared.args.per_device_eval_batch_size,
                 autocast=prepared.args.bf16,
                 progress=advance,
+                shared_out=True,
             )
     return scores
 

@@ -19,10 +19,14 @@ import yaml
 
 from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
+from pivotune.redaction import redact_command, redact_settings
+from pivotune.training.checkpoints import STAGING
+from pivotune.training.run_lock import LOCK, check_unlocked
 
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
-              "README.md", "environment.json", "training.png", "english-features.safetensors")  # fmt: skip
-_OWN_FOLDERS = ("model", "adapter", ".saving")
+              "README.md", "environment.json", "training.png", "english-features.safetensors", "rows.json",
+              "start-scores.json")  # fmt: skip
+_OWN_FOLDERS = ("model", "adapter", STAGING)
 _LIBRARIES = (
     "pivotune",
     "torch",
@@ -46,19 +50,32 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir: {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(not _is_leftover(path) for path in folder.iterdir()):
         if resume:
             raise UsageError(f"output_dir: there is no run in {folder} to resume")
         return folder
+    check_unlocked(folder)
     if not _holds_run(folder):
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
+        _refuse_links_out(folder)
         _check_same_run(folder, config)
+        _check_last_checkpoint(folder)
     elif overwrite:
         _remove_run(folder)
     else:
         raise UsageError(f"output_dir: {folder} already holds a run; add --resume to go on with it or --overwrite")
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training has begun here."""
+    return folder.is_dir() and _holds_run(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run has ended: `model/` is the last that it writes, and appears as a whole."""
+    return (folder / "model").is_dir() and (folder / "results.json").is_file()
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -72,11 +89,19 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
-    """`config.yaml` (resolved, all defaults written out) and `environment.json`."""
+    """`config.yaml` (resolved, all defaults written out, no secrets) and `environment.json`."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
         write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the run's folder where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
 
@@ -93,7 +118,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "devices": devices,
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],
     }
 
 
@@ -122,6 +147,11 @@ def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
+def _is_leftover(path: Path) -> bool:
+    """What a process leaves that was killed before it had written `config.yaml`."""
+    return path.name in (LOCK, STAGING) or path.name.startswith(".config.yaml.")
+
+
 def _holds_run(folder: Path) -> bool:
     """Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that are not ours to replace."""
     if not (folder / "config.yaml").is_file():
@@ -147,7 +177,8 @@ def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) ->
     Args:
         ignored: what keys may begin with to be passed over.
     """
-    before, now = _flat(read_run_config(folder).model_dump()), _flat(config.model_dump())
+    # `config.yaml` has no secrets: the other side is compared without them too.
+    before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith(ignored) and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -155,14 +186,23 @@ def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) ->
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` must be as it was: a longer run is the same run, other data or layers are not."""
-    change = find_change(folder, config, ignored=("training", "output_dir"))
+    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data are not."""
+    change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
     if change is not None:
         key, before, now = change
         raise UsageError(
             f"--resume: {key} is {now!r} here and was {before!r} in {folder}; resume with the same settings or choose "
             "another output_dir"
         )
+
+
+def _check_last_checkpoint(folder: Path) -> None:
+    # Readers of results need this module without torch.
+    from pivotune.training.checkpoint_safety import check_checkpoint
+    from pivotune.training.checkpoints import last_checkpoint
+
+    if (checkpoint := last_checkpoint(folder)) is not None:
+        check_checkpoint(checkpoint)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,11 +214,25 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a run writes and nothing else."""
+    """Remove what a run writes and nothing else; of a link the link, never what it points to."""
     for name in _OWN_FILES:
         (folder / name).unlink(missing_ok=True)
     for path in [*(folder / name for name in _OWN_FOLDERS), *folder.glob("checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """A run is written to as it goes on: a link in it could lead the writing anywhere."""
+    inside = folder.resolve()
+    names = [*_OWN_FILES, *_OWN_FOLDERS, *(path.name for path in folder.glob("checkpoint-*"))]
+    for path in (folder / name for name in names):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UsageError(
+                f"--resume: {path} is a link to {path.resolve()}, outside of the run; replace it with what it points to"
+            )
 
 
 def _finite(value: Any) -> Any:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.layers.analysis import LayerAnalysis
+from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import Forward, choose_passes
 from pivotune.model.loading import load_model, load_tokenizer
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
 from pivotune.objectives.terms import weighted_total
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
-from pivotune.training.checkpoints import staged_folder
+from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
+from pivotune.training.checkpoints import last_checkpoint
+from pivotune.training.data_order import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.english_features import with_features
+from pivotune.training.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.log_window import LogWindow
 from pivotune.training.lora import add_adapters, merge_adapters
 from pivotune.training.preparation import (
@@ -35,16 +43,14 @@ from pivotune.training.preparation import (
     encode_dataset,
 )
 from pivotune.training.progress import Progress
+from pivotune.training.rank_rows import RankOrder, WithBlankRows
 from pivotune.training.schedule import Schedule, schedule_factor
+from pivotune.training.shared_saving import save_together
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingDivergedError(RuntimeError):
-    """The loss is not a finite number; the weights are those of the last step whose loss was."""
-
-
-class DeepSupervisionTrainer(Trainer):
+class DeepSupervisionTrainer(FaultTolerantTrainer):
     """Fine-tune a causal LM on target-language instruction data with English supervision of inner layers.
 
     Used like any `Trainer`: callbacks, `report_to`, `train(resume_from_checkpoint=True)`, accelerate. The loss terms are
@@ -102,8 +108,10 @@ class DeepSupervisionTrainer(Trainer):
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
+        trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
+        _freeze_unread(trained)
         super().__init__(
-            model=model if peft_config is None else add_adapters(model, peft_config),
+            model=cast(PreTrainedModel, trained),
             args=args,
             data_collator=DeepSupervisionCollator(pad_token_id),
             train_dataset=rows,
@@ -115,27 +123,68 @@ class DeepSupervisionTrainer(Trainer):
         self._run_passes = choose_passes(cast(nn.Module, self.model), cast(Forward, args.logits_forward))
         self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
-        self._diverged = torch.zeros((), device=args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         self._staging: Path | None = None
+        self._order: DataOrder | None = None
 
     # ---- batches ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Rows of similar length together, unless `train_sampling_strategy` asks for something else."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = _rows(self.train_dataset if train_dataset is None else train_dataset)
         if not isinstance(dataset, ExampleDataset):
             return super()._get_train_sampler(train_dataset)
+        order = self._order or order_of(self.args, self._train_batch_size)
         if self.args.train_sampling_strategy == "group_by_length":
-            return group_by_length(dataset, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
+            return self._for_ranks(group_by_length(dataset, self.args, order, self._epoch), self._train_batch_size)
         # Transformers measures the rows of other strategies itself, as token ids under this name.
-        return super()._get_train_sampler(LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0]))
+        lengths = LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0])
+        return self._for_ranks(super()._get_train_sampler(lengths), self._train_batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        """Sums over all rows do not depend on their order: longest first, where one process has all of them."""
-        if isinstance(eval_dataset, ExampleDataset) and self.args.world_size == 1:
-            return longest_first(eval_dataset)
-        return None if isinstance(eval_dataset, ExampleDataset) else super()._get_eval_sampler(eval_dataset)
+        """Sums over all rows do not depend on their order: longest first."""
+        dataset = _rows(eval_dataset)
+        if not isinstance(dataset, ExampleDataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return self._for_ranks(longest_first(dataset), self.args.eval_batch_size, drop_last=False)
+
+    def _for_ranks(self, sampler: Any, batch_size: int, *, drop_last: bool | None = None) -> Any:
+        """The sampler as several processes share it out; `batch_size` is that of one."""
+        # A batch sampler knows of ranks itself.
+        if self.args.world_size == 1 or isinstance(sampler, BatchSampler):
+            return sampler
+        if type(sampler) is RandomSampler:
+            # As accelerate does for one process: the order depends on seed and epoch only.
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
+        return RankOrder(
+            sampler,
+            batch_size=batch_size,
+            world_size=self.args.world_size,
+            drop_last=self.args.dataloader_drop_last if drop_last is None else drop_last,
+            epoch=self._epoch,
+        )
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(dataset, ExampleDataset) and self.args.world_size > 1:
+            dataset = WithBlankRows(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Raises:
+            UsageError: the checkpoint's steps hold another number of rows than this run's.
+        """
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume_from_checkpoint is True else None
+        checkpoint = checkpoint or (Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None)
+        now = order_of(self.args, self._train_batch_size)
+        self._order = now if checkpoint is None else resumed_order(checkpoint, now)
+        if self._order != now:
+            logger.warning("%s was written with %s; this run has %s, in the same order", checkpoint, self._order, now)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     # ---- loss ----
 
@@ -143,8 +192,9 @@ class DeepSupervisionTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The batches of one accumulation window, and the count of every term over the window and all ranks."""
+        self._tell("loading data")
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._diverged.zero_()
+        self._begin_step()
         return batches, self._count_terms(batches, device) if batches else None
 
     def compute_loss(
@@ -171,6 +221,7 @@ class DeepSupervisionTrainer(Trainer):
         loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
         if model.training:
             self._window.add(terms, inputs)
+            self._step.add_terms(terms, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -179,36 +230,11 @@ class DeepSupervisionTrainer(Trainer):
         stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch forward and backward.
-
-        Raises:
-            TrainingDivergedError: a loss of this accumulation window is not finite, on any rank; raised after its last
-                micro-batch, before the optimizer touches the weights.
-        """
-        self._window.start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        # Asked once per optimizer step: every question waits for the device.
-        self._diverged += ~torch.isfinite(loss)
-        if self.accelerator.sync_gradients and self._sum_over_ranks(self._diverged).item():
-            raise TrainingDivergedError(self._divergence())
-        return loss
-
     def _count_terms(self, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
         counted = [term_counts(batch, self.supervision) for batch in batches]
         names = list(counted[0])
         totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
         return dict(zip(names, self._sum_over_ranks(totals), strict=True))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
-
-    def _divergence(self) -> str:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in self._window.means().items())
-        return (
-            f"the loss is not a finite number at step {self.state.global_step + 1} (means since the last log: {terms}); "
-            "lower training.learning_rate or the supervision weights"
-        )
 
     # ---- logging ----
 
@@ -242,6 +268,7 @@ class DeepSupervisionTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
+        self._leave_evaluation_if_stopped()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             term = deep_supervision_terms(model, inputs, Supervision(), run_passes=self._run_passes)["tft"]
@@ -268,29 +295,47 @@ class DeepSupervisionTrainer(Trainer):
     # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its place and rename it when it is complete."""
-        if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
-            return
+        """Write the checkpoint beside its place and rename it when it is complete; all ranks together."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        ranks.agree(partial(_must_be_there, folder.parent))
         best = self._best_checkpoint(folder)
-        with staged_folder(folder) as staging:
-            self._staging = staging.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.state.best_model_checkpoint != best:
-                # `Trainer` has looked beside the staged folder.
-                self.state.best_model_checkpoint = best
-                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        rotate_checkpoints(
-            output_dir=str(folder.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            # By step: a deletion that was cut short makes an old checkpoint look new.
-            use_mtime=False,
-        )
+        with self._counters_in_state():
+            save_together(folder, partial(self._write_checkpoint, model, trial, best))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                # By step: a deletion that was cut short makes an old checkpoint look new.
+                use_mtime=False,
+            )
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, best: str | None, staging: Path) -> None:
+        self._staging = staging.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        # `Trainer` has looked for the best one beside the staged folder.
+        self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            save_order(self._order or order_of(self.args, self._train_batch_size), staging)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Only from this run's own folder, whatever the `trainer_state.json` that it was resumed from names."""
+        named = self.state.best_model_checkpoint
+        best = own_checkpoint(named, Path(super()._get_output_dir(None)))
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if best is None:
+            logger.warning("the best checkpoint %s is not one of this run; the last weights are kept", named)
+            return
+        check_checkpoint(best)
+        super()._load_best_model()
 
     def _best_checkpoint(self, saving: Path) -> str | None:
         best = saving.parent / f"checkpoint-{self.state.best_global_step}"
@@ -298,6 +343,25 @@ class DeepSupervisionTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+
+def _must_be_there(folder: Path) -> None:
+    """A run folder that has vanished is not made again: what it held is gone."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+
+def _freeze_unread(model: nn.Module) -> None:
+    """What text never passes through (a vision tower) is not trained, and DDP does not wait for it."""
+    architecture = find_architecture(model)
+    read = {id(p) for module in (architecture.decoder, architecture.lm_head) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
+
+
+def _rows(dataset: Any) -> Any:
+    return dataset.dataset if isinstance(dataset, WithBlankRows) else dataset
 
 
 def _use_one_device(args: DeepSupervisionConfig) -> None:

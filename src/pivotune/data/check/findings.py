@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from array import array
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from pivotune.data.check.result import Finding, Problem
 from pivotune.data.rows import Row
@@ -34,29 +38,55 @@ _KINDS = {
 }
 
 
+# Why a row is flagged; called only for the rows that are shown.
+Note = str | Callable[[], str]
+
+
 class Findings:
-    """Flagged rows by kind: index -> (note, how clear)."""
+    """Flagged rows by kind: the places of all of them (8 bytes each), and the notes of the clearest ones.
 
-    def __init__(self) -> None:
-        self.by_kind: dict[str, dict[int, tuple[str, float]]] = {name: {} for name in _KINDS}
+    Args:
+        examples: rows to keep for each kind; of equally clear ones the first.
+    """
 
-    def add(self, kind: str, index: int, note: str, clearness: float = 0.0) -> None:
-        """Flag a row (0-based); the first note of a kind stays."""
-        self.by_kind[kind].setdefault(index, (note, clearness))
+    def __init__(self, examples: int) -> None:
+        self._examples = examples
+        self._places = {name: array("q") for name in _KINDS}
+        self._clearest: dict[str, list[tuple[float, int, Note]]] = {name: [] for name in _KINDS}
 
-    def problems(self, rows: Sequence[Row], examples: int) -> list[Problem]:
-        """All kinds that some row has, each with its clearest `examples`."""
-        return [self._problem(name, flagged, rows, examples) for name, flagged in self.by_kind.items() if flagged]
+    def add(self, kind: str, index: int, note: Note, clearness: float = 0.0) -> None:
+        """Flag a row (0-based). Rows of a kind come in their order; the first note on a row stays."""
+        if self.is_last(kind, index):
+            return
+        self._places[kind].append(index)
+        heapq.heappush(self._clearest[kind], (clearness, -index, note))
+        if len(self._clearest[kind]) > self._examples:
+            heapq.heappop(self._clearest[kind])
 
-    def defects(self) -> set[int]:
-        """Rows (0-based) that should not be trained on."""
-        return {index for name, flagged in self.by_kind.items() if _KINDS[name].defect for index in flagged}
+    def is_last(self, kind: str, index: int) -> bool:
+        """Whether this row was flagged last among those of the kind."""
+        places = self._places[kind]
+        return bool(places) and places[-1] == index
 
-    @staticmethod
-    def _problem(name: str, flagged: dict[int, tuple[str, float]], rows: Sequence[Row], examples: int) -> Problem:
-        indices = sorted(flagged)
-        clearest = sorted(indices, key=lambda index: -flagged[index][1])[:examples]
-        shown = [Finding(rows[index].number, flagged[index][0], rows[index]) for index in clearest]
-        return Problem(
-            name=name, numbers=[rows[index].number for index in indices], examples=shown, **_KINDS[name]._asdict()
-        )
+    def flagged(self, kinds: Sequence[str], num_rows: int) -> np.ndarray:
+        """Which rows are flagged with any of these kinds, bool (rows,)."""
+        mask = np.zeros(num_rows, dtype=bool)
+        for kind in kinds:
+            mask[np.array(self._places[kind], dtype=np.int64)] = True
+        return mask
+
+    def num_defects(self, num_rows: int) -> int:
+        """How many rows should not be trained on."""
+        return int(self.flagged([name for name, kind in _KINDS.items() if kind.defect], num_rows).sum())
+
+    def problems(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Problem]:
+        """All kinds that some row has, each with its clearest rows; `numbers` are those of the rows in their source."""
+        return [self._problem(name, rows, numbers) for name, places in self._places.items() if places]
+
+    def _problem(self, name: str, rows: Sequence[Row], numbers: Sequence[int]) -> Problem:
+        shown = [
+            Finding(numbers[-place], note if isinstance(note, str) else note(), rows[-place])
+            for _, place, note in sorted(self._clearest[name], key=lambda entry: (-entry[0], -entry[1]))
+        ]
+        found = [numbers[place] for place in self._places[name]]
+        return Problem(name=name, numbers=found, examples=shown, **_KINDS[name]._asdict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ class CharacterMeter:
     unit = "characters"
 
     def __init__(self) -> None:
-        self._counts: dict[str, list[int]] = {name: [] for name in _TEXTS}
+        self._counts = {name: array("i") for name in _TEXTS}
         self.measured = 0
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -90,6 +91,6 @@ class _MeasuringEncoder(Encoder):
         return super()._fit(pair)
 
 
-def _summary(counts: list[int]) -> Lengths:
+def _summary(counts: array) -> Lengths:
     median, p95 = np.percentile(counts, [50, 95])
     return Lengths(float(median), float(p95), max(counts))

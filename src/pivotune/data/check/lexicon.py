@@ -28,9 +28,13 @@ LEXICON_SURE = 0.3
 LEXICON_PROBES = 1_000
 
 
-def stranger_pairs(texts: TextCheck, left_out: set[int]) -> dict[int, Strange] | None:
-    """Rows whose texts agree with their English no better than with a stranger's; None where that cannot be told."""
-    learned = [index for index in range(len(texts.terms)) if index not in left_out]
+def stranger_pairs(texts: TextCheck, left_out: np.ndarray) -> dict[int, Strange] | None:
+    """Rows whose texts agree with their English no better than with a stranger's; None where that cannot be told.
+
+    Args:
+        left_out: bool (rows,), rows to pass over.
+    """
+    learned = np.flatnonzero(~left_out[:: texts.terms_step]).tolist()
     if len(learned) < LEXICON_ROWS:
         return None
     lexicon = _Lexicon(texts, learned)
@@ -38,8 +42,9 @@ def stranger_pairs(texts: TextCheck, left_out: set[int]) -> dict[int, Strange] |
     if whole is None:
         return None
     parts = {name: lexicon.strangers(name) or {} for name in ("answer", "prompt")}
-    found = {index: Strange(name, excess) for name, part in parts.items() for index, excess in part.items()}
-    return found | {index: Strange("pair", excess) for index, excess in whole.items()}
+    found = {place: Strange(name, excess) for name, part in parts.items() for place, excess in part.items()}
+    found |= {place: Strange("pair", excess) for place, excess in whole.items()}
+    return {place * texts.terms_step: strange for place, strange in found.items()}
 
 
 class Strange(NamedTuple):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from pivotune.data.check.findings import Findings
-from pivotune.data.check.lexicon import stranger_pairs
+from pivotune.data.check.lexicon import Strange, stranger_pairs
 from pivotune.data.check.result import Shift
 from pivotune.data.check.row_checks import TextCheck
 from pivotune.data.check.shifts import find_shifts
-from pivotune.data.check.traces import RATIO_CHARACTERS, Trace
+from pivotune.data.check.traces import RATIO_CHARACTERS, TraceTable, disagreements, row_trace
 from pivotune.data.rows import Row
 
 # Robust z-score of the log length ratio. Ratios have long tails: the usual 3.5 flags hundreds of good rows in 30,000.
@@ -30,54 +31,40 @@ def check_pairs(rows: Sequence[Row], texts: TextCheck, found: Findings) -> list[
     shifts = find_shifts(texts.traces)
     for shift in shifts:
         for index in range(shift.first, shift.last + 1):
-            english = rows[min(max(index + shift.by, 0), len(rows) - 1)]
-            found.add("shifted", index, f"its English is rather that of row {english.number}", -index)
+            english = texts.numbers[min(max(index + shift.by, 0), len(rows) - 1)]
+            found.add("shifted", index, f"its English is rather that of row {english}", -index)
     outliers = _ratio_outliers(texts.traces)
-    for index, factor in outliers.items():
+    for index, factor in sorted(outliers.items()):
         found.add("length_ratio", index, f"target {factor:.2g} times as long as usual", abs(math.log(factor)))
-    _check_alignment(texts, found)
+    _check_alignment(rows, texts, found)
     return shifts
 
 
-def _check_alignment(texts: TextCheck, found: Findings) -> None:
+def _check_alignment(rows: Sequence[Row], texts: TextCheck, found: Findings) -> None:
     """Misaligned pairs: strangers by the lexicon, or several signals at once."""
-    explained = set().union(*(found.by_kind[kind] for kind in ("shifted", "untranslated", "wrong_language")))
+    explained = found.flagged(("shifted", "untranslated", "wrong_language"), len(rows))
     strangers = stranger_pairs(texts, explained)
     needed = SIGNALS_ALONE if strangers is None else SIGNALS_BESIDE_LEXICON
-    for index, trace in enumerate(texts.traces):
-        if index in explained:
-            continue
-        signals = [*_disagreements(trace), *(["length ratio"] if index in found.by_kind["length_ratio"] else [])]
-        strange = (strangers or {}).get(index)
-        words = [f"words of the {strange.part} do not belong to the English ones"] if strange else []
-        if strange or len(signals) >= needed:
-            found.add(
-                "misaligned", index, "; ".join(words + signals), len(signals) + (strange.excess if strange else 0)
-            )
+    strange = strangers or {}
+    unusual = found.flagged(["length_ratio"], len(rows))
+    signals = np.frombuffer(texts.traces.signals, dtype=np.uint8) + unusual
+    suspects = signals >= needed
+    suspects[list(strange)] = True
+    for index in np.flatnonzero(suspects & ~explained).tolist():
+        excess = strange[index].excess if index in strange else 0
+        note = partial(_why_misaligned, rows, index, strange.get(index), bool(unusual[index]))
+        found.add("misaligned", index, note, int(signals[index]) + excess)
 
 
-def _disagreements(trace: Trace) -> Iterator[str]:
-    """Signals that two texts are no translation of each other; each alone is common in good rows."""
-    target, english = trace
-    if target.numbers and english.numbers and target.numbers.isdisjoint(english.numbers):
-        yield f"numbers {_few(target.numbers)} against {_few(english.numbers)}"
-    if target.fixed and english.fixed and target.fixed.isdisjoint(english.fixed):
-        yield "other links or code"
-    few, many = sorted((target.items, english.items))
-    if few == 0 and many >= 3:
-        yield f"{target.items} list items against {english.items}"
-    if target.question != english.question:
-        yield "question against statement"
+def _why_misaligned(rows: Sequence[Row], index: int, strange: Strange | None, unusual_length: bool) -> str:
+    words = [f"words of the {strange.part} do not belong to the English ones"] if strange else []
+    signals = [*disagreements(row_trace(rows[index])), *(["length ratio"] if unusual_length else [])]
+    return "; ".join(words + signals)
 
 
-def _few(numbers: frozenset[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)[:3]))
-
-
-def _ratio_outliers(traces: Sequence[Trace]) -> dict[int, float]:
+def _ratio_outliers(traces: TraceTable) -> dict[int, float]:
     """Rows whose length ratio is far from that of rows of similar length: index -> ratio over the usual one."""
-    target = np.log([trace.target.prompt + trace.target.answer + RATIO_CHARACTERS for trace in traces])
-    english = np.log([trace.english.prompt + trace.english.answer + RATIO_CHARACTERS for trace in traces])
+    target, english = np.log(traces.characters().sum(axis=2) + RATIO_CHARACTERS).T
     ratio, outliers = target - english, {}
     order = np.argsort(target + english, kind="stable")
     for part in np.array_split(order, max(1, len(order) // RATIO_ROWS)):
@@ -87,4 +74,4 @@ def _ratio_outliers(traces: Sequence[Trace]) -> dict[int, float]:
         far = np.abs(distance) > max(RATIO_Z * spread, math.log(RATIO_FACTOR))
         outliers.update(zip(part[far].tolist(), np.exp(distance[far]).tolist(), strict=True))
     # Code is as long on both sides, whatever is usual for text.
-    return {index: factor for index, factor in outliers.items() if not any(side.is_code for side in traces[index])}
+    return {index: factor for index, factor in outliers.items() if not traces.is_code(index)}

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+import math
 import re
+from array import array
 from collections import Counter
 
 import numpy as np
 
 from pivotune.data.check.findings import Findings
 from pivotune.data.check.language import Detector
+from pivotune.data.check.repeats import Repeats
 from pivotune.data.check.text import ENGLISH_WORDS, Text, query_text, query_text_en
-from pivotune.data.check.traces import Trace, side_trace
+from pivotune.data.check.traces import Trace, TraceTable, side_trace
 from pivotune.data.rows import Row
 
 # A copy may lose or change a word or two; translations share far fewer, even into related languages.
 COPY_SIMILARITY = 0.8
 # Shorter copies are names, titles and terms, which stay as they are in many translations.
 COPY_WORDS = 3
+# The lexicon judges this many rows at most: their words take some hundred megabytes.
+LEXICON_COMPARED = 100_000
 _HTML_ESCAPE = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d+);")
 
 
 class TextCheck:
-    """Checks that need one row, or its repetition; keeps of each row what the comparison of rows needs."""
+    """Checks that need one row, or its repetition; keeps of each row what the comparison of rows needs.
 
-    def __init__(self, language: str, found: Findings) -> None:
+    That is some tens of bytes a row, and the words of at most `LEXICON_COMPARED` rows spread over the data.
+
+    Attributes:
+        numbers: int64 for each row, its place in the source.
+        traces: of all rows.
+        terms, terms_en: numbers of the terms of prompt and answer, of every `terms_step`-th row.
+    """
+
+    def __init__(self, language: str, found: Findings, num_rows: int) -> None:
         self._language = language
         self._found = found
         self._detector = Detector(language)
         self._term_ids: dict[str, int] = {}
-        self._first: dict[tuple[str, int], tuple[int, int]] = {}
+        self._num_rows = num_rows
+        self._repeats = Repeats()
+        self.terms_step = math.ceil(num_rows / LEXICON_COMPARED)
         self.terms: list[tuple[np.ndarray, np.ndarray]] = []
         self.terms_en: list[tuple[np.ndarray, np.ndarray]] = []
-        self.traces: list[Trace] = []
+        self.traces = TraceTable()
+        self.numbers = array("q")
 
-    def add(self, index: int, row: Row) -> None:
-        self._check_repeats(index, row)
+    def add(self, row: Row) -> None:
+        """Check the next row alone."""
+        index = len(self.numbers)
+        self.numbers.append(row.number)
+        self._repeats.append(row)
         target = [Text(query_text(row)), Text(row.completion)]
         english = [Text(query_text_en(row)), Text(row.completion_en)]
         self._check_copies(index, target, english)
         self._check_escapes(index, target, english)
         self._check_target(index, target, english)
         self._check_english(index, target, english)
-        self.terms.append(self._ids(target))
-        self.terms_en.append(self._ids(english))
+        if index % self.terms_step == 0:
+            self.terms.append(self._ids(target))
+            self.terms_en.append(self._ids(english))
         self.traces.append(Trace(side_trace(target), side_trace(english)))
+
+    def check_repeats(self) -> None:
+        """Flag the rows that repeat an earlier one, when all have been added."""
+        self._repeats.flag(self._found, self.numbers)
 
     @property
     def num_terms(self) -> int:
@@ -51,22 +75,13 @@ class TextCheck:
 
     def notes(self) -> list[str]:
         """What could not be checked, and doubts about the language asked for."""
-        return self._detector.notes(self._language)
-
-    def _check_repeats(self, index: int, row: Row) -> None:
-        history = str(row.history) if row.history else ""
-        prompt = hash((row.prompt, row.input, history))
-        english = hash((row.prompt_en, row.input_en, row.completion_en, str(row.history_en)))
-        first, answer = self._first.setdefault(("prompt", prompt), (row.number, hash(row.completion)))
-        same_row, _ = self._first.setdefault(("row", hash((prompt, row.completion))), (row.number, 0))
-        same_english, _ = self._first.setdefault(("english", english), (row.number, 0))
-        if same_row != row.number:
-            self._found.add("duplicate_rows", index, f"same as row {same_row}")
-            return
-        if first != row.number and answer != hash(row.completion):
-            self._found.add("same_prompt", index, f"prompt of row {first}")
-        if same_english != row.number:
-            self._found.add("duplicate_english", index, f"English of row {same_english}")
+        notes = self._detector.notes(self._language)
+        if self.terms_step > 1:
+            notes.append(
+                f"words were compared on {len(self.terms):,} of {self._num_rows:,} rows, spread over the data: among the "
+                "others misaligned pairs are found by numbers, links, lists and lengths only"
+            )
+        return notes
 
     def _check_copies(self, index: int, target: list[Text], english: list[Text]) -> None:
         prompt, answer = (_is_copy(one, other) for one, other in zip(target, english, strict=True))
@@ -82,7 +97,7 @@ class TextCheck:
             self._found.add("html_escapes", index, " ".join(dict.fromkeys(escapes)), len(escapes))
 
     def _check_target(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if index in self._found.by_kind["untranslated"] or not self._detector.knows_target:
+        if self._found.is_last("untranslated", index) or not self._detector.knows_target:
             return
         for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
             guess = self._detector.foreign(one, without=other)
@@ -90,7 +105,7 @@ class TextCheck:
                 self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
 
     def _check_english(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if index in self._found.by_kind["untranslated"]:
+        if self._found.is_last("untranslated", index):
             return
         if target[0].words == english[0].words and self._detector.may_be_foreign(english[0]):
             self._found.add("english_not_english", index, "prompt is the same as the target's", 1.0)

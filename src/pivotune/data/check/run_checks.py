@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from pivotune.data.check.findings import Findings
 from pivotune.data.check.language import base_language
@@ -17,6 +18,7 @@ from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
 
 Progress = Callable[[int], None]
+_ROWS_PER_STEP = 512
 
 
 def check_rows(
@@ -39,31 +41,32 @@ def check_rows(
     Raises:
         UsageError: no rows, a row that lacks a text, or English as the target language.
     """
-    _refuse_unusable(rows, language)
-    found = Findings()
-    texts = TextCheck(language, found)
-    meter = TokenMeter(encoder, len(rows)) if encoder else CharacterMeter()
-    for start in range(0, len(rows), 512):
-        chunk = rows[start : start + 512]
-        meter.add(chunk)
-        for index, row in enumerate(chunk, start):
-            texts.add(index, row)
-        if progress:
-            progress(start + len(chunk))
-    shifts = check_pairs(rows, texts, found)
-    return _result(rows, language, meter, found, [_placed(shift, rows) for shift in shifts], texts.notes(), examples)
-
-
-def _refuse_unusable(rows: Sequence[Row], language: str) -> None:
-    if not rows:
-        raise UsageError("data check: there are no rows")
-    lacking = next((row for row in rows if not (row.has_target and row.has_english)), None)
-    if lacking is not None:
-        raise UsageError(f"data check: row {lacking.number} lacks a text; load the rows with on_bad_row='skip'")
     if base_language(language) == "en":
         raise UsageError(
             f"language: {language} is English, which is the other side of every row; name the target language"
         )
+    if not rows:
+        raise UsageError("data check: there are no rows")
+    found = Findings(examples)
+    texts = TextCheck(language, found, len(rows))
+    meter = TokenMeter(encoder, len(rows)) if encoder else CharacterMeter()
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, _ROWS_PER_STEP)):
+        _refuse_unusable(chunk)
+        meter.add(chunk)
+        for row in chunk:
+            texts.add(row)
+        if progress:
+            progress(len(texts.numbers))
+    texts.check_repeats()
+    shifts = [_placed(shift, texts.numbers) for shift in check_pairs(rows, texts, found)]
+    return _result(rows, language, meter, found, shifts, texts)
+
+
+def _refuse_unusable(rows: Sequence[Row]) -> None:
+    lacking = next((row for row in rows if not (row.has_target and row.has_english)), None)
+    if lacking is not None:
+        raise UsageError(f"data check: row {lacking.number} lacks a text; load the rows with on_bad_row='skip'")
 
 
 def _result(
@@ -72,10 +75,9 @@ def _result(
     meter: CharacterMeter | TokenMeter,
     found: Findings,
     shifts: list[Shift],
-    notes: list[str],
-    examples: int,
+    texts: TextCheck,
 ) -> DataCheck:
-    read = rows if isinstance(rows, Rows) else Rows(list(rows), "the given rows", len(rows))
+    read = rows if isinstance(rows, Rows) else Rows(rows, "the given rows", len(rows))
     check = DataCheck(
         source=read.source,
         language=language,
@@ -87,10 +89,10 @@ def _result(
         lengths=meter.lengths(),
         cut=meter.cut(),
         too_long=meter.too_long(),
-        problems=found.problems(rows, examples),
+        problems=found.problems(rows, texts.numbers),
         shifts=shifts,
-        notes=notes,
-        flagged=len(found.defects()),
+        notes=texts.notes(),
+        flagged=found.num_defects(len(rows)),
         verdict="",
     )
     return replace(check, verdict=_verdict(check))
@@ -112,5 +114,5 @@ def _verdict(check: DataCheck) -> str:
     return "; ".join(parts)
 
 
-def _placed(shift: Shift, rows: Sequence[Row]) -> Shift:
-    return replace(shift, first=rows[shift.first].number, last=rows[shift.last].number)
+def _placed(shift: Shift, numbers: Sequence[int]) -> Shift:
+    return replace(shift, first=numbers[shift.first], last=numbers[shift.last])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from pivotune.data.check.result import Shift
-from pivotune.data.check.traces import RATIO_CHARACTERS, Trace
+from pivotune.data.check.traces import RATIO_CHARACTERS, TraceTable
 
 # An English side that has slipped further than this is found as misaligned rows only.
 SHIFTS = (-2, -1, 0, 1, 2)
@@ -17,27 +18,41 @@ SHIFTS = (-2, -1, 0, 1, 2)
 SHIFT_SWITCH = 14.0
 # One row says at most this much, so that a few odd rows cannot prove a shift.
 SHIFT_ROW_LIMIT = 3.0
+# Rows looked at together; some hundred bytes each are needed meanwhile.
+SHIFT_ROWS = 100_000
 
 
-def find_shifts(traces: Sequence[Trace]) -> list[Shift]:
+def find_shifts(traces: TraceTable) -> list[Shift]:
     """Stretches of rows whose English stands some rows away, by lengths and by numbers, links and code that agree.
 
     For each row and shift: how much likelier these lengths and numbers are for a pair than for strangers. The most likely
     course of shifts through the file is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`.
+    Long files are cut into equal parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are one.
     """
-    if len(traces) < 2 * max(SHIFTS) + 2:
+    found: list[Shift] = []
+    bounds = np.linspace(0, len(traces), math.ceil(len(traces) / SHIFT_ROWS) + 1).astype(int).tolist()
+    for first, stop in pairwise(bounds):
+        for shift in _find_shifts_within(traces, range(first, stop)):
+            before = found[-1] if found else None
+            if before and (before.by, before.last + 1) == (shift.by, shift.first):
+                shift = replace(before, last=shift.last, rows=before.rows + shift.rows)
+                found.pop()
+            found.append(shift)
+    return found
+
+
+def _find_shifts_within(traces: TraceTable, rows: range) -> list[Shift]:
+    if len(rows) < 2 * max(SHIFTS) + 2:
         return []
-    evidence = np.zeros((len(traces), len(SHIFTS)))
-    for part in ("prompt", "answer"):
-        evidence += _length_evidence(
-            np.log([getattr(trace.target, part) + RATIO_CHARACTERS for trace in traces]),
-            np.log([getattr(trace.english, part) + RATIO_CHARACTERS for trace in traces]),
-        )
-    evidence += _anchor_evidence(
-        [trace.target.numbers | trace.target.fixed for trace in traces],
-        [trace.english.numbers | trace.english.fixed for trace in traces],
-    )
-    return _stretches(_likeliest_course(np.clip(evidence, -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)))
+    evidence = np.zeros((len(rows), len(SHIFTS)))
+    logarithms = np.log(traces.characters(slice(rows.start, rows.stop)) + RATIO_CHARACTERS)
+    for part in range(2):
+        evidence += _length_evidence(logarithms[:, 0, part], logarithms[:, 1, part])
+    evidence += _anchor_evidence(*traces.anchors(rows))
+    return [
+        replace(shift, first=shift.first + rows.start, last=shift.last + rows.start)
+        for shift in _stretches(_likeliest_course(np.clip(evidence, -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)))
+    ]
 
 
 def _length_evidence(target: np.ndarray, english: np.ndarray) -> np.ndarray:

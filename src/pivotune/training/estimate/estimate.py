@@ -216,7 +216,7 @@ def _tokenizer(config: RunConfig) -> Any:
         return None
 
 
-def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> list[Example]:
+def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
     ratio = 0.0 if args.method == "sft" else args.english_ratio
     return training_examples(pairs, method=args.method, english_ratio=ratio, seed=args.seed)
 

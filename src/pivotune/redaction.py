@@ -1,0 +1,89 @@
+"""Secrets taken out of whatever is written or shown: access tokens, passwords, keys.
+
+A secret is known by the name it stands under (`hub_token`, `password`, `api_key`...), by its form (a Hugging Face token,
+the credentials of a URL...), or because an environment variable with such a name (`HF_TOKEN`) holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "<redacted>"
+_NAME = r"(?:token|secret|password|passwd|passphrase|(?:api|access|secret|private)[_-]?key|credentials?)"
+_SECRET_NAME = re.compile(rf"(?:.*[_.-])?{_NAME}", re.IGNORECASE)
+# Tokens of a tokenizer, not of a service.
+_TEXT_TOKEN = re.compile(
+    r"(?:.*[_.-])?(?:pad|eos|bos|unk|cls|sep|mask|eot|eom|boi|eoi|image|audio|video|special|end|begin|start|stop)_token",
+    re.IGNORECASE,
+)
+# Keys of people and services are long and have no other meaning; GitHub, OpenAI and AWS publish these forms.
+_FORMS = re.compile(
+    r"(?<![A-Za-z0-9])()(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_[A-Za-z0-9_]{30,}|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{20,})"
+)
+# Also with one slash: a path would have lost the other.
+_URL_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^\s/@\"']+(?=@)")
+_BEARER = re.compile(r"(?i)(?<=bearer )()[A-Za-z0-9._~+/=-]{8,}")
+# `hub_token=x`, `hub_token: "x"`, `'hub_token': 'x'`, `?token=x`.
+_NAMED = re.compile(
+    rf"(?P<name>(?:[A-Za-z0-9]+[_.-])*{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
+    r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&}\])\"']+)",
+    re.IGNORECASE,
+)
+_SHORTEST = 8  # characters of an environment variable that are taken for a secret
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what stands under this key is a secret: `hub_token`, but not `pad_token` or `max_prompt_tokens`."""
+    return _SECRET_NAME.fullmatch(name) is not None and _TEXT_TOKEN.fullmatch(name) is None
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like a secret."""
+    for value in _secrets_of_environment():
+        text = text.replace(value, REDACTED)
+    for pattern in (_FORMS, _URL_CREDENTIALS, _BEARER):
+        text = pattern.sub(rf"\g<1>{REDACTED}", text)
+    return _NAMED.sub(_without_value, text)
+
+
+def redact_settings(value: Any) -> Any:
+    """Plain settings to be written: secrets under their own key are left out, those within texts are replaced.
+
+    A key that is left out is read back as not set, so that no placeholder is ever taken for a token.
+    """
+    if isinstance(value, Mapping):
+        return {key: redact_settings(item) for key, item in value.items() if not _is_set_secret(key, item)}
+    if isinstance(value, (list, tuple)):
+        return [redact_settings(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def redact_command(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the value behind `--token` taken out as well as that of `token=`."""
+    shown, hide_next = [], False
+    for word in words:
+        shown.append(REDACTED if hide_next else redact(word))
+        hide_next = word.startswith("--") and "=" not in word and is_secret_name(word.lstrip("-").replace("-", "_"))
+    return shown
+
+
+def _is_set_secret(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and is_secret_name(key) and value is not None and not isinstance(value, bool)
+
+
+def _without_value(match: re.Match[str]) -> str:
+    if not is_secret_name(match["name"]) or match["value"] == REDACTED:
+        return match.group()
+    return f"{match['name']}{match['mark']}{REDACTED}"
+
+
+def _secrets_of_environment() -> list[str]:
+    """The longest first: one may be a part of another."""
+    values = {
+        value.strip() for name, value in os.environ.items() if is_secret_name(name) and len(value.strip()) >= _SHORTEST
+    }
+    return sorted(values, key=len, reverse=True)

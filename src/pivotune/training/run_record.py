@@ -1,0 +1,74 @@
+"""What a run began with: a digest of its rows, and the starting model's held-out scores; a resumed run is held to both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from pivotune.data.examples import Pair
+from pivotune.errors import UsageError
+from pivotune.training.heldout import RowScore
+from pivotune.training.run_folder import write_json
+from pivotune.training.vector_file import rows_digest
+
+ROWS_FILE = "rows.json"
+SCORES_FILE = "start-scores.json"
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """SHA-256 over tokens, spans and places in the file of both sides, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        sides = [side for side in (pair.target, pair.english) if side is not None]
+        digest.update(f"{pair.number} {pair.target is None} {rows_digest(sides)}".encode())
+    return digest.hexdigest()
+
+
+def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
+    """Remember what the run trains on."""
+    write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train)})
+
+
+def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
+    """Refuse to go on with other rows than the run began with; a run without a record passes.
+
+    Raises:
+        UsageError: the rows differ.
+    """
+    record = _read(folder / ROWS_FILE)
+    if not isinstance(record, dict) or record.get("sha256") == pairs_digest(train):
+        return
+    before = record.get("rows")
+    found = f"{len(train)} training rows now, {before} then" if before != len(train) else "the same number of rows"
+    raise UsageError(
+        f"--resume: {source} is not what the run in {folder} began with ({found}); restore the file, or start again with "
+        "--overwrite or in another output_dir"
+    )
+
+
+def write_start_scores(folder: Path, key: Mapping[str, Any], scores: Mapping[str, Sequence[RowScore]]) -> None:
+    """Keep the starting model's scores, exactly: JSON's decimals give every double back."""
+    rows = {side: [astuple(score) for score in found] for side, found in scores.items()}
+    write_json(folder / SCORES_FILE, {"of": dict(key), "scores": rows})
+
+
+def read_start_scores(folder: Path, key: Mapping[str, Any]) -> dict[str, list[RowScore]] | None:
+    """The kept scores where they are of these rows and settings; None otherwise."""
+    kept = _read(folder / SCORES_FILE)
+    if not isinstance(kept, dict) or kept.get("of") != dict(key):
+        return None
+    try:
+        return {side: [RowScore(*score) for score in found] for side, found in kept["scores"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

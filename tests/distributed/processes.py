@@ -1,0 +1,71 @@
+"""Start this machine's two processes as `torchrun` would, and wait for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(command: list[str], *, rank: int, world_size: int, port: int, log: Path, **env: str) -> subprocess.Popen:
+    """One process of a group; it talks to the others on this machine only, and writes to `log`."""
+    settings = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **env,
+    }
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command, env=settings, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+
+
+def run_together(
+    command: list[str], folder: Path, *, world_size: int = 2, timeout: float = 500, **env: str
+) -> list[str]:
+    """Run a command on all ranks until they end, and give what each printed.
+
+    Raises:
+        AssertionError: a rank failed or did not end; with what all of them printed.
+    """
+    port = free_port()
+    logs = [folder / f"log-{rank}.txt" for rank in range(world_size)]
+    processes = [
+        start(command, rank=rank, world_size=world_size, port=port, log=log, **env) for rank, log in enumerate(logs)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    texts = [log.read_text(errors="replace") for log in logs]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * world_size, f"exit codes {codes}:\n" + "\n".join(text[-4000:] for text in texts)
+    return texts
+
+
+def run_cases(engine: str, folder: Path, names: list[str]) -> None:
+    """Train cases (see `cases.py`) on two processes; results lie in `folder` by name."""
+    run_together([sys.executable, str(HERE / "worker.py"), engine, str(folder), *names], folder)

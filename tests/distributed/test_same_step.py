@@ -1,0 +1,66 @@
+"""DDP and FSDP2 on two processes take the very steps of one process: terms, gradient norms, weights, held-out scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, build
+from processes import run_cases
+from safetensors.torch import load_file
+from tiny_training import make_pairs, step_logs
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+
+# Plain data parallelism and sharding; own activation checkpointing of FSDP; mixed precision, whose rounding differs.
+ENGINES: dict[str, tuple[list[str], float]] = {
+    "ddp": (list(CASES), 1e-5),
+    "fsdp2": (list(CASES), 1e-5),
+    "fsdp2-checkpointing": (["logits-shared", "logits-separate", "feature-joint-answer"], 1e-5),
+    "fsdp2-bf16": (["logits-shared", "feature-detached"], 2e-2),
+}
+_ALL = [(engine, name) for engine, (names, _) in ENGINES.items() for name in names]
+# What depends on how many rows of a batch one process has, or on the clock.
+_OTHER = ("padding_share",)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Path]:
+    """Folder of the results of two processes, by engine; each engine runs once, all its cases in one go."""
+    return {}
+
+
+def outcome(results: dict[str, Path], engine: str, tmp_path_factory: Any) -> Path:
+    if engine not in results:
+        results[engine] = tmp_path_factory.mktemp(engine)
+        run_cases(engine, results[engine], ENGINES[engine][0])
+    return results[engine]
+
+
+@pytest.mark.parametrize(("engine", "name"), _ALL, ids=[f"{engine}-{name}" for engine, name in _ALL])
+def test_two_processes_take_the_steps_of_one(engine, name, results, tmp_path, tmp_path_factory):
+    folder, tolerance = outcome(results, engine, tmp_path_factory), ENGINES[engine][1]
+    single = build(name, tmp_path, 1, **({"bf16": True} if engine.endswith("bf16") else {}))
+    start = {key: tensor.clone() for key, tensor in single.model.state_dict().items()}
+    single.train()
+    held_out = single.evaluate(make_pairs(7, seed=1))
+    found = json.loads((folder / f"{name}.json").read_text())
+
+    assert single.state.global_step > 1
+    for line, expected in zip(found["logs"], step_logs(single), strict=True):
+        for key in _OTHER:
+            line.pop(key, None), expected.pop(key, None)
+        assert line == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    for key in ("target_nll", "english_nll", "target_nll_per_character"):
+        assert found["held_out"][f"eval_{key}"] == pytest.approx(held_out[f"eval_{key}"], rel=tolerance)
+
+    weights, expected = load_file(folder / f"{name}.safetensors"), single.model.state_dict()
+    moved = 0.0
+    for key, tensor in expected.items():
+        torch.testing.assert_close(weights.pop(key), tensor, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        moved = max(moved, (tensor - start[key]).abs().max().item())
+    assert not weights
+    assert moved > 1e-3

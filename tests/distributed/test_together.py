@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from processes import HERE, run_together
+
+from pivotune.errors import UsageError
+from pivotune.training import ranks
+from pivotune.training.shared_saving import save_together
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Results, mistakes and failures of one process reach the other; folders are whole or not there."""
+    texts = run_together([sys.executable, str(HERE / "together.py"), str(tmp_path)], tmp_path)
+    assert all("all as promised" in text for text in texts)
+
+
+def test_one_process_does_everything_itself(tmp_path):
+    assert ranks.on_main(lambda: 3) == 3
+    assert ranks.gather_objects("x") == ["x"]
+    assert ranks.share_out("abc", "-") == ["a", "b", "c"]
+    with pytest.raises(KeyError):
+        ranks.agree(lambda: {}["missing"])
+    with pytest.raises(UsageError, match="wrong"):
+        ranks.on_main(_wrong)
+    save_together(tmp_path / "folder", lambda staging: (staging / "file").write_text("new"))
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def _wrong() -> None:
+    raise UsageError("wrong")

@@ -1,0 +1,95 @@
+"""What two processes do together outside of training; each asserts its own side (`python together.py FOLDER`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pivotune.errors import UsageError
+from pivotune.training import ranks
+from pivotune.training.checkpoints import STAGING
+from pivotune.training.shared_saving import save_together
+
+
+def raised_by(function: Any) -> Exception | None:
+    try:
+        function()
+    except Exception as error:
+        return error
+    return None
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def one_for_all(rank: int) -> None:
+    assert ranks.on_main(lambda: {"from": rank}) == {"from": 0}
+    mistake = raised_by(lambda: ranks.on_main(lambda: fail(UsageError("row 3 is empty"))))
+    assert isinstance(mistake, UsageError)
+    assert str(mistake) == "row 3 is empty"
+    failure = raised_by(lambda: ranks.on_main(lambda: fail(KeyError("x"))))
+    assert isinstance(failure, KeyError if rank == 0 else RuntimeError)
+    assert rank == 0 or "the main process has failed" in str(failure)
+
+
+def shared_out(rank: int) -> None:
+    assert ranks.world_size() == 2
+    assert ranks.rank() == rank
+    assert ranks.is_main() == (rank == 0)
+    assert ranks.share_out("abcde", "-") == [["a", "c", "e"], ["b", "d", "-"]][rank]
+    assert ranks.share_out("", "-") == []
+    assert ranks.gather_objects(rank * 10) == [0, 10]
+
+
+def agreed(rank: int) -> None:
+    ranks.agree(lambda: None)
+    failure = raised_by(lambda: ranks.agree(lambda: fail(OSError("no room")) if rank == 1 else None))
+    assert isinstance(failure, OSError if rank == 1 else UsageError)
+    assert rank == 1 or str(failure) == "process 1: no room"
+
+
+def saved(rank: int, folder: Path) -> None:
+    def write(staging: Path) -> None:
+        (staging / f"part-{rank}").write_text(str(rank))
+
+    save_together(folder / "whole", write)
+    assert sorted(path.name for path in (folder / "whole").glob("part-*")) == ["part-0", "part-1"]
+    for guilty in (0, 1):
+
+        def broken(staging: Path, guilty: int = guilty) -> None:
+            write(staging)
+            if rank == guilty:
+                raise OSError(28, "No space left on device")
+
+        assert raised_by(lambda: save_together(folder / "broken", broken)) is not None
+        ranks.gather_objects(None)
+        assert not (folder / "broken").exists()
+        assert not (folder / STAGING).exists()
+        ranks.gather_objects(None)
+    # The main process cannot begin: a file stands where the folder should be.
+    if rank == 0:
+        (folder / "file").write_text("")
+    ranks.gather_objects(None)
+    failure = raised_by(lambda: save_together(folder / "file" / "below", write))
+    assert isinstance(failure, UsageError)
+    assert str(folder / "file") in str(failure)
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    one_for_all(rank)
+    shared_out(rank)
+    agreed(rank)
+    saved(rank, folder)
+    print("all as promised", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,369 @@
+"""What can happen to a training, and what is promised: the table of docs/reliability.md, as functions that try it."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faults.workshop import STEPS, Process, Workshop, timeless
+
+STOPPED, FAILED, MISTAKE = 75, 1, 2
+
+
+class BrokenPromiseError(AssertionError):
+    """What happened is not what was promised."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One fault.
+
+    Attributes:
+        promise: the outcome, in words.
+        attempt: does it in a workshop and raises `BrokenPromiseError` where the promise is not kept.
+        quick: part of the ordinary tests.
+    """
+
+    name: str
+    promise: str
+    attempt: Callable[[Workshop], None]
+    quick: bool = False
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(name: str, promise: str, *, quick: bool = False) -> Callable[..., Callable[[Workshop], None]]:
+    def register(attempt: Callable[[Workshop], None]) -> Callable[[Workshop], None]:
+        SCENARIOS[name] = Scenario(name, promise, attempt, quick)
+        return attempt
+
+    return register
+
+
+def check(kept: Any, what: str) -> None:
+    if not kept:
+        raise BrokenPromiseError(what)
+
+
+def check_outcome(process: Process, code: int, *words: str) -> None:
+    """The exit code, and one last line with all these words and no traceback before it."""
+    check(process.wait() == code, f"exit code {process.code}, {code} was promised: {process.output}")
+    check("Traceback" not in process.output, f"a traceback: {process.output}")
+    missing = [word for word in words if word not in process.last_line]
+    check(not missing, f"{missing} is not in the last line: {process.last_line}")
+
+
+def check_resumes(shop: Workshop, run: str, *, whole: Path | None = None, **changes: Any) -> None:
+    """`--resume` leads to the end that an uninterrupted run has."""
+    process = shop.run(run, "--resume", **changes)
+    check(process.code == 0, f"resuming ended with {process.code}: {process.output}")
+    difference = shop.difference(run, whole)
+    check(difference is None, f"the resumed run is not the uninterrupted one: {difference}")
+
+
+def kill_at_random(shop: Workshop, count: int, seed: int = 0) -> None:
+    """One run for each kill, resumed until it is finished."""
+    started = time.monotonic()
+    process = shop.run("timed")
+    duration = time.monotonic() - started
+    check_outcome(process, 0)
+    draw = random.Random(seed)
+    for number in range(count):
+        run = f"killed-{number}"
+        process = shop.start(run, "--auto-resume")
+        time.sleep(draw.uniform(0.0, duration))
+        process.kill()
+        for _ in range(3):
+            process = shop.run(run, "--auto-resume")
+            if process.code == 0:
+                break
+        check(process.code == 0, f"kill {number}: resuming ended with {process.code}: {process.output}")
+        difference = shop.difference(run)
+        check(difference is None, f"kill {number}: {difference}")
+
+
+def stopped_run(shop: Workshop, run: str, step: int = 4, number: int = signal.SIGTERM, **changes: Any) -> Process:
+    """A run that a signal stopped after `step` steps."""
+    hold = {"hold_step": {"step": step, "marker": str(shop.marker)}}
+    process = shop.start(run, faults=hold, **changes)
+    process.wait_for_marker(shop.marker)
+    process.send(number)
+    # A second one, before the first is acted on.
+    process.send(number)
+    shop.marker.unlink()
+    process.wait()
+    return process
+
+
+# ---- killed and stopped ----
+
+
+@scenario("kill -9 at any moment", "resumed until finished, 30 runs end bit for bit as the one that nobody killed")
+def _kill(shop: Workshop) -> None:
+    kill_at_random(shop, 30)
+
+
+@scenario(
+    "SIGTERM", "the step is finished and saved, exit code 75, the resumed run ends as if nothing had been", quick=True
+)
+def _sigterm(shop: Workshop) -> None:
+    saved = shop.folder / "run" / "checkpoint-3"
+    check_outcome(stopped_run(shop, "run", 3), STOPPED, "stopped by SIGTERM", f"saved {saved}", "--resume")
+    check_resumes(shop, "run")
+
+
+@scenario("SIGUSR1", "as SIGTERM: what Slurm sends ahead of a job's end")
+def _sigusr1(shop: Workshop) -> None:
+    check_outcome(
+        stopped_run(shop, "run", 5, signal.SIGUSR1), STOPPED, "stopped by SIGUSR1", "checkpoint-5", "--resume"
+    )
+    check_resumes(shop, "run")
+
+
+@scenario("SIGTERM in preparation", "exit code 75, --auto-resume starts or goes on", quick=True)
+def _preparation(shop: Workshop) -> None:
+    hold = {"hold_scoring": {"title": "Scoring the starting model", "marker": str(shop.marker)}}
+    process = shop.start("run", faults=hold)
+    process.wait_for_marker(shop.marker)
+    process.send(signal.SIGTERM)
+    check_outcome(process, STOPPED, "stopped by SIGTERM", "no checkpoint yet")
+    shop.marker.unlink()
+    process = shop.run("run", "--auto-resume")
+    check_outcome(process, 0)
+    check(shop.difference("run") is None, f"{shop.difference('run')}")
+    process = shop.run("run", "--auto-resume")
+    check(process.code == 0 and "finished run" in process.output, f"a finished run: {process.output}")
+
+
+@scenario("SIGTERM in the last scoring", "exit code 75, the last checkpoint is kept, resuming trains no step")
+def _last_scoring(shop: Workshop) -> None:
+    hold = {"hold_scoring": {"title": "Scoring the trained model", "marker": str(shop.marker)}}
+    process = shop.start("run", faults=hold)
+    process.wait_for_marker(shop.marker)
+    process.send(signal.SIGTERM)
+    check_outcome(process, STOPPED, "stopped by SIGTERM", f"checkpoint-{STEPS}")
+    check(not (shop.folder / "run" / "model").exists(), "a model was saved")
+    check_resumes(shop, "run")
+
+
+# ---- the disk ----
+
+
+@scenario("disk full: checkpoint", "one line, exit code 2, the checkpoint before is kept and goes on", quick=True)
+def _full_checkpoint(shop: Workshop) -> None:
+    _full(shop, "checkpoint", 4, 60_000)
+
+
+@scenario("disk full: metrics.jsonl", "one line, exit code 2, the checkpoint before is kept and goes on")
+def _full_metrics(shop: Workshop) -> None:
+    _full(shop, "metrics", 4, 100)
+
+
+@scenario("disk full: model", "one line, exit code 2, the last checkpoint is kept and goes on")
+def _full_model(shop: Workshop) -> None:
+    _full(shop, "model", 6, 60_000)
+
+
+@scenario("disk full: results", "one line, exit code 2, the last checkpoint is kept and goes on")
+def _full_results(shop: Workshop) -> None:
+    _full(shop, "results", 6, 100)
+
+
+def _full(shop: Workshop, where: str, step: int, size: int) -> None:
+    process = shop.run("run", faults={"file_limit": {"where": where, "step": step, "size": size}})
+    good = shop.folder / "run" / f"checkpoint-{6 if step == 6 else step - 2}"
+    check_outcome(process, MISTAKE, "File too large", f"the last good checkpoint is {good}", "make room", "--resume")
+    check_resumes(shop, "run")
+
+
+@scenario("output folder vanished", "one line that says so, exit code 1")
+def _vanished(shop: Workshop) -> None:
+    process = shop.run("run", faults={"vanish": {"step": 4}})
+    check_outcome(process, FAILED, f"{shop.folder / 'run'} has vanished", "start again")
+    process = shop.run("run", "--auto-resume")
+    check_outcome(process, 0)
+    check(shop.difference("run") is None, f"{shop.difference('run')}")
+
+
+@scenario("output folder read-only", "one line, exit code 2, the checkpoint before is kept and goes on")
+def _read_only(shop: Workshop) -> None:
+    process = shop.run("run", faults={"read_only": {"step": 4}})
+    good = shop.folder / "run" / "checkpoint-2"
+    check_outcome(process, MISTAKE, "Read-only file system", f"the last good checkpoint is {good}", "--resume")
+    check_resumes(shop, "run")
+
+
+# ---- numbers ----
+
+
+@scenario("loss not finite", "the run stops before the weights change and names step, rows and term; exit code 1")
+def _nan(shop: Workshop) -> None:
+    process = shop.run("run", faults={"nan_loss": {"step": 4}})
+    check_outcome(process, FAILED, "the loss is not a finite number at step 4 (tft nan; rows ")
+    check([path.name for path in (shop.folder / "run").glob("checkpoint-*")] == ["checkpoint-2"], "other checkpoints")
+    check_resumes(shop, "run")
+
+
+@scenario("gradient not finite", "as a loss that is not; all rows of the step are named")
+def _gradient(shop: Workshop) -> None:
+    process = shop.run("run", faults={"infinite_gradient": {"step": 4}})
+    check_outcome(process, FAILED, "the gradient is not a finite number at step 4 (norm inf; rows ")
+    check_resumes(shop, "run")
+
+
+@scenario(
+    "loss not finite, skipped",
+    "faults.nonfinite: skip drops the step, warns, counts it in metrics.jsonl, and stops beyond faults.skip_limit",
+    quick=True,
+)
+def _skip(shop: Workshop) -> None:
+    skip = {"faults": {"nonfinite": "skip", "skip_limit": 1}}
+    poison = {"nan_loss": {"step": 3}, "infinite_gradient": {"step": 5}}
+    process = shop.run("run", faults=poison, **skip)
+    check_outcome(process, FAILED, "the gradient is not a finite number at step 5", "faults.skip_limit")
+    check(
+        "step 3 (tft nan; rows " in process.output and "step skipped (1 of at most 1)" in process.output, process.output
+    )
+    # The count is kept in checkpoints: one more step may not be skipped after resuming either.
+    process = shop.run("run", "--resume", faults={"nan_loss": {"step": 6}}, **skip)
+    check_outcome(process, FAILED, "step 6", "faults.skip_limit")
+    process = shop.run("run", "--resume", **skip)
+    check_outcome(process, 0)
+    counted = [line.get("skipped_steps") for line in timeless(shop.folder / "run") if "loss" in line]
+    check(counted == [None, 1, 1], f"skipped_steps in metrics.jsonl: {counted}")
+    check(all(line["loss"] for line in timeless(shop.folder / "run") if "loss" in line), "a loss that is no number")
+
+
+# ---- what is not what it was ----
+
+
+@scenario("damaged checkpoint", "passed over with a warning that names the file; the one before goes on", quick=True)
+def _damaged(shop: Workshop) -> None:
+    check_outcome(stopped_run(shop, "run", 5), STOPPED)
+    weights = shop.folder / "run" / "checkpoint-5" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    state = shop.folder / "run" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-40], encoding="utf-8")
+    process = shop.run("run", "--resume")
+    check_outcome(process, 0)
+    for words in (
+        "checkpoint-5 is damaged and passed over: model.safetensors is not what was written",
+        "checkpoint-4 is damaged and passed over: trainer_state.json has",
+        f"resuming: {shop.folder / 'run' / 'checkpoint-2'}",
+    ):
+        check(words in process.output, f"{words!r} is not in: {process.output}")
+    check(shop.difference("run") is None, f"{shop.difference('run')}")
+
+
+@scenario("all checkpoints damaged", "one line that names what is wrong and what can be done, exit code 2")
+def _all_damaged(shop: Workshop) -> None:
+    check_outcome(stopped_run(shop, "run", 3), STOPPED)
+    (shop.folder / "run" / "checkpoint-3" / "optimizer.pt").unlink()
+    (shop.folder / "run" / "checkpoint-2" / "checksums.json").write_text("{", encoding="utf-8")
+    before = sorted(shop.folder.rglob("run/**/*"))
+    process = shop.run("run", "--resume")
+    check_outcome(
+        process, MISTAKE, "no checkpoint is whole", "optimizer.pt is missing", "checksums.json", "--overwrite"
+    )
+    check(sorted(shop.folder.rglob("run/**/*")) == before, "files were changed")
+
+
+@scenario("starting model truncated", "one line that names the file, exit code 2, nothing is written")
+def _truncated(shop: Workshop) -> None:
+    import shutil
+
+    shutil.copytree(shop.folder / "base", shop.folder / "cut")
+    weights = shop.folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    process = shop.run("run", model=str(shop.folder / "cut"))
+    check_outcome(process, MISTAKE, str(shop.folder / "cut"))
+
+
+@scenario("data changed", "--resume refuses other rows than the run began with, exit code 2")
+def _changed_data(shop: Workshop) -> None:
+    check_outcome(stopped_run(shop, "run", 3), STOPPED)
+    rows = shop.rows.read_text(encoding="utf-8").splitlines()
+    record = json.loads(rows[5])
+    record["completion"] += " Ndiyo."
+    shop.rows.write_text("\n".join([*rows[:5], json.dumps(record), *rows[6:]]) + "\n", encoding="utf-8")
+    check_outcome(shop.run("run", "--resume"), MISTAKE, "rows.jsonl is not what the run in", "--overwrite")
+    shop.rows.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    check_resumes(shop, "run")
+
+
+# ---- other processes ----
+
+
+@scenario("two runs in one folder", "the second is refused with one line, exit code 2; the first goes on", quick=True)
+def _two_runs(shop: Workshop) -> None:
+    first = shop.start("run", faults={"hold_step": {"step": 3, "marker": str(shop.marker)}})
+    first.wait_for_marker(shop.marker)
+    for option in ("--resume", "--overwrite", "--auto-resume"):
+        second = shop.run("run", option)
+        check_outcome(second, MISTAKE, f"{shop.folder / 'run'} is in use by process {first.pid}")
+    shop.marker.unlink()
+    check_outcome(first, 0)
+    check(shop.difference("run") is None, f"{shop.difference('run')}")
+
+
+@scenario("data worker killed", "one line, exit code 1, the last checkpoint goes on")
+def _worker(shop: Workshop) -> None:
+    training = {**shop.settings["training"], "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+    process = shop.run("run", faults={"kill_worker": {"step": 4}}, training=training)
+    good = shop.folder / "run" / "checkpoint-2"
+    check_outcome(process, FAILED, "a data worker (process", "was killed", f"the last good checkpoint is {good}")
+    check(shop.run("whole-workers", training=training).code == 0, "the uninterrupted run failed")
+    check_resumes(shop, "run", whole=shop.folder / "whole-workers", training=training)
+
+
+@scenario("rank hangs", "within faults.hang_timeout every other rank names it in one line and ends, exit code 1")
+def _hang(shop: Workshop) -> None:
+    first, second = _ranks(shop, "sleeps", timeout=4)
+    for process in (first, second):
+        check_outcome(
+            process, FAILED, "no progress for 4 s: rank 1", f"process {second.pid}", "is behind: in ", "of step 3"
+        )
+
+
+@scenario("rank stands still", "a rank that gives no sign of life is named, the others end with exit code 1")
+def _still(shop: Workshop) -> None:
+    first, second = _ranks(shop, "stops", timeout=4)
+    check_outcome(first, FAILED, "no progress for 4 s: rank 1", f"process {second.pid}", "gives no sign of life since")
+    second.kill()
+
+
+@scenario("rank lost", "the others name it in one line, exit code 1")
+def _lost(shop: Workshop) -> None:
+    first, second = _ranks(shop, "dies", timeout=60)
+    check(second.wait() == -signal.SIGKILL, f"rank 1 ended with {second.code}: {second.output}")
+    check_outcome(first, FAILED, "lost: rank 1", f"process {second.pid}", "--resume")
+
+
+def _ranks(shop: Workshop, end: str, timeout: float) -> tuple[Process, Process]:
+    """Two processes; rank 1 does at its third step what `end` says."""
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    ranks = [
+        shop.fork(
+            program="train_rank",
+            arguments=[str(shop.folder / "ranks"), end, str(timeout)],
+            environment={
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    return ranks[0], ranks[1]

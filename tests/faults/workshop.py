@@ -1,0 +1,172 @@
+"""A folder with a tiny model and rows, and real processes that train in it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from tiny_training import QUIET, run_settings
+
+from pivotune.training.callbacks import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+TRAINING = {
+    **QUIET,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2,
+    "logging_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+PATIENCE = 300.0  # seconds; only a test that fails waits so long
+
+
+class Server:
+    """Forks processes that have everything imported; see `server.py`."""
+
+    def __enter__(self) -> Self:
+        paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, sys.path)]
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "faults.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=PATIENCE)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+class Process:
+    """One training; `code` is None while it runs."""
+
+    def __init__(self, server: Server, log: Path, **request: Any) -> None:
+        self._server, self._log = server, log
+        self.pid = server.ask({"start": {"log": str(log), **request}})["pid"]
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            self.code = self._server.ask({"poll": self.pid})["code"]
+        return self.code
+
+    def wait(self) -> int:
+        wait_for(lambda: self.poll() is not None, "the process to end")
+        assert self.code is not None
+        return self.code
+
+    def wait_for_marker(self, marker: Path) -> None:
+        wait_for(lambda: marker.exists() or self.poll() is not None, str(marker))
+        assert marker.exists(), f"the process ended with {self.code} before: {self.output}"
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.wait()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def last_line(self) -> str:
+        return self.output.strip().splitlines()[-1] if self.output.strip() else ""
+
+
+def wait_for(condition: Any, what: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, f"waited {PATIENCE:.0f} s for {what}"
+        time.sleep(0.01)
+
+
+class Workshop:
+    """Runs of one configuration, each in its own output folder."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.marker = folder / "marker"
+        self.settings = run_settings(folder, training=TRAINING)
+        self._logs = 0
+        self._whole: Path | None = None
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    def start(self, run: str, *options: str, faults: dict[str, Any] | None = None, **changes: Any) -> Process:
+        """Begin `pivotune train` in the output folder `run`."""
+        config = self.folder / f"{run}.yaml"
+        settings = {**self.settings, "output_dir": str(self.folder / run), **changes}
+        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return self.fork(arguments=["train", str(config), *options], faults=faults or {})
+
+    def fork(self, **request: Any) -> Process:
+        self._logs += 1
+        return Process(self.server, self.folder / f"{self._logs}.log", **request)
+
+    def run(self, run: str, *options: str, faults: dict[str, Any] | None = None, **changes: Any) -> Process:
+        """The same, to its end."""
+        process = self.start(run, *options, faults=faults, **changes)
+        process.wait()
+        return process
+
+    def whole(self) -> Path:
+        """The uninterrupted run that others are compared with."""
+        if self._whole is None:
+            process = self.run("whole")
+            assert process.code == 0, process.output
+            self._whole = self.folder / "whole"
+        return self._whole
+
+    def difference(self, run: str, whole: Path | None = None) -> str | None:
+        """In what a finished run differs from the uninterrupted one; None where they are equal bit for bit."""
+        one, other = self.folder / run, whole or self.whole()
+        for name in ("model/model.safetensors", "results.json", "layers.json", "rows.json", "start-scores.json"):
+            if (one / name).read_bytes() != (other / name).read_bytes():
+                return f"{name} differs"
+        if _items(one) != _items(other):
+            return "results.items.jsonl.gz differs"
+        if timeless(one) != timeless(other):
+            return "metrics.jsonl differs"
+        # A checkpoint more, of the step at which a run was stopped, is no difference.
+        left = {path.name for path in one.iterdir()} ^ {path.name for path in other.iterdir()}
+        left = {name for name in left if not name.startswith("checkpoint-")}
+        return f"other files: {sorted(left)}" if left else None
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without what the clock says."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if "per_second" not in k and "runtime" not in k} for line in lines]
+
+
+def _items(folder: Path) -> bytes:
+    return gzip.decompress((folder / "results.items.jsonl.gz").read_bytes())

@@ -1,0 +1,232 @@
+"""Nothing is unpickled from a model or run folder: planted pickles make a folder when they are loaded without care."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
+from planted import Mark, call, copy, plant, refused, resume, write_yaml
+from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import safe_globals
+
+from pivotune.errors import UsageError
+from pivotune.training.checkpoint_safety import check_checkpoint
+
+PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+           "tokenizer.pkl", "vocab.pkl")  # fmt: skip
+
+
+def arguments(verb: str, model: Path, rows: Path, folder: Path) -> list[object]:
+    """A quick call of a verb that reads a model folder."""
+    if verb == "train":
+        settings = {"model": str(model), "data": {"train": str(rows), "validation": 2}, "method": "tft"}
+        return ["train", write_yaml(folder, **settings), "--set", "training.max_steps=1"]
+    if verb == "analyze":
+        return ["analyze", "--model", model, "--data", rows, "--rows", 2, "--out", folder / "layers.json"]
+    if verb == "evaluate":
+        return [
+            "evaluate",
+            model,
+            "--tasks",
+            "alignment_pairs_sw",
+            "--pairs",
+            rows,
+            "--limit",
+            3,
+            "--out",
+            folder / "out",
+        ]
+    return ["chat", model, "--prompt", "Namba?", "--max-new-tokens", 2]
+
+
+VERBS = ("train", "analyze", "evaluate", "chat")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_pickles_beside_safetensors_are_not_read(verb, base, rows, tmp_path, mark, capsys):
+    model = copy(base, tmp_path / "model")
+    for index, name in enumerate(PICKLES):
+        plant(model / name, mark, plain=index % 2 == 1)
+    code, _, err = call(capsys, *arguments(verb, model, rows, tmp_path))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_pickled_weights_are_refused(verb, base, rows, tmp_path, mark, capsys):
+    model = copy(base, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    plant(model / "pytorch_model.bin", mark)
+    assert "only safetensors are read" in refused(capsys, *arguments(verb, model, rows, tmp_path))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_pickled_adapters_are_refused(verb, adapter, rows, tmp_path, mark, capsys):
+    folder = copy(adapter, tmp_path / "planted")
+    plant(folder / "adapter_model.bin", mark)
+    if verb == "chat":
+        assert call(capsys, *arguments(verb, folder, rows, tmp_path))[0] == 0
+    (folder / "adapter_model.safetensors").unlink()
+    assert "only safetensors are read" in refused(capsys, *arguments(verb, folder, rows, tmp_path))
+
+
+def test_compare_reads_no_pickle(stopped, tmp_path, mark, capsys):
+    for name in ("one", "two"):
+        run = copy(stopped / "run", tmp_path / name)
+        for pickled in PICKLES:
+            plant(run / pickled, mark)
+            plant(run / "model" / pickled, mark)
+    assert call(capsys, "compare", tmp_path / "one", tmp_path / "two", "--resamples", 1000)[0] == 0
+
+
+# ---- going on from a checkpoint ----
+
+
+@pytest.fixture
+def checkpoint(stopped, tmp_path) -> Path:
+    copy(stopped / "run", tmp_path / "run")
+    return tmp_path / "run" / "checkpoint-2"
+
+
+def test_checkpoints_hold_no_pickled_arguments(checkpoint):
+    assert (checkpoint / "optimizer.pt").is_file()
+    assert not (checkpoint / "training_args.bin").exists()
+
+
+def test_states_of_a_checkpoint_are_plain_values_and_are_used(checkpoint, stopped, tmp_path, capsys):
+    """NumPy's random state is among what is read with `weights_only`; an old `training_args.bin` is not read at all."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with safe_globals():
+            content = torch.load(checkpoint / name, weights_only=True)
+        if name == "rng_state.pth":
+            assert isinstance(content["numpy"][1], np.ndarray)
+    plant(checkpoint / "training_args.bin", tmp_path / "never-made")
+    code, out, err = call(capsys, *resume(stopped, tmp_path))
+    assert code == 0, err
+    assert str(checkpoint) in out.replace("\n", "")
+    assert json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    assert not (tmp_path / "never-made").exists()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "pytorch_model_fsdp.bin",
+             "optimizer.bin", "pytorch_model.bin", "adapter/adapter_model.bin", "global_step2/mp_rank_00_model_states.pt"]
+)  # fmt: skip
+def test_planted_states_are_refused(name, plain, checkpoint, stopped, tmp_path, mark, capsys):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    plant(checkpoint / name, mark, plain=plain)
+    message = refused(capsys, *resume(stopped, tmp_path))
+    assert message.startswith(f"{checkpoint / name}: not read: ")
+
+
+def test_file_that_breaks_off_is_left_to_its_reader(checkpoint):
+    whole = (checkpoint / "optimizer.pt").read_bytes()
+    (checkpoint / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    check_checkpoint(checkpoint)
+
+
+def test_trainer_refuses_planted_states_too(checkpoint, tmp_path, mark):
+    """Also where `train(resume_from_checkpoint=...)` is called from Python."""
+    from tiny_training import tiny_trainer
+
+    plant(checkpoint / "optimizer.pt", mark)
+    with pytest.raises(UsageError, match="not read"):
+        tiny_trainer(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---- sharded checkpoints, whose own readers unpickle ----
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    folder = tmp_path / "run" / "checkpoint-2" / "pytorch_model_fsdp_0"
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    half = torch.ones(2, dtype=torch.bfloat16)
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "half": half, "step": 3}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(states, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def edit_metadata(folder: Path, change) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_sharded_checkpoints_pass(sharded):
+    check_checkpoint(sharded.parent)
+
+
+def test_planted_metadata_is_refused(sharded, mark):
+    edit_metadata(sharded, lambda metadata: setattr(metadata, "planner_data", Mark(mark)))
+    with pytest.raises(UsageError, match="not read"):
+        check_checkpoint(sharded.parent)
+
+
+def test_planted_values_in_shards_are_refused(sharded, mark):
+    buffer = io.BytesIO()
+    torch.save(Mark(mark), buffer)
+    (shard,) = sharded.glob("*.distcp")
+    start = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+
+    def move(metadata) -> None:
+        place = next(place for index, place in metadata.storage_data.items() if index.fqn == "step")
+        place.offset, place.length = start, len(buffer.getvalue())
+
+    edit_metadata(sharded, move)
+    with pytest.raises(UsageError, match="not read"):
+        check_checkpoint(sharded.parent)
+
+
+def test_shards_elsewhere_are_refused(sharded):
+    def move(metadata) -> None:
+        for place in metadata.storage_data.values():
+            place.relative_path = f"../../{place.relative_path}"
+
+    edit_metadata(sharded, move)
+    with pytest.raises(UsageError, match="not read"):
+        check_checkpoint(sharded.parent)
+
+
+def test_deepspeed_states_may_hold_its_own_classes_and_no_others(tmp_path, mark, monkeypatch):
+    module = types.ModuleType("deepspeed.runtime.loss_scaler")
+
+    class LossScaler:
+        pass
+
+    LossScaler.__module__, LossScaler.__qualname__ = module.__name__, "LossScaler"
+    module.LossScaler = LossScaler
+    for name in ("deepspeed", "deepspeed.runtime"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    states = tmp_path / "checkpoint-2" / "global_step2" / "zero_pp_rank_0_optim_states.pt"
+    states.parent.mkdir(parents=True)
+    torch.save({"loss_scaler": LossScaler()}, states)
+    check_checkpoint(tmp_path / "checkpoint-2")
+    torch.save({"loss_scaler": LossScaler(), "more": Mark(mark)}, states)
+    with pytest.raises(UsageError, match="not read"):
+        check_checkpoint(tmp_path / "checkpoint-2")

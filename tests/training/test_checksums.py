@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pivotune.errors import UsageError
+from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
+from pivotune.training.checksums import CHECKSUMS, find_checkpoint_damage, find_damage, write_checksums
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    with staged_folder(folder) as staging:
+        save_file({"weight": torch.arange(100.0)}, staging / "model.safetensors")
+        (staging / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (staging / "sub").mkdir()
+        (staging / "sub" / "shard").write_bytes(b"abc")
+    return folder
+
+
+def test_every_file_is_named_with_size_and_digest(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    found = json.loads((folder / CHECKSUMS).read_text())
+    assert set(found) == {"model.safetensors", "trainer_state.json", "sub/shard"}
+    assert found["sub/shard"] == {
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "size": 3,
+    }
+    assert find_damage(folder) is None
+    write_checksums(folder)
+    assert json.loads((folder / CHECKSUMS).read_text()) == found
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("model.safetensors", _cut, r"model\.safetensors has \d+ bytes where \d+ were written"),
+        ("model.safetensors", _flip, r"model\.safetensors is not what was written"),
+        ("sub/shard", Path.unlink, "sub/shard is missing"),
+        ("trainer_state.json", Path.unlink, r"trainer_state\.json is missing"),
+        (CHECKSUMS, _cut, "checksums.json is damaged|checksums.json has"),
+        (CHECKSUMS, lambda path: path.write_text('{"a": 1}'), r"checksums\.json is damaged"),
+        (CHECKSUMS, lambda path: path.write_bytes(b"\xff"), r"checksums\.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_checkpoint_passed_over(tmp_path, caplog, name, damage, words):
+    good, bad = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    assert whole_checkpoint(tmp_path) == bad
+    damage(bad / name)
+    if name == CHECKSUMS and damage is _cut:
+        # Only its last line end is gone.
+        assert find_checkpoint_damage(bad) is None
+        return
+    assert whole_checkpoint(tmp_path) == good
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"{bad} is damaged and passed over: ")
+    assert re.search(words, message), message
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
+    assert whole_checkpoint(tmp_path) is None
+    for step in (2, 4):
+        _flip(checkpoint(tmp_path, step) / "model.safetensors")
+    with pytest.raises(UsageError, match=r"no checkpoint is whole \(checkpoint-4: model.* checkpoint-2: .*--overwrite"):
+        whole_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("model.safetensors", _cut, r"model\.safetensors cannot be read"),
+        ("trainer_state.json", _cut, r"trainer_state\.json is damaged"),
+        ("trainer_state.json", lambda path: path.write_text("[]"), r"trainer_state\.json is damaged"),
+        ("trainer_state.json", Path.unlink, r"trainer_state\.json is missing"),
+    ],
+)
+def test_checkpoints_of_earlier_versions_are_looked_at_without_checksums(tmp_path, name, damage, words):
+    folder = checkpoint(tmp_path, 1)
+    (folder / CHECKSUMS).unlink()
+    assert find_checkpoint_damage(folder) is None
+    damage(folder / name)
+    found = find_checkpoint_damage(folder)
+    assert found is not None
+    assert re.match(words, found)
+
+
+def test_a_replacement_half_done_is_undone(tmp_path):
+    """Killed between the two renames: the old folder is out of its place and the new one not yet in it."""
+    old = tmp_path / ".saving" / "model.old"
+    old.mkdir(parents=True)
+    (old / "weights").write_text("old")
+    restore_replaced(tmp_path)
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    (tmp_path / ".saving" / "model.old").mkdir()
+    restore_replaced(tmp_path)
+    assert (tmp_path / "model" / "weights").read_text() == "old"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from pivotune.training.signals import SIGNALS, StoppedBySignalError, StopSignals
+
+
+def send(number: int) -> None:
+    """To this process; Python acts on it before the next statement."""
+    os.kill(os.getpid(), number)
+    signal.sigpending()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_of_training_it_raises_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedBySignalError) as raised, StopSignals() as signals:
+        send(number)
+    assert raised.value.name == signals.received == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_inside_of_training_it_is_remembered_and_raised_at_the_end():
+    received = []
+
+    def train(signals: StopSignals) -> None:
+        with signals.deferred():
+            # A second one changes nothing.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                send(number)
+                received.append(signals.received)
+
+    with StopSignals() as signals, pytest.raises(StoppedBySignalError):
+        train(signals)
+    assert received == ["SIGTERM", "SIGTERM"]
+
+
+def test_a_second_one_does_not_raise_again():
+    with StopSignals() as signals:
+        with pytest.raises(StoppedBySignalError):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+        # One that was lost on its way is raised at the next place that asks.
+        with pytest.raises(StoppedBySignalError):
+            signals.check()
+
+
+def test_a_forked_process_leaves_the_signal_to_its_parent():
+    with StopSignals() as signals:
+        signals._pid += 1
+        send(signal.SIGTERM)
+        assert signals.received is None
+
+
+def test_other_threads_install_nothing():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    found = []
+
+    def enter() -> None:
+        with StopSignals():
+            found.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == before
