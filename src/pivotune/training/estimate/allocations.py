@@ -63,10 +63,14 @@ class AllocationLog(TorchDispatchMode):
         """Leave one more tensor out of the count."""
         self._held.add(_storage_id(tensor))
 
-    def timeline(self, gradients: Iterable[Tensor]) -> Timeline:
-        """The log so far; `gradients` are the parameters' gradients that are alive."""
+    def timeline(self, gradients: Iterable[Tensor], times: Mapping[str, int]) -> Timeline:
+        """The log so far, with the named parts repeated; `gradients` are the parameters' gradients that are alive.
+
+        Autocast drops its copies of weights when it ends, all blocks' at once: those of a repeated part count so often.
+        """
+        made_in = {event.storage: self._parts[event.part] for event in self._events if event.delta >= 0}
         of_gradients = {self._live[_storage_id(tensor)][0] for tensor in gradients if _storage_id(tensor) in self._live}
-        parts = [(name, []) for name in self._parts]
+        parts: list[tuple[str, list[tuple[int, float]]]] = [(name, []) for name in self._parts]
         for event in self._events:
             column = (
                 GRADIENTS
@@ -75,8 +79,11 @@ class AllocationLog(TorchDispatchMode):
                 if event.storage in self._casts
                 else ACTIVATIONS
             )
-            parts[event.part][1].append((column, event.delta))
-        return Timeline([(name, _columns(events)) for name, events in parts if events])
+            here = self._parts[event.part]
+            factor = times.get(made_in[event.storage], 1) / times.get(here, 1)
+            scaled = column == WEIGHT_CASTS and event.delta < 0
+            parts[event.part][1].append((column, event.delta * factor if scaled else event.delta))
+        return Timeline([(name, _columns(events)) for name, events in parts if events]).repeated(times)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _INDEXED:
@@ -129,7 +136,7 @@ def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _columns(events: list[tuple[int, int]]) -> np.ndarray:
+def _columns(events: list[tuple[int, float]]) -> np.ndarray:
     deltas = np.zeros((len(events), 3))
     for row, (column, delta) in enumerate(events):
         deltas[row, column] = delta

@@ -73,7 +73,7 @@ def dry_step(
         stack.enter_context(log)
         _run(model, batch, supervision, settings, log)
     gradients = [] if settings.accumulated else [p.grad for p in model.parameters() if p.grad is not None]
-    return log.timeline(gradients).repeated(times)
+    return log.timeline(gradients, times)
 
 
 def _run(
