@@ -408,9 +408,9 @@ class TestTwoFiles:
 class TestRealFiles:
     @pytest.mark.parametrize(("language", "count"), [("vi", 30_000), ("zh", 12_620)])
     def test_every_row_is_read_whole(self, shared_data, language, count):
-        start = time.perf_counter()
+        start = time.process_time()
         rows = load_rows(shared_data / "train" / f"{language}.jsonl.gz")
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         assert (len(rows), rows.total, rows.skipped) == (count, count, {})
         assert len({row.id for row in rows}) == count
         assert all(row.has_target and row.has_english and not row.input and not row.input_en for row in rows)

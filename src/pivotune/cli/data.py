@@ -128,7 +128,9 @@ def _print_problems(out: Console, found: DataCheck) -> None:
 def _print_finding(out: Console, finding: Finding) -> None:
     """One row; each text on a line of its own, so that text from right to left cannot reorder anything else."""
     row = finding.row
-    out.print(f"  [bold]row {finding.number}[/] {_safe(row.id)}: {_safe(finding.note)}", soft_wrap=True)
+    out.print(
+        f"  [bold]row {finding.number}[/] {_safe(_excerpt(row.id))}: {_safe(_excerpt(finding.note))}", soft_wrap=True
+    )
     texts = (row.prompt, row.prompt_en, row.completion, row.completion_en)
     for name, text in zip(("prompt", "prompt_en", "completion", "completion_en"), texts, strict=True):
         out.print(f"    [dim]{_TEXT_TITLES[name] + ':':<16}[/]{_safe(_excerpt(text))}", soft_wrap=True)

@@ -9,6 +9,8 @@ from pivotune.data.lazy import LazySequence
 from pivotune.data.rows import Row
 from pivotune.data.spool import Spool
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class RowStore(LazySequence[Row]):
     """Rows as JSON in a `Spool`: memory grows by 8 bytes a row, whatever its texts."""
@@ -34,7 +36,7 @@ def row_to_json(row: Row) -> bytes:
     """All fields of a row, as a JSON list."""
     fields = (row.prompt, row.completion, row.prompt_en, row.completion_en, row.input, row.input_en,
               row.history, row.history_en, row.id, row.number)  # fmt: skip
-    return json.dumps(fields, ensure_ascii=False).encode()
+    return _ENCODER.encode(fields).encode()
 
 
 def row_from_json(fields: list) -> Row:
