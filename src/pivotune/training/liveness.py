@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from pivotune.errors import TrainingError
 from pivotune.training.progress import Progress
@@ -236,7 +236,7 @@ def start_liveness(hang_timeout: float) -> Liveness | None:
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
-    store = dist.distributed_c10d._get_default_store().clone()
+    store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
     store.set_timeout(timedelta(seconds=5 * INTERVAL))
     liveness = Liveness(store, dist.get_rank(), dist.get_world_size(), hang_timeout)
     liveness.start()
