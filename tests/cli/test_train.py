@@ -293,6 +293,21 @@ def test_resume_goes_on_where_the_run_stopped(config):
     assert (run / "checkpoint-4").is_dir()
 
 
+def test_auto_resume_starts_goes_on_and_leaves_what_is_finished(config, capsys):
+    run = train(config, "method=tft", options=["--auto-resume"])
+    assert "resuming" not in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train(config, "method=tft", options=["--auto-resume"])
+    assert capsys.readouterr().out == f"{run} holds a finished run; --resume trains it further\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "results.json").unlink()
+    train(config, "method=tft", options=["--auto-resume"])
+    assert f"resuming: {run / f'checkpoint-{STEPS}'}\n" in capsys.readouterr().out
+    assert (run / "results.json").read_bytes() == before[run / "results.json"]
+    text = refused(capsys, "train", config, "--auto-resume", "--overwrite")
+    assert text == "--auto-resume and --overwrite exclude each other"
+
+
 def test_nothing_to_resume(config, capsys):
     text = refused(capsys, "train", config, "--resume")
     assert text == f"output_dir: there is no run in {config.parent / 'run'} to resume"

@@ -92,7 +92,7 @@ def kill_at_random(shop: Workshop, count: int, seed: int = 0) -> None:
 def stopped_run(shop: Workshop, run: str, step: int = 4, number: int = signal.SIGTERM, **changes: Any) -> Process:
     """A run that a signal stopped after `step` steps."""
     hold = {"hold_step": {"step": step, "marker": str(shop.marker)}}
-    process = shop.start(run, faults=hold, **changes)
+    process = shop.start(run, inject=hold, **changes)
     process.wait_for_marker(shop.marker)
     process.send(number)
     # A second one, before the first is acted on.
@@ -130,7 +130,7 @@ def _sigusr1(shop: Workshop) -> None:
 @scenario("SIGTERM in preparation", "exit code 75, --auto-resume starts or goes on", quick=True)
 def _preparation(shop: Workshop) -> None:
     hold = {"hold_scoring": {"title": "Scoring the starting model", "marker": str(shop.marker)}}
-    process = shop.start("run", faults=hold)
+    process = shop.start("run", inject=hold)
     process.wait_for_marker(shop.marker)
     process.send(signal.SIGTERM)
     check_outcome(process, STOPPED, "stopped by SIGTERM", "no checkpoint yet")
@@ -145,7 +145,7 @@ def _preparation(shop: Workshop) -> None:
 @scenario("SIGTERM in the last scoring", "exit code 75, the last checkpoint is kept, resuming trains no step")
 def _last_scoring(shop: Workshop) -> None:
     hold = {"hold_scoring": {"title": "Scoring the trained model", "marker": str(shop.marker)}}
-    process = shop.start("run", faults=hold)
+    process = shop.start("run", inject=hold)
     process.wait_for_marker(shop.marker)
     process.send(signal.SIGTERM)
     check_outcome(process, STOPPED, "stopped by SIGTERM", f"checkpoint-{STEPS}")
@@ -177,7 +177,7 @@ def _full_results(shop: Workshop) -> None:
 
 
 def _full(shop: Workshop, where: str, step: int, size: int) -> None:
-    process = shop.run("run", faults={"file_limit": {"where": where, "step": step, "size": size}})
+    process = shop.run("run", inject={"file_limit": {"where": where, "step": step, "size": size}})
     good = shop.folder / "run" / f"checkpoint-{6 if step == 6 else step - 2}"
     check_outcome(process, MISTAKE, "File too large", f"the last good checkpoint is {good}", "make room", "--resume")
     check_resumes(shop, "run")
@@ -185,7 +185,7 @@ def _full(shop: Workshop, where: str, step: int, size: int) -> None:
 
 @scenario("output folder vanished", "one line that says so, exit code 1")
 def _vanished(shop: Workshop) -> None:
-    process = shop.run("run", faults={"vanish": {"step": 4}})
+    process = shop.run("run", inject={"vanish": {"step": 4}})
     check_outcome(process, FAILED, f"{shop.folder / 'run'} has vanished", "start again")
     process = shop.run("run", "--auto-resume")
     check_outcome(process, 0)
@@ -194,7 +194,7 @@ def _vanished(shop: Workshop) -> None:
 
 @scenario("output folder read-only", "one line, exit code 2, the checkpoint before is kept and goes on")
 def _read_only(shop: Workshop) -> None:
-    process = shop.run("run", faults={"read_only": {"step": 4}})
+    process = shop.run("run", inject={"read_only": {"step": 4}})
     good = shop.folder / "run" / "checkpoint-2"
     check_outcome(process, MISTAKE, "Read-only file system", f"the last good checkpoint is {good}", "--resume")
     check_resumes(shop, "run")
@@ -205,7 +205,7 @@ def _read_only(shop: Workshop) -> None:
 
 @scenario("loss not finite", "the run stops before the weights change and names step, rows and term; exit code 1")
 def _nan(shop: Workshop) -> None:
-    process = shop.run("run", faults={"nan_loss": {"step": 4}})
+    process = shop.run("run", inject={"nan_loss": {"step": 4}})
     check_outcome(process, FAILED, "the loss is not a finite number at step 4 (tft nan; rows ")
     check([path.name for path in (shop.folder / "run").glob("checkpoint-*")] == ["checkpoint-2"], "other checkpoints")
     check_resumes(shop, "run")
@@ -213,7 +213,7 @@ def _nan(shop: Workshop) -> None:
 
 @scenario("gradient not finite", "as a loss that is not; all rows of the step are named")
 def _gradient(shop: Workshop) -> None:
-    process = shop.run("run", faults={"infinite_gradient": {"step": 4}})
+    process = shop.run("run", inject={"infinite_gradient": {"step": 4}})
     check_outcome(process, FAILED, "the gradient is not a finite number at step 4 (norm inf; rows ")
     check_resumes(shop, "run")
 
@@ -226,13 +226,13 @@ def _gradient(shop: Workshop) -> None:
 def _skip(shop: Workshop) -> None:
     skip = {"faults": {"nonfinite": "skip", "skip_limit": 1}}
     poison = {"nan_loss": {"step": 3}, "infinite_gradient": {"step": 5}}
-    process = shop.run("run", faults=poison, **skip)
+    process = shop.run("run", inject=poison, **skip)
     check_outcome(process, FAILED, "the gradient is not a finite number at step 5", "faults.skip_limit")
     check(
         "step 3 (tft nan; rows " in process.output and "step skipped (1 of at most 1)" in process.output, process.output
     )
     # The count is kept in checkpoints: one more step may not be skipped after resuming either.
-    process = shop.run("run", "--resume", faults={"nan_loss": {"step": 6}}, **skip)
+    process = shop.run("run", "--resume", inject={"nan_loss": {"step": 6}}, **skip)
     check_outcome(process, FAILED, "step 6", "faults.skip_limit")
     process = shop.run("run", "--resume", **skip)
     check_outcome(process, 0)
@@ -305,7 +305,7 @@ def _changed_data(shop: Workshop) -> None:
 
 @scenario("two runs in one folder", "the second is refused with one line, exit code 2; the first goes on", quick=True)
 def _two_runs(shop: Workshop) -> None:
-    first = shop.start("run", faults={"hold_step": {"step": 3, "marker": str(shop.marker)}})
+    first = shop.start("run", inject={"hold_step": {"step": 3, "marker": str(shop.marker)}})
     first.wait_for_marker(shop.marker)
     for option in ("--resume", "--overwrite", "--auto-resume"):
         second = shop.run("run", option)
@@ -317,8 +317,14 @@ def _two_runs(shop: Workshop) -> None:
 
 @scenario("data worker killed", "one line, exit code 1, the last checkpoint goes on")
 def _worker(shop: Workshop) -> None:
-    training = {**shop.settings["training"], "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
-    process = shop.run("run", faults={"kill_worker": {"step": 4}}, training=training)
+    # Eight batches an epoch: what is read ahead at step 3 is not all of them.
+    training = {
+        **shop.settings["training"],
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 1,
+    }
+    process = shop.run("run", inject={"kill_worker": {"step": 3}}, training=training)
     good = shop.folder / "run" / "checkpoint-2"
     check_outcome(process, FAILED, "a data worker (process", "was killed", f"the last good checkpoint is {good}")
     check(shop.run("whole-workers", training=training).code == 0, "the uninterrupted run failed")

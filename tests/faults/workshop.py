@@ -121,20 +121,20 @@ class Workshop:
     def rows(self) -> Path:
         return self.folder / "rows.jsonl"
 
-    def start(self, run: str, *options: str, faults: dict[str, Any] | None = None, **changes: Any) -> Process:
+    def start(self, run: str, *options: str, inject: dict[str, Any] | None = None, **changes: Any) -> Process:
         """Begin `pivotune train` in the output folder `run`."""
         config = self.folder / f"{run}.yaml"
         settings = {**self.settings, "output_dir": str(self.folder / run), **changes}
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return self.fork(arguments=["train", str(config), *options], faults=faults or {})
+        return self.fork(arguments=["train", str(config), *options], faults=inject or {})
 
     def fork(self, **request: Any) -> Process:
         self._logs += 1
         return Process(self.server, self.folder / f"{self._logs}.log", **request)
 
-    def run(self, run: str, *options: str, faults: dict[str, Any] | None = None, **changes: Any) -> Process:
+    def run(self, run: str, *options: str, inject: dict[str, Any] | None = None, **changes: Any) -> Process:
         """The same, to its end."""
-        process = self.start(run, *options, faults=faults, **changes)
+        process = self.start(run, *options, inject=inject, **changes)
         process.wait()
         return process
 

@@ -520,10 +520,8 @@ def test_run_killed_and_resumed_equals_one_that_was_not(tmp_path, step, where, l
 
     straight = execute_run(prepare_run(parse_config({**settings, "output_dir": str(tmp_path / "straight")}))).folder
     assert_same(*(load_file(folder / "model" / "model.safetensors") for folder in (run, straight)))
-    # The summary line of the whole training knows only what this process ran.
-    assert [line for line in timeless(run) if "train_loss" not in line] == [
-        line for line in timeless(straight) if "train_loss" not in line
-    ]
+    assert timeless(run) == timeless(straight)
+    assert "train_loss" in timeless(run)[-1]
     assert json.loads((run / "results.json").read_text()) == json.loads((straight / "results.json").read_text())
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in straight.iterdir())
 
@@ -540,6 +538,57 @@ def test_resuming_a_run_at_its_last_step_trains_no_further(tmp_path):
     assert max(line["step"] for line in read_metrics(again.folder / "metrics.jsonl")) == 3
     assert_same(load_file(again.folder / "model" / "model.safetensors"), weights)
     assert again.results == first.results
+
+
+def test_resumed_run_keeps_the_scores_it_began_with(tmp_path, monkeypatch):
+    """Unless the held-out rows are others; and no other run's."""
+    settings = {"training": {**QUIET, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}}
+    config = run_config(tmp_path, **settings)
+    first = execute_run(prepare_run(config))
+    titles: list[str] = []
+    score = run_module._score
+    monkeypatch.setattr(run_module, "_score", lambda *args: titles.append(args[-1]) or score(*args))
+    again = execute_run(prepare_run(config, resume=True), resume=True)
+    assert titles == ["Scoring the trained model"]
+    assert again.results == first.results
+    prepared = prepare_run(config, resume=True)
+    prepared.validation = prepared.validation[:-1]
+    execute_run(prepared, resume=True)
+    assert titles[1:] == ["Scoring the starting model", "Scoring the trained model"]
+
+
+def test_resumed_run_refuses_other_rows(tmp_path):
+    config = run_config(tmp_path)
+    go(tmp_path)
+    prepare_run(config, resume=True)
+    lines = Path(config.data.train).read_text().splitlines()
+    first, second, *_ = [pair.number - 1 for pair in prepare_run(config, resume=True).train]
+    swapped, reworded = [*lines], [*lines]
+    swapped[first], swapped[second] = lines[second], lines[first]
+    reworded[first] = lines[first].replace("Namba", "Nambari")
+    for changed in (lines[1:], swapped, reworded):
+        Path(config.data.train).write_text("\n".join(changed) + "\n")
+        with pytest.raises(UsageError, match=r"--resume: .*rows\.jsonl is not what the run in .* began with"):
+            prepare_run(config, resume=True)
+    Path(config.data.train).write_text("\n".join(lines) + "\n")
+    # A run of an earlier version has no record.
+    (tmp_path / "run" / "rows.json").unlink()
+    prepare_run(config, resume=True)
+
+
+def test_what_a_process_left_that_was_killed_at_once_is_no_run(tmp_path):
+    """`--auto-resume` starts there."""
+    config = run_config(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".config.yaml.abc").touch()
+    prepare_run(config)
+    with pytest.raises(UsageError, match="there is no run in"):
+        prepare_run(config, resume=True)
+    (folder / "notes").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        prepare_run(config)
 
 
 def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):

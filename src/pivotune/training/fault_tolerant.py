@@ -242,12 +242,17 @@ class FaultTolerantTrainer(Trainer):
         if self.args.should_save:
             (Path(cast(str, output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
+    @property
+    def _kept_states(self) -> dict[str, Any]:
+        """States of callbacks by name; Transformers declares what it makes the dictionary from."""
+        return cast(dict[str, Any], self.state.stateful_callbacks)
+
     @contextmanager
     def _counters_in_state(self) -> Iterator[None]:
         """Inside, the trainer's state holds what a resumed run goes on counting from."""
         self._tell("saving a checkpoint")
         processes = self.accelerator.num_processes
-        self._saved_states()[_COUNTERS] = {
+        self._kept_states[_COUNTERS] = {
             "loss_sum": self._sum_over_ranks(self._tr_loss.clone()).item() / processes,
             "total_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
@@ -262,14 +267,11 @@ class FaultTolerantTrainer(Trainer):
         try:
             yield
         finally:
-            self._saved_states().pop(_COUNTERS, None)
-
-    def _saved_states(self) -> dict[str, Any]:
-        return cast(dict[str, Any], self.state.stateful_callbacks)
+            self._kept_states.pop(_COUNTERS, None)
 
     def _restore_counters(self) -> None:
         """Once, after `Trainer` has read a checkpoint; a checkpoint of another program has none."""
-        counters = self._saved_states().pop(_COUNTERS, None)
+        counters = self._kept_states.pop(_COUNTERS, None)
         if counters is None:
             return
         self._began, self._seconds_before = time.time(), counters["seconds"]

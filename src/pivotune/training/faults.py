@@ -11,7 +11,7 @@ from pathlib import Path
 from pivotune.errors import TrainingError, UsageError
 from pivotune.training.checkpoints import last_checkpoint
 
-_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)[^.]*?(?:signal: (\w+))?")
+_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?:[^.]*signal: (\w+))?")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
