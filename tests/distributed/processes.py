@@ -29,6 +29,10 @@ def start(command: list[str], *, rank: int, world_size: int, port: int, log: Pat
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        # What tests import, and this very package.
+        "PYTHONPATH": os.pathsep.join(
+            map(str, (HERE, HERE.parent, HERE.parents[1] / "src", os.environ.get("PYTHONPATH", "")))
+        ),
         **env,
     }
     with log.open("w") as output:
