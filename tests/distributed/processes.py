@@ -72,4 +72,5 @@ def run_together(
 
 def run_cases(engine: str, folder: Path, names: list[str]) -> None:
     """Train cases (see `cases.py`) on two processes; results lie in `folder` by name."""
-    run_together([sys.executable, str(HERE / "worker.py"), engine, str(folder), *names], folder)
+    env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if engine.startswith("zero") else {}
+    run_together([sys.executable, str(HERE / "worker.py"), engine, str(folder), *names], folder, **env)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes take the very steps of one process: terms, gradient norms, weights, held-out scores."""
+"""DDP, FSDP2 and ZeRO on two processes take the very steps of one process: terms, gradient norms, weights, held-out scores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ ENGINES: dict[str, tuple[list[str], float]] = {
     "fsdp2": (list(CASES), 1e-5),
     "fsdp2-checkpointing": (["logits-shared", "logits-separate", "feature-joint-answer"], 1e-5),
     "fsdp2-bf16": (["logits-shared", "feature-detached"], 2e-2),
+    # DeepSpeed is no dependency; these are skipped where it is not installed.
+    "zero2": (list(CASES), 1e-5),
+    "zero3": (list(CASES), 1e-5),
 }
 _ALL = [(engine, name) for engine, (names, _) in ENGINES.items() for name in names]
 # What depends on how many rows of a batch one process has, or on the clock.
@@ -34,6 +37,8 @@ def results(tmp_path_factory) -> dict[str, Path]:
 
 
 def outcome(results: dict[str, Path], engine: str, tmp_path_factory: Any) -> Path:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
     if engine not in results:
         results[engine] = tmp_path_factory.mktemp(engine)
         run_cases(engine, results[engine], ENGINES[engine][0])
