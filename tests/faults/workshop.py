@@ -58,9 +58,8 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=PATIENCE)
+        # Closes its pipes, at which it ends, and waits.
+        self._process.__exit__(None, None, None)
         self._folder.cleanup()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
