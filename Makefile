@@ -11,7 +11,7 @@ SIDE_BY_SIDE ?= -n 2 --dist loadfile
 help:
 	@echo "make demo    install, then train and compare on real facts with a small real model (CPU, under 10 minutes)"
 	@echo "make test    install, then run all tests"
-	@echo "make faults  kill, stop and damage trainings and say which promises of docs/reliability.md are kept (10 minutes)"
+	@echo "make faults  kill, stop and damage trainings and say which promises of docs/reliability.md are kept"
 	@echo "make lint    install, then ruff, pyright and import-linter"
 	@echo "make format  let ruff rewrite the code's layout"
 	@echo "make clean   remove the environment and the demo's output"

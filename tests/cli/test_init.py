@@ -118,6 +118,7 @@ def test_the_alternatives_are_found():
         "supervision.feature.pooling",
         "supervision.feature.span",
         "supervision.feature.english",
+        "faults.nonfinite",
     }
 
 

@@ -299,6 +299,8 @@ def test_auto_resume_starts_goes_on_and_leaves_what_is_finished(config, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     train(config, "method=tft", options=["--auto-resume"])
     assert capsys.readouterr().out == f"{run} holds a finished run; --resume trains it further\n"
+    train(config, "method=tft", options=["--auto-resume", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"run": str(run), **json.loads((run / "results.json").read_text())}
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (run / "results.json").unlink()
     train(config, "method=tft", options=["--auto-resume"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,9 +281,7 @@ def _all_damaged(shop: Workshop) -> None:
 
 @scenario("starting model truncated", "one line that names the file, exit code 2, nothing is written")
 def _truncated(shop: Workshop) -> None:
-    import shutil
-
-    shutil.copytree(shop.folder / "base", shop.folder / "cut")
+    shutil.copytree(shop.settings["model"], shop.folder / "cut")
     weights = shop.folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     process = shop.run("run", model=str(shop.folder / "cut"))
@@ -356,8 +356,6 @@ def _lost(shop: Workshop) -> None:
 
 def _ranks(shop: Workshop, end: str, timeout: float) -> tuple[Process, Process]:
     """Two processes; rank 1 does at its third step what `end` says."""
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

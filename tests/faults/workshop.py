@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +37,11 @@ PATIENCE = 300.0  # seconds; only a test that fails waits so long
 
 
 class Server:
-    """Forks processes that have everything imported; see `server.py`."""
+    """Forks processes that have everything imported; see `server.py`.
+
+    Attributes:
+        shared: holds the starting model and the uninterrupted run, the same for all workshops.
+    """
 
     def __enter__(self) -> Self:
         paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, sys.path)]
@@ -47,12 +53,14 @@ class Server:
             text=True,
             env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
         )
+        self._folder = tempfile.TemporaryDirectory()
+        self.shared = Path(self._folder.name)
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=PATIENCE)
+        # Closes its pipes, at which it ends, and waits.
+        self._process.__exit__(None, None, None)
+        self._folder.cleanup()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -113,9 +121,11 @@ class Workshop:
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.marker = folder / "marker"
-        self.settings = run_settings(folder, training=TRAINING)
+        self.settings = run_settings(server.shared, training=TRAINING)
+        # Rows of its own: a scenario changes them.
+        shutil.copy(server.shared / "rows.jsonl", self.rows)
+        self.settings["data"] = {**self.settings["data"], "train": str(self.rows)}
         self._logs = 0
-        self._whole: Path | None = None
 
     @property
     def rows(self) -> Path:
@@ -140,11 +150,11 @@ class Workshop:
 
     def whole(self) -> Path:
         """The uninterrupted run that others are compared with."""
-        if self._whole is None:
-            process = self.run("whole")
+        whole = self.server.shared / "whole"
+        if not whole.exists():
+            process = self.run("whole", output_dir=str(whole))
             assert process.code == 0, process.output
-            self._whole = self.folder / "whole"
-        return self._whole
+        return whole
 
     def difference(self, run: str, whole: Path | None = None) -> str | None:
         """In what a finished run differs from the uninterrupted one; None where they are equal bit for bit."""

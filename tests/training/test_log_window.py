@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -18,17 +19,52 @@ def window() -> LogWindow:
     return LogWindow(("tft", "thinking"), torch.device("cpu"))
 
 
+def means(log: LogWindow) -> dict[str, float]:
+    return {name: value for name, value in log.metrics(lambda values: values).items() if name.endswith("_loss")}
+
+
+def test_a_step_that_is_taken_back_leaves_no_trace():
+    log = window()
+    log.add({"tft": term(6.0, 2)}, make_batch(2))
+    log.mark()
+    log.add({"tft": term(float("nan"), 2)}, make_batch(2))
+    log.rollback()
+    assert means(log) == {"tft_loss": 3.0}
+
+
+def test_a_window_goes_on_from_a_checkpoint():
+    """Through JSON, exactly; what it counts is on one rank alone."""
+    whole, first = window(), window()
+    for log in (whole, first):
+        log.start()
+        log.add({"tft": term(0.1, 3), "thinking": term(1 / 3, 7)}, make_batch(2))
+    state = json.loads(json.dumps(first.state(lambda values: values)))
+    second, other = window(), window()
+    second.restore(state)
+    other.restore(state, counts=False)
+    for log in (whole, second):
+        log.add({"tft": term(0.7, 1)}, make_batch(3))
+    assert means(second) == means(whole)
+    assert second._counts.tolist() == whole._counts.tolist()
+    assert other._sums.tolist() == [0.0, 0.0]
+    assert not other.empty
+    # The time before the checkpoint counts, the time between the processes does not.
+    second.restore({**state, "seconds": 100.0})
+    second.start()
+    assert second.metrics(lambda values: values)["target_tokens_per_second"] < 1
+
+
 def test_means_are_over_items_not_over_batches():
     log = window()
     assert log.empty
     log.add({"tft": term(6.0, 2), "thinking": term(1.0, 1)}, make_batch(2))
     log.add({"tft": term(3.0, 4)}, make_batch(2))
     assert not log.empty
-    assert log.means() == {"tft": 1.5, "thinking": 1.0}
+    assert means(log) == {"tft_loss": 1.5, "thinking_loss": 1.0}
     log.clear()
     assert log.empty
     log.add({"tft": term(2.0, 1)}, make_batch(2))
-    assert log.means() == {"tft": 2.0}
+    assert means(log) == {"tft_loss": 2.0}
 
 
 def test_tokens_of_both_sides_and_padding():

@@ -36,6 +36,7 @@ def test_a_dead_process_holds_nothing(tmp_path):
             with pytest.raises(UsageError, match=rf"{tmp_path} is in use by process {holder.pid} on "):
                 use(tmp_path)
         holder.kill()
+        holder.wait()
     check_unlocked(tmp_path)
     with run_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / LOCK).read_text()

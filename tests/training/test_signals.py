@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -11,7 +10,7 @@ from pivotune.training.signals import SIGNALS, StoppedBySignalError, StopSignals
 
 def send(number: int) -> None:
     """To this process; Python acts on it before the next statement."""
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     signal.sigpending()
 
 

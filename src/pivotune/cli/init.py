@@ -46,6 +46,7 @@ training:                             # fields of transformers.TrainingArguments
   save_strategy: epoch
   save_total_limit: 2
 
+faults: {nonfinite: stop}             # stop | skip; what a loss or gradient that is not finite does
 lora: null                            # or {r: 16, alpha: 32, dropout: 0.05, target_modules: all-linear}
 output_dir: runs/{run}
 seed: 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,8 @@ def train(
         resume = holds_run(folder)
         if resume and is_finished(folder):
             out.print(f"{safe(folder)} holds a finished run; --resume trains it further", soft_wrap=True)
+            if as_json:
+                print_json({"run": str(folder), **json.loads((folder / "results.json").read_text(encoding="utf-8"))})
             return
     with StopSignals() as signals:
         try:

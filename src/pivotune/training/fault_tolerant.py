@@ -109,7 +109,8 @@ class FaultTolerantTrainer(Trainer):
         losses = self._step.bad_losses()
         stop = self.stop_signals is not None and self.stop_signals.received is not None
         flags = self._sum_over_ranks(torch.stack([losses, losses.new_tensor(float(stop))]))
-        norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
+        # A sharded norm is put together; DeepSpeed may have none.
+        norm = 0.0 if grad_norm is None else getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         found = torch.cat([flags, torch.as_tensor(norm, dtype=flags.dtype, device=flags.device).reshape(1)])
         bad_losses, leaving, value = found.tolist()
         return bad_losses > 0, leaving > 0, value

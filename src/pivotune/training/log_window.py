@@ -85,10 +85,6 @@ class LogWindow:
         self._counts += torch.stack([*(term.count.long() for term in found), *token_counts(batch)])
         self._empty = False
 
-    def means(self) -> dict[str, float]:
-        """Mean of every term on this rank; terms without any item are left out."""
-        return self._means(self._sums.tolist(), self._counts.tolist())
-
     def metrics(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`<term>_loss`, `<side>_tokens_per_second` and `padding_share`, over all ranks."""
         sums, counts = sum_over_ranks(self._sums).tolist(), sum_over_ranks(self._counts).tolist()
