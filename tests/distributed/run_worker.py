@@ -1,7 +1,7 @@
 """One of two processes: whole runs of `pivotune train`, stopped and resumed (`python run_worker.py ENGINE FOLDER`).
 
-Runs `a` as FOLDER/run.yaml says, then `b`: `a` as it was at step 2, resumed; and `c`, which the test has made of a run of one
-process as it was at step 2, where it is there.
+Runs `a` as FOLDER/run.yaml says, then `b`: `a` as it was at step 2, resumed; and `c`, where it is there: a run of one
+process as it was at step 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and ZeRO on two processes take the very steps of one process: terms, gradient norms, weights, held-out scores."""
+"""DDP, FSDP2 and ZeRO on two processes take the steps of one: terms, gradient norms, weights, held-out scores."""
 
 from __future__ import annotations
 

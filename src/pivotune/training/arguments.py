@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from pivotune.config import RunConfig, SupervisionConfig, validate
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
+from pivotune.training.engines import check_engine
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
@@ -100,6 +101,7 @@ class DeepSupervisionConfig(TrainingArguments):
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"
         self._check()
         super().__post_init__()
+        check_engine(self)
 
     def supervision(self) -> SupervisionConfig:
         """The method's options as the typed section of a run configuration."""

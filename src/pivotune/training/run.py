@@ -23,6 +23,7 @@ from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_laye
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.model.sharding import is_partitioned
 from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
@@ -387,6 +388,11 @@ def _dtype(config: RunConfig) -> Any:
 def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
     if prepared.config.method != "deep-supervision":
         return None
+    if is_partitioned(model):
+        raise UsageError(
+            "supervision: layers cannot be measured on a model that ZeRO-3 has partitioned already; name both layers "
+            "(`pivotune analyze` finds them), or set zero3_init_flag: false"
+        )
     pairs = spread(prepared.train, prepared.args.profile_rows)
     with placed(model, prepared.args.device), progress("Measuring the layers", num_sequences(pairs)) as advance:
         return analyze_layers(
