@@ -219,8 +219,24 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
+_MOST_ALIASES = 20
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 2e-5 is a number, a date is text, and a repeated key is an error, not the last value."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._num_aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Aliases of aliases grow without end when they are written out: twenty of them stay small, whatever they do."""
+        if self.check_event(yaml.AliasEvent):
+            self._num_aliases += 1
+            if self._num_aliases > _MOST_ALIASES:
+                problem = f"more than {_MOST_ALIASES} aliases (*name); write the values out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
