@@ -165,3 +165,23 @@ def test_rows_that_have_a_side():
     with pytest.raises(ValueError, match="lacks the side"):
         training_examples(store, method="tft")
     assert isinstance(store, PairStore)
+
+
+def test_a_digest_is_of_the_rows_whether_stored_or_not():
+    from dataclasses import replace
+
+    from pivotune.data.pair_store import pairs_digest
+
+    pairs = make_pairs(1500)
+    store = store_pairs(pairs)
+    assert pairs_digest(store) == pairs_digest(pairs) == pairs_digest(list(store))
+    changed = [
+        [*pairs[1:], pairs[0]],
+        pairs[:-1],
+        [replace(pairs[0], number=9), *pairs[1:]],
+        [replace(pairs[0], english=None), *pairs[1:]],
+        [replace(pairs[0], target=replace(pairs[0].target, answer=pairs[0].target.answer + 1)), *pairs[1:]],
+        [replace(pairs[0], target=replace(pairs[0].target, ids=pairs[0].target.ids + 1)), *pairs[1:]],
+    ]
+    assert pairs_digest(pairs) not in {pairs_digest(rows) for rows in changed}
+    assert len({pairs_digest(rows) for rows in changed}) == len(changed)

@@ -24,5 +24,5 @@ def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path):
     lines += [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(lines))
-    with pytest.raises(UsageError, match="line 6.*more than 20 aliases"):
+    with pytest.raises(UsageError, match=r"line 6.*more than 20 aliases"):
         load_config(path)

@@ -6,6 +6,7 @@ process maps the same files.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ _SIDE = np.dtype([(name, np.int32) for name in ("length", "query_start", "query_
 PAIR_RECORD = np.dtype([("number", np.int64), ("start", np.int64), ("target", _SIDE), ("english", _SIDE)])
 _NO_SIDE = (-1, 0, 0, 0, 0)
 _PAIRS_PER_WRITE = 1024
+_ITEMS_PER_HASH = 2**20
 _IDS, _PAIRS = "ids", "pairs"
 
 
@@ -36,12 +38,13 @@ class PairStore(LazySequence[Pair]):
 
     Attributes:
         table: `PAIR_RECORD` of every row: lengths and spans without making a `Pair`.
+        ids: the token ids of all rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.table = _map(folder / _PAIRS, PAIR_RECORD)
-        self._ids = _map(folder / _IDS, np.dtype(np.int32))
+        self.ids = _map(folder / _IDS, np.dtype(np.int32))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -55,7 +58,7 @@ class PairStore(LazySequence[Pair]):
         length, query_start, query_end, answer, characters = record
         if length < 0:
             return None
-        return Side(self._ids[start : start + length], (query_start, query_end), answer, characters)
+        return Side(self.ids[start : start + length], (query_start, query_end), answer, characters)
 
     def __reduce__(self) -> tuple:
         """For a worker process: it maps the files, and leaves removing them to the process that wrote them."""
@@ -88,6 +91,29 @@ def pair_table(pairs: Sequence[Pair]) -> np.ndarray:
     for index, pair in enumerate(pairs):
         records[index] = (pair.number, 0, _side_record(pair.target), _side_record(pair.english))
     return records
+
+
+def pairs_digest(pairs: Sequence[Pair]) -> str:
+    """SHA-256 over tokens, spans and places in the file of both sides, in order; the same for a store and a list."""
+    spans, tokens = hashlib.sha256(), hashlib.sha256()
+    for records, ids in _stored_parts(pairs) if isinstance(pairs, PairStore) else _flat_parts(pairs):
+        records = records.copy()
+        records["start"] = 0
+        spans.update(records.tobytes())
+        tokens.update(np.ascontiguousarray(ids).data)
+    return hashlib.sha256(spans.digest() + tokens.digest()).hexdigest()
+
+
+def _flat_parts(pairs: Iterable[Pair]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return (_flatten(chunk, 0) for chunk in _chunks(pairs))
+
+
+def _stored_parts(store: PairStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The files as they are: no pair is made."""
+    for array, is_table in ((store.table, True), (store.ids, False)):
+        for start in range(0, len(array), _ITEMS_PER_HASH):
+            part = array[start : start + _ITEMS_PER_HASH]
+            yield (part, store.ids[:0]) if is_table else (store.table[:0], part)
 
 
 def _write(folder: Path, pairs: Iterable[Pair]) -> None:

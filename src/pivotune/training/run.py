@@ -16,7 +16,7 @@ from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, Tra
 from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
-from pivotune.data.pair_store import store_pairs
+from pivotune.data.pair_store import pairs_digest, store_pairs
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
@@ -55,7 +55,6 @@ from pivotune.training.run_folder import (
 from pivotune.training.run_lock import run_lock
 from pivotune.training.run_record import (
     check_rows_record,
-    pairs_digest,
     read_start_scores,
     write_rows_record,
     write_start_scores,

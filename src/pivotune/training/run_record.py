@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from pivotune.data.examples import Pair
+from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.training.heldout import RowScore
 from pivotune.training.run_folder import write_json
-from pivotune.training.vector_file import rows_digest
 
 ROWS_FILE = "rows.json"
 SCORES_FILE = "start-scores.json"
-
-
-def pairs_digest(pairs: Iterable[Pair]) -> str:
-    """SHA-256 over tokens, spans and places in the file of both sides, in order."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        sides = [side for side in (pair.target, pair.english) if side is not None]
-        digest.update(f"{pair.number} {pair.target is None} {rows_digest(sides)}".encode())
-    return digest.hexdigest()
 
 
 def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
