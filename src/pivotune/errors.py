@@ -15,10 +15,14 @@ class UsageError(ValueError):
     The message is one line that names the place, what was found and what is allowed. The command line prints it
     without a traceback and leaves with exit code 2; in Python it is an ordinary `ValueError`. Line ends and control
     characters, which may come from the user's data, are made visible, and what is very long is cut.
+
+    Args:
+        told: whether another process tells the same; the command line then says nothing.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, told: bool = False) -> None:
         super().__init__(_one_line(message))
+        self.told = told
 
 
 class TrainingError(RuntimeError):

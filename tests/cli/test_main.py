@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -11,7 +10,7 @@ from pivotune.cli import main as main_module
 from pivotune.cli.main import main
 from pivotune.errors import UsageError
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "accelerate")
+HEAVY = ("pydantic", "yaml", "torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "accelerate")
 VERBS = ("demo", "data", "analyze", "init", "train", "evaluate", "compare", "sweep", "chat")
 
 
@@ -53,19 +52,14 @@ def test_help_as_a_program():
         assert f" {word} " in result.stdout
 
 
-def test_help_imports_nothing_heavy_and_answers_in_half_a_second():
+def test_help_imports_nothing_heavy():
+    """What takes long to import is what would keep `pivotune --help` from answering at once."""
     script = (
         "import sys; from pivotune.cli.main import main; code = main(['--help']); "
         f"print('loaded', [name for name in {HEAVY} if name in sys.modules], code)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert result.stdout.splitlines()[-1] == "loaded [] 0"
-    # A fifth of a second where nothing else runs; the room is for busy machines.
-    assert min(seconds) < 0.5
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded [] 0"
 
 
 @pytest.mark.parametrize("verb", [["init"], ["train"], ["analyze"], ["demo"], ["chat"], ["data"], ["data", "check"]])

@@ -32,8 +32,9 @@ def one_for_all(rank: int) -> None:
     mistake = raised_by(lambda: ranks.on_main(lambda: fail(UsageError("row 3 is empty"))))
     assert isinstance(mistake, UsageError)
     assert str(mistake) == "row 3 is empty"
+    assert mistake.told == (rank == 1)
     failure = raised_by(lambda: ranks.on_main(lambda: fail(KeyError("x"))))
-    assert isinstance(failure, KeyError if rank == 0 else RuntimeError)
+    assert isinstance(failure, KeyError if rank == 0 else ranks.OtherRankError)
     assert rank == 0 or "the main process has failed" in str(failure)
 
 
@@ -49,8 +50,8 @@ def shared_out(rank: int) -> None:
 def agreed(rank: int) -> None:
     ranks.agree(lambda: None)
     failure = raised_by(lambda: ranks.agree(lambda: fail(OSError("no room")) if rank == 1 else None))
-    assert isinstance(failure, OSError if rank == 1 else UsageError)
-    assert rank == 1 or str(failure) == "process 1: no room"
+    assert isinstance(failure, OSError if rank == 1 else ranks.OtherRankError)
+    assert rank == 1 or str(failure) == "process 1 has failed: no room"
 
 
 def saved(rank: int, folder: Path) -> None:
@@ -59,25 +60,31 @@ def saved(rank: int, folder: Path) -> None:
 
     save_together(folder / "whole", write)
     assert sorted(path.name for path in (folder / "whole").glob("part-*")) == ["part-0", "part-1"]
-    for guilty in (0, 1):
-
-        def broken(staging: Path, guilty: int = guilty) -> None:
-            write(staging)
-            if rank == guilty:
-                raise OSError(28, "No space left on device")
-
-        assert raised_by(lambda: save_together(folder / "broken", broken)) is not None
-        ranks.gather_objects(None)
-        assert not (folder / "broken").exists()
-        assert not (folder / STAGING).exists()
-        ranks.gather_objects(None)
     # The main process cannot begin: a file stands where the folder should be.
     if rank == 0:
         (folder / "file").write_text("")
     ranks.gather_objects(None)
     failure = raised_by(lambda: save_together(folder / "file" / "below", write))
-    assert isinstance(failure, UsageError)
+    assert isinstance(failure, UsageError if rank == 0 else ranks.OtherRankError)
     assert str(folder / "file") in str(failure)
+
+
+def left_alone(rank: int, folder: Path) -> None:
+    """The second process fails in the middle of writing and is gone; nothing half stays."""
+
+    def broken(staging: Path) -> None:
+        (staging / f"part-{rank}").write_text("half")
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+
+    failure = raised_by(lambda: save_together(folder / "broken", broken))
+    if rank == 1:
+        assert isinstance(failure, OSError)
+        print("all as promised", flush=True)
+        os._exit(0)
+    assert isinstance(failure, RuntimeError)
+    assert not (folder / "broken").exists()
+    assert not (folder / STAGING).exists()
 
 
 def main(folder: Path) -> None:
@@ -87,8 +94,9 @@ def main(folder: Path) -> None:
     shared_out(rank)
     agreed(rank)
     saved(rank, folder)
+    left_alone(rank, folder)
     print("all as promised", flush=True)
-    dist.destroy_process_group()
+    os._exit(0)
 
 
 if __name__ == "__main__":

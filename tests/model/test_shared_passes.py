@@ -304,14 +304,34 @@ def test_models_that_cannot_share(caplog):
     spread = build_tiny_model("llama")
     spread.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta"}
     assert choose_passes(spread) is separate_passes
-    wrapped = build_tiny_model("llama")
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    wrapped.model.layers[0] = checkpoint_wrapper(wrapped.model.layers[0])
-    assert choose_passes(wrapped) is separate_passes
     both_ways = build_tiny_model("gemma3_text", use_bidirectional_attention=True)
     assert choose_passes(both_ways) is separate_passes
     assert choose_passes(build_tiny_model("gemma3_text")) is shared_passes
+
+
+def test_blocks_wrapped_for_checkpointing_from_outside_share():
+    """As FSDP's own activation checkpointing wraps them; what a wrapper runs again brings the attention along."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+
+    model, batch = build_tiny_model("llama"), make_batch()
+    expected = gradients(model, states_sum(shared_passes(model, batch, REQUEST)))
+    wrapped = build_tiny_model("llama")
+    for index in range(len(wrapped.model.layers)):
+        wrapped.model.layers[index] = checkpoint_wrapper(wrapped.model.layers[index])
+    wrapped.model.layers[0] = offload_wrapper(wrapped.model.layers[0])
+    assert choose_passes(wrapped) is shared_passes
+    kept = [block.checkpoint_fn for block in wrapped.model.layers]
+    found = gradients(wrapped, states_sum(shared_passes(wrapped, batch, REQUEST)))
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
+    assert relative_difference(plain, expected) < 1e-5
+    assert [block.checkpoint_fn for block in wrapped.model.layers] == kept
+    assert hook_count(wrapped) == 0
+
+
+def states_sum(passes):
+    """A number that every state of the passes goes into."""
+    states = [*passes.main.hidden_states.values(), *(branch.hidden_states for branch in passes.branches.values())]
+    return sum(state.square().sum() for state in states)
 
 
 def test_check_for_a_new_family(family):

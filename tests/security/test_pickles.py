@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from pivotune.errors import UsageError
 from pivotune.training.checkpoint_safety import check_checkpoint
+from pivotune.training.checksums import write_checksums
 
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
            "tokenizer.pkl", "vocab.pkl")  # fmt: skip
@@ -133,6 +134,8 @@ def test_states_of_a_checkpoint_are_plain_values_and_are_used(checkpoint, stoppe
 def test_planted_states_are_refused(name, plain, checkpoint, stopped, tmp_path, mark, capsys):
     (checkpoint / name).parent.mkdir(exist_ok=True)
     plant(checkpoint / name, mark, plain=plain)
+    # Who plants files writes their checksums too; others are passed over as damaged.
+    write_checksums(checkpoint)
     message = refused(capsys, *resume(stopped, tmp_path))
     assert message.startswith(f"{checkpoint / name}: not read: ")
 

@@ -12,6 +12,7 @@ import torch
 from tiny_training import assert_same, make_pairs, tiny_trainer, weights
 from transformers import TrainerCallback
 
+from pivotune.errors import UsageError
 from pivotune.training.checkpoints import checkpoints
 from pivotune.training.checksums import CHECKSUMS
 from pivotune.training.fault_tolerant import TrainingDivergedError
@@ -128,7 +129,7 @@ def test_checkpoints_hold_no_pickle_that_runs_code(tmp_path):
     for name in ("optimizer.pt", "rng_state.pth"):
         kept = (older / name).read_bytes()
         torch.save(Planted(), older / name, pickle_module=pickle)
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(UsageError, match="not read"):
             tiny_trainer(tmp_path, **options).train(resume_from_checkpoint=str(older))
         assert not (tmp_path / "planted").exists()
         (older / name).write_bytes(kept)

@@ -355,7 +355,7 @@ def test_model_card_has_metadata_and_numbers(finished):
     card = (result.folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     task = result.results["tasks"]["heldout_sw"]
-    assert f"| heldout_sw | 4 | {task['base']['value']:.3f} | {task['value']:.3f} ±" in card
+    assert rf"| heldout\_sw | 4 | {task['base']['value']:.3f} | {task['value']:.3f} ±" in card
     assert f"Conversion at layer {result.layers['conversion']}" in card
 
 

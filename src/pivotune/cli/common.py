@@ -37,6 +37,16 @@ def console(as_json: bool) -> Console:
     return stderr if as_json else stdout
 
 
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Mistakes inside are met by every process, and told by one of each machine."""
+    try:
+        yield
+    except UsageError as error:
+        error.told = error.told or LOCAL_RANK > 0
+        raise
+
+
 def print_json(content: Any) -> None:
     """One JSON document on stdout, without colours or wrapping."""
     if RANK == 0:
@@ -97,6 +107,8 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    if RANK:
+        logging.getLogger("pivotune").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)\b")

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from pivotune.config import METHODS, to_yaml
 from pivotune.errors import UsageError
 
 _HEAD = """\
@@ -62,6 +61,8 @@ def init(
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",
 ) -> None:
     """Print a commented run configuration: `pivotune init > run.yaml`."""
+    from pivotune.config import METHODS
+
     if method not in METHODS:
         raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
     print(render(method, model=model, data=data, language=language), end="")
@@ -69,6 +70,7 @@ def init(
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
     """The configuration as YAML text with comments."""
+    from pivotune.config import to_yaml
 
     def scalar(value: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()

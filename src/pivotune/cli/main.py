@@ -82,22 +82,23 @@ def _stopped() -> int:
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr for any error; of one that all processes meet, a line for each machine."""
+    """One line on stderr for any error; of one that all processes meet, one line in all."""
     # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
-        _show_usage(error)
+        if LOCAL_RANK == 0:
+            _show_usage(error)
         return int(exit_code)
     if type(error).__name__ == "Abort":
         return _stopped()
     text = printable(redact(" ".join(str(error).split())))
     place = f"pivotune: process {RANK}" if RANK else "pivotune"
     if isinstance(error, UsageError):
-        if LOCAL_RANK == 0:
+        if not error.told:
             print(f"{place}: error: {text}", file=sys.stderr)
         return EXIT_USAGE
     if isinstance(error, TrainingError):
-        if LOCAL_RANK == 0:
+        if type(error).__name__ != "OtherRankError":
             print(f"{place}: stopped: {text}", file=sys.stderr)
         return EXIT_FAILURE
     print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import EXIT_STOPPED, console, print_json, printable, progress, quiet_libraries, safe, stderr
+from pivotune.cli.common import (
+    EXIT_STOPPED,
+    console,
+    print_json,
+    printable,
+    progress,
+    quiet_libraries,
+    safe,
+    stderr,
+    told_once,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +46,8 @@ def train(
 
     if overwrite and (resume or auto_resume):
         raise UsageError(f"{'--resume' if resume else '--auto-resume'} and --overwrite exclude each other")
-    run_config = load_config(config, changes or [])
+    with told_once():
+        run_config = load_config(config, changes or [])
     out = console(as_json)
     from pivotune.training.run_folder import holds_run, is_finished
     from pivotune.training.signals import StoppedBySignalError, StopSignals
@@ -73,7 +84,8 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
     from pivotune.training.run import execute_run, prepare_run
 
     try:
-        prepared = prepare_run(config, overwrite=overwrite, resume=resume)
+        with told_once():
+            prepared = prepare_run(config, overwrite=overwrite, resume=resume)
         if resume:
             start = prepared.checkpoint or "no checkpoint yet, from the beginning"
             out.print(f"resuming: {safe(start)}", soft_wrap=True)

@@ -335,7 +335,7 @@ def _continuation_scores(
         scored = min(len(continuation), len(ids))
         places.append((row, len(ids) - scored, scored))
     architecture = find_architecture(model)
-    states = _final_states(model, list(rows), architecture.head_weight.device)
+    states = _final_states(model, list(rows), architecture.device)
     index = torch.tensor([(row, start + step) for row, start, count in places for step in range(count)])
     targets = torch.tensor([token for (_, c), (*_, n) in zip(pairs, places, strict=True) for token in c[len(c) - n :]])
     logprobs, greedy = _log_probabilities(architecture, states, index, targets)

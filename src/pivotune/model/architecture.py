@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
+from pivotune.model.sharding import compute_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Architecture:
     def head_weight(self) -> Tensor:
         """The LM head's matrix, (vocabulary, width); the input embedding itself where they are tied."""
         return cast(Tensor, self.lm_head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; a shard that waits on the CPU for its turn (FSDP2's offloading) computes elsewhere."""
+        return compute_device(self.head_weight)
 
     @property
     def vocab_size(self) -> int:

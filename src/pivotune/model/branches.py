@@ -128,7 +128,7 @@ def check_shared_passes(model: nn.Module) -> float:
 
 def _made_up_batch(architecture: Architecture) -> Batch:
     """Two rows of different lengths, each of a prompt, an answer and an English side."""
-    device = architecture.head_weight.device
+    device = architecture.device
     columns = torch.arange(24, device=device)
     ids = (columns * 7 + 3).remainder(architecture.vocab_size).repeat(2, 1)
     lengths = torch.tensor([[24], [17]], device=device)
@@ -163,7 +163,7 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     longest = longest_packed(model)
     if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
         return separate_passes(model, batch, request)
-    packing = packing.to(architecture.head_weight.device)
+    packing = packing.to(architecture.device)
     layers = request.main_layers | {layer for layer, _ in request.branches.values()}
     taps = _run_packed(model, architecture, packing, layers)
     branches = {
@@ -253,7 +253,7 @@ def _run_without_padding(
     model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
 ) -> Taps:
     """As `_run`, with the padding taken out on the way; tokens and mask on the CPU."""
-    packing = pack(input_ids, attention_mask).to(architecture.head_weight.device)
+    packing = pack(input_ids, attention_mask).to(architecture.device)
     return _padded(packing, _run_packed(model, architecture, packing, layers), layers)
 
 

@@ -128,7 +128,7 @@ def check_lens(model: nn.Module, input_ids: Tensor | None = None) -> float:
     """
     architecture = find_architecture(model)
     if input_ids is None:
-        device = architecture.head_weight.device
+        device = architecture.device
         input_ids = torch.arange(2, 18, device=device).remainder(architecture.vocab_size)[None]
     with tap(architecture, [architecture.num_layers]) as taps:
         logits = model(input_ids=input_ids, use_cache=False).logits

@@ -118,7 +118,8 @@ def _checkpoint_carries(block: nn.Module, configs: Sequence[Any], packing: Packi
 def _checkpoint_wrapper(block: nn.Module) -> Any:
     """torch's `checkpoint_wrapper` around a block, which FSDP's own activation checkpointing puts there; or None."""
     while hasattr(block, "_checkpoint_wrapped_module"):
-        if hasattr(block, "checkpoint_fn"):
+        # Not `hasattr`: torch's wrappers answer for what they wrap.
+        if "checkpoint_fn" in vars(block):
             return block
         block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
     return None

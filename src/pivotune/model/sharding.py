@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -39,6 +40,14 @@ def is_fsdp(module: nn.Module) -> bool:
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 keeps parameters of this module in parts; they may happen to be gathered just now."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is computed with: the device of its mesh for a shard, wherever the shard itself is kept."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.device_type == "cpu":
+        return parameter.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

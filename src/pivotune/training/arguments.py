@@ -187,6 +187,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
         "logging_steps": 10,
         "save_strategy": "epoch",
         "disable_tqdm": True,
+        "ddp_timeout": _group_timeout(config.faults.hang_timeout),
     }
     settings = {**defaults, **training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
@@ -213,6 +214,11 @@ def bf16_is_native() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _group_timeout(hang_timeout: float) -> int:
+    """Seconds that a collective may wait: longer than the watchdog, which names whom it waits for."""
+    return int(4 * hang_timeout) if hang_timeout else 7 * 24 * 3600
 
 
 def _own_settings(config: RunConfig) -> dict[str, Any]:

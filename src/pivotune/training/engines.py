@@ -30,6 +30,12 @@ def check_engine(args: TrainingArguments) -> None:
         )
 
 
+def shards_weights(args: TrainingArguments) -> bool:
+    """Whether FSDP or ZeRO-3 will share the weights out, told before a trainer is there."""
+    plugin = args.deepspeed_plugin
+    return fsdp_version(args) is not None or (plugin is not None and plugin.zero_stage == 3)
+
+
 def fsdp_version(args: TrainingArguments) -> int | None:
     """The version of FSDP that `training.fsdp` or `accelerate launch` asks for; None where none is asked for."""
     if args.fsdp_plugin_args is not None:

@@ -198,7 +198,7 @@ def _compute(
 def _starting_model(model: nn.Module, num_layers: int, autocast: torch.dtype | None) -> Iterator[None]:
     """Without dropout and adapters, and no further than the highest layer asked for."""
     architecture = find_architecture(model)
-    device = architecture.head_weight.device.type
+    device = architecture.device.type
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(truncated(architecture, num_layers))
@@ -211,7 +211,7 @@ def _starting_model(model: nn.Module, num_layers: int, autocast: torch.dtype | N
 def _pooled(
     model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, layers: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    device = find_architecture(model).head_weight.device
+    device = find_architecture(model).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     states = choose_passes(model)(model, inputs, PassRequest(main_layers=frozenset(layers.values()))).main
     mask = span_masks(batch, supervision.span)[1].to(device)

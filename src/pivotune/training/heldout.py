@@ -63,7 +63,7 @@ def score_answers(
         shared_out: every rank scores a part and gets all scores; all ranks have to call this. A sharded model needs it.
     """
     architecture = find_architecture(model)
-    device = architecture.head_weight.device
+    device = architecture.device
     run_passes = choose_passes(model)
     scores: dict[int, RowScore] = {}
     with evaluation_mode(model):

@@ -121,6 +121,7 @@ class Liveness:
         self._own = RankState(rank=rank, host=socket.gethostname(), pid=os.getpid())
         self._seen: dict[int, Seen] = {}
         self._changed: dict[int, tuple[float, float]] = {}
+        self._all_known = False
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -197,9 +198,12 @@ class Liveness:
         # Where the store's own process is gone or stands still, everybody else falls silent here.
         with suppress(RuntimeError, ValueError, TypeError):
             self._store.set(_key(own.rank), json.dumps(own.__dict__))
-            for rank in range(self._world_size):
-                if rank != own.rank and self._store.check([_key(rank)]):
-                    self._see(RankState(**json.loads(self._store.get(_key(rank)))))
+            others = [_key(rank) for rank in range(self._world_size) if rank != own.rank]
+            # One question for all of them, once each has spoken.
+            known = others if self._all_known else [key for key in others if self._store.check([key])]
+            self._all_known = len(known) == len(others)
+            for text in self._store.multi_get(known) if known else ():
+                self._see(RankState(**json.loads(text)))
         self._see(own)
         self._age()
 
@@ -277,7 +281,10 @@ def named_losses(liveness: Liveness | None) -> Iterator[None]:
         if liveness is None or not _BROKEN.search(str(error)):
             raise
         gone = liveness.wait_for_gone()
-        names = ", ".join(map(str, gone)) or "a process that cannot be told"
+        if not gone:
+            # All are there: it was another connection.
+            raise
+        names = ", ".join(map(str, gone))
         reason = " ".join(str(error).split())[:120]
         raise TrainingError(f"lost: {names} ({reason}); go on with --resume") from error
 

@@ -53,6 +53,9 @@ def _message(config: RunConfig, args: DeepSupervisionConfig, doing: str, *, on_g
     if doing.startswith("scoring") and args.per_device_eval_batch_size > 1:
         smaller = max(1, args.per_device_eval_batch_size // 2)
         changes = [f"training.per_device_eval_batch_size={smaller}", *changes][:_CHANGES_NAMED]
+    if doing.startswith("measuring"):
+        changes = ["naming both layers (supervision.conversion.layer and supervision.thinking.layer)", *changes]
+        changes = changes[:_CHANGES_NAMED]
     advice = "; or ".join(changes) or "a smaller model, or more devices (docs/scaling.md)"
     where = "the GPU's memory" if on_gpu else "the machine's memory"
     return f"out of memory while {doing}: {where} does not suffice; try {advice} (`pivotune estimate` says what fits)"

@@ -10,10 +10,14 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from pivotune.errors import UsageError
+from pivotune.errors import TrainingError, UsageError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+class OtherRankError(TrainingError):
+    """Another process has failed and tells what has happened; this one leaves with it."""
 
 
 def world_size() -> int:
@@ -36,7 +40,7 @@ def on_main(function: Callable[[], _Result]) -> _Result:
 
     Raises:
         UsageError: the same on all ranks, where it is raised on the main one.
-        RuntimeError: on the others, where something else is raised on the main one (which raises that).
+        OtherRankError: on the others, where something else is raised on the main one (which raises that).
     """
     if world_size() == 1:
         return function()
@@ -45,7 +49,8 @@ def on_main(function: Callable[[], _Result]) -> _Result:
     if is_main():
         try:
             outcome = [function(), None]
-        except Exception as error:
+        except BaseException as error:
+            # A signal too: the others must not wait for a process that leaves.
             failure, outcome = error, [None, (isinstance(error, UsageError), str(error))]
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
@@ -53,7 +58,7 @@ def on_main(function: Callable[[], _Result]) -> _Result:
     result, problem = outcome
     if problem is not None:
         is_mistake, text = problem
-        raise UsageError(text) if is_mistake else RuntimeError(f"the main process has failed: {text}")
+        raise UsageError(text, told=True) if is_mistake else OtherRankError(f"the main process has failed: {text}")
     return cast(_Result, result)
 
 
@@ -62,7 +67,7 @@ def agree(function: Callable[[], object]) -> None:
 
     Raises:
         Exception: what it raises on this rank.
-        UsageError: it has failed on another one, which is named.
+        OtherRankError: it has failed on another one, which is named and tells it itself.
     """
     failure: Exception | None = None
     try:
@@ -74,7 +79,12 @@ def agree(function: Callable[[], object]) -> None:
         raise failure
     for number, problem in enumerate(problems):
         if problem is not None:
-            raise UsageError(problem if number == 0 else f"process {number}: {problem}")
+            raise OtherRankError(f"process {number} has failed: {problem}")
+
+
+def wait_for_all() -> None:
+    """Come back when all ranks are here."""
+    gather_objects(None)
 
 
 def gather_objects(item: _Item) -> list[_Item]:

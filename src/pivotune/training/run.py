@@ -27,7 +27,9 @@ from pivotune.model.sharding import is_partitioned
 from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
+from pivotune.training.checkpoint_safety import check_checkpoint
 from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
+from pivotune.training.engines import shards_weights
 from pivotune.training.english_features import placed
 from pivotune.training.faults import explained_faults
 from pivotune.training.gathering import gathered_model, is_sharded
@@ -131,7 +133,10 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
 def _find_checkpoint(config: RunConfig, folder: Path, train: Sequence[Pair]) -> Path | None:
     check_rows_record(folder, train, config.data.train)
     restore_replaced(folder)
-    return whole_checkpoint(folder)
+    checkpoint = whole_checkpoint(folder)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def execute_run(
@@ -159,6 +164,7 @@ def execute_run(
     with ExitStack() as stack:
         # The main process holds the folder for all.
         ranks.on_main(lambda: make_folder(folder))
+        ranks.agree(partial(_must_be_shared, folder))
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
         liveness = stack.enter_context(watched(prepared.args.hang_timeout))
@@ -198,8 +204,8 @@ def _execute(
     trainer.stop_signals, trainer.liveness = stop_signals, liveness
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
-    if trainer.layers is not None and ranks.is_main():
-        write_layers_json(folder / "layers.json", trainer.layers)
+    if (chosen := trainer.layers) is not None:
+        ranks.on_main(lambda: write_layers_json(folder / "layers.json", chosen))
     with in_memory("scoring the starting model"):
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
     with in_memory("training"), stop_signals.deferred():
@@ -218,6 +224,13 @@ def _execute(
 
     ranks.on_main(save)
     return result
+
+
+def _must_be_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(
+            f"output_dir: {folder} is not on a file system that all machines of the run see; choose one that is"
+        )
 
 
 def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
@@ -265,7 +278,9 @@ class _StartScores(TrainerCallback):
         self.scores = scores
         if scores is None and resume:
             self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
-        if self.scores is None and is_sharded(trainer):
+        # A model that its engine will place is on the CPU still.
+        later = is_sharded(trainer) or trainer.is_deepspeed_enabled
+        if self.scores is None and later:
             if prepared.checkpoint is not None:
                 raise UsageError(
                     f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
@@ -387,6 +402,11 @@ def _dtype(config: RunConfig) -> Any:
 def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
     if prepared.config.method != "deep-supervision":
         return None
+    signals = (prepared.config.supervision.conversion, prepared.config.supervision.thinking)
+    chosen = all(signal.signal == "none" or signal.layer != "auto" for signal in signals)
+    if chosen and (is_partitioned(model) or shards_weights(prepared.args)):
+        # No process may be able to hold the whole model.
+        return None
     if is_partitioned(model):
         raise UsageError(
             "supervision: layers cannot be measured on a model that ZeRO-3 has partitioned already; name both layers "
@@ -442,8 +462,9 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
             for row, score, base in zip(_row_numbers(prepared, side), scores, before[side], strict=True)
         ]
     results = {"model": prepared.config.model, "method": prepared.config.method, "tasks": tasks}
-    write_json(prepared.folder / "results.json", results)
+    # Results without their items could not be compared.
     write_items(prepared.folder / "results.items.jsonl.gz", items)
+    write_json(prepared.folder / "results.json", results)
     return results
 
 

@@ -21,6 +21,7 @@ from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.redaction import redact_command, redact_settings
 from pivotune.training.checkpoints import STAGING
+from pivotune.training.checksums import CHECKSUMS
 from pivotune.training.run_lock import LOCK, check_unlocked
 
 _OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
@@ -60,7 +61,6 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     if resume:
         _refuse_links_out(folder)
         _check_same_run(folder, config)
-        _check_last_checkpoint(folder)
     elif overwrite:
         _remove_run(folder)
     else:
@@ -74,8 +74,15 @@ def holds_run(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run has ended: `model/` is the last that it writes, and appears as a whole."""
-    return (folder / "model").is_dir() and (folder / "results.json").is_file()
+    """Whether the run has ended: `model/` is the last that it writes, and appears as a whole.
+
+    One that is trained further has a newer `config.yaml` or checkpoint.
+    """
+    last = folder / "model" / CHECKSUMS
+    if not last.is_file() or not (folder / "results.json").is_file():
+        return False
+    begun = [folder / "config.yaml", *(path / CHECKSUMS for path in folder.glob("checkpoint-*"))]
+    return last.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in begun if path.is_file())
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -124,10 +131,15 @@ def environment() -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -141,10 +153,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, gzipped."""
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+    """Write one JSON object a line, gzipped: the whole file or nothing."""
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    write_bytes(path, gzip.compress(lines.encode("utf-8")))
 
 
 def _is_leftover(path: Path) -> bool:
@@ -194,15 +205,6 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
             f"--resume: {key} is {now!r} here and was {before!r} in {folder}; resume with the same settings or choose "
             "another output_dir"
         )
-
-
-def _check_last_checkpoint(folder: Path) -> None:
-    # Readers of results need this module without torch.
-    from pivotune.training.checkpoint_safety import check_checkpoint
-    from pivotune.training.checkpoints import last_checkpoint
-
-    if (checkpoint := last_checkpoint(folder)) is not None:
-        check_checkpoint(checkpoint)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from pivotune.training import ranks
@@ -14,13 +13,17 @@ from pivotune.training.checkpoints import STAGING, staged_folder
 def save_together(final: Path, write: Callable[[Path], object]) -> None:
     """`write` into a staging folder on every rank; it becomes `final` when all have written. All ranks call this.
 
-    The ranks need a file system that they share, as sharded checkpoints do.
+    The ranks need a file system that they share, as sharded checkpoints do. `write` may gather weights: a rank on which it
+    fails leaves at once, and the others find it gone, for they may be waiting for it in a gathering.
 
     Raises:
-        UsageError: the folder cannot be written, on whatever rank; on all of them, and `final` is as it was before.
+        UsageError: the folder cannot be written on this rank; `final` is as it was before.
+        OtherRankError: the main process could not begin or finish it.
+        RuntimeError: another rank has left.
     """
     with ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(staged_folder(final)) if ranks.is_main() else None)
-        ranks.agree(partial(write, final.parent / STAGING / final.name))
+        write(final.parent / STAGING / final.name)
+        ranks.wait_for_all()
         # The main process adds the checksums and renames; nobody goes on before it has.
         ranks.agree(stack.close)

@@ -180,6 +180,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         """
         checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume_from_checkpoint is True else None
         checkpoint = checkpoint or (Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None)
+        if checkpoint is not None:
+            # Before anything reads it; DeepSpeed reads states by itself.
+            check_checkpoint(checkpoint)
         now = order_of(self.args, self._train_batch_size)
         self._order = now if checkpoint is None else resumed_order(checkpoint, now)
         if self._order != now:
@@ -321,10 +324,6 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             save_order(self._order or order_of(self.args, self._train_batch_size), staging)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Only from this run's own folder, whatever the `trainer_state.json` that it was resumed from names."""

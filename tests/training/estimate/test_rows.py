@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.training.batching import group_by_length
+from pivotune.training.data_order import order_of
 from pivotune.training.estimate.rows import assumed_pairs, largest_batch, num_tokens, training_schedule
 
 
@@ -43,7 +44,7 @@ def test_rows_seen_are_epochs_times_rows(tmp_path):
 def test_the_largest_batch_is_that_of_the_sampler(tmp_path):
     args = arguments(tmp_path)
     examples = training_examples(make_pairs(48), method="tft")
-    order = list(group_by_length(ExampleDataset(examples), args, 4, lambda: 0))
+    order = list(group_by_length(ExampleDataset(examples), args, order_of(args, 4), lambda: 0))
     batches = [[examples[row] for row in order[start : start + 4]] for start in range(0, 48, 4)]
     batch = largest_batch(examples, args, rows=48, processes=1)
     assert sum(map(num_tokens, batch)) == max(sum(map(num_tokens, item)) for item in batches)

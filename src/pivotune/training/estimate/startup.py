@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pivotune.config import RunConfig
 from pivotune.data.examples import Pair
@@ -15,10 +17,13 @@ from pivotune.training.estimate.estimate import Target, estimate_run, read_model
 from pivotune.training.estimate.model_size import ModelSize, measure_model, meta_model
 from pivotune.training.estimate.rows import Schedule, training_schedule
 from pivotune.training.estimate.strategies import Strategy
+from pivotune.training.preparation import spread
 
 logger = logging.getLogger(__name__)
 # Smaller models fit wherever Python does: not worth the second or two that the dry step takes.
 _LEAST_PARAMETERS = 20_000_000
+# Enough to find the longest batch, and read in no time.
+_ROWS_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,9 @@ class Startup:
 
 def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pair]) -> Startup | None:
     """The estimate of a prepared run, or None where anything is in its way."""
+    if is_deepspeed_zero3_enabled():
+        # A model that is made now would be partitioned, together with the other processes.
+        return None
     try:
         return _estimate(config, args, train)
     except Exception as error:
@@ -53,7 +61,8 @@ def _estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pa
     size = measure_model(model, optimizer=optimizer_name(args), quantized=config.quantize is not None)
     peak = None
     if size.total >= _LEAST_PARAMETERS:
-        peak = estimate_run(config, target, rows_of(train, args)).memory.peak
+        rows = replace(rows_of(spread(train, _ROWS_LOOKED_AT), args), rows=len(train))
+        peak = estimate_run(config, target, rows).memory.peak
     schedule = training_schedule(args, len(train), args.world_size)
     return Startup(size=size, target=target, schedule=schedule, device=device, peak=peak)
 
