@@ -19,7 +19,8 @@ from pivotune.evaluation import sweep as module
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.sweep import describe_sweep, prepare_sweep, run_sweep
 from pivotune.evaluation.sweep_plan import parse_grid, plan_cells
-from pivotune.training.run import execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import execute_run
 
 LAYERS = "supervision.thinking.layer=2,3"
 EVALUATED = {"seed": None, "max_new_tokens": None, "backend": "hf", "dtype": "auto"}

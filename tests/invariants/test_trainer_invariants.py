@@ -17,7 +17,7 @@ from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.objectives.deep_supervision import deep_supervision_terms
 from pivotune.training import trainer as trainer_module
-from pivotune.training.run import save_model
+from pivotune.training.saving import save_model
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 SIGNALS: dict[str, dict[str, Any]] = {

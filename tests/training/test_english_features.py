@@ -22,7 +22,8 @@ from pivotune.data.collator import ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
 from pivotune.training.english_features import FEATURES_FILE, FeatureDataset, prepare_features
-from pivotune.training.run import execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import execute_run
 
 FROZEN = Supervision(
     conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=3), english="frozen"

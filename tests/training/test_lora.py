@@ -168,7 +168,8 @@ def test_four_bit_base_trains_and_loads_again(tmp_path):
     from tiny_training import QUIET, run_config, save_tiny_model, write_rows
 
     from pivotune.model.loading import load_model
-    from pivotune.training.run import execute_run, prepare_run
+    from pivotune.training.prepared_run import prepare_run
+    from pivotune.training.run import execute_run
 
     # A matrix of less than 4,096 values would stay as it is.
     save_tiny_model(tmp_path / "base", hidden_size=64, intermediate_size=128)

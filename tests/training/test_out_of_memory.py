@@ -7,7 +7,8 @@ from tiny_training import run_config
 from pivotune.training.arguments import build_arguments
 from pivotune.training.memory_changes import memory_changes
 from pivotune.training.out_of_memory import MemoryExhaustedError, explained_out_of_memory
-from pivotune.training.run import execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import execute_run
 
 ERRORS = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

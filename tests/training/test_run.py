@@ -22,7 +22,8 @@ from pivotune.errors import UsageError
 from pivotune.layers.analysis import read_layers_json
 from pivotune.training import run as run_module
 from pivotune.training.callbacks import read_metrics
-from pivotune.training.run import execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import execute_run
 
 TRAINING = {**QUIET, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 
@@ -467,7 +468,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 import tiny_training
 from pivotune.config import parse_config
-from pivotune.training.run import execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import execute_run
 
 step, where = int(sys.argv[2]), sys.argv[3]
 

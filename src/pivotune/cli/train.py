@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.config import RunConfig
-    from pivotune.training.run import PreparedRun, RunResult
+    from pivotune.training.prepared_run import PreparedRun
+    from pivotune.training.run import RunResult
     from pivotune.training.signals import StoppedBySignalError, StopSignals
 
 
@@ -81,7 +82,8 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
 
     quiet_libraries()
     from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.training.run import execute_run, prepare_run
+    from pivotune.training.prepared_run import prepare_run
+    from pivotune.training.run import execute_run
 
     try:
         with told_once():

@@ -29,7 +29,8 @@ from pivotune.model.loading import read_config
 from pivotune.redaction import redact
 from pivotune.training.arguments import build_arguments
 from pivotune.training.preparation import check_layers
-from pivotune.training.run import Progress, Scores, execute_run, prepare_run
+from pivotune.training.prepared_run import prepare_run
+from pivotune.training.run import Progress, Scores, execute_run
 from pivotune.training.run_folder import claim_run_folder, find_change, write_json, write_text
 
 PLAN = "sweep.json"

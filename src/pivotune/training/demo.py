@@ -19,7 +19,8 @@ from pivotune.layers.measure import analyze_layers
 from pivotune.model.loading import check_model, load_model
 from pivotune.training.heldout import greedy_answers
 from pivotune.training.preparation import heldout_examples, spread
-from pivotune.training.run import PreparedRun, Progress, RunResult, execute_run, prepare_run
+from pivotune.training.prepared_run import PreparedRun, prepare_run
+from pivotune.training.run import Progress, RunResult, execute_run
 from pivotune.training.run_folder import write_json
 
 MODEL = "bundled:smollm2-135m-instruct"

@@ -9,45 +9,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from pivotune.config import RunConfig, needed_by
-from pivotune.data.datasets import split_validation
-from pivotune.data.examples import EncodingReport, Pair
-from pivotune.data.pair_store import pairs_digest, store_pairs
-from pivotune.data.sources import Rows, load_rows
+from pivotune.config import RunConfig
+from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.layers.measure import analyze_layers, num_sequences
-from pivotune.model.architecture import check_architecture
-from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.model.loading import load_model
 from pivotune.model.sharding import is_partitioned
 from pivotune.training import ranks
-from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.callbacks import MetricsFile
-from pivotune.training.checkpoint_safety import check_checkpoint
-from pivotune.training.checkpoints import restore_replaced, staged_folder, whole_checkpoint
 from pivotune.training.engines import shards_weights
 from pivotune.training.english_features import placed
 from pivotune.training.faults import explained_faults
 from pivotune.training.gathering import gathered_model, is_sharded
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.liveness import Liveness, watched
-from pivotune.training.lora import add_adapters, build_lora_config, check_adapters, merge_adapters
+from pivotune.training.lora import add_adapters, build_lora_config, merge_adapters
 from pivotune.training.model_card import model_card
 from pivotune.training.out_of_memory import explained_out_of_memory
 from pivotune.training.preparation import (
-    build_encoder,
-    build_train_dataset,
-    check_layers,
     heldout_examples,
     spread,
 )
+from pivotune.training.prepared_run import PreparedRun
 from pivotune.training.progress import Progress, silent
 from pivotune.training.run_folder import (
-    claim_run_folder,
     make_folder,
     write_items,
     write_json,
@@ -56,36 +45,16 @@ from pivotune.training.run_folder import (
 )
 from pivotune.training.run_lock import run_lock
 from pivotune.training.run_record import (
-    check_rows_record,
     read_start_scores,
     write_rows_record,
     write_start_scores,
 )
+from pivotune.training.saving import save_model
 from pivotune.training.signals import StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
-
-
-@dataclass
-class PreparedRun:
-    """Everything that was checked before a weight was loaded.
-
-    Attributes:
-        checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
-    """
-
-    config: RunConfig
-    args: DeepSupervisionConfig
-    folder: Path
-    tokenizer: Any
-    train: Sequence[Pair]
-    validation: Sequence[Pair]
-    report: EncodingReport
-    skipped: dict[str, int]
-    dtype: torch.dtype
-    checkpoint: Path | None = None
 
 
 @dataclass
@@ -98,45 +67,6 @@ class RunResult:
     model: Any
     before: Scores
     log_history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> PreparedRun:
-    """Check the output folder, the model's files, the arguments and all rows; nothing slow, nothing written.
-
-    Raises:
-        UsageError: the first thing that is wrong, in one line.
-    """
-    source = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    check_model(config.model, **source)
-    model_config = read_config(config.model, **source)
-    check_architecture(model_config.model_type)
-    args = build_arguments(config)
-    if config.method == "deep-supervision":
-        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
-    tokenizer = load_tokenizer(config.model, **source)
-    encoder = build_encoder(args, tokenizer, model_config)
-    rows, validation_rows, skipped = load_data(config)
-    train = store_pairs(encoder.encode_lazily(rows, on_bad_row=config.data.on_bad_row, source=config.data.train))
-    validation = store_pairs(encoder.encode_lazily(validation_rows, on_bad_row="skip"))
-    _check_rows(config, args, train, validation, encoder.report)
-    build_train_dataset(train, args, model_config)
-    if config.lora is not None:
-        check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
-    _check_apart(config)
-    # One process looks and, with `overwrite`, removes.
-    folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
-    checkpoint = ranks.on_main(lambda: _find_checkpoint(config, folder, train)) if resume else None
-    dtype = getattr(model_config, "dtype", None) or torch.float32
-    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
-
-
-def _find_checkpoint(config: RunConfig, folder: Path, train: Sequence[Pair]) -> Path | None:
-    check_rows_record(folder, train, config.data.train)
-    restore_replaced(folder)
-    checkpoint = whole_checkpoint(folder)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-    return checkpoint
 
 
 def execute_run(
@@ -316,80 +246,6 @@ def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
     trainer.optimizer = trainer.callback_handler.optimizer = None
     trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
     trainer.accelerator.free_memory()
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> Any:
-    """Write `model/`, a plain Hugging Face folder in the starting model's dtype; adapters also apart in `adapter/`.
-
-    Adapters are merged, so that `AutoModelForCausalLM` and vLLM load the folder; those on a quantized base are not
-    (merging would round them away) and `model/` then holds the adapters alone. Returns the model as it was saved.
-    """
-    quantized = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
-    if hasattr(model, "peft_config") and not quantized:
-        with staged_folder(folder / "adapter") as staging:
-            model.save_pretrained(staging)
-        model = model.merge_and_unload()
-    with staged_folder(folder / "model") as staging:
-        if not quantized:
-            _cast_weights(model, dtype)
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-    return model
-
-
-def _cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Only the weights: `model.to` would also round the rotary frequencies, which no model folder holds."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def _check_rows(
-    config: RunConfig,
-    args: DeepSupervisionConfig,
-    train: Sequence[Pair],
-    validation: Sequence[Pair],
-    report: EncodingReport,
-) -> None:
-    if not train:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items())
-        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
-    if args.eval_strategy != "no" and not validation:
-        raise UsageError(
-            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
-            f"data.validation: {config.data.validation} gives none"
-        )
-
-
-def _check_apart(config: RunConfig) -> None:
-    """A run replaces what is in its folder: the model it starts from must not be there."""
-    model, folder = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
-    if model.exists() and model.is_relative_to(folder):
-        raise UsageError(
-            f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another"
-        )
-
-
-def load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
-    """Rows to train on, rows held out, and how many were left out, by reason."""
-    rows = _load(config, config.data.train, config.data.english, heldout=False)
-    validation = config.data.validation
-    if isinstance(validation, str):
-        heldout = _load(config, validation, config.data.validation_english, heldout=True)
-        return rows, heldout, rows.skipped
-    train, held = split_validation(rows, validation, config.seed)
-    return train, held, rows.skipped
-
-
-def _load(config: RunConfig, source: str, english: str | None, *, heldout: bool) -> Rows:
-    return load_rows(
-        source,
-        english=english,
-        need_target=config.method != "sft",
-        need_english=config.method == "sft" or (config.needs_english and not heldout),
-        on_bad_row=config.data.on_bad_row,
-        needed_by=needed_by(config.method, config.data.english_ratio),
-        limit=None if heldout else config.data.limit,
-    )
 
 
 def _dtype(config: RunConfig) -> Any:

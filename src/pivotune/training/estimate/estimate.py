@@ -195,7 +195,7 @@ def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> RunRows:
 
 
 def _sample(config: RunConfig, args: DeepSupervisionConfig, tokenizer: Any, rows: int | None) -> tuple[list[Pair], int]:
-    from pivotune.training.run import load_data
+    from pivotune.training.prepared_run import load_data
 
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
