@@ -25,6 +25,7 @@ from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, choose_passes
+from pivotune.model.sharding import is_partitioned
 from pivotune.model.taps import evaluation_mode, truncated
 from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
@@ -134,7 +135,7 @@ def prepare_features(
     Raises:
         UsageError: the file cannot be written, or the weights are not whole on this device.
     """
-    if any(parameter.numel() == 0 for parameter in model.parameters()):
+    if is_partitioned(model):
         raise UsageError(
             "supervision.feature.english: frozen needs the whole starting model on one device, and its weights are "
             "sharded (DeepSpeed ZeRO-3); allowed here: detached, joint"
