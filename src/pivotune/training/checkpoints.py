@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pivotune.errors import UsageError
-from pivotune.training.checksums import find_checkpoint_damage, write_checksums
+from pivotune.training.checksums import find_checkpoint_damage, reason_of, write_checksums
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
@@ -121,10 +121,4 @@ def _is_write_error(error: RuntimeError) -> bool:
 def _cannot_save(final: Path, error: Exception) -> str:
     last = last_checkpoint(final.parent)
     usable = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-    return f"{final}: cannot be saved ({_reason(error)}); {usable}; make room and go on with --resume"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200]
+    return f"{final}: cannot be saved ({reason_of(error)}); {usable}; make room and go on with --resume"

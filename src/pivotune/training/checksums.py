@@ -34,7 +34,7 @@ def find_damage(folder: Path) -> str | None:
     except FileNotFoundError:
         return _find_plain_damage(folder)
     except (OSError, UnicodeDecodeError) as error:
-        return f"{CHECKSUMS} cannot be read ({_reason(error)})"
+        return f"{CHECKSUMS} cannot be read ({reason_of(error)})"
     try:
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -55,7 +55,7 @@ def find_checkpoint_damage(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"{TRAINER_STATE} is missing"
     except OSError as error:
-        return f"{TRAINER_STATE} cannot be read ({_reason(error)})"
+        return f"{TRAINER_STATE} cannot be read ({reason_of(error)})"
     except (ValueError, TypeError, KeyError):
         return f"{TRAINER_STATE} is damaged"
 
@@ -69,7 +69,7 @@ def _compare(path: Path, name: str, size: int, digest: str) -> str | None:
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read ({_reason(error)})"
+        return f"{name} cannot be read ({reason_of(error)})"
 
 
 def _find_plain_damage(folder: Path) -> str | None:
@@ -79,7 +79,7 @@ def _find_plain_damage(folder: Path) -> str | None:
             with safe_open(path, framework="np"):
                 pass
         except (OSError, SafetensorError) as error:
-            return f"{path.name} cannot be read ({_reason(error)})"
+            return f"{path.name} cannot be read ({reason_of(error)})"
     return None
 
 
@@ -92,5 +92,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or written, in a few words."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]

@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, cast
 
 from pivotune.errors import TrainingError
+from pivotune.training import ranks
 from pivotune.training.progress import Progress
 
 INTERVAL = 1.0  # seconds between two signs of life
@@ -238,7 +239,7 @@ def start_liveness(hang_timeout: float) -> Liveness | None:
     """Watch the ranks of the process group that is initialised; None where there is one process."""
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if ranks.world_size() == 1:
         return None
     store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
     store.set_timeout(timedelta(seconds=5 * INTERVAL))
