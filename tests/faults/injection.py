@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,33 @@ def inject_file_limit(step: int, size: int, where: str) -> None:
     else:
         name = {"model": "save_model", "results": "_write_results"}[where]
         setattr(run_module, name, limited(getattr(run_module, name), lambda *_: step))
+
+
+def inject_kill_at_file(folder: str, number: int | None, log: str | None = None) -> None:
+    """Kill the process right before it makes, writes, renames or removes a file of the folder for the `number`-th time
+    (from 0); None only counts, in `log`, a line each."""
+    count = 0
+    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+    def strike(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "open":
+            path, _, flags = arguments
+            if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                return
+        elif event not in changing:
+            return
+        path = arguments[0]
+        if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(folder):
+            return
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        if log is not None:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"{event} {path}\n")
+
+    sys.addaudithook(strike)
 
 
 def inject_vanish(step: int) -> None:

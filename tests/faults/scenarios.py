@@ -91,6 +91,29 @@ def kill_at_random(shop: Workshop, count: int, seed: int = 0) -> None:
         check(difference is None, f"kill {number}: {difference}")
 
 
+def kill_at_files(shop: Workshop, *, renames_only: bool = False) -> None:
+    """One run for each time that a file in its folder is made, written to, renamed or removed, killed right before."""
+
+    def options(run: str, number: int | None, **more: str) -> dict[str, Any]:
+        return {"kill_at_file": {"folder": str(shop.folder / run), "number": number, **more}}
+
+    log = shop.folder / "changes.txt"
+    check_outcome(shop.run("counted", inject=options("counted", None, log=str(log))), 0)
+    changes = log.read_text(encoding="utf-8").splitlines()
+    check(len(changes) > STEPS, f"only {len(changes)} changes of files were seen")
+    for number, change in enumerate(changes):
+        if renames_only and not change.startswith("os.rename"):
+            continue
+        run = f"killed-{number}"
+        process = shop.run(run, inject=options(run, number))
+        check(process.code == -signal.SIGKILL, f"before {change}: ended with {process.code}: {process.output}")
+        process = shop.run(run, "--auto-resume")
+        check(process.code == 0, f"before {change}: resuming ended with {process.code}: {process.output}")
+        difference = shop.difference(run)
+        check(difference is None, f"before {change}: {difference}")
+        shutil.rmtree(shop.folder / run)
+
+
 def stopped_run(shop: Workshop, run: str, step: int = 4, number: int = signal.SIGTERM, **changes: Any) -> Process:
     """A run that a signal stopped after `step` steps."""
     hold = {"hold_step": {"step": step, "marker": str(shop.marker)}}
@@ -110,6 +133,11 @@ def stopped_run(shop: Workshop, run: str, step: int = 4, number: int = signal.SI
 @scenario("kill -9 at any moment", "resumed until finished, 30 runs end bit for bit as the one that nobody killed")
 def _kill(shop: Workshop) -> None:
     kill_at_random(shop, 30)
+
+
+@scenario("kill -9 before each change of a file", "resumed, the run ends so, whichever of its files came next")
+def _kill_at_files(shop: Workshop) -> None:
+    kill_at_files(shop)
 
 
 @scenario(
@@ -153,6 +181,24 @@ def _last_scoring(shop: Workshop) -> None:
     check_outcome(process, STOPPED, "stopped by SIGTERM", f"checkpoint-{STEPS}")
     check(not (shop.folder / "run" / "model").exists(), "a model was saved")
     check_resumes(shop, "run")
+
+
+@scenario("SIGTERM in a sweep", "the cell in hand is saved, exit code 75, the same command goes on", quick=True)
+def _sweep(shop: Workshop) -> None:
+    config = shop.write_config("cells")
+    words = ["sweep", str(config), "--seeds", "0,1", "--out", str(shop.folder / "cells")]
+    process = shop.fork(arguments=words, faults={"hold_step": {"step": 3, "marker": str(shop.marker)}})
+    process.wait_for_marker(shop.marker)
+    process.send(signal.SIGTERM)
+    shop.marker.unlink()
+    check_outcome(process, STOPPED, "stopped by SIGTERM", "the same command goes on")
+    check((shop.folder / "cells" / "seed=0" / "checkpoint-3").is_dir(), "the cell in hand was not saved")
+    check(not (shop.folder / "cells" / "seed=1").exists(), "the next cell was begun")
+    process = shop.fork(arguments=words)
+    check(process.wait() == 0, f"the same command ended with {process.code}: {process.output}")
+    difference = shop.difference("cells/seed=0")
+    check(difference is None, f"the resumed cell is not the uninterrupted run: {difference}")
+    check((shop.folder / "cells" / "seed=1" / "model").is_dir(), "the other cell was not trained")
 
 
 # ---- the disk ----

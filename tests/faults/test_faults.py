@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.scenarios import SCENARIOS, kill_at_random
+from faults.scenarios import SCENARIOS, kill_at_files, kill_at_random
 from faults.workshop import Server, Workshop
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -34,6 +34,11 @@ def test_promise_is_kept(server, tmp_path, scenario):
 def test_killed_at_any_moment_and_resumed(server, tmp_path):
     """`make faults` kills 30 runs."""
     kill_at_random(Workshop(server, tmp_path), 3, seed=1)
+
+
+def test_killed_before_each_rename_and_resumed(server, tmp_path):
+    """`make faults` kills before each change of a file."""
+    kill_at_files(Workshop(server, tmp_path), renames_only=True)
 
 
 def test_the_document_and_the_table_agree():

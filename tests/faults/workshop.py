@@ -133,10 +133,14 @@ class Workshop:
 
     def start(self, run: str, *options: str, inject: dict[str, Any] | None = None, **changes: Any) -> Process:
         """Begin `pivotune train` in the output folder `run`."""
+        config = self.write_config(run, **changes)
+        return self.fork(arguments=["train", str(config), *options], faults=inject or {})
+
+    def write_config(self, run: str, **changes: Any) -> Path:
         config = self.folder / f"{run}.yaml"
         settings = {**self.settings, "output_dir": str(self.folder / run), **changes}
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return self.fork(arguments=["train", str(config), *options], faults=inject or {})
+        return config
 
     def fork(self, **request: Any) -> Process:
         self._logs += 1

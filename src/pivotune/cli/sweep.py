@@ -10,6 +10,7 @@ import typer
 
 from pivotune.cli import evaluation_options as options
 from pivotune.cli.common import (
+    EXIT_STOPPED,
     batch_size_option,
     console,
     print_json,
@@ -123,12 +124,18 @@ def _plan(
 def _run(prepared: Sweep, say: Callable[[str], None]) -> dict[str, str]:
     from pivotune.cli.training_progress import TrainingProgress
     from pivotune.evaluation.sweep import run_sweep
+    from pivotune.training.signals import StoppedBySignalError, StopSignals
 
-    try:
-        return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress)
-    except KeyboardInterrupt:
-        stderr.print("the same command goes on from here", soft_wrap=True, markup=False)
-        raise
+    going_on = "the same command goes on from here"
+    with StopSignals() as signals:
+        try:
+            return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=signals)
+        except StoppedBySignalError as stop:
+            stderr.print(f"pivotune: stopped by {stop.name}; {going_on}", soft_wrap=True, markup=False)
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            stderr.print(going_on, soft_wrap=True, markup=False)
+            raise
 
 
 def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:

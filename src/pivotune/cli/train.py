@@ -50,6 +50,7 @@ def train(
     with told_once():
         run_config = load_config(config, changes or [])
     out = console(as_json)
+    from pivotune.training.checkpoints import remove_replaced
     from pivotune.training.run_folder import holds_run, is_finished
     from pivotune.training.signals import StoppedBySignalError, StopSignals
 
@@ -57,6 +58,7 @@ def train(
     if auto_resume and not resume:
         resume = holds_run(folder)
         if resume and is_finished(folder):
+            remove_replaced(folder)
             out.print(f"{safe(folder)} holds a finished run; --resume trains it further", soft_wrap=True)
             if as_json:
                 print_json({"run": str(folder), **json.loads((folder / "results.json").read_text(encoding="utf-8"))})

@@ -32,6 +32,7 @@ from pivotune.training.preparation import check_layers
 from pivotune.training.prepared_run import prepare_run
 from pivotune.training.run import Progress, Scores, execute_run
 from pivotune.training.run_folder import claim_run_folder, find_change, write_json, write_text
+from pivotune.training.signals import StopSignals
 
 PLAN = "sweep.json"
 BASE = "base"
@@ -99,17 +100,23 @@ def run_sweep(
     announce: Callable[[str], None],
     watch: Watch | None = None,
     progress: Progress | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> dict[str, str]:
     """Do everything that is not done yet: the starting model first, then cell by cell.
 
     Args:
         announce: is given a line before each part.
         watch: shows the progress of a training; None shows nothing.
+        stop_signals: where signals are received that ask to stop.
 
     Returns:
         What failed, by cell (or `base`), with the reason in one line; empty where all is done.
+
+    Raises:
+        StoppedBySignalError: a signal asked to stop; the cell in hand has saved a checkpoint.
     """
-    trainings = _Trainings(watch or _unwatched, progress)
+    stop_signals = stop_signals or StopSignals()
+    trainings = _Trainings(watch or _unwatched, progress, stop_signals)
     jobs: dict[str, Callable[[], None]] = {
         name: partial(_evaluate_base, sweep, name, config, announce, progress) for name, config in sweep.bases.items()
     }
@@ -120,7 +127,7 @@ def run_sweep(
     _write_plan(sweep, failures)
     for name, job in jobs.items():
         log = sweep.folder / f"{name}.error.txt"
-        if reason := _attempt(job, log):
+        if reason := _attempt(job, log, stop_signals):
             failures[name] = reason
             announce(f"{name} failed: {reason} (traceback in {log})")
         _write_plan(sweep, failures)
@@ -157,9 +164,10 @@ def _write_plan(sweep: Sweep, failures: Mapping[str, str]) -> None:
 class _Trainings:
     """Trains cells one after the other; the starting model's held-out scores are measured once for equal rows."""
 
-    def __init__(self, watch: Watch, progress: Progress | None) -> None:
+    def __init__(self, watch: Watch, progress: Progress | None, stop_signals: StopSignals) -> None:
         self._watch = watch
         self._progress = progress
+        self._stop_signals = stop_signals
         self._before: dict[str, Scores] = {}
 
     def train(self, cell: Cell) -> None:
@@ -173,6 +181,7 @@ class _Trainings:
                 callbacks=[] if callback is None else [callback],
                 progress=self._progress,
                 before=self._before.get(key),
+                stop_signals=self._stop_signals,
             )
         self._before[key] = result.before
 
@@ -210,12 +219,14 @@ def _evaluate_base(
         execute_evaluation(prepare_evaluation(config.model, missing, settings), folder, progress=progress)
 
 
-def _attempt(job: Callable[[], None], log: Path) -> str | None:
+def _attempt(job: Callable[[], None], log: Path, stop_signals: StopSignals) -> str | None:
     """Why it failed, with the traceback in `log`; None where it did not."""
     log.unlink(missing_ok=True)
     try:
         job()
     except Exception as error:  # one cell's failure, whatever it is, must not cost the others
+        # A signal reaches data workers too: what fails after it failed of it.
+        stop_signals.check()
         write_text(log, redact(traceback.format_exc()))
         text = redact(" ".join(str(error).split())) or "no message"
         return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"

@@ -93,6 +93,11 @@ def restore_replaced(folder: Path) -> None:
             os.replace(old, final)
 
 
+def remove_replaced(folder: Path) -> None:
+    """Remove what a process left that was killed after its last folder was in place."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
 def _replace(staging: Path, final: Path) -> None:
     old = staging.parent / f"{final.name}.old"
     if final.exists():

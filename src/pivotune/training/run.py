@@ -38,6 +38,7 @@ from pivotune.training.prepared_run import PreparedRun
 from pivotune.training.progress import Progress, silent
 from pivotune.training.run_folder import (
     make_folder,
+    remove_half_written,
     write_items,
     write_json,
     write_run_config,
@@ -45,6 +46,7 @@ from pivotune.training.run_folder import (
 )
 from pivotune.training.run_lock import run_lock
 from pivotune.training.run_record import (
+    has_rows_record,
     read_start_scores,
     write_rows_record,
     write_start_scores,
@@ -164,8 +166,10 @@ def _must_be_shared(folder: Path) -> None:
 
 
 def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
+    remove_half_written(prepared.folder)
     write_run_config(prepared.folder, prepared.config)
-    if not resume:
+    # A process that was killed before it could write the record has trained on nothing yet.
+    if not resume or not has_rows_record(prepared.folder):
         write_rows_record(prepared.folder, prepared.train)
 
 

@@ -147,6 +147,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what a process left that was killed inside `write_bytes`."""
+    for name in _OWN_FILES:
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_finite(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")

@@ -23,6 +23,10 @@ def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
     write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train)})
 
 
+def has_rows_record(folder: Path) -> bool:
+    return (folder / ROWS_FILE).is_file()
+
+
 def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
     """Refuse to go on with other rows than the run began with; a run without a record passes.
 
