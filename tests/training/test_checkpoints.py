@@ -170,7 +170,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, fill):
 def test_full_disk_without_an_earlier_checkpoint(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2)
     full_weights(monkeypatch)
-    with pytest.raises(UsageError, match=r"No space left on device.*there is no earlier checkpoint"):
+    with pytest.raises(UsageError, match=r"No space left on device.*there is no checkpoint yet"):
         trainer.train()
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pivotune.config import RunConfig
     from pivotune.training.prepared_run import PreparedRun
     from pivotune.training.run import RunResult
-    from pivotune.training.signals import StoppedBySignalError, StopSignals
+    from pivotune.training.signals import StopSignals
 
 
 def train(
@@ -50,7 +50,7 @@ def train(
     with told_once():
         run_config = load_config(config, changes or [])
     out = console(as_json)
-    from pivotune.training.checkpoints import remove_replaced
+    from pivotune.training.checkpoints import kept, remove_replaced
     from pivotune.training.run_folder import holds_run, is_finished
     from pivotune.training.signals import StoppedBySignalError, StopSignals
 
@@ -67,10 +67,12 @@ def train(
         try:
             result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
         except StoppedBySignalError as stop:
-            _report_stop(folder, stop)
+            saved = f"saved {stop.checkpoint}" if stop.checkpoint else kept(folder)
+            line = f"pivotune: stopped by {stop.name}: {saved}; go on with --resume"
+            stderr.print(printable(line), soft_wrap=True, markup=False)
             raise typer.Exit(EXIT_STOPPED) from None
         except KeyboardInterrupt:
-            stderr.print(f"{safe(_last_checkpoint(folder))}; go on with --resume", soft_wrap=True)
+            stderr.print(printable(f"{kept(folder)}; go on with --resume"), soft_wrap=True, markup=False)
             raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
@@ -100,19 +102,6 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
     except TrainingError:
         signals.check()
         raise
-
-
-def _report_stop(folder: Path, stop: StoppedBySignalError) -> None:
-    """One line: what was kept, and how to go on."""
-    saved = f"saved {stop.checkpoint}" if stop.checkpoint else _last_checkpoint(folder)
-    stderr.print(f"pivotune: stopped by {safe(stop.name)}: {safe(saved)}; go on with --resume", soft_wrap=True)
-
-
-def _last_checkpoint(folder: Path) -> str:
-    from pivotune.training.checkpoints import last_checkpoint
-
-    checkpoint = last_checkpoint(folder)
-    return f"the last checkpoint is {checkpoint}" if checkpoint else f"{folder} has no checkpoint yet"
 
 
 def describe_run(out: Console, prepared: PreparedRun) -> None:

@@ -63,6 +63,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(iter(checkpoints(folder)), None)
 
 
+def kept(folder: Path) -> str:
+    """What is left of a run to go on from, in words."""
+    last = last_checkpoint(folder)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
 def whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run whose every file is what was written; None where there is no checkpoint.
 
@@ -124,6 +130,4 @@ def _is_write_error(error: RuntimeError) -> bool:
 
 
 def _cannot_save(final: Path, error: Exception) -> str:
-    last = last_checkpoint(final.parent)
-    usable = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-    return f"{final}: cannot be saved ({reason_of(error)}); {usable}; make room and go on with --resume"
+    return f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}; make room and go on with --resume"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pivotune.errors import TrainingError, UsageError
-from pivotune.training.checkpoints import last_checkpoint
+from pivotune.training.checkpoints import kept
 
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?:[^.]*signal: (\w+))?")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,12 +53,6 @@ def explain(error: OSError | RuntimeError, folder: Path) -> Exception | None:
             "lower training.dataloader_num_workers or free memory, and go on with --resume"
         )
     return None
-
-
-def kept(folder: Path) -> str:
-    """What is left to go on from, in words."""
-    last = last_checkpoint(folder)
-    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def _is_inside(error: OSError, folder: Path) -> bool:
