@@ -70,6 +70,18 @@ def test_every_verb_has_help(verb, capsys):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "sweep", "data", "demo"])
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_only_train_works_in_several_processes(verb, local_rank, monkeypatch, capsys):
+    monkeypatch.setattr("pivotune.cli.main.SEVERAL_PROCESSES", True)
+    monkeypatch.setattr("pivotune.cli.main.LOCAL_RANK", local_rank)
+    assert main([verb, "run.yaml"]) == 2
+    told = f"pivotune: error: `pivotune {verb}` works in one process; start it without torchrun"
+    err = capsys.readouterr().err
+    assert err.startswith(told) if local_rank == 0 else err == ""
+    assert main(["train", "--help"]) == 0
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pivotune {pivotune.__version__}\n"

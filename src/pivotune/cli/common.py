@@ -22,7 +22,8 @@ def _number(name: str) -> int:
 
 
 # This process among those that `torchrun` or `accelerate launch` started together, on all machines and on this one.
-RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if _number("WORLD_SIZE") > 1 else (0, 0)
+SEVERAL_PROCESSES = _number("WORLD_SIZE") > 1
+RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if SEVERAL_PROCESSES else (0, 0)
 
 # What a person reads goes to stdout, unless a program reads stdout (`--json`). Of several processes the first one speaks.
 stdout = Console(highlight=False, quiet=RANK > 0)

@@ -11,7 +11,7 @@ import typer
 
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
-from pivotune.cli.common import LOCAL_RANK, RANK
+from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES
 from pivotune.errors import TrainingError, UsageError
 from pivotune.escaping import printable
 from pivotune.redaction import redact
@@ -46,12 +46,19 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
 ) -> None:
     """Options of all verbs; `--debug` is taken out before parsing, so that it may also follow the verb."""
+    if SEVERAL_PROCESSES and context.invoked_subcommand != "train":
+        raise UsageError(
+            f"`pivotune {context.invoked_subcommand}` works in one process; start it without torchrun or accelerate "
+            "launch (`pivotune train` works in several)",
+            told=LOCAL_RANK > 0,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
