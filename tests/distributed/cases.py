@@ -12,7 +12,7 @@ from tiny_training import make_pairs, tiny_trainer
 from pivotune.training.lora import add_adapters
 from pivotune.training.trainer import DeepSupervisionTrainer
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 FEATURE = {"conversion_signal": "feature", "thinking_signal": "feature"}
 _RANDOM = {"train_sampling_strategy": "random"}
 
@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed-separate-joint": {"gradient_checkpointing": True, "logits_forward": "separate",
                                     "thinking_signal": "feature", "feature_english": "joint"},
     "lora": {"lora": {}},
+    "lora-head": {"lora": {"target_modules": ["q_proj", "lm_head"]}, "model": {"tie_word_embeddings": False}},
     "lora-separate-checkpointed": {"lora": {}, "logits_forward": "separate", "gradient_checkpointing": True},
     "lora-frozen": {"lora": {}, **FEATURE, "feature_english": "frozen"},
     "gemma2": {"model": {"model_type": "gemma2"}},
@@ -54,19 +55,25 @@ CASES: dict[str, dict[str, Any]] = {
 def build_model(name: str, *, seed: int = 0) -> Any:
     """The model of a case, with its adapters."""
     model = build_tiny_model(**{"tie_word_embeddings": True, "seed": seed, **CASES[name].get("model", {})})
-    return add_adapters(model, LORA) if "lora" in CASES[name] else model
+    adapters = _adapters(CASES[name])
+    return model if adapters is None else add_adapters(model, adapters)
+
+
+def _adapters(case: dict[str, Any]) -> LoraConfig | None:
+    return LoraConfig(**{**LORA, **case["lora"]}) if "lora" in case else None
 
 
 def build(name: str, folder: Path, num_processes: int, **changes: Any) -> DeepSupervisionTrainer:
     """The trainer of a case; a step has the same rows whatever the number of processes."""
     case = {"english_ratio": 0.25, "optim": "sgd", "max_grad_norm": 0.5, "learning_rate": 0.1, **CASES[name], **changes}
     model = build_tiny_model(**{"tie_word_embeddings": True, **case.pop("model", {})})
-    together = 2 * case.pop("per_process", 2)
+    together, adapters = 2 * case.pop("per_process", 2), _adapters(case)
+    case.pop("lora", None)
     return tiny_trainer(
         folder,
         model=model,
         rows=make_pairs(case.pop("rows", 13)),
-        trainer={"peft_config": LORA if case.pop("lora", None) is not None else None},
+        trainer={"peft_config": adapters},
         per_device_train_batch_size=together // num_processes,
         per_device_eval_batch_size=4 // num_processes,
         **case,

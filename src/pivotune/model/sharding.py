@@ -1,8 +1,9 @@
 """Weights that several processes share out among them: how the losses, which run outside the model's forward, read them.
 
-- FSDP2 keeps every parameter as a shard and gathers a module's parameters around its forward. Accelerate puts the final
-  norm and the head (with the embedding they may be tied to) into one group that stays gathered from the forward to the
-  backward pass, so that both are plain tensors when the losses read them.
+- FSDP2 keeps every parameter as a shard and gathers a module's parameters around its forward. Accelerate puts the head,
+  the embedding that it may be tied to and the final norm (where it finds one; it does not below adapters) into a group
+  that stays gathered from the forward to the backward pass, as the root's own parameters do. So both are plain tensors
+  when the losses read them.
 - ZeRO-3 replaces parameters by empty tensors and gathers a module's own around its call. What reads them runs in the
   place of the module's forward (`in_place_of_forward`), one call for each loss, the same on all ranks.
 """
@@ -67,6 +68,11 @@ def has_replaced_forward(module: nn.Module) -> bool:
     """Whether somebody else put a forward of their own on this very module, as Accelerate's hooks do."""
     own = vars(module).get("forward")
     return own is not None and not isinstance(own, _InPlace)
+
+
+def call_gathered(module: nn.Module, states: Tensor) -> Tensor:
+    """Call a module whose weights are gathered now, without FSDP2's hooks: they count on the model's own order of calls."""
+    return class_of(module).forward(module, states) if is_fsdp(module) else module(states)
 
 
 def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *tensors: Tensor) -> _Result:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pivotune.model.architecture import Architecture
 from pivotune.model.device_kind import device_kind
+from pivotune.model.sharding import call_gathered
 from pivotune.objectives.head_sweep import even_chunks, rows_per_chunk
 from pivotune.objectives.linear_cross_entropy import LabelScores, refuse_second_derivative
 
@@ -48,13 +49,16 @@ def module_cross_entropy_sum(architecture: Architecture, normed: Tensor, labels:
     """
     if not any(parameter.requires_grad for parameter in architecture.lm_head.parameters()):
         return module_cross_entropies(architecture, normed, labels).sum()
+    if not len(normed):
+        # What the head trains gets a gradient of zeros: beside other ranks, one without a gradient keeps them waiting.
+        nothing = _losses(architecture, normed.new_zeros(1, normed.shape[1]), labels.new_zeros(1))
+        return nothing.sum() * 0 + normed.sum()
     total = normed.new_zeros((), dtype=_exact(normed.dtype))
     for rows in _chunks(architecture, normed):
         losses = checkpoint(_losses, architecture, normed[rows], labels[rows], use_reentrant=False)
         assert isinstance(losses, Tensor)
         total = total + losses.sum()
-    # A zero of the states keeps a history where there are no rows.
-    return total if len(normed) else total + normed.sum()
+    return total
 
 
 @torch.no_grad()
@@ -99,7 +103,7 @@ def _chunks(architecture: Architecture, normed: Tensor) -> list[slice]:
 
 
 def _logits(architecture: Architecture, states: Tensor) -> Tensor:
-    logits = architecture.transform_logits(architecture.lm_head(states))
+    logits = architecture.transform_logits(call_gathered(architecture.lm_head, states))
     return logits.to(_exact(logits.dtype))
 
 
