@@ -51,11 +51,12 @@ def test_peak_counts_what_was_freed_again_and_not_what_was_there_before():
 
     def two_after_the_other():
         for _ in range(2):
-            first = torch.ones(32 * MIB // 4)
+            # More than the 32 MiB up to which the C library may take them from a heap that it keeps.
+            first = torch.ones(40 * MIB // 4)
             second = first * 2
             del first, second
 
-    assert peak_memory(two_after_the_other) == pytest.approx(64 * MIB, abs=4 * MIB)
+    assert peak_memory(two_after_the_other) == pytest.approx(80 * MIB, abs=4 * MIB)
     assert peak_memory(lambda: before.sum()) < 4 * MIB
 
 
