@@ -20,7 +20,7 @@ ENGINES: dict[str, tuple[list[str], float]] = {
     "ddp": (list(CASES), 1e-5),
     "fsdp2": (list(CASES), 1e-5),
     "fsdp2-checkpointing": (["logits-shared", "logits-separate", "feature-joint-answer"], 1e-5),
-    "fsdp2-bf16": (["logits-shared", "feature-detached"], 2e-2),
+    "fsdp2-bf16": (["logits-shared", "feature-detached", "accumulated"], 2e-2),
     # DeepSpeed is no dependency; these are skipped where it is not installed.
     "zero2": (list(CASES), 1e-5),
     "zero3": (list(CASES), 1e-5),

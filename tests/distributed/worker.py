@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pivotune.model.sharding import is_fsdp
 from pivotune.training.gathering import gathered_model
+from pivotune.training.trainer import DeepSupervisionTrainer
 
 
 def shard_on_cpu(**plugin: Any) -> None:
@@ -80,6 +81,21 @@ def whole_weights(trainer: Any, make_model: Any) -> dict[str, torch.Tensor]:
     return {} if model is None else {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+class ReductionCheck(DeepSupervisionTrainer):
+    """Every micro-batch must leave its gradients added up in float32 and in shards, on no rank those of the whole model."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        for module in self.model.modules():
+            if is_fsdp(module) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+                assert group.mp_policy.reduce_dtype in (None, torch.float32)
+                for parameter in group.fsdp_params:
+                    assert parameter.unsharded_accumulated_grad is None
+                    assert parameter.unsharded_param.grad is None
+                self.checked_groups = getattr(self, "checked_groups", 0) + 1
+        return loss
+
+
 def run(engine: str, folder: Path, names: list[str]) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if engine.startswith("fsdp2"):
@@ -89,9 +105,10 @@ def run(engine: str, folder: Path, names: list[str]) -> None:
         if engine.startswith("zero"):
             changes = deepspeed_settings(int(engine[-1]))
         trainer = build(name, folder / f"run-{name}", world_size, **changes)
+        trainer.__class__ = ReductionCheck
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        assert is_fsdp(trainer.model_wrapped) == engine.startswith("fsdp2")
+        assert is_fsdp(trainer.model_wrapped) == engine.startswith("fsdp2") == hasattr(trainer, "checked_groups")
         held_out = trainer.evaluate(make_pairs(7, seed=1))
         weights = whole_weights(trainer, partial(build_model, name, seed=1))
         if rank == 0:

@@ -160,6 +160,15 @@ def test_training_keys_that_cannot_be(training, words):
     assert all(word in one_line(raised) for word in words)
 
 
+def test_mixed_precision_of_the_launcher_is_that_of_the_run(monkeypatch):
+    """Trainer obeys it; what scores and estimates goes by `bf16`."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert build_arguments(parse_config(settings())).bf16
+    with pytest.raises(UsageError) as raised:
+        build_arguments(parse_config(settings(training={"use_cpu": True, "bf16": False})))
+    assert "training.bf16: false found, and the launcher asks for it" in one_line(raised)
+
+
 def test_old_name_of_activation_checkpointing_works_and_warns(tmp_path):
     if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
         pytest.skip("this version of transformers has the old name only")

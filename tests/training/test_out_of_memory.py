@@ -52,7 +52,7 @@ def test_what_is_set_already_is_not_named(tmp_path):
 
 def test_odd_batches_are_divided_evenly(tmp_path):
     config = run_config(tmp_path, training=training(per_device_train_batch_size=9, gradient_accumulation_steps=2))
-    change = memory_changes(config, build_arguments(config), cuda=False)[0]
+    change = memory_changes(config, build_arguments(config), cuda=False, strategy="single")[0]
     assert change.training == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 6}
 
 

@@ -52,7 +52,7 @@ def estimate(
 
     device = _device(run_config, memory, tflops, on_gpus=strategy is not None or (processes or 1) > 1)
     found = read_rows(run_config, rows=rows)
-    estimates = estimate_strategies(run_config, _targets(device, processes or 1, strategy), found)
+    estimates = estimate_strategies(run_config, _targets(run_config, device, processes or 1, strategy), found)
     seconds = [_seconds(run_config, item, device) for item in estimates]
     advice = _advice(run_config, estimates, device)
     if as_json:
@@ -92,13 +92,18 @@ def _device(config: RunConfig, memory: float | None, tflops: float | None, *, on
     return found
 
 
-def _targets(device: Device, processes: int, strategy: str | None) -> list[Any]:
-    from pivotune.training.estimate.estimate import Target
+def _targets(config: RunConfig, device: Device, processes: int, strategy: str | None) -> list[Target]:
+    """What is asked for; of all strategies those that the run can be divided by."""
+    from pivotune.training.estimate.estimate import Target, why_impossible
 
     if processes == 1 and strategy is None:
         return [Target(device=device.kind)]
     names: Any = _STRATEGIES if strategy is None else (strategy,)
-    return [Target(device=device.kind, processes=processes, strategy=name) for name in names]
+    targets = [Target(device=device.kind, processes=processes, strategy=name) for name in names]
+    reasons = [why_impossible(config, target) for target in targets]
+    if strategy is not None and reasons[0] is not None:
+        raise UsageError(f"--strategy {strategy}: {reasons[0]}")
+    return [target for target, reason in zip(targets, reasons, strict=True) if reason is None]
 
 
 def _seconds(config: RunConfig, estimate: Estimate, device: Device) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -101,6 +102,9 @@ class DeepSupervisionConfig(TrainingArguments):
             self.metric_for_best_model = f"eval_{'english' if self.method == 'sft' else 'target'}_loss"
         self._check()
         super().__post_init__()
+        if self.mixed_precision in ("bf16", "fp16"):
+            # As the launcher has it (`accelerate launch`), which Trainer obeys: scoring and estimates go by these.
+            setattr(self, self.mixed_precision, True)
         check_engine(self)
 
     def supervision(self) -> SupervisionConfig:
@@ -181,8 +185,13 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     own = _own_settings(config)
     _check_training_keys(config.training, own)
     training = {key: _typed(key, value) for key, value in config.training.items()}
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if training.get(launched) is False:
+        raise UsageError(
+            f"training.{launched}: false found, and the launcher asks for it; set mixed_precision: 'no' in its configuration"
+        )
     defaults = {
-        "bf16": bf16_is_native(),
+        "bf16": bf16_is_native() and not training.get("fp16") and launched != "fp16",
         "report_to": "none",
         "logging_steps": 10,
         "save_strategy": "epoch",

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
+import torch
+from accelerate import Accelerator
 from packaging.version import Version
 from torch import nn
 from transformers import TrainingArguments
 
 from pivotune.errors import UsageError
+from pivotune.training.optimizers import needs_bitsandbytes
 
+# How a run is divided over its processes.
+Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 # The first one that keeps norm and head together, gathered from the forward to the backward pass.
 _ACCELERATE_FOR_FSDP2 = "1.15"
 
@@ -43,24 +49,85 @@ def check_fsdp(version: int) -> None:
         )
 
 
-def prepare_plugin(plugin: Any, blocks: Iterable[nn.Module]) -> None:
-    """Check Accelerate's FSDP plugin, and have it shard block by block where the user has named no classes.
+def prepare_fsdp(accelerator: Accelerator, args: TrainingArguments, blocks: Iterable[nn.Module]) -> None:
+    """Check Accelerate's FSDP plugin, and set what a step has to be to be that of one process in the memory of many.
 
-    Left to itself it asks the model, and a multimodal one names classes that it does not have.
+    - It shards block by block. Where the user has named no classes the plugin asks the model, and a multimodal one names
+      classes that it does not have.
+    - Every micro-batch reduces its gradients to shards, unless `training.accelerator_config` says otherwise. Accelerate
+      would wait for the last one of an accumulation window and keep the gradients of the whole model meanwhile.
+    - Under mixed precision gradients are added over ranks and micro-batches in float32, as autocast does on one device;
+      Accelerate would add them in the dtype of the products.
 
     Raises:
         UsageError: as `check_engine`.
     """
+    plugin: Any = accelerator.state.fsdp_plugin
     check_fsdp(plugin.fsdp_version)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+    given = args.accelerator_config.gradient_accumulation_kwargs or {}
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = given.get("sync_each_batch", True)
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.reduce_dtype == policy.param_dtype == torch.bfloat16:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+
+def strategy_of(args: TrainingArguments) -> Strategy:
+    """How this run will be divided, told before a trainer is there. ZeRO-1 counts as ZeRO-2."""
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage > 0:
+        return "zero3" if args.deepspeed_plugin.zero_stage == 3 else "zero2"
+    if args.fsdp_plugin_args is not None or _launched_with_fsdp():
+        return "fsdp2"
+    return "ddp" if args.world_size > 1 else "single"
 
 
 def shards_weights(args: TrainingArguments) -> bool:
-    """Whether FSDP or ZeRO-3 will share the weights out, told before a trainer is there."""
-    plugin = args.deepspeed_plugin
-    sharded = args.fsdp_plugin_args is not None or _launched_with_fsdp()
-    return sharded or (plugin is not None and plugin.zero_stage == 3)
+    """Whether FSDP or ZeRO-3 will share the weights out."""
+    return strategy_of(args) in ("fsdp2", "zero3")
+
+
+def why_not_divided(strategy: Strategy, *, quantized: bool, optimizer: str) -> str | None:
+    """What keeps a run from being divided in this way, and what to do; None where it can be."""
+    if quantized and strategy in ("fsdp2", "zero3"):
+        return "quantize: packed 4-bit weights are not shared out; train with DDP or ZeRO-2, or without quantize"
+    if strategy == "fsdp2" and needs_bitsandbytes(optimizer):
+        return (
+            f"training.optim: {optimizer} of bitsandbytes does not know FSDP2's shards; set adamw_torch or adafactor, or "
+            "train with ZeRO"
+        )
+    return None
+
+
+def check_division(args: TrainingArguments, *, quantized: bool, optimizer: str) -> None:
+    """Refuse what would fail, or not be divided, only after the model is loaded.
+
+    Raises:
+        UsageError: says what to set.
+    """
+    strategy = strategy_of(args)
+    if strategy == "fsdp2" and args.device.type == "cpu":
+        # Accelerate would run plain data parallelism without a word.
+        raise UsageError("FSDP2 shards on GPUs only; on CPUs start with torchrun, or accelerate launch --cpu")
+    if strategy == "fsdp2" and (args.fsdp_plugin_args or {}).get("cpu_offload") and not _launched_with_fsdp():
+        # Accelerate gives the processes a way to send CPU tensors where its own launcher asks for the offload only.
+        raise UsageError("training.fsdp: cpu_offload needs accelerate launch (configs/accelerate/fsdp2.yaml)")
+    reason = why_not_divided(strategy, quantized=quantized, optimizer=optimizer)
+    if reason is not None:
+        raise UsageError(reason)
+
+
+def check_head(args: TrainingArguments, head: nn.Module) -> None:
+    """Refuse adapters on the head under ZeRO-3: they gather for every chunk of rows, and ranks have unequally many.
+
+    Raises:
+        UsageError: says what to set.
+    """
+    if strategy_of(args) == "zero3" and type(head) is not nn.Linear:
+        raise UsageError(
+            f"the model's head is a {type(head).__name__}, which ZeRO-3 cannot share out; leave it out of "
+            "lora.target_modules, or train with FSDP2 or ZeRO-2"
+        )
 
 
 def fsdp_version(args: TrainingArguments) -> int | None:

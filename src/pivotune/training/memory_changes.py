@@ -7,6 +7,7 @@ from typing import Any
 
 from pivotune.config import LoraSettings, RunConfig
 from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
+from pivotune.training.engines import Strategy, why_not_divided
 
 _LEAST_TOKENS = 32
 
@@ -20,16 +21,24 @@ class MemoryChange:
     training: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
 
+    def goes_with(self, strategy: Strategy) -> bool:
+        """Whether a run that is divided so can be changed so."""
+        optimizer = self.training.get("optim", "")
+        return why_not_divided(strategy, quantized="quantize" in self.other, optimizer=optimizer) is None
+
     def apply(self, config: RunConfig) -> RunConfig:
         """The configuration with the change."""
         return config.model_copy(update={"training": {**config.training, **self.training}, **self.other})
 
 
-def memory_changes(config: RunConfig, args: DeepSupervisionConfig, *, cuda: bool) -> list[MemoryChange]:
+def memory_changes(
+    config: RunConfig, args: DeepSupervisionConfig, *, cuda: bool, strategy: Strategy
+) -> list[MemoryChange]:
     """What this very configuration can still change; nothing that is set already.
 
     Args:
         cuda: whether the run is on a GPU, where optimizers of 8 bits and 4-bit weights pay.
+        strategy: how the run is divided, which rules out some changes.
     """
     changes = [
         _smaller_batch(args),
@@ -39,7 +48,7 @@ def memory_changes(config: RunConfig, args: DeepSupervisionConfig, *, cuda: bool
         _four_bit(config) if cuda else None,
         _shorter_rows(config),
     ]
-    return [change for change in changes if change is not None]
+    return [change for change in changes if change is not None and change.goes_with(strategy)]
 
 
 def _smaller_batch(args: DeepSupervisionConfig) -> MemoryChange | None:

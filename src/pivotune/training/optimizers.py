@@ -73,6 +73,11 @@ def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
         )
 
 
+def needs_bitsandbytes(name: str) -> bool:
+    """Whether its states and steps are those of bitsandbytes."""
+    return _NEEDS.get(name) == _BITSANDBYTES or name.startswith("galore_adamw_8bit")
+
+
 def needs_cuda(name: str) -> bool:
     """Whether the optimizer runs on CUDA alone: paged states lie in CUDA's memory that both sides see."""
     return name.startswith("paged_")

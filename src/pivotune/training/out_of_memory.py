@@ -10,6 +10,7 @@ import torch
 from pivotune.config import RunConfig
 from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.engines import strategy_of
 from pivotune.training.memory_changes import memory_changes
 
 _CHANGES_NAMED = 3
@@ -49,7 +50,7 @@ def _is_on_gpu(error: BaseException) -> bool:
 
 
 def _message(config: RunConfig, args: DeepSupervisionConfig, doing: str, *, on_gpu: bool) -> str:
-    changes = [change.text for change in memory_changes(config, args, cuda=on_gpu)][:_CHANGES_NAMED]
+    changes = [change.text for change in memory_changes(config, args, cuda=on_gpu, strategy=strategy_of(args))][:_CHANGES_NAMED]
     if doing.startswith("scoring") and args.per_device_eval_batch_size > 1:
         smaller = max(1, args.per_device_eval_batch_size // 2)
         changes = [f"training.per_device_eval_batch_size={smaller}", *changes][:_CHANGES_NAMED]

@@ -19,9 +19,10 @@ from pivotune.errors import UsageError
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_tokenizer, read_config
 from pivotune.training import ranks
-from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.checkpoint_safety import check_checkpoint
 from pivotune.training.checkpoints import restore_replaced, whole_checkpoint
+from pivotune.training.engines import check_division
 from pivotune.training.lora import check_adapters
 from pivotune.training.preparation import build_encoder, build_train_dataset, check_layers
 from pivotune.training.run_folder import claim_run_folder
@@ -59,6 +60,7 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     model_config = read_config(config.model, **source)
     check_architecture(model_config.model_type)
     args = build_arguments(config)
+    check_division(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
     if config.method == "deep-supervision":
         check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)

@@ -32,7 +32,7 @@ from pivotune.training.batching import LengthsOnly, group_by_length, longest_fir
 from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
 from pivotune.training.checkpoints import last_checkpoint
 from pivotune.training.data_order import DataOrder, order_of, resumed_order, save_order
-from pivotune.training.engines import prepare_plugin
+from pivotune.training.engines import check_head, prepare_fsdp
 from pivotune.training.english_features import with_features
 from pivotune.training.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.log_window import LogWindow
@@ -111,6 +111,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         _freeze_unread(trained)
+        check_head(args, find_architecture(trained).lm_head)
         super().__init__(
             model=cast(PreTrainedModel, trained),
             args=args,
@@ -122,7 +123,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled:
-            prepare_plugin(self.accelerator.state.fsdp_plugin, find_architecture(trained).blocks)
+            prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)
         self._run_passes = choose_passes(cast(nn.Module, self.model), cast(Forward, args.logits_forward))
         self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)

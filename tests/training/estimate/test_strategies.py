@@ -41,7 +41,7 @@ def test_fsdp2_shares_everything_but_activations():
     """And needs no copies of weights for autocast: they come gathered in bfloat16."""
     four = memory("fsdp2", 4)
     assert (four.weights, four.gradients, four.optimizer, four.activations) == (1000, 1000, 2000, 500)
-    assert four.communication == 2 * (2 * 200 + 3 * 100)
+    assert four.communication == 2 * (2 * 200 + 3 * 100) + 4 * 200
     assert four.peak == 1000 + 2000 + 1000 + four.communication
 
 

@@ -21,12 +21,13 @@ from pivotune.model.branches import Forward
 from pivotune.model.loading import load_tokenizer, read_config
 from pivotune.objectives.deep_supervision import Supervision
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
+from pivotune.training.engines import Strategy, why_not_divided
 from pivotune.training.estimate.allocations import Timeline
 from pivotune.training.estimate.dry_step import StepSettings, dry_step
 from pivotune.training.estimate.model_size import ModelSize, measure_model, meta_model
 from pivotune.training.estimate.operations import Costs, measure_costs, row_operations
 from pivotune.training.estimate.rows import Schedule, assumed_pairs, largest_batch, num_tokens, training_schedule
-from pivotune.training.estimate.strategies import Memory, Strategy, memory_of
+from pivotune.training.estimate.strategies import Memory, memory_of
 from pivotune.training.preparation import assumed_supervision, build_encoder, spread
 
 # Rows that are tokenized: enough to know their lengths.
@@ -85,6 +86,12 @@ class Estimate:
     batch_tokens: int
     autocast: bool
     rows: RunRows
+
+
+def why_impossible(config: RunConfig, target: Target) -> str | None:
+    """What keeps the run from being divided over the target's processes; None where it can be."""
+    optimizer = optimizer_name(arguments_for(config, target.device))
+    return why_not_divided(target.strategy, quantized=config.quantize is not None, optimizer=optimizer)
 
 
 def estimate_run(config: RunConfig, target: Target, rows: RunRows) -> Estimate:

@@ -12,6 +12,7 @@ from pivotune.training.estimate.estimate import (
     arguments_for,
     estimate_run,
     estimate_strategies,
+    why_impossible,
 )
 from pivotune.training.memory_changes import MemoryChange, memory_changes
 
@@ -71,6 +72,8 @@ def _together(config: RunConfig, target: Target, rows: RunRows, memory: float) -
 
 def _more_devices(config: RunConfig, target: Target, rows: RunRows, memory: float) -> list[str]:
     targets, count = [], max(2, 2 * target.processes)
+    if why_impossible(config, Target(device="cuda", strategy="fsdp2")) is not None:
+        return []
     while count <= _MOST_DEVICES:
         targets.append(Target(device="cuda", processes=count, strategy="fsdp2"))
         count *= 2
@@ -81,4 +84,5 @@ def _more_devices(config: RunConfig, target: Target, rows: RunRows, memory: floa
 
 
 def _changes(config: RunConfig, target: Target) -> list[MemoryChange]:
-    return memory_changes(config, arguments_for(config, target.device), cuda=target.device == "cuda")
+    args = arguments_for(config, target.device)
+    return memory_changes(config, args, cuda=target.device == "cuda", strategy=target.strategy)

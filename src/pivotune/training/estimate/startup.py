@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,11 +11,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from pivotune.config import RunConfig
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
+from pivotune.training.engines import strategy_of
 from pivotune.training.estimate.device import Device, find_device
 from pivotune.training.estimate.estimate import Target, estimate_run, read_model_config, rows_of
 from pivotune.training.estimate.model_size import ModelSize, measure_model, meta_model
 from pivotune.training.estimate.rows import Schedule, training_schedule
-from pivotune.training.estimate.strategies import Strategy
 from pivotune.training.preparation import spread
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequ
 
 def _estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pair]) -> Startup:
     device = find_device(use_cpu=args.use_cpu)
-    target = Target(device=device.kind, processes=args.world_size, strategy=launched_strategy(args.world_size))
+    target = Target(device=device.kind, processes=args.world_size, strategy=strategy_of(args))
     model = meta_model(config, read_model_config(config))
     size = measure_model(model, optimizer=optimizer_name(args), quantized=config.quantize is not None)
     peak = None
@@ -65,12 +64,3 @@ def _estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pa
         peak = estimate_run(config, target, rows).memory.peak
     schedule = training_schedule(args, len(train), args.world_size)
     return Startup(size=size, target=target, schedule=schedule, device=device, peak=peak)
-
-
-def launched_strategy(processes: int) -> Strategy:
-    """How `accelerate launch` or torchrun divides this run, from the environment that they set."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "fsdp2"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "ddp" if processes > 1 else "single"

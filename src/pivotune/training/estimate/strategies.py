@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from pivotune.training.engines import Strategy
 from pivotune.training.estimate.allocations import Timeline
 from pivotune.training.estimate.model_size import ModelSize
 
-Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)[1:]
 # DeepSpeed's defaults, in values: what it reduces at once, and what ZeRO-3 keeps gathered.
 _REDUCED_AT_ONCE, _GATHERED_AT_ONCE = 500_000_000, 1_000_000_000
 
@@ -100,9 +99,10 @@ def _sharded(size: ModelSize, strategy: str, share: float, compute_bytes: int) -
     """Weights, DeepSpeed's float32 masters of them, and communication, in bytes on one device."""
     if strategy == "fsdp2":
         # What lies outside the blocks stays gathered for the whole step, with its gradient at the end; of the blocks the
-        # one at work, its gradient, and the next one.
-        gathered = compute_bytes * (2 * size.outside + 3 * size.block)
-        return size.weight_bytes * share, 0.0, gathered
+        # one at work, its gradient, and the next one. Gradients are copied into float32 to be added over ranks.
+        gathered = compute_bytes * (size.outside + 2 * size.block)
+        gradients = compute_bytes * (size.outside + size.block) + 4 * max(size.outside, size.block)
+        return size.weight_bytes * share, 0.0, gathered + gradients * size.trained / size.total
     weights = size.total * compute_bytes if size.largest == 0 else size.weight_bytes
     master = size.trained * 4 * share if compute_bytes < 4 else 0.0
     reduced = min(size.trained, _REDUCED_AT_ONCE) * compute_bytes
