@@ -26,7 +26,12 @@ def launch(launcher: tuple[str, ...], config: Path, *words: str, **env: str) -> 
     command = [sys.executable, "-m", *launcher, "-m", "pivotune", "train", str(config), *words]
     with (config.parent / "log.txt").open("w") as log:
         return subprocess.Popen(
-            command, env=settings, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=settings,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
 

@@ -4,7 +4,6 @@ import importlib.metadata
 
 import pytest
 from tiny_training import arguments
-
 from torch import nn
 
 from pivotune.errors import UsageError
@@ -105,7 +104,7 @@ def test_zero_3_takes_no_adapters_on_the_head(tmp_path):
     args, head = arguments(tmp_path), nn.Linear(2, 2)
     args.deepspeed_plugin = _ZeRO(3)
     check_head(args, head)
-    with pytest.raises(UsageError, match="lora.target_modules"):
+    with pytest.raises(UsageError, match=r"lora\.target_modules"):
         check_head(args, nn.Sequential(head))
     args.deepspeed_plugin = _ZeRO(2)
     check_head(args, nn.Sequential(head))

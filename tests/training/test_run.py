@@ -598,7 +598,7 @@ def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):
     config = run_config(tmp_path, **settings)
     folder = execute_run(prepare_run(config)).folder
     layers = read_layers_json(folder / "layers.json")
-    monkeypatch.setattr(run_module, "analyze_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(run_module, "measure_layers", lambda *args, **kwargs: pytest.fail("measured again"))
     assert execute_run(prepare_run(config, resume=True), resume=True).layers == layers
 
 

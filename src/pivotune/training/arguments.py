@@ -188,7 +188,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if training.get(launched) is False:
         raise UsageError(
-            f"training.{launched}: false found, and the launcher asks for it; set mixed_precision: 'no' in its configuration"
+            f"training.{launched}: false found, and the launcher asks for it; set mixed_precision: 'no' in its file"
         )
     defaults = {
         "bf16": bf16_is_native() and not training.get("fp16") and launched != "fp16",

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -66,7 +66,7 @@ def prepare_fsdp(accelerator: Accelerator, args: TrainingArguments, blocks: Iter
     check_fsdp(plugin.fsdp_version)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
-    given = args.accelerator_config.gradient_accumulation_kwargs or {}
+    given = cast(Any, args.accelerator_config).gradient_accumulation_kwargs or {}
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = given.get("sync_each_batch", True)
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.reduce_dtype == policy.param_dtype == torch.bfloat16:

@@ -25,13 +25,14 @@ from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import PassRequest, choose_passes
+from pivotune.model.placement import placed
 from pivotune.model.sharding import is_partitioned
 from pivotune.model.taps import evaluation_mode, truncated
 from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
 from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
-from pivotune.training.progress import Progress, silent, tqdm_bar
+from pivotune.training.progress import Progress, silent
 from pivotune.training.vector_file import Vectors, map_vectors, rows_digest, save_vectors, weights_digest, why_unusable
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def with_features(
     args: DeepSupervisionConfig,
     *,
     pad_token_id: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ExampleDataset | None:
     """The training rows with their pooled English vectors, where the losses compare with the frozen starting model.
 
@@ -98,7 +99,7 @@ def with_features(
                 pad_token_id=pad_token_id,
                 batch_size=args.per_device_eval_batch_size,
                 autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-                progress=progress or (silent if args.disable_tqdm else tqdm_bar),
+                progress=progress,
             )
 
     # One process computes for all; the others' weights may not even be loaded yet (FSDP).
@@ -151,20 +152,6 @@ def prepare_features(
     with progress("Reading the English side", len(sides)) as advance:
         vectors = _compute(model, sides, supervision, pad_token_id, batch_size, autocast, advance)
     save_vectors(path, vectors, key)
-
-
-@contextmanager
-def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on `device` inside; one that is on an accelerator already, such as a quantized one, stays there."""
-    own = next(model.parameters()).device
-    if own.type != "cpu" or device.type == "cpu":
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(own)
 
 
 @torch.no_grad()

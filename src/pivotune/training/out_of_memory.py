@@ -50,7 +50,9 @@ def _is_on_gpu(error: BaseException) -> bool:
 
 
 def _message(config: RunConfig, args: DeepSupervisionConfig, doing: str, *, on_gpu: bool) -> str:
-    changes = [change.text for change in memory_changes(config, args, cuda=on_gpu, strategy=strategy_of(args))][:_CHANGES_NAMED]
+    changes = [change.text for change in memory_changes(config, args, cuda=on_gpu, strategy=strategy_of(args))][
+        :_CHANGES_NAMED
+    ]
     if doing.startswith("scoring") and args.per_device_eval_batch_size > 1:
         smaller = max(1, args.per_device_eval_batch_size // 2)
         changes = [f"training.per_device_eval_batch_size={smaller}", *changes][:_CHANGES_NAMED]

@@ -17,12 +17,15 @@ from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, selection_from_json
-from pivotune.layers.measure import analyze_layers
+from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.layers.selection import Term, check_layer, resolve_layers
 from pivotune.model.architecture import find_architecture
+from pivotune.model.placement import placed
+from pivotune.model.sharding import is_partitioned
 from pivotune.objectives.deep_supervision import Signal, Supervision
 from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.progress import Progress, silent
 
 _Item = TypeVar("_Item")
 
@@ -96,19 +99,52 @@ def build_heldout_datasets(dataset: Any, args: DeepSupervisionConfig, tokenizer:
     return {name: ExampleDataset(examples) for name, examples in heldout_examples(pairs or []).items()}
 
 
+def measure_layers(
+    args: DeepSupervisionConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    model_name: str = "",
+    progress: Progress = silent,
+) -> LayerAnalysis:
+    """The entropy of every layer on `args.profile_rows` rows spread over the data, on the run's device.
+
+    One process measures for all (on others rounding might choose other layers), and holds the whole model meanwhile.
+
+    Raises:
+        UsageError: ZeRO-3 has partitioned the model already.
+    """
+    if is_partitioned(model):
+        raise UsageError(
+            "supervision: layers cannot be measured on a model that ZeRO-3 has partitioned already; name both layers "
+            "(`pivotune analyze` finds them), or set zero3_init_flag: false"
+        )
+    rows = spread(pairs, args.profile_rows)
+
+    def measure() -> LayerAnalysis:
+        with placed(model, args.device), progress("Measuring the layers", num_sequences(rows)) as advance:
+            return analyze_layers(
+                model, tokenizer, rows, model_name=model_name, language=args.language, progress=advance
+            )
+
+    return ranks.on_main(measure)
+
+
 def choose_supervision(
     args: DeepSupervisionConfig,
     model: nn.Module,
     tokenizer: Any,
     pairs: Sequence[Pair] | None,
     layers: LayerAnalysis | None = None,
+    progress: Progress = silent,
 ) -> tuple[Supervision, LayerAnalysis | None]:
     """The inner losses with their layers, and the analysis that chose them (with what was chosen in the end).
 
     Measures the layers on `args.profile_rows` rows spread over the data if one is to be chosen and `layers` is None.
 
     Raises:
-        UsageError: a layer outside 1..L-1, or conversion not below thinking.
+        UsageError: a layer outside 1..L-1, or conversion not below thinking; as `measure_layers`.
     """
     settings = args.supervision()
     if args.method != "deep-supervision":
@@ -120,9 +156,7 @@ def choose_supervision(
     if layers is None and "auto" in wanted.values():
         if not pairs:
             raise UsageError("choosing layers needs training rows; give train_dataset, or the layers")
-        rows = spread(pairs, args.profile_rows)
-        # One process measures: on others rounding might choose other layers.
-        layers = ranks.on_main(lambda: analyze_layers(model, tokenizer, rows, language=args.language))
+        layers = measure_layers(args, model, tokenizer, pairs, progress=progress)
     chosen = _resolve(wanted, num_layers, layers)
     if layers is not None:
         layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})

@@ -66,15 +66,15 @@ def agree(function: Callable[[], object]) -> None:
     """Call `function` on every rank, and go on where it fails on none of them.
 
     Raises:
-        Exception: what it raises on this rank.
+        BaseException: what it raises on this rank, be it for a signal.
         OtherRankError: it has failed on another one, which is named and tells it itself.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         function()
-    except Exception as error:
+    except BaseException as error:
         failure = error
-    problems = gather_objects(None if failure is None else str(failure))
+    problems = gather_objects(None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None:
         raise failure
     for number, problem in enumerate(problems):

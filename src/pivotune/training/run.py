@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +18,11 @@ from pivotune.config import RunConfig
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
-from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.model.loading import load_model
 from pivotune.model.sharding import is_partitioned
 from pivotune.training import ranks
 from pivotune.training.callbacks import MetricsFile
 from pivotune.training.engines import shards_weights
-from pivotune.training.english_features import placed
 from pivotune.training.faults import explained_faults
 from pivotune.training.gathering import gathered_model, is_sharded
 from pivotune.training.heldout import RowScore, score_answers, summarize
@@ -32,7 +32,7 @@ from pivotune.training.model_card import model_card
 from pivotune.training.out_of_memory import explained_out_of_memory
 from pivotune.training.preparation import (
     heldout_examples,
-    spread,
+    measure_layers,
 )
 from pivotune.training.prepared_run import PreparedRun
 from pivotune.training.progress import Progress, silent
@@ -55,6 +55,8 @@ from pivotune.training.saving import save_model
 from pivotune.training.signals import StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
+# Seconds after which a folder that another machine has made is to be seen.
+_SEEN_AFTER = 60.0
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
 
@@ -119,8 +121,8 @@ def _execute(
     with in_memory("loading the model"):
         model = _starting_model(config)
     with in_memory("measuring the layers"):
-        layers = ranks.on_main(
-            lambda: (_earlier_layers(folder) if resume else None) or _measure(prepared, model, progress)
+        layers = (ranks.on_main(lambda: _earlier_layers(folder)) if resume else None) or _measure(
+            prepared, model, progress
         )
     trainer = DeepSupervisionTrainer(
         model,
@@ -142,6 +144,8 @@ def _execute(
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
     with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+        # One that came after the last step: no process goes on to wait for another that leaves.
+        ranks.agree(stop_signals.check)
     assert start.scores is not None
     _free_optimizer(trainer)
     with in_memory("scoring the trained model"):
@@ -159,6 +163,12 @@ def _execute(
 
 
 def _must_be_shared(folder: Path) -> None:
+    until = time.monotonic() + _SEEN_AFTER
+    while not folder.is_dir() and time.monotonic() < until:
+        # A network file system remembers for a while that there was no such folder, unless its parent is read anew.
+        with suppress(OSError):
+            os.listdir(folder.parent)
+        time.sleep(0.5)
     if not folder.is_dir():
         raise UsageError(
             f"output_dir: {folder} is not on a file system that all machines of the run see; choose one that is"
@@ -267,21 +277,9 @@ def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) 
     if chosen and (is_partitioned(model) or shards_weights(prepared.args)):
         # No process may be able to hold the whole model.
         return None
-    if is_partitioned(model):
-        raise UsageError(
-            "supervision: layers cannot be measured on a model that ZeRO-3 has partitioned already; name both layers "
-            "(`pivotune analyze` finds them), or set zero3_init_flag: false"
-        )
-    pairs = spread(prepared.train, prepared.args.profile_rows)
-    with placed(model, prepared.args.device), progress("Measuring the layers", num_sequences(pairs)) as advance:
-        return analyze_layers(
-            model,
-            prepared.tokenizer,
-            pairs,
-            model_name=prepared.config.model,
-            language=prepared.config.data.language,
-            progress=advance,
-        )
+    return measure_layers(
+        prepared.args, model, prepared.tokenizer, prepared.train, model_name=prepared.config.model, progress=progress
+    )
 
 
 def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> Scores:

@@ -20,10 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis
 from pivotune.model.architecture import find_architecture
 from pivotune.model.branches import Forward, choose_passes
 from pivotune.model.loading import load_model, load_tokenizer
+from pivotune.model.sharding import is_fsdp
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
 from pivotune.objectives.terms import weighted_total
 from pivotune.training import ranks
@@ -43,7 +45,7 @@ from pivotune.training.preparation import (
     choose_supervision,
     encode_dataset,
 )
-from pivotune.training.progress import Progress
+from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.rank_rows import RankOrder, WithBlankRows
 from pivotune.training.schedule import Schedule, schedule_factor
 from pivotune.training.shared_saving import save_together
@@ -104,7 +106,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
             model = merge_adapters(load_model(model, dtype="float32" if peft_config is None else "auto"))
         pairs = encode_dataset(train_dataset, args, processing_class, model)
-        self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers)
+        progress = progress or (silent if args.disable_tqdm else tqdm_bar)
+        self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
         _use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
@@ -265,7 +268,15 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate in both languages; `eval_dataset` may be rows in any form that the constructor takes but a file name."""
+        """Evaluate in both languages; `eval_dataset` may be rows in any form that the constructor takes but a file name.
+
+        Raises:
+            UsageError: FSDP2 has not sharded the model yet, which it does together with its optimizer.
+        """
+        if self.is_fsdp_enabled and not is_fsdp(cast(nn.Module, self.model_wrapped)):
+            raise UsageError(
+                "evaluate: FSDP2 shards the model when it is trained; train first, or evaluate in one process"
+            )
         if not (eval_dataset is None or isinstance(eval_dataset, (str, dict, ExampleDataset))):
             model = cast(nn.Module, self.model)
             eval_dataset = build_heldout_datasets(eval_dataset, self.args, self.processing_class, model)
