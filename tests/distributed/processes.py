@@ -46,9 +46,7 @@ def run_together(
     rendezvous = Rendezvous(world_size)
     until = time.monotonic() + timeout
     logs = [folder / f"log-{rank}.txt" for rank in range(world_size)]
-    processes = [
-        start(command, rank=rank, rendezvous=rendezvous, log=log, **env) for rank, log in enumerate(logs)
-    ]
+    processes = [start(command, rank=rank, rendezvous=rendezvous, log=log, **env) for rank, log in enumerate(logs)]
     try:
         for process in processes:
             process.wait(max(0.0, until - time.monotonic()))
