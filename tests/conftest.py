@@ -124,6 +124,15 @@ def tiny_rows(count: int) -> list[dict[str, str]]:
     return rows
 
 
+def pytest_configure() -> None:
+    """Property tests draw the same examples each time and may take as long as the machine needs; `pytest
+    --hypothesis-profile=default` draws others."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
+
+
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def family(request) -> str:
     """Every supported `model_type`, one after the other."""
