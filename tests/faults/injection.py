@@ -202,36 +202,32 @@ class _HoldRank(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            (self.go_on if args.process_index == 0 else self.hold)()
+            (self.go_on if args.process_index == 0 else self.hold)(self.trainer.liveness)
 
-    def seen(self, rank: int) -> Any:
-        views = [view for view in self.trainer.liveness.seen() if view.state.rank == rank]
-        return views[0] if views else None
-
-    def go_on(self) -> None:
-        """Into the step, where rank 0 waits for rank 1."""
+    def go_on(self, own: Any) -> None:
+        """Rank 0: into the step, where it waits for rank 1."""
         silent = liveness.SILENT if self.end == "stops" else 0.0
-        while not ((view := self.seen(1)) and view.state.phase == "held" and view.silent >= silent):
+        while not any(view.state.phase == "held" and view.silent >= silent for view in own.seen()):
             time.sleep(0.05)
-        self.trainer.liveness._timeout = self.timeout
-        self.trainer.liveness.progress("held", 3)
+        own._timeout = self.timeout
+        own.progress("held", 3)
 
-    def hold(self) -> None:
-        self.trainer.liveness.progress("held", 3)
-        told = None
-        # More than one sign of life from here: the others know.
-        while told is None or self.seen(1).state.beat < told + 2:
-            if told is None and (view := self.seen(1)) and view.state.phase == "held":
-                told = view.state.beat
+    def hold(self, own: Any) -> None:
+        """Rank 1: no further."""
+        own.progress("held", 3)
+        beat = own._own.beat
+        # The second sign of life from here tells of it for certain.
+        while own._own.beat < beat + 3:
             time.sleep(0.05)
         if self.end == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         while self.end == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
-        while True:
-            if (view := self.seen(0)) and view.state.position > self.seen(1).state.position:
-                self.trainer.liveness._timeout = self.timeout
+        while not any(view.state.position > own._own.position for view in own.seen()):
             time.sleep(0.05)
+        own._timeout = self.timeout
+        while True:
+            time.sleep(1)
 
 
 def train_rank(folder: str, end: str, timeout: float) -> int:
