@@ -124,6 +124,19 @@ def tiny_rows(count: int) -> list[dict[str, str]]:
     return rows
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests draw the same examples each time and may take as long as the machine needs; `pytest
+    --hypothesis-profile=default` draws others."""
+    if not hasattr(config, "workerinput"):
+        # Ahead of xdist's workers: where matplotlib makes its list of fonts for the first time and takes long, it says so,
+        # in the middle of what a test expects to read.
+        import matplotlib.font_manager  # noqa: F401
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
+
+
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def family(request) -> str:
     """Every supported `model_type`, one after the other."""

@@ -267,7 +267,6 @@ def test_exact_match(answer, gold, same):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_real_model_learns_the_facts(smollm2, tmp_path, monkeypatch):
     from pivotune.cli.common import progress
 

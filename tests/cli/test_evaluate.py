@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,27 +170,41 @@ def test_results_of_another_model_are_not_overwritten(model, data, tmp_path, cap
     assert "holds results of another/model" in capsys.readouterr().err
 
 
+_KILLED = """
+import os, signal, sys
+from pivotune.cli.main import main
+from pivotune.evaluation.cache import AnswerCache
+
+add, kept = AnswerCache.add, 0
+
+def add_or_die(self, answers):
+    global kept
+    if kept >= 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kept += len(answers)
+    add(self, answers)
+
+AnswerCache.add = add_or_die
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(model, data, tmp_path):
     """`kill -9` while answers are coming in; the second start asks only for the rest and ends with the same bytes."""
-    words = ["--tasks", "xquad_de,xquad_en", "--data-dir", str(data), "--batch-size", "1", "--max-new-tokens", "8"]
+    options = ["--tasks", "xquad_de,xquad_en", "--data-dir", data, "--batch-size", "1", "--max-new-tokens", "8"]
 
-    def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "pivotune", "evaluate", str(model), *words, "--out", str(out)]
+    def run(out: Path, *program: str) -> int:
+        words = ["evaluate", model, *options, "--out", out]
+        return subprocess.run([sys.executable, *program, *map(str, words)], capture_output=True).returncode
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    cache = tmp_path / "parts" / "evaluation-cache"
-    deadline = time.monotonic() + 120
-    while count_answers(cache) < 50 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = count_answers(cache)
-    assert 50 <= kept < 4 * QUESTIONS
-    subprocess.run(command(tmp_path / "parts"), check=True, capture_output=True)
+    assert run(tmp_path / "whole", "-m", "pivotune") == 0
+    assert run(tmp_path / "parts", "-c", _KILLED) == -signal.SIGKILL
+    assert count_answers(tmp_path / "parts" / "evaluation-cache") == 50
+    assert run(tmp_path / "parts", "-m", "pivotune") == 0
     # Every answer once: what was kept was not computed again.
-    assert count_answers(cache) == count_answers(tmp_path / "whole" / "evaluation-cache")
+    expected = count_answers(tmp_path / "whole" / "evaluation-cache")
+    assert count_answers(tmp_path / "parts" / "evaluation-cache") == expected > 50
     assert items(tmp_path / "parts") == items(tmp_path / "whole")
     assert (tmp_path / "parts" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
 

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from rendezvous import Rendezvous
 
 HERE = Path(__file__).resolve().parent
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start(command: list[str], *, rank: int, world_size: int, port: int, log: Path, **env: str) -> subprocess.Popen:
+def start(command: list[str], *, rank: int, rendezvous: Rendezvous, log: Path, **env: str) -> subprocess.Popen:
     """One process of a group; it talks to the others on this machine only, and writes to `log`."""
     settings = {
         **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        **rendezvous.environment(rank),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         # What tests import, and this very package.
@@ -42,21 +33,23 @@ def start(command: list[str], *, rank: int, world_size: int, port: int, log: Pat
 
 
 def run_together(
-    command: list[str], folder: Path, *, world_size: int = 2, timeout: float = 500, **env: str
+    command: list[str], folder: Path, *, world_size: int = 2, timeout: float = 480, **env: str
 ) -> list[str]:
     """Run a command on all ranks until they end, and give what each printed.
+
+    Args:
+        timeout: seconds for all of them together; less than the tests' own limit, which would not say what they printed.
 
     Raises:
         AssertionError: a rank failed or did not end; with what all of them printed.
     """
-    port = free_port()
+    rendezvous = Rendezvous(world_size)
+    until = time.monotonic() + timeout
     logs = [folder / f"log-{rank}.txt" for rank in range(world_size)]
-    processes = [
-        start(command, rank=rank, world_size=world_size, port=port, log=log, **env) for rank, log in enumerate(logs)
-    ]
+    processes = [start(command, rank=rank, rendezvous=rendezvous, log=log, **env) for rank, log in enumerate(logs)]
     try:
         for process in processes:
-            process.wait(timeout)
+            process.wait(max(0.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from pivotune.errors import TrainingError
+from pivotune.training import liveness, run_lock
 from pivotune.training import run as run_module
-from pivotune.training import run_lock
 from pivotune.training.callbacks import MetricsFile
 from pivotune.training.trainer import DeepSupervisionTrainer
 
@@ -97,9 +98,9 @@ def inject_file_limit(step: int, size: int, where: str) -> None:
         setattr(run_module, name, limited(getattr(run_module, name), lambda *_: step))
 
 
-def inject_kill_at_file(folder: str, number: int | None, log: str | None = None) -> None:
+def inject_kill_at_file(folder: str, number: int | None, only: str = "", log: str | None = None) -> None:
     """Kill the process right before it makes, writes, renames or removes a file of the folder for the `number`-th time
-    (from 0); None only counts, in `log`, a line each."""
+    (from 0); None only counts, in `log`, a line each. Changes without `only` in their line do not count."""
     count = 0
     changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -114,12 +115,17 @@ def inject_kill_at_file(folder: str, number: int | None, log: str | None = None)
         path = arguments[0]
         if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(folder):
             return
+        line = f"{event} {path}"
+        if event == "os.rename":
+            line += f" -> {arguments[1]}"
+        if only not in line:
+            return
         if count == number:
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1
         if log is not None:
             with open(log, "a", encoding="utf-8") as file:
-                file.write(f"{event} {path}\n")
+                file.write(f"{line}\n")
 
     sys.addaudithook(strike)
 
@@ -185,35 +191,57 @@ def inject_kill_worker(step: int) -> None:
 
 
 class _HoldRank(TrainerCallback):
-    """One rank stands still, or dies, in the middle of a step."""
+    """Rank 1 stands still, or dies, at step 3. Each rank begins to count the seconds when it knows all that its line is
+    to say: how long the way to there takes changes nothing.
+    """
 
-    def __init__(self, rank: int, step: int, end: str) -> None:
-        self.rank, self.step, self.end = rank, step, end
+    trainer: Any
+
+    def __init__(self, end: str, timeout: float) -> None:
+        self.end, self.timeout = end, timeout
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.process_index == self.rank and state.global_step == self.step:
-            if self.end == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            while True:
-                if self.end == "stops":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                time.sleep(0.1)
+        if state.global_step == 2:
+            (self.go_on if args.process_index == 0 else self.hold)(self.trainer.liveness)
+
+    def go_on(self, own: Any) -> None:
+        """Rank 0: into the step, where it waits for rank 1."""
+        silent = liveness.SILENT if self.end == "stops" else 0.0
+        while not any(view.state.phase == "held" and view.silent >= silent for view in own.seen()):
+            time.sleep(0.05)
+        own._timeout = self.timeout
+        own.progress("held", 3)
+
+    def hold(self, own: Any) -> None:
+        """Rank 1: no further."""
+        own.progress("held", 3)
+        beat = own._own.beat
+        # The second sign of life from here tells of it for certain.
+        while own._own.beat < beat + 3:
+            time.sleep(0.05)
+        if self.end == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while self.end == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while not any(view.state.position > own._own.position for view in own.seen()):
+            time.sleep(0.05)
+        own._timeout = self.timeout
+        while True:
+            time.sleep(1)
 
 
-def train_rank(folder: str, end: str, timeout: str) -> int:
-    """One of several processes that train a tiny model; rank 1 does at step 2 what `end` says."""
+def train_rank(folder: str, end: str, timeout: float) -> int:
+    """One of two processes that train a tiny model; rank 1 does at step 3 what `end` says."""
     from tiny_training import make_pairs, tiny_trainer
 
-    from pivotune.errors import TrainingError
-    from pivotune.training import liveness
-
-    liveness.SILENT, liveness.INTERVAL = 2.0, 0.2
+    # Only a rank that is stopped is silent, however busy the machine is.
+    liveness.SILENT = 2.0 if end == "stops" else 1e9
     torch.manual_seed(0)
-    trainer = tiny_trainer(
-        Path(folder), rows=make_pairs(32), trainer={"callbacks": [_HoldRank(1, 2, end)]}, ddp_backend="gloo"
-    )
+    hold = _HoldRank(end, timeout)
+    trainer = tiny_trainer(Path(folder), rows=make_pairs(32), trainer={"callbacks": [hold]}, ddp_backend="gloo")
+    hold.trainer = trainer
     try:
-        with liveness.watched(float(timeout)) as trainer.liveness:
+        with liveness.watched(0) as trainer.liveness:
             trainer.train()
     except TrainingError as error:
         print(f"pivotune: stopped: {error}", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -22,7 +23,6 @@ from pivotune.cli.main import main
 
 def run(request: dict[str, Any]) -> int:
     """What happens in the child."""
-    os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -39,20 +39,28 @@ def run(request: dict[str, Any]) -> int:
 
 
 def serve() -> None:
+    """Until stdin is closed; what runs then is killed, as a test that failed left it."""
+    running = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(pid)
             answer = {"code": os.waitstatus_to_exitcode(status) if pid else None}
         else:
             pid = os.fork()
+            # A group of its own, made on both sides: it is there before the child does or the caller hears anything.
+            os.setpgid(pid, pid or os.getpid())
             if pid == 0:
                 code = run(request["start"])
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+            running.add(pid)
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
+    for pid in running:
+        os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

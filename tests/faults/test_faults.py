@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.scenarios import SCENARIOS, kill_at_files, kill_at_random
+from faults.scenarios import SCENARIOS, changes_of_files, check_killed_at_file, kill_at_random
 from faults.workshop import Server, Workshop
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -36,9 +36,22 @@ def test_killed_at_any_moment_and_resumed(server, tmp_path):
     kill_at_random(Workshop(server, tmp_path), 3, seed=1)
 
 
-def test_killed_before_each_rename_and_resumed(server, tmp_path):
+# Of what is put in place under its name when it is whole, in that order; of checkpoints one.
+RENAMED = ("config.yaml", "environment.json", "rows.json", "layers.json", "start-scores.json", "checkpoint-4",
+           "results.items.jsonl.gz", "results.json", "README.md", "model")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_killed_before_a_rename_and_resumed(server, tmp_path, name):
     """`make faults` kills before each change of a file."""
-    kill_at_files(Workshop(server, tmp_path), renames_only=True)
+    check_killed_at_file(Workshop(server, tmp_path), 0, f" -> {tmp_path / 'killed-0' / name}", f"renaming {name}")
+
+
+def test_no_other_file_is_renamed(server, tmp_path):
+    found = changes_of_files(Workshop(server, tmp_path), "os.rename ")
+    names = [line.rpartition(" -> ")[2] for line in found]
+    expected = {tmp_path / "counted" / name for name in (*RENAMED, "checkpoint-2", "checkpoint-6")}
+    assert sorted(names) == sorted(map(str, expected))
 
 
 def test_the_document_and_the_table_agree():

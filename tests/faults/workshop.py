@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from rendezvous import Rendezvous
 from tiny_training import QUIET, run_settings
 
 from pivotune.training.callbacks import read_metrics
@@ -94,9 +95,13 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def send_to_all(self, number: int) -> None:
+        """To it and to the processes that it started, as Slurm and Kubernetes do."""
+        os.killpg(self.pid, number)
+
     def kill(self) -> None:
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            self.send_to_all(signal.SIGKILL)
             self.wait()
 
     @property
@@ -145,6 +150,12 @@ class Workshop:
     def fork(self, **request: Any) -> Process:
         self._logs += 1
         return Process(self.server, self.folder / f"{self._logs}.log", **request)
+
+    def fork_ranks(self, count: int, **request: Any) -> list[Process]:
+        """Processes of one group."""
+        self._rendezvous = Rendezvous(count)
+        environments = [{**self._rendezvous.environment(rank), "ACCELERATE_USE_CPU": "true"} for rank in range(count)]
+        return [self.fork(environment=environment, **request) for environment in environments]
 
     def run(self, run: str, *options: str, inject: dict[str, Any] | None = None, **changes: Any) -> Process:
         """The same, to its end."""

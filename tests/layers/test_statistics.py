@@ -160,4 +160,5 @@ def test_a_large_vocabulary_costs_one_block_whatever_the_layers_and_tokens(num_l
     start = status("VmRSS")
     profile = profile_layers(model, [batch])
     assert profile.tokens == 2 * tokens
-    assert status("VmHWM") - start < 96 * MIB
+    # 66 MiB, and what the kernel's counters and other threads of the process add.
+    assert status("VmHWM") - start < 192 * MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 
@@ -56,8 +57,14 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak(run: Callable[[], None]) -> int:
-    with PeakBytes() as counted:
-        run()
+    """When garbage is collected depends on what ran before: not inside."""
+    gc.collect()
+    gc.disable()
+    try:
+        with PeakBytes() as counted:
+            run()
+    finally:
+        gc.enable()
     return counted.peak
 
 

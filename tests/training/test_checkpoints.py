@@ -205,7 +205,7 @@ def test_a_real_limit_on_file_size(tmp_path, share):
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(tmp_path / "run"), str(int(share * size))],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     last_line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1, done.stderr

@@ -511,7 +511,7 @@ def test_run_killed_and_resumed_equals_one_that_was_not(tmp_path, step, where, l
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED, json.dumps(settings), str(step), where],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "run"

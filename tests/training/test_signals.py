@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 
 import pytest
+from torch.utils.data import DataLoader
 
-from pivotune.training.signals import SIGNALS, StoppedBySignalError, StopSignals
+from pivotune.training.signals import SIGNALS, StoppedBySignalError, StopSignals, spare_workers
 
 
 def send(number: int) -> None:
@@ -68,3 +70,33 @@ def test_other_threads_install_nothing():
     thread.start()
     thread.join()
     assert found == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="a process cannot be told who sent a signal")
+def test_a_data_worker_ends_for_its_parent_alone():
+    loader = spare_workers(DataLoader(list(range(8)), num_workers=1, prefetch_factor=1))
+    batches = iter(loader)
+    next(batches)  # it has begun
+    (worker,) = batches._workers
+    for number in SIGNALS:
+        subprocess.run(["kill", f"-{number:d}", str(worker.pid)], check=True)
+    assert [int(batch) for batch in batches] == list(range(1, 8))
+    worker.join()
+    assert worker.exitcode == 0
+
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def test_a_data_worker_begins_as_it_was_told():
+    loader = spare_workers(DataLoader([0], num_workers=1, worker_init_fn=_refuse))
+    with pytest.raises(ValueError, match="worker 0 refused"):
+        next(iter(loader))
+
+
+def _refuse(worker_id: int) -> None:
+    raise ValueError(f"worker {worker_id} refused")

@@ -31,6 +31,8 @@ INTERVAL = 1.0  # seconds between two signs of life
 SILENT = 15.0
 # After a broken connection: peers that are alive have been heard of since.
 _GONE = 4.0
+# As long it may take until that is known: on a busy machine the watching thread waits, too.
+_GONE_WAIT = 30.0
 _BROKEN = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|socket|peer|nccl|gloo|timed out|remote process|rendezvous",
     re.IGNORECASE,
@@ -171,7 +173,7 @@ class Liveness:
 
         return telling
 
-    def wait_for_gone(self, seconds: float = 3 * _GONE) -> list[RankState]:
+    def wait_for_gone(self, seconds: float = _GONE_WAIT) -> list[RankState]:
         """The ranks that are gone, after a connection broke; waits until one is known to be, at most `seconds`."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

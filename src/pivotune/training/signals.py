@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -66,9 +67,37 @@ class StopSignals:
             raise StoppedBySignalError(self.received)
 
     def _handle(self, number: int, frame: Any) -> None:
-        # Data workers inherit the handlers, and a job's signals go to all its processes: their parent stops them.
+        # Child processes inherit the handlers, and a job's signals go to all its processes: their parent stops them.
         if os.getpid() != self._pid or self.received is not None:
             return
         self.received = signal.Signals(number).name
         if not self._deferred:
             raise StoppedBySignalError(self.received)
+
+
+def spare_workers(loader: Any) -> Any:
+    """The same data loader, whose workers leave a job's signals to their parent.
+
+    They do not keep its handlers: torch's own, for SIGTERM, ends a worker, and with it the step that is to be finished.
+    """
+    # Accelerate's loaders wrap the one that starts the workers.
+    inner = getattr(loader, "base_dataloader", loader)
+    inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+    return loader
+
+
+def _begin_worker(begin: Callable[[int], Any] | None, worker_id: int) -> None:
+    # Where a process cannot be told who sent a signal (macOS, Windows) it could not be ended by its parent any more.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_end_for_parent, name="signals", daemon=True).start()
+    if begin is not None:
+        begin(worker_id)
+
+
+def _end_for_parent() -> None:
+    """torch ends a worker that does not leave by itself with SIGTERM."""
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            os._exit(0)

@@ -49,6 +49,7 @@ from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.rank_rows import RankOrder, WithBlankRows
 from pivotune.training.schedule import Schedule, schedule_factor
 from pivotune.training.shared_saving import save_together
+from pivotune.training.signals import spare_workers
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(dataset, ExampleDataset) and self.args.world_size > 1:
             dataset = WithBlankRows(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        return spare_workers(super()._get_dataloader(dataset, *args, **kwargs))
 
     def _epoch(self) -> int:
         return int(self.state.epoch or 0)
