@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from pivotune.training.checksums import find_checkpoint_damage, reason_of, write
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -33,7 +35,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     if staging.parent.is_symlink():
         # What it points to is not ours to empty.
         staging.parent.unlink()
-    shutil.rmtree(staging, ignore_errors=True)
+    _discard_staged(final.parent)
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -41,14 +43,11 @@ def staged_folder(final: Path) -> Iterator[Path]:
         _flush(staging)
         _replace(staging, final)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(staging.parent, ignore_errors=True)
         if isinstance(error, RuntimeError) and not _is_write_error(error):
             raise
         raise UsageError(_cannot_save(final, error)) from error
-    except BaseException:
-        shutil.rmtree(staging.parent, ignore_errors=True)
-        raise
-    shutil.rmtree(staging.parent, ignore_errors=True)
+    finally:
+        _discard_staged(final.parent)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -104,24 +103,47 @@ def remove_replaced(folder: Path) -> None:
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
+def _discard_staged(folder: Path) -> None:
+    """Empty the staging folder, but never of an old folder whose replacement is not in place."""
+    with suppress(OSError):
+        restore_replaced(folder)
+        remove_replaced(folder)
+
+
 def _replace(staging: Path, final: Path) -> None:
     old = staging.parent / f"{final.name}.old"
-    if final.exists():
-        os.replace(final, old)
     try:
+        if final.exists():
+            os.replace(final, old)
         os.replace(staging, final)
     except BaseException:
-        if old.exists():
+        # A signal may come between any two lines here.
+        if old.exists() and not final.exists():
             os.replace(old, final)
         raise
+    for parent in (final.parent, staging.parent):
+        _flush_folder(parent)
 
 
 def _flush(folder: Path) -> None:
-    """Have the files on disk before the rename is: a crash must not leave a renamed folder of empty files."""
+    """Have all on disk before the rename is: a crash must not leave a renamed folder of empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, where the system can: Windows opens no folders, some network disks refuse."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_write_error(error: RuntimeError) -> bool:
@@ -130,4 +152,11 @@ def _is_write_error(error: RuntimeError) -> bool:
 
 
 def _cannot_save(final: Path, error: Exception) -> str:
-    return f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}; make room and go on with --resume"
+    return f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}; {write_advice(error)} and go on with --resume"
+
+
+def write_advice(error: Exception) -> str:
+    """What to do where a file cannot be written; safetensors gives the number in its text, torch's zip writer none."""
+    in_text = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else None)
+    return "make room" if number in (None, *NO_ROOM) else "see to it that it can be written"
