@@ -152,7 +152,8 @@ def _is_write_error(error: RuntimeError) -> bool:
 
 
 def _cannot_save(final: Path, error: Exception) -> str:
-    return f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}; {write_advice(error)} and go on with --resume"
+    state = f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}"
+    return f"{state}; {write_advice(error)} and go on with --resume"
 
 
 def write_advice(error: Exception) -> str:
