@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -14,12 +15,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pivotune.errors import UsageError
-from pivotune.training.checksums import find_checkpoint_damage, reason_of, write_checksums
+from pivotune.training.checksums import TRAINER_STATE, find_checkpoint_damage, reason_of, write_checksums
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
+PASSED_OVER = "passed-over-"  # before the name of a checkpoint that a resumed run has not gone on from
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 
 
 @contextmanager
@@ -52,9 +54,17 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, the newest first."""
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint of a run would be called so; `checkpoint-7-backup` is somebody's own."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -88,6 +98,28 @@ def whole_checkpoint(folder: Path) -> Path | None:
             f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or elsewhere"
         )
     return None
+
+
+def set_newer_aside(folder: Path, chosen: Path) -> None:
+    """Move what is newer than the checkpoint a run goes on from out of the way.
+
+    Limits on the number of checkpoints keep the newest by step: one that was passed over would stay, and what the run saves
+    before that step be deleted. A damaged one is removed.
+    """
+    step = json.loads((chosen / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    for path in checkpoints(folder):
+        if _step_of(path) <= step:
+            return
+        problem = find_checkpoint_damage(path)
+        aside = folder / f"{PASSED_OVER}{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        # Renamed first: a removal that is cut short must not leave a part of it in place.
+        os.replace(path, aside)
+        if problem is None:
+            logger.warning("%s is newer than %s, which the run goes on from; it is now %s", path, chosen, aside)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            logger.warning("%s was damaged and is removed: %s", path, problem)
 
 
 def restore_replaced(folder: Path) -> None:
