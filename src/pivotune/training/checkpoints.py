@@ -112,7 +112,7 @@ def set_newer_aside(folder: Path, chosen: Path) -> None:
             return
         problem = find_checkpoint_damage(path)
         aside = folder / f"{PASSED_OVER}{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(aside)
         # Renamed first: a removal that is cut short must not leave a part of it in place.
         os.replace(path, aside)
         if problem is None:
@@ -120,6 +120,14 @@ def set_newer_aside(folder: Path, chosen: Path) -> None:
         else:
             shutil.rmtree(aside, ignore_errors=True)
             logger.warning("%s was damaged and is removed: %s", path, problem)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there; of a link the link, never what it points to."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def restore_replaced(folder: Path) -> None:
