@@ -320,7 +320,7 @@ def _all_damaged(shop: Workshop) -> None:
     before = sorted(shop.folder.rglob("run/**/*"))
     process = shop.run("run", "--resume")
     check_outcome(
-        process, MISTAKE, "no checkpoint is whole", "optimizer.pt is missing", "checksums.json", "--overwrite"
+        process, MISTAKE, "no checkpoint is whole", "optimizer.pt is missing", "checksums.json", "remove them"
     )
     check(sorted(shop.folder.rglob("run/**/*")) == before, "files were changed")
 

@@ -110,7 +110,9 @@ def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
     assert whole_checkpoint(tmp_path) is None
     for step in (2, 4):
         _flip(checkpoint(tmp_path, step) / "model.safetensors")
-    with pytest.raises(UsageError, match=r"no checkpoint is whole \(checkpoint-4: model.* checkpoint-2: .*--overwrite"):
+    with pytest.raises(
+        UsageError, match=r"no checkpoint is whole \(checkpoint-4: model.* checkpoint-2: .*remove them and give"
+    ):
         whole_checkpoint(tmp_path)
 
 

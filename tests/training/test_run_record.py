@@ -18,7 +18,7 @@ def test_rows_are_held_to_the_record(tmp_path):
     write_rows_record(tmp_path, rows)
     assert has_rows_record(tmp_path)
     check_rows_record(tmp_path, rows, "rows.jsonl")
-    with pytest.raises(UsageError, match=r"rows\.jsonl is not what the run .* 4 training rows now, 5 then"):
+    with pytest.raises(UsageError, match=r"rows\.jsonl is not what the run .* \(4 training rows now, 5 then"):
         check_rows_record(tmp_path, rows[:4], "rows.jsonl")
 
 

@@ -95,7 +95,8 @@ def whole_checkpoint(folder: Path) -> Path | None:
         damaged.append(f"{path.name}: {problem}")
     if damaged:
         raise UsageError(
-            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or elsewhere"
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); remove them and give the same command to start from "
+            "the beginning"
         )
     return None
 
