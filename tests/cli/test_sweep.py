@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import yaml
@@ -141,6 +143,12 @@ def test_interruption_says_how_to_go_on(config, capsys, monkeypatch):
     monkeypatch.setattr("pivotune.evaluation.sweep.execute_run", interrupt)
     assert sweep(config, *SWEEP) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_preparation_is_told_by_the_exit_code(config, capsys, monkeypatch):
+    monkeypatch.setattr("pivotune.evaluation.sweep.prepare_run", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    assert sweep(config, *SWEEP) == 75
+    assert "stopped by SIGTERM; the same command goes on from here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -225,6 +226,30 @@ def test_a_failing_cell_costs_only_itself_and_is_tried_again(config, monkeypatch
     monkeypatch.setattr(module, "execute_run", execute_run)
     assert run(prepare(config, LAYERS, "method=deep-supervision"))[0] == {}
     assert not log.exists()
+
+
+def test_a_cell_whose_checkpoints_are_damaged_fails_alone(tmp_path):
+    config = write(tmp_path, save_strategy="steps", save_steps=1)
+    first, second = (cell.folder for cell in prepare(config, LAYERS).cells)
+    run(prepare(config, LAYERS))
+    for path in (first, second):
+        shutil.rmtree(path / "model")
+    for path in first.glob("checkpoint-*"):
+        (path / "model.safetensors").write_bytes(b"")
+    half = second / ".saving" / "checkpoint-2.old"
+    half.parent.mkdir()
+    (second / "checkpoint-2").rename(half)
+    sweep = prepare(config, LAYERS)
+    # Nothing is written before the sweep begins.
+    assert half.is_dir()
+    failures, _ = run(sweep)
+    assert list(failures) == [first.name]
+    assert "no checkpoint is whole" in failures[first.name]
+    assert failures[first.name].endswith("remove them and give the same command to start from the beginning")
+    for path in first.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert run(prepare(config, LAYERS))[0] == {}
+    assert states(sweep) == ["done", "done"]
 
 
 def test_a_diverging_cell_is_reported(config):

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from pivotune.errors import UsageError
 from pivotune.model import locating
 from pivotune.model.loading import check_model, load_model, load_tokenizer, read_config, resolve_model
+from pivotune.training.checksums import write_checksums
 
 TOKENS = torch.tensor([[0, 3, 4, 5, 1]])
 HUB_NAME = "somebody/tiny-llama"
@@ -448,3 +449,21 @@ def test_unknown_options(folder: Path) -> None:
 def test_four_bits_need_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(lambda: load_model(str(folder), quantize="4bit"), "4bit needs the package bitsandbytes: pip install")
+
+
+def test_weights_of_a_run_that_were_cut_short_are_refused(tmp_path):
+    """By their size alone, which costs nothing; what a user may edit is not looked at."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("0123456789")
+    write_checksums(folder)
+    (folder / "config.json").write_text("{}")
+    assert resolve_model(str(folder)) == str(folder)
+    (folder / "model.safetensors").write_text("01234")
+    refused(
+        lambda: resolve_model(str(folder)), f"{folder / 'model.safetensors'}: damaged, 5 bytes where 10 were written"
+    )
+    for text in ("[]", "{", '{"model.safetensors": 5}'):
+        (folder / "checksums.json").write_text(text)
+        assert resolve_model(str(folder)) == str(folder)

@@ -81,6 +81,85 @@ def test_old_folder_comes_back_when_the_rename_fails(tmp_path, old, monkeypatch)
     assert content(tmp_path) == {"model/weights": "old", "model/extra": "old"}
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize(("moved", "left"), [("model.old", "old"), ("model", "new")])
+def test_nothing_is_lost_when_a_signal_comes_between_the_renames(tmp_path, old, monkeypatch, moved, left, error):
+    """After the old folder was moved away, or after the new one was moved to its place."""
+    rename = os.replace
+
+    def interrupted(source: Any, target: Any) -> None:
+        rename(source, target)
+        if Path(target).name == moved and Path(source).name == "model":
+            raise error
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises((KeyboardInterrupt, UsageError)) as raised, staged_folder(old) as staging:
+        (staging / "weights").write_text("new")
+    assert isinstance(raised.value, KeyboardInterrupt) == isinstance(error, KeyboardInterrupt)
+    assert (old / "weights").read_text() == left
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_old_folder_is_kept_where_it_cannot_be_moved_back(tmp_path, old, monkeypatch):
+    """A later process takes it from the staging folder."""
+    rename = os.replace
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(target) == old:
+            raise OSError(errno.EROFS, "Read-only file system")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(UsageError, match="Read-only"), staged_folder(old) as staging:
+            (staging / "weights").write_text("new")
+    assert not old.exists()
+    with staged_folder(tmp_path / "adapter"):
+        pass
+    assert content(old) == {"weights": "old", "extra": "old"}
+
+
+def test_what_a_kill_left_after_the_replacement_is_no_obstacle(tmp_path, old):
+    stale = tmp_path / STAGING / "model.old"
+    stale.mkdir(parents=True)
+    (stale / "weights").write_text("older")
+    with staged_folder(old) as staging:
+        (staging / "weights").write_text("new")
+    assert content(tmp_path) == {"model/weights": "new"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not tell what a descriptor is of")
+def test_folders_are_on_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with staged_folder(tmp_path / "model") as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "weights").write_text("new")
+    where = tmp_path / STAGING / "model"
+    assert set(synced[:-2]) == {str(where / name) for name in (".", "sub", "sub/weights", CHECKSUMS)}
+    assert synced[-2:] == [str(tmp_path), str(tmp_path / STAGING)]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EROFS, "Read-only file system"), "see to it that it can be written"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "see to it that it can be written"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "make room"),
+    ],
+)
+def test_the_advice_fits_the_fault(tmp_path, error, advice):
+    with pytest.raises(UsageError, match=f"{advice} and go on with --resume"), staged_folder(tmp_path / "model"):
+        raise error
+
+
 def test_leftovers_of_a_killed_process_are_not_mixed_in(tmp_path):
     stale = tmp_path / STAGING / "model"
     stale.mkdir(parents=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def _expect(path: Path, name: str, size: float = 3) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: {"size": size, "sha256": "0"}}))
+
+
+def _link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _pipe(path: Path) -> None:
+    """Whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _state(path: Path, text: str) -> None:
+    """As if it had been written so."""
+    path.write_text(text)
+    write_checksums(path.parent)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
@@ -56,6 +78,17 @@ def _flip(path: Path) -> None:
         (CHECKSUMS, _cut, "checksums.json is damaged|checksums.json has"),
         (CHECKSUMS, lambda path: path.write_text('{"a": 1}'), r"checksums\.json is damaged"),
         (CHECKSUMS, lambda path: path.write_bytes(b"\xff"), r"checksums\.json cannot be read"),
+        (CHECKSUMS, lambda path: path.write_text("{}"), r"checksums\.json does not name trainer_state\.json"),
+        (CHECKSUMS, lambda path: path.write_text("[" * 100_000), r"checksums\.json is damaged"),
+        (CHECKSUMS, lambda path: _expect(path, "sub/shard", size=float("inf")), r"checksums\.json is damaged"),
+        (CHECKSUMS, lambda path: _expect(path, "a\0b"), r"checksums\.json names 'a\\x00b', which is not in the folder"),
+        (CHECKSUMS, lambda path: _expect(path, "/etc/hostname"), r"names '/etc/hostname', which is not in the folder"),
+        (CHECKSUMS, lambda path: _expect(path, "../../x"), r"names '\.\./\.\./x', which is not in the folder"),
+        ("sub/shard", lambda path: _link(path, "/etc/hostname"), r"sub/shard is a link out of the run"),
+        ("sub/shard", lambda path: _link(path, "shard"), r"sub/shard is missing|sub/shard cannot be read"),
+        ("sub/shard", lambda path: _pipe(path), r"sub/shard is no plain file"),
+        (CHECKSUMS, lambda path: _pipe(path), r"checksums\.json is no plain file"),
+        ("trainer_state.json", lambda path: _state(path, "[" * 100_000), r"trainer_state\.json is damaged"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_passed_over(tmp_path, caplog, name, damage, words):
@@ -77,7 +110,9 @@ def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
     assert whole_checkpoint(tmp_path) is None
     for step in (2, 4):
         _flip(checkpoint(tmp_path, step) / "model.safetensors")
-    with pytest.raises(UsageError, match=r"no checkpoint is whole \(checkpoint-4: model.* checkpoint-2: .*--overwrite"):
+    with pytest.raises(
+        UsageError, match=r"no checkpoint is whole \(checkpoint-4: model.* checkpoint-2: .*remove them and give"
+    ):
         whole_checkpoint(tmp_path)
 
 
@@ -98,6 +133,26 @@ def test_checkpoints_of_earlier_versions_are_looked_at_without_checksums(tmp_pat
     found = find_checkpoint_damage(folder)
     assert found is not None
     assert re.match(words, found)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["optimizer.pt", "scheduler.pt", "rng_state.pth"], None),
+        (["scheduler.pt", "rng_state.pth"], "optimizer.pt is missing"),
+        (["optimizer.pt"], "scheduler.pt is missing"),
+        (["rng_state_0.pth", "rng_state_1.pth"], "optimizer.pt is missing"),
+        ([], None),  # save_only_model
+        (["optimizer_0", "pytorch_model_fsdp_0", "scheduler.pt", "rng_state_0.pth"], None),
+        (["global_step4", "latest", "rng_state_0.pth"], None),
+    ],
+)
+def test_states_that_are_always_written_together(tmp_path, names, missing):
+    folder = checkpoint(tmp_path, 1)
+    (folder / CHECKSUMS).unlink()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    assert find_checkpoint_damage(folder) == missing
 
 
 def test_a_replacement_half_done_is_undone(tmp_path):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,54 @@ def test_run_is_refused_unless_resumed_or_overwritten(run):
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(run):
     assert claim_run_folder(config(run, seed=9), overwrite=True) == run
     assert tree(run) == ["mine", "mine/x", "notes.txt"]
+
+
+def test_overwrite_leaves_what_others_named_alike(run):
+    fill(run, "checkpoint-7-backup/x", "passed-over-checkpoint-7/x", "passed-over-checkpoint-x/x")
+    claim_run_folder(config(run), overwrite=True)
+    left = [path.name for path in run.iterdir()]
+    assert sorted(left) == ["checkpoint-7-backup", "mine", "notes.txt", "passed-over-checkpoint-x"]
+
+
+def test_an_overwriting_that_is_cut_short_can_be_repeated(run, monkeypatch):
+    """Killed before each removal: what is left is a run, or free."""
+    shutil.rmtree(run / "mine")
+    (run / "notes.txt").unlink()
+    remove, count = os.unlink, 0
+
+    def killed(path: Any, *args: Any, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        remove(path, *args, **options)
+
+    while True:
+        left = count
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", killed)
+            try:
+                claim_run_folder(config(run, seed=9), overwrite=True)
+                break
+            except KeyboardInterrupt:
+                pass
+        claim_run_folder(config(run, seed=9), overwrite=True)
+        assert claim_run_folder(config(run, seed=9)) == run
+        count += 1
+        write_run_config(run, config(run))
+        fill(run, "layers.json", "metrics.jsonl", "README.md", "model/config.json", "checkpoint-7/x")
+    assert count > 6
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named(run, monkeypatch):
+    """It would be what `--resume` goes on from."""
+
+    def refuse(path: Any, *args: Any, **options: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    message = refusal(run, overwrite=True)
+    assert message.startswith(f"--overwrite: {run / 'checkpoint-7'} cannot be removed (Permission denied)")
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
@@ -191,6 +241,15 @@ def test_text_is_written_whole_or_not_at_all(tmp_path):
     write_text(path, "neu, größer")
     assert path.read_text(encoding="utf-8") == "neu, größer"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, done = tmp_path / "rows.json", []
+    for name in ("fsync", "replace"):
+        inner = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=inner: (done.append(n), f(*args)))
+    write_text(path, "new")
+    assert done == ["fsync", "replace"]
 
 
 def test_readers_never_see_half_a_file(tmp_path):

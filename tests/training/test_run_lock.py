@@ -55,3 +55,18 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
     with run_lock(tmp_path):
         pass
     assert "cannot be locked (no flock here)" in caplog.text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, there):
+    target = tmp_path / "letter.txt"
+    if there:
+        target.write_text("dear")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOCK).symlink_to(target)
+    for use in (check_unlocked, lambda folder: run_lock(folder).__enter__()):
+        with pytest.raises(UsageError, match=r"\.lock is a link to .*letter\.txt; remove it"):
+            use(run)
+    assert target.exists() == there
+    assert not there or target.read_text() == "dear"

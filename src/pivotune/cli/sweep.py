@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pivotune.evaluation.comparison import Comparison
     from pivotune.evaluation.sweep import Sweep
     from pivotune.evaluation.sweep_plan import Cell
+    from pivotune.training.signals import StopSignals
 
 
 def sweep(
@@ -86,17 +88,18 @@ def sweep(
     if signals and not ablation:
         raise UsageError("--signals goes with --ablation")
     cells = _plan(config, grid or [], changes or [], folder, seeds=seeds, signals=signals if ablation else None)
-    quiet_libraries()
-    from pivotune.evaluation.sweep import describe_sweep, prepare_sweep
-
-    prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
     say = _printer(as_json)
     failures: dict[str, str] = {}
-    if dry_run:
-        _show_plan(prepared, say)
-    else:
-        failures = _run(prepared, say)
-        _summarize(prepared, console(as_json))
+    with _stop_signals() as stop_signals:
+        quiet_libraries()
+        from pivotune.evaluation.sweep import describe_sweep, prepare_sweep
+
+        prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
+        if dry_run:
+            _show_plan(prepared, say)
+        else:
+            failures = _run(prepared, say, stop_signals)
+            _summarize(prepared, console(as_json))
     if as_json:
         print_json(describe_sweep(prepared, failures))
     if failures:
@@ -121,15 +124,22 @@ def _plan(
     return plan_cells(config, changes, axes, seeds=parse_seeds(seeds), folder=folder)
 
 
-def _run(prepared: Sweep, say: Callable[[str], None]) -> dict[str, str]:
+def _run(prepared: Sweep, say: Callable[[str], None], stop_signals: StopSignals) -> dict[str, str]:
     from pivotune.cli.training_progress import TrainingProgress
     from pivotune.evaluation.sweep import run_sweep
+
+    return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[StopSignals]:
+    """Listen for signals, also while rows are read and checked, and say how to go on."""
     from pivotune.training.signals import StoppedBySignalError, StopSignals
 
     going_on = "the same command goes on from here"
     with StopSignals() as signals:
         try:
-            return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=signals)
+            yield signals
         except StoppedBySignalError as stop:
             stderr.print(f"pivotune: stopped by {stop.name}; {going_on}", soft_wrap=True, markup=False)
             raise typer.Exit(EXIT_STOPPED) from None

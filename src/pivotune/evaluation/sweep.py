@@ -84,7 +84,8 @@ def prepare_sweep(
     for cell in cells:
         _check_cell(cell)
     for cell in _typical(cells):
-        prepare_run(cell.config, resume=is_started(cell.folder))
+        # Damaged checkpoints are the trouble of their cell alone, when its turn comes.
+        prepare_run(cell.config, resume=is_started(cell.folder), choose_checkpoint=False)
     bases = _bases(cells) if tasks else {}
     names: tuple[str, ...] = ()
     for config in bases.values():

@@ -17,6 +17,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_CHECKSUMS = "checksums.json"  # written by pivotune.training.checksums
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 _HUB_TIMEOUT_SECONDS = 10
 
@@ -54,6 +55,7 @@ def resolve_model(name: str) -> str:
         folder = _folder_in_run(path)
         _check_files(str(folder), _file_names(folder))
         _check_shards(folder)
+        _check_sizes(folder)
         return str(folder)
     if path.is_file():
         raise UsageError(f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}")
@@ -192,6 +194,22 @@ def _check_shards(folder: Path) -> None:
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
+
+
+def _check_sizes(folder: Path) -> None:
+    """What a run has saved knows how long its weights are; configuration and tokenizer may be edited."""
+    path = folder / _CHECKSUMS
+    try:
+        sizes = {str(name): entry["size"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
+    for entry in folder.glob("*.safetensors"):
+        found, written = entry.stat().st_size, sizes.get(entry.name)
+        if written not in (None, found):
+            raise UsageError(
+                f"{entry}: damaged, {found} bytes where {written} were written; train or copy it again, or remove "
+                f"{_CHECKSUMS} if it was changed on purpose"
+            )
 
 
 def read_shards(index: Path) -> set[str]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from pivotune.errors import UsageError
-from pivotune.training.checksums import find_checkpoint_damage, reason_of, write_checksums
+from pivotune.training.checksums import TRAINER_STATE, find_checkpoint_damage, reason_of, write_checksums
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+PASSED_OVER = "passed-over-"  # before the name of a checkpoint that a resumed run has not gone on from
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     if staging.parent.is_symlink():
         # What it points to is not ours to empty.
         staging.parent.unlink()
-    shutil.rmtree(staging, ignore_errors=True)
+    _discard_staged(final.parent)
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -41,21 +45,26 @@ def staged_folder(final: Path) -> Iterator[Path]:
         _flush(staging)
         _replace(staging, final)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(staging.parent, ignore_errors=True)
         if isinstance(error, RuntimeError) and not _is_write_error(error):
             raise
         raise UsageError(_cannot_save(final, error)) from error
-    except BaseException:
-        shutil.rmtree(staging.parent, ignore_errors=True)
-        raise
-    shutil.rmtree(staging.parent, ignore_errors=True)
+    finally:
+        _discard_staged(final.parent)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, the newest first."""
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint of a run would be called so; `checkpoint-7-backup` is somebody's own."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -86,9 +95,40 @@ def whole_checkpoint(folder: Path) -> Path | None:
         damaged.append(f"{path.name}: {problem}")
     if damaged:
         raise UsageError(
-            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); start again with --overwrite or elsewhere"
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}); remove them and give the same command to start from "
+            "the beginning"
         )
     return None
+
+
+def set_newer_aside(folder: Path, chosen: Path) -> None:
+    """Move what is newer than the checkpoint a run goes on from out of the way.
+
+    Limits on the number of checkpoints keep the newest by step: one that was passed over would stay, and what the run saves
+    before that step be deleted. A damaged one is removed.
+    """
+    step = json.loads((chosen / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    for path in checkpoints(folder):
+        if _step_of(path) <= step:
+            return
+        problem = find_checkpoint_damage(path)
+        aside = folder / f"{PASSED_OVER}{path.name}"
+        remove_folder(aside)
+        # Renamed first: a removal that is cut short must not leave a part of it in place.
+        os.replace(path, aside)
+        if problem is None:
+            logger.warning("%s is newer than %s, which the run goes on from; it is now %s", path, chosen, aside)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            logger.warning("%s was damaged and is removed: %s", path, problem)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there; of a link the link, never what it points to."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def restore_replaced(folder: Path) -> None:
@@ -104,24 +144,47 @@ def remove_replaced(folder: Path) -> None:
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
+def _discard_staged(folder: Path) -> None:
+    """Empty the staging folder, but never of an old folder whose replacement is not in place."""
+    with suppress(OSError):
+        restore_replaced(folder)
+        remove_replaced(folder)
+
+
 def _replace(staging: Path, final: Path) -> None:
     old = staging.parent / f"{final.name}.old"
-    if final.exists():
-        os.replace(final, old)
     try:
+        if final.exists():
+            os.replace(final, old)
         os.replace(staging, final)
     except BaseException:
-        if old.exists():
+        # A signal may come between any two lines here.
+        if old.exists() and not final.exists():
             os.replace(old, final)
         raise
+    for parent in (final.parent, staging.parent):
+        _flush_folder(parent)
 
 
 def _flush(folder: Path) -> None:
-    """Have the files on disk before the rename is: a crash must not leave a renamed folder of empty files."""
+    """Have all on disk before the rename is: a crash must not leave a renamed folder of empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, where the system can: Windows opens no folders, some network disks refuse."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_write_error(error: RuntimeError) -> bool:
@@ -130,4 +193,12 @@ def _is_write_error(error: RuntimeError) -> bool:
 
 
 def _cannot_save(final: Path, error: Exception) -> str:
-    return f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}; make room and go on with --resume"
+    state = f"{final}: cannot be saved ({reason_of(error)}); {kept(final.parent)}"
+    return f"{state}; {write_advice(error)} and go on with --resume"
+
+
+def write_advice(error: Exception) -> str:
+    """What to do where a file cannot be written; safetensors gives the number in its text, torch's zip writer none."""
+    in_text = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else None)
+    return "make room" if number in (None, *NO_ROOM) else "see to it that it can be written"

@@ -8,12 +8,13 @@ run was begun.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig
 
+_SAME = ("train_sampling_strategy", "data_seed", "dataloader_drop_last")
 DATA_ORDER_FILE = "data_order.json"
 
 
@@ -25,11 +26,16 @@ class DataOrder:
         batch_rows: rows of one micro-batch, over all processes.
         num_batches: micro-batches of a step.
         num_processes: how many processes share a micro-batch; the order does not depend on it.
+        train_sampling_strategy, data_seed, dataloader_drop_last: arguments of the training that a resumed run must have
+            again; None in checkpoints of earlier versions.
     """
 
     batch_rows: int
     num_batches: int
     num_processes: int
+    train_sampling_strategy: str | None = None
+    data_seed: int | None = None
+    dataloader_drop_last: bool | None = None
 
     @property
     def step_rows(self) -> int:
@@ -47,6 +53,9 @@ def order_of(args: DeepSupervisionConfig, batch_size: int) -> DataOrder:
         batch_rows=batch_size * args.world_size,
         num_batches=args.gradient_accumulation_steps,
         num_processes=args.world_size,
+        train_sampling_strategy=args.train_sampling_strategy,
+        data_seed=args.data_seed,
+        dataloader_drop_last=args.dataloader_drop_last,
     )
 
 
@@ -59,7 +68,8 @@ def resumed_order(checkpoint: Path, now: DataOrder) -> DataOrder:
     """The order that a run was begun with, which goes on in steps of `now`.
 
     Raises:
-        UsageError: the steps would hold other rows; says which setting keeps them.
+        UsageError: the steps would hold other rows, or an epoch have another number of steps; says which setting keeps
+            them.
     """
     path = checkpoint / DATA_ORDER_FILE
     if not path.is_file():
@@ -70,6 +80,19 @@ def resumed_order(checkpoint: Path, now: DataOrder) -> DataOrder:
         raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); resume from another one") from error
     if before.step_rows != now.step_rows:
         raise UsageError(f"{checkpoint} has {before} and this run {now}; {_remedy(before, now)}")
+    same = {name: getattr(now, name) for name in _SAME if getattr(before, name) is None}
+    before = replace(before, **same)
+    for name in _SAME:
+        then, current = getattr(before, name), getattr(now, name)
+        if then != current:
+            raise UsageError(
+                f"{checkpoint} was begun with {name} {then} and this run has {current}; set training.{name}={then}"
+            )
+    if now.dataloader_drop_last and before.batch_rows != now.batch_rows:
+        raise UsageError(
+            f"{checkpoint} has {before} and this run {now}: dataloader_drop_last would leave out other rows; "
+            f"keep per_device_train_batch_size x processes at {before.batch_rows}"
+        )
     return before
 
 

@@ -17,8 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 
 from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig
@@ -59,6 +60,7 @@ class FaultTolerantTrainer(Trainer):
         self._leaving = False  # a signal has come, on whatever rank
         self._reported_step = -1
         self._evaluation_due = False
+        self._random_state: Tensor | None = None  # after an evaluation that was made up for
         self._may_cut_evaluation = False
         self._skipped_steps = 0
         self._window_steps = self._window_skipped = 0  # since the last log line
@@ -69,7 +71,6 @@ class FaultTolerantTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; whether it was finite is asked once per optimizer step."""
-        self._evaluate_if_due()
         self._tell("forward and backward")
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -155,10 +156,43 @@ class FaultTolerantTrainer(Trainer):
         """One epoch; none where the run is resumed at its end: `Trainer` would do one step more."""
         self._restore_counters()
         self._reported_step = -1
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._is_out_of_patience(kwargs["resume_from_checkpoint"]):
             self.control.should_training_stop = True
             return
+        if self._evaluation_due:
+            # As in the process before: with the random numbers of the checkpoint, which go on from here.
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self._evaluate_if_due()
+            self._random_state = torch.get_rng_state()
+            if self.control.should_training_stop:
+                return
         super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def _is_out_of_patience(self, resumed_from: str | None) -> bool:
+        """Whether the evaluation before the checkpoint was the last that early stopping allows."""
+        return resumed_from is not None and any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+
+    def _load_callback_state(self) -> None:
+        """Give callbacks back what they counted (the patience of early stopping); `Trainer` does so on request only."""
+        super()._load_callback_state()
+        if self.args.restore_callback_states_from_checkpoint:
+            return
+        for callback in self.callback_handler.callbacks:
+            kept = self._kept_states.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(kept, dict):
+                # Of a file that travels: only what the callback itself would keep.
+                for name in callback.state()["attributes"].keys() & kept.get("attributes", {}).keys():
+                    setattr(callback, name, kept["attributes"][name])
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
@@ -184,8 +218,10 @@ class FaultTolerantTrainer(Trainer):
             with self._evaluation_may_be_cut():
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except _EvaluationCutError:
-            self._evaluation_due = leave = True
-            self._save_checkpoint(model, trial)
+            self._evaluation_due = self._leaving = True
+            if not comes_again:
+                leave = True
+                self._save_checkpoint(model, trial)
         if leave:
             raise self._stopped(trial)
         if wait:
@@ -226,6 +262,8 @@ class FaultTolerantTrainer(Trainer):
         if self._evaluation_due:
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
+            # Its checkpoint was saved before.
+            self.state.best_model_checkpoint = self._best_checkpoint(Path(self._get_output_dir(None)))
             self._evaluation_due = False
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
@@ -242,6 +280,11 @@ class FaultTolerantTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(cast(str, output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _best_checkpoint(self, folder: Path, *, saving: Path | None = None) -> str | None:
+        """The checkpoint of the best step where it is in the run's folder, or is being saved."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if best == saving or best.is_dir() else self.state.best_model_checkpoint
 
     @property
     def _kept_states(self) -> dict[str, Any]:

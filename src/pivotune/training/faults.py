@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pivotune.errors import TrainingError, UsageError
-from pivotune.training.checkpoints import kept
+from pivotune.training.checkpoints import NO_ROOM, kept, write_advice
 
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?:[^.]*signal: (\w+))?")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -41,10 +40,9 @@ def explain(error: OSError | RuntimeError, folder: Path) -> Exception | None:
             f"output_dir: {folder} has vanished during the run; what it held is gone, start again with the same command"
         )
     if isinstance(error, OSError) and error.errno is not None and _is_inside(error, folder):
-        advice = "make room" if error.errno in _NO_ROOM else "see to it that it can be written"
         where = error.filename or folder
         return UsageError(
-            f"{where}: cannot be written ({error.strerror}); {kept(folder)}; {advice} and go on with --resume"
+            f"{where}: cannot be written ({error.strerror}); {kept(folder)}; {write_advice(error)} and go on with --resume"
         )
     if worker := _WORKER.search(str(error)):
         killed = f" by {worker[2]}" if worker[2] else ""
@@ -57,6 +55,6 @@ def explain(error: OSError | RuntimeError, folder: Path) -> Exception | None:
 
 def _is_inside(error: OSError, folder: Path) -> bool:
     """Whether the fault is about the run's folder; a full disk is, whoever meets it."""
-    if error.errno in (*_NO_ROOM, errno.EROFS):
+    if error.errno in (*NO_ROOM, errno.EROFS):
         return True
     return error.filename is not None and Path(str(error.filename)).resolve().is_relative_to(folder.resolve())

@@ -49,8 +49,14 @@ class PreparedRun:
     checkpoint: Path | None = None
 
 
-def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> PreparedRun:
+def prepare_run(
+    config: RunConfig, *, overwrite: bool = False, resume: bool = False, choose_checkpoint: bool = True
+) -> PreparedRun:
     """Check the output folder, the model's files, the arguments and all rows; nothing slow, nothing written.
+
+    Args:
+        choose_checkpoint: look for what a resumed run goes on from, for which a replacement of a folder that was left half
+            done is undone.
 
     Raises:
         UsageError: the first thing that is wrong, in one line.
@@ -75,13 +81,14 @@ def prepare_run(config: RunConfig, *, overwrite: bool = False, resume: bool = Fa
     _check_apart(config)
     # One process looks and, with `overwrite`, removes.
     folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
-    checkpoint = ranks.on_main(lambda: _find_checkpoint(config, folder, train)) if resume else None
+    if resume:
+        ranks.on_main(lambda: check_rows_record(folder, train, config.data.train))
+    checkpoint = ranks.on_main(lambda: _find_checkpoint(folder)) if resume and choose_checkpoint else None
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
 
 
-def _find_checkpoint(config: RunConfig, folder: Path, train: Sequence[Pair]) -> Path | None:
-    check_rows_record(folder, train, config.data.train)
+def _find_checkpoint(folder: Path) -> Path | None:
     restore_replaced(folder)
     checkpoint = whole_checkpoint(folder)
     if checkpoint is not None:

@@ -142,6 +142,7 @@ def _execute(
         ranks.on_main(lambda: write_layers_json(folder / "layers.json", chosen))
     with in_memory("scoring the starting model"):
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
+    trainer.verified_checkpoint = prepared.checkpoint
     with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
         # One that came after the last step: no process goes on to wait for another that leaves.

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -20,13 +19,13 @@ import yaml
 from pivotune.config import RunConfig, dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.redaction import redact_command, redact_settings
-from pivotune.training.checkpoints import STAGING
+from pivotune.training.checkpoints import PASSED_OVER, STAGING, is_checkpoint_name, remove_folder
 from pivotune.training.checksums import CHECKSUMS
 from pivotune.training.run_lock import LOCK, check_unlocked
 
-_OWN_FILES = ("config.yaml", "layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz",
-              "README.md", "environment.json", "training.png", "english-features.safetensors", "rows.json",
-              "start-scores.json")  # fmt: skip
+_OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
+              "training.png", "english-features.safetensors", "rows.json", "start-scores.json")  # fmt: skip
+_MARKS = ("config.yaml", "environment.json")  # by which a folder is known for a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
 _LIBRARIES = (
     "pivotune",
@@ -140,6 +139,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
+            file.flush()
+            # Before the rename: a machine that goes down must not leave an empty file under the name.
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -149,7 +151,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def remove_half_written(folder: Path) -> None:
     """Remove what a process left that was killed inside `write_bytes`."""
-    for name in _OWN_FILES:
+    for name in (*_OWN_FILES, *_MARKS):
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 
@@ -166,7 +168,9 @@ def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """What a process leaves that was killed before it had written `config.yaml`."""
+    """What a process leaves that was killed before it had written `config.yaml`, or after it had removed it."""
+    if path.name == "environment.json":
+        return _made_by_pivotune(path)
     return path.name in (LOCK, STAGING) or path.name.startswith(".config.yaml.")
 
 
@@ -223,21 +227,28 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a run writes and nothing else; of a link the link, never what it points to."""
-    for name in _OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in [*(folder / name for name in _OWN_FOLDERS), *folder.glob("checkpoint-*")]:
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what a run writes and nothing else; first what could be gone on from, last what says that this is a run."""
+    names = _checkpoint_names(folder)
+    try:
+        for name in (*names, *(PASSED_OVER + name for name in names), *_OWN_FOLDERS):
+            remove_folder(folder / name)
+        for name in (*_OWN_FILES, *_MARKS):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--overwrite: {error.filename or folder} cannot be removed ({error.strerror}); remove it or choose another "
+            "output_dir"
+        ) from error
+
+
+def _checkpoint_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name)]
 
 
 def _refuse_links_out(folder: Path) -> None:
     """A run is written to as it goes on: a link in it could lead the writing anywhere."""
     inside = folder.resolve()
-    names = [*_OWN_FILES, *_OWN_FOLDERS, *(path.name for path in folder.glob("checkpoint-*"))]
-    for path in (folder / name for name in names):
+    for path in (folder / name for name in (*_OWN_FILES, *_MARKS, *_OWN_FOLDERS, *_checkpoint_names(folder))):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise UsageError(
                 f"--resume: {path} is a link to {path.resolve()}, outside of the run; replace it with what it points to"

@@ -24,9 +24,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock inside.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or it is a link.
     """
     path = folder / LOCK
+    if path.is_symlink():
+        # What it points to is not ours to write to.
+        raise UsageError(f"output_dir: {path} is a link to {path.readlink()}; remove it")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=WAIT_SECONDS)
@@ -49,7 +52,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 def check_unlocked(folder: Path) -> None:
     """Refuse a folder in which another process trains."""
-    if (folder / LOCK).is_file():
+    if (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         with run_lock(folder):
             pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,8 @@ from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
 from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
-from pivotune.training.checkpoints import last_checkpoint
+from pivotune.training.checkpoints import set_newer_aside, whole_checkpoint
+from pivotune.training.checksums import find_checkpoint_damage, find_damage
 from pivotune.training.data_order import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.engines import check_head, prepare_fsdp
 from pivotune.training.english_features import with_features
@@ -77,6 +79,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     Attributes:
         layers: the layer analysis, or None where no layer had to be chosen.
         supervision: the inner losses with their layers.
+        verified_checkpoint: one whose checksums the caller has compared already.
 
     Raises:
         UsageError: rows, layers, template or adapters that cannot be used; one line each.
@@ -85,6 +88,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     # compute_loss normalises over the whole accumulation window itself.
     loss_is_scaled_for_ga = True
     args: DeepSupervisionConfig
+    verified_checkpoint: Path | None = None
 
     def __init__(
         self,
@@ -183,19 +187,36 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train; see `Trainer.train`.
 
+        Args:
+            resume_from_checkpoint: True goes on from the newest checkpoint that is whole, a path from that one. Newer ones
+                are moved out of the way.
+
         Raises:
-            UsageError: the checkpoint's steps hold another number of rows than this run's.
+            UsageError: the checkpoint is damaged, or would run code, or its steps hold other rows than this run's.
         """
-        checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume_from_checkpoint is True else None
-        checkpoint = checkpoint or (Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None)
-        if checkpoint is not None:
-            # Before anything reads it; DeepSpeed reads states by itself.
-            check_checkpoint(checkpoint)
+        checkpoint = ranks.on_main(lambda: self._chosen_checkpoint(resume_from_checkpoint))
         now = order_of(self.args, self._train_batch_size)
         self._order = now if checkpoint is None else resumed_order(checkpoint, now)
         if self._order != now:
-            logger.warning("%s was written with %s; this run has %s, in the same order", checkpoint, self._order, now)
-        return super().train(resume_from_checkpoint, **kwargs)
+            logger.warning("%s was begun with %s; this run has %s, in the same order", checkpoint, self._order, now)
+        if checkpoint is not None:
+            ranks.on_main(lambda: set_newer_aside(Path(str(self.args.output_dir)), checkpoint))
+        return super().train(resume_from_checkpoint if checkpoint is None else str(checkpoint), **kwargs)
+
+    def _chosen_checkpoint(self, resume_from: Any) -> Path | None:
+        """What to go on from, checked before anything reads it; DeepSpeed reads states by itself."""
+        if resume_from is True:
+            checkpoint = whole_checkpoint(Path(str(self.args.output_dir)))
+        elif isinstance(resume_from, (str, os.PathLike)):
+            checkpoint = Path(resume_from)
+            problem = None if checkpoint == self.verified_checkpoint else find_checkpoint_damage(checkpoint)
+            if problem is not None:
+                raise UsageError(f"{checkpoint} is damaged: {problem}; resume from another checkpoint")
+        else:
+            return None
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+        return checkpoint
 
     # ---- loss ----
 
@@ -317,7 +338,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         """Write the checkpoint beside its place and rename it when it is complete; all ranks together."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         ranks.agree(partial(_must_be_there, folder.parent))
-        best = self._best_checkpoint(folder)
+        best = self._best_checkpoint(folder.parent, saving=folder)
         with self._counters_in_state():
             save_together(folder, partial(self._write_checkpoint, model, trial, best))
         if self.args.should_save:
@@ -349,12 +370,14 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if best is None:
             logger.warning("the best checkpoint %s is not one of this run; the last weights are kept", named)
             return
+        problem = ranks.on_main(lambda: find_damage(best))
+        if problem is not None:
+            # It must not be what the last checkpoints are deleted in favour of.
+            self.state.best_model_checkpoint = None
+            logger.warning("the best checkpoint %s is damaged (%s); the last weights are kept", best, problem)
+            return
         check_checkpoint(best)
         super()._load_best_model()
-
-    def _best_checkpoint(self, saving: Path) -> str | None:
-        best = saving.parent / f"checkpoint-{self.state.best_global_step}"
-        return str(best) if best == saving or best.is_dir() else self.state.best_model_checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
