@@ -91,7 +91,7 @@ class TestMistakes:
 
     def test_rows_that_do_not_fit(self, tmp_path):
         message = mistake(tmp_path, data=data(tmp_path, max_prompt_tokens=4))
-        assert "rows.jsonl: row " in message
+        assert "rows.jsonl: line " in message
         assert "data.max_prompt_tokens" in message
 
     def test_no_row_is_left(self, tmp_path):
