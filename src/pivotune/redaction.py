@@ -19,18 +19,26 @@ _TEXT_TOKEN = re.compile(
     r"(?:.*[_.-])?(?:pad|eos|bos|unk|cls|sep|mask|eot|eom|boi|eoi|image|audio|video|special|end|begin|start|stop)_token",
     re.IGNORECASE,
 )
-# Keys of people and services are long and have no other meaning; GitHub, OpenAI and AWS publish these forms.
+# Keys of people and services are long and have no other meaning; GitHub, GitLab, OpenAI, AWS and Google publish these.
 _FORMS = re.compile(
     r"(?<![A-Za-z0-9])()(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
-    r"|github_pat_[A-Za-z0-9_]{30,}|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{20,})"
+    r"|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{35}|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{20,})"
 )
-# Also with one slash: a path would have lost the other.
-_URL_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^\s/@\"']+(?=@)")
+# Also with one slash: a path would have lost the other. To the last `@`: a password may hold one.
+_URL_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^\s/\"']+(?=@)")
 _BEARER = re.compile(r"(?i)(?<=bearer )()[A-Za-z0-9._~+/=-]{8,}")
+# `basic` alone is a word of any text.
+_HEADER = re.compile(r"(?i)(authorization[\"']?\s*[=:]\s*[\"']?(?:basic|token)\s+)[^\s\"',;}]+")
 # `hub_token=x`, `hub_token: "x"`, `'hub_token': 'x'`, `?token=x`.
 _NAMED = re.compile(
     rf"(?P<name>(?:[A-Za-z0-9]+[_.-])*{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
-    r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&}\])\"']+)",
+    # Within quotes a quote may stand behind a backslash, or twice; quotes may also be left open.
+    r"(?P<value>\"(?:[^\"\\]|\\.|\"\")*\"|'(?:[^'\\]|\\.|'')*'|[\"']?[^\s,;&}\])\"']+)",
+    re.IGNORECASE,
+)
+# `--hub-token x` within a sentence, but not `--hub-token together with`: a word of small letters is no secret.
+_OPTION = re.compile(
+    rf"(?<![\w-])--(?P<name>(?:[a-z0-9]+[_.-])*{_NAME})(?P<mark>\s+)(?P<value>(?!(?-i:[a-z]+)(?![^\s,;]))[^\s,;]{{8,}})",
     re.IGNORECASE,
 )
 _SHORTEST = 8  # characters of an environment variable that are taken for a secret
@@ -45,9 +53,9 @@ def redact(text: str) -> str:
     """The text without anything that looks like a secret."""
     for value in _secrets_of_environment():
         text = text.replace(value, REDACTED)
-    for pattern in (_FORMS, _URL_CREDENTIALS, _BEARER):
+    for pattern in (_FORMS, _URL_CREDENTIALS, _BEARER, _HEADER):
         text = pattern.sub(rf"\g<1>{REDACTED}", text)
-    return _NAMED.sub(_without_value, text)
+    return _OPTION.sub(_without_value, _NAMED.sub(_without_value, text))
 
 
 def redact_settings(value: Any) -> Any:
@@ -76,9 +84,10 @@ def _is_set_secret(key: Any, value: Any) -> bool:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    if not is_secret_name(match["name"]) or match["value"] == REDACTED:
+    """What stands under a name, which may be an option's."""
+    if not is_secret_name(match["name"].replace("-", "_")) or match["value"] == REDACTED:
         return match.group()
-    return f"{match['name']}{match['mark']}{REDACTED}"
+    return match.group().removesuffix(match["value"]) + REDACTED
 
 
 def _secrets_of_environment() -> list[str]:

@@ -407,6 +407,21 @@ def test_bad_rows_are_left_out_and_counted_when_told(config, tmp_path, capsys):
     assert "left out: 1 rows: `prompt` is missing" in out
 
 
+def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsys):
+    """Those of a file of their own, in reading (no text) and in encoding (no room for the answer)."""
+    heldout = tiny_rows(6)
+    heldout[0]["prompt"] = ""
+    heldout[1]["prompt"] = heldout[1]["prompt"] + " word" * 900
+    write_jsonl(tmp_path / "heldout.jsonl", heldout)
+    settings = [f"data.validation={tmp_path / 'heldout.jsonl'}", "data.max_prompt_tokens=100000"]
+    train(config, "data.on_bad_row=skip", *settings, *LAYERS)
+    out = capsys.readouterr().out
+    assert "16 rows to train on, 4 held out" in out
+    assert "left out: 1 held-out rows: `prompt` is empty" in out
+    assert "left out: 1 held-out rows: the prompt fills" in out
+    assert "left out: 1 rows" not in out
+
+
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
     from pivotune.cli import training_progress
     from pivotune.training.fault_tolerant import TrainingDivergedError

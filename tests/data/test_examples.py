@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from math import floor
@@ -377,7 +378,7 @@ def test_template_longer_than_the_limit(tokenizer):
         encoder.encode(rows, source="pairs.jsonl")
     frame = len(encoder.encode_prompt(Turn("q"))) - 1
     assert one_line(raised) == (
-        f"pairs.jsonl: row 7: the template alone takes {frame} tokens and data.max_prompt_tokens is 5; allow more"
+        f"pairs.jsonl: line 7: the template alone takes {frame} tokens and data.max_prompt_tokens is 5; allow more"
     )
 
 
@@ -386,7 +387,7 @@ def test_nothing_left_for_the_answer(byte_encoder):
     with pytest.raises(UsageError) as raised:
         encoder.encode([row_of(10, 5, 40, 5, number=3)], source="pairs.jsonl")
     assert one_line(raised) == (
-        "pairs.jsonl: row 3: the prompt takes 42 of the model's 42 tokens and nothing is left for the answer; "
+        "pairs.jsonl: line 3: the prompt takes 42 of the model's 42 tokens and nothing is left for the answer; "
         "lower data.max_prompt_tokens"
     )
 
@@ -409,10 +410,29 @@ def test_row_that_the_template_refuses_is_named_or_skipped(tokenizer):
     turns = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
     rows = [Row("q", "a", "q", "a", number=1), Row("q", "a", "q", "a", history=turns, number=2)]
     encoder = encoder_for(tokenizer, "alpaca")
-    with pytest.raises(UsageError, match=r"^pairs.jsonl: row 2: data\.template: alpaca takes one user turn"):
+    with pytest.raises(UsageError, match=r"^pairs.jsonl: line 2: data\.template: alpaca takes one user turn"):
         encoder.encode(rows, source="pairs.jsonl")
     assert [pair.number for pair in encoder.encode(rows, on_bad_row="skip")] == [1]
     assert list(encoder.report.skipped.values()) == [1]
+
+
+def test_answer_that_the_tokenizer_drops():
+    """With a template that ends answers with nothing: those of `load_template` have an end token."""
+    from tokenizers import normalizers
+
+    changed = build_tiny_tokenizer()
+    changed.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    alpaca = load_template("alpaca", changed)
+    bare = SimpleNamespace(
+        adds_special_tokens=alpaca.adds_special_tokens,
+        render=lambda turn: replace(alpaca.render(turn), completion=turn.completion),
+    )
+    encoder = Encoder(changed, bare)
+    rows = [Row("q", "\u200b", "q", "a", number=5), Row("q", "a", "q", "a", number=6)]
+    with pytest.raises(UsageError, match=r"^pairs.jsonl: line 5: the answer has no tokens$"):
+        encoder.encode(rows, source="pairs.jsonl")
+    assert [pair.number for pair in encoder.encode(rows, on_bad_row="skip")] == [6]
+    assert encoder.report.skipped == {"the answer has no tokens": 1}
 
 
 def test_query_that_the_tokenizer_drops(tokenizer):

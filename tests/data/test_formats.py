@@ -119,7 +119,8 @@ def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path, write_file)
     ("a.csv", "prompt,completion\na,b\nc,d,e\n", "a.csv, line 3: 3 cells, but the header names 2 columns"),
     ("a.csv", "prompt,completion,prompt\na,b,c\n",
      "a.csv, line 1: the header names the column 'prompt' more than once"),
-    ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "a.csv, line 4: broken CSV: unexpected end of data"),
+    ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "a.csv, line 3: broken CSV: a quote is left open"),
+        ("a.csv", 'prompt,completion\na,"b\nb"\n\nc,"d\nd",e\n', "a.csv, line 5: 3 cells, but the header names 2 columns"),
     ("a.csv", b"prompt,completion\na,b\nc,\xe1\n", "a.csv, line 3: not UTF-8 (byte 0xe1); save the file as UTF-8"),
     # Without a time of writing, which would give the test another name in every process.
     ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9],
@@ -174,3 +175,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path, write_file, name):
     tracemalloc.stop()
     assert count == 20_000
     assert peak < 6e6  # the file holds 20 MB of text
+
+
+def test_quote_left_open_in_a_large_file_names_its_line(tmp_path, monkeypatch):
+    """Before the rest of the file is in memory, 4 bytes a character."""
+    monkeypatch.setattr("pivotune.data.formats._LONGEST_CELL", 1000)
+    rows = ["prompt,completion", *["a,b"] * 3, 'a,"b', *["a,b"] * 2000]
+    assert error_of(tmp_path / "a.csv", "\n".join(rows)) == (
+        "a.csv, line 5: broken CSV: a cell has more than 1,000 characters; is a quote left open?"
+    )

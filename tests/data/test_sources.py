@@ -371,6 +371,28 @@ class TestTwoFiles:
             "keep one of the two"
         )
 
+    def test_blank_lines_at_different_places_are_refused(self, tmp_path, monkeypatch):
+        """As many rows on both sides, and still not the same pairs."""
+        monkeypatch.chdir(tmp_path)
+        lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(1, 6)]
+
+        def load(target: list[str], english: list[str], on_bad_row: str = "skip"):
+            Path("sw.jsonl").write_text("\n".join(target))
+            Path("en.jsonl").write_text("\n".join(english))
+            return load_rows("sw.jsonl", english="en.jsonl", on_bad_row=on_bad_row)
+
+        for on_bad_row in ("error", "skip"):
+            with pytest.raises(
+                UsageError, match=r"sw.jsonl, line 3: comes together with en.jsonl, line 2: .* blank lines"
+            ):
+                load([lines[0], "", *lines[2:]], [*lines[:3], "", lines[4]], on_bad_row)
+        rows = load([lines[0], "", *lines[2:]], [lines[0], " ", *lines[2:]])
+        assert [row.prompt == row.prompt_en for row in rows] == [True] * 4
+        # A line that cannot be read keeps its number.
+        rows = load([lines[0], "{", *lines[2:]], lines)
+        assert [(row.prompt, row.prompt_en) for row in rows] == [(f"p{n}", f"p{n}") for n in (1, 3, 4, 5)]
+        assert sum(rows.skipped.values()) == 1
+
     def test_bad_english_row_names_the_english_file(self, write):
         files = write([(1, "moja", "1"), (2, "mbili", "2")], [(1, "one", "1"), (2, "two", " ")])
         assert error_of(**files, needed_by="method deep-supervision") == (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from planted import CONTROLS, HOSTILE, call, copy, refused, write_yaml
+from planted import CONTROLS, HOSTILE, call, copy, refused, resume, write_yaml
 from result_folders import records, write_run
 from tiny_training import tiny_rows, write_rows
 
@@ -50,6 +51,24 @@ def test_hostile_rows_and_names_in_training(hostile_model, tmp_path, capsys):
     assert harmless(out + err)
     assert "[bold red]x" in out
     assert "␛[31m" in out
+
+
+def test_log_messages_are_harmless_lines(stopped, tmp_path, capsys):
+    """Names of a planted file are shown in a warning; the library by itself installs no handler."""
+    run = copy(stopped / "run", tmp_path / "run")
+    planted = copy(run / "checkpoint-2", run / "checkpoint-3") / "checksums.json"
+    token = "hf_" + "a" * 30
+    planted.write_text(
+        json.dumps({f"{HOSTILE}\npivotune: error: {token}": {"size": 1, "sha256": ""}}), encoding="utf-8"
+    )
+    code, out, err = call(capsys, *resume(stopped, tmp_path))
+    assert code == 0, err
+    assert harmless(out + err)
+    (line,) = (line for line in err.splitlines() if "checkpoint-3 is damaged and passed over" in line)
+    assert line.endswith("pivotune: error: <redacted> is missing")
+    assert "␛[31m" in line
+    logger = logging.getLogger("pivotune")
+    assert (logger.handlers, logger.propagate) == ([], True)
 
 
 def test_hostile_names_in_chat_and_analysis(hostile_model, rows, tmp_path, capsys):

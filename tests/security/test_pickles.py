@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import subprocess
 import sys
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import safe_globals
 
 from pivotune.errors import UsageError
-from pivotune.training.checkpoint_safety import check_checkpoint
+from pivotune.training.checkpoint_safety import _STAND_INS, _check_distributed, check_checkpoint
 from pivotune.training.checksums import write_checksums
 
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
@@ -183,10 +186,42 @@ def test_sharded_checkpoints_pass(sharded):
     check_checkpoint(sharded.parent)
 
 
-def test_planted_metadata_is_refused(sharded, mark):
+@pytest.mark.parametrize("name", [".metadata", "__1.metadata"])
+def test_planted_metadata_is_refused(name, sharded, mark):
     edit_metadata(sharded, lambda metadata: setattr(metadata, "planner_data", Mark(mark)))
+    (sharded / ".metadata").rename(sharded / name)
     with pytest.raises(UsageError, match="not read"):
         check_checkpoint(sharded.parent)
+
+
+def build_on(module: str, name: str, key: str) -> bytes:
+    """A pickle that gives a state to the named class or function itself, then is an empty dictionary."""
+    state = pickle.dumps((None, {key: ""}), protocol=2)[2:-1]
+    return b"\x80\x02" + f"c{module}\n{name}\n".encode() + state + b"b0}."
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in _STAND_INS.items() for name in names])
+def test_metadata_changes_no_class(module, name, sharded, mark):
+    """`BUILD` on a class would change it for the whole process: no other file would have a suffix to be checked by."""
+    (sharded / ".metadata").write_bytes(build_on(module, name, "suffix"))
+    plant(sharded / "later.pt", mark)
+    with pytest.raises(UsageError, match=r"metadata: not read") as raised:
+        _check_distributed(sharded / ".metadata")
+    assert isinstance(raised.value.__cause__, (pickle.UnpicklingError, TypeError))
+    assert Path("x.pt").suffix == ".pt"
+    with pytest.raises(UsageError, match=r"later\.pt: not read"):
+        check_checkpoint(sharded.parent)
+
+
+@pytest.mark.parametrize("state", [(None, {"__class__": "x"}), ({}, {"fqn": "y"}), 3, "text"])
+def test_records_of_metadata_have_plain_states_only(state, sharded):
+    """What assigns attributes could turn the record of a tensor into that of a value, after it was taken for a tensor."""
+    state = pickle.dumps(state, protocol=2)[2:-1]
+    name = b"ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\n"
+    (sharded / ".metadata").write_bytes(b"\x80\x02" + name + b")\x81" + state + b"b.")
+    with pytest.raises(UsageError, match=r"metadata: not read") as raised:
+        check_checkpoint(sharded.parent)
+    assert isinstance(raised.value.__cause__, pickle.UnpicklingError)
 
 
 def test_planted_values_in_shards_are_refused(sharded, mark):
@@ -233,3 +268,14 @@ def test_deepspeed_states_may_hold_its_own_classes_and_no_others(tmp_path, mark,
     torch.save({"loss_scaler": LossScaler(), "more": Mark(mark)}, states)
     with pytest.raises(UsageError, match="not read"):
         check_checkpoint(tmp_path / "checkpoint-2")
+    # What its modules import is theirs by name only.
+    module.Popen, module.os = subprocess.Popen, os  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("LossScaler", "Popen", "os.Popen", "Missing"):
+        with zipfile.ZipFile(states, "w") as file:
+            file.writestr("archive/data.pkl", b"\x80\x02c" + f"{module.__name__}\n{name}\n.".encode())
+            file.writestr("archive/version", "3")
+        if name == "LossScaler":
+            check_checkpoint(tmp_path / "checkpoint-2")
+        else:
+            with pytest.raises(UsageError, match="not read"):
+                check_checkpoint(tmp_path / "checkpoint-2")

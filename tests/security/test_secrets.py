@@ -148,7 +148,9 @@ def test_other_names(name):
 @pytest.mark.parametrize(
     "text",
     ["the token limit: 5", "pad_token=<|pad|>", "hf_datasets", "sk-learn", "me@example.org", "runs/vi/checkpoint-4",
-     "https://huggingface.co/owner/model", "no end-of-text token, so no answer could end"],
+     "https://huggingface.co/owner/model", "see https://host/x, or write to me@example.org", "a basic understanding",
+     "authorization: required", "--hub-token together with --resume", "--pad-token <|padding|>",
+     "give --hub-token, or log in", "glpat-form", "AIzawa", "no end-of-text token, so no answer could end"],
 )  # fmt: skip
 def test_texts_that_stay(text):
     assert redact(text) == text
@@ -162,6 +164,27 @@ def test_texts_that_stay(text):
 def test_texts_that_go(text):
     assert REDACTED in redact(text)
     assert HUB not in redact(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("https://user:p@ss@host/x?a=1", f"https://{REDACTED}@host/x?a=1"),
+        ("https:/user:p@s@s@host and me@example.org", f"https:/{REDACTED}@host and me@example.org"),
+        ("Authorization: Basic dXNlcjpwYXNz, x", f"Authorization: Basic {REDACTED}, x"),
+        ("{'Authorization': 'Basic dXNlcjpwYXNz'}", f"{{'Authorization': 'Basic {REDACTED}'}}"),
+        (f"a glpat-{'a1-B_' * 4} z", f"a {REDACTED} z"),
+        (f"key AIza{'a1-B_' * 7}.", f"key {REDACTED}."),
+        ("started with --hub-token abCDefgh, which", f"started with --hub-token {REDACTED}, which"),
+        (f"train --api-key {PLAIN} now", f"train --api-key {REDACTED} now"),
+        ("{'password': 'ab''cdef', 'x': 'y'}", f"{{'password': {REDACTED}, 'x': 'y'}}"),
+        ('{"token": "ab\\"cdef", "x": ""}', f'{{"token": {REDACTED}, "x": ""}}'),
+        ("{'token': '', 'x': ''}", f"{{'token': {REDACTED}, 'x': ''}}"),
+        ("token='abc", f"token={REDACTED}"),
+    ],
+)
+def test_no_part_of_a_secret_stays(text, left):
+    assert redact(text) == left
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "pad_token: x", "größer"])

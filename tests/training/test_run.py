@@ -91,14 +91,14 @@ class TestMistakes:
 
     def test_rows_that_do_not_fit(self, tmp_path):
         message = mistake(tmp_path, data=data(tmp_path, max_prompt_tokens=4))
-        assert "rows.jsonl: row " in message
+        assert "rows.jsonl: line " in message
         assert "data.max_prompt_tokens" in message
 
     def test_no_row_is_left(self, tmp_path):
         """The reason is counted once, however long each row's template is."""
         message = mistake(tmp_path, data=data(tmp_path, max_prompt_tokens=4, on_bad_row="skip"))
         assert "no row is left to train on" in message
-        assert "(20 rows: the template alone takes more than the 4 tokens of data.max_prompt_tokens" in message
+        assert "(16 rows: the template alone takes more than the 4 tokens of data.max_prompt_tokens" in message
 
     def test_branch_that_does_not_fit(self, tmp_path):
         save_tiny_model(tmp_path / "short", max_position_embeddings=64)

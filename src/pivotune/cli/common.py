@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,7 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pivotune.errors import UsageError
-from pivotune.escaping import printable, printable_json
+from pivotune.escaping import one_line, printable, printable_json
+from pivotune.redaction import redact
 
 
 def _number(name: str) -> int:
@@ -100,9 +103,30 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, completed=done)
 
 
+class _LogLines(logging.Handler):
+    """Messages of our own loggers as harmless lines on stderr, whatever file names and files put into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Looked up each time: a progress bar that is shown puts another stream there, to write above itself.
+        print(one_line(redact(record.getMessage())), file=sys.stderr)
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Print what the package warns of; the library alone installs no handler, and Python's own would print it raw."""
+    logger, handler = logging.getLogger("pivotune"), _LogLines(logging.WARNING)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices off the screen; errors still raise."""
-    import logging
     import warnings
 
     import transformers

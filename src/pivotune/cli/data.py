@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, progress, quiet_libraries
 from pivotune.cli.common import safe as _safe
 from pivotune.errors import UsageError
 
@@ -174,7 +174,4 @@ def _print_example(out: Console, encoder: Encoder | None, example: Side | None) 
     if encoder is None or example is None:
         return
     out.print("\n[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
-    text = mask_text(encoder.tokenizer, example)
-    # One character for one, so that the colours stay where they are.
-    text.plain = printable(text.plain)
-    out.print(text, soft_wrap=True)
+    out.print(mask_text(encoder.tokenizer, example), soft_wrap=True)

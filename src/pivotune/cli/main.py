@@ -11,7 +11,7 @@ import typer
 
 from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
-from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES
+from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES, log_on_stderr
 from pivotune.errors import TrainingError, UsageError
 from pivotune.escaping import printable
 from pivotune.redaction import redact
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Offsets and masks do not need the tokenizers' threads after a fork; without this every data worker warns.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        code = app(args=words, prog_name="pivotune", standalone_mode=False)
+        with log_on_stderr():
+            code = app(args=words, prog_name="pivotune", standalone_mode=False)
     except Exception as error:
         if debug and not hasattr(error, "exit_code"):
             raise

@@ -116,8 +116,9 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     if report.cut:
         cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
         out.print(f"         cut at the token limits: {safe(cut)}")
-    for reason, count in {**prepared.skipped, **report.skipped}.items():
-        out.print(f"         left out: {count} rows: {safe(reason)}")
+    for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
+        for reason, count in skipped.items():
+            out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
     example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pivotune.data.formats import numbered_by
 from pivotune.data.sources import Row
 from pivotune.data.templates import Rendered, Template, Turn
 from pivotune.errors import UsageError
@@ -162,7 +164,7 @@ class Encoder:
             yield
         except UsageError as error:
             if on_bad_row != "skip":
-                raise UsageError(f"{source}: row {number}: {error}") from error
+                raise UsageError(f"{source}: {numbered_by(Path(source))} {number}: {error}") from error
             self.report.skipped[error.reason if isinstance(error, _UnfitRowError) else str(error)] += 1
 
     def _render(self, row: Row) -> _RenderedRow:
@@ -247,6 +249,8 @@ class Encoder:
                         f"the prompt fills the model's {self.limits.context} tokens and nothing is left for the answer; "
                         "lower data.max_prompt_tokens",
                     )
+            if side.num_answer_tokens == 0:
+                raise UsageError("the answer has no tokens")
             yield side, min(room, side.num_answer_tokens)
 
     def _cut_answer(self, side: Side, share: float) -> Side:

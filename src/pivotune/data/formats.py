@@ -19,8 +19,9 @@ from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text
 from pivotune.errors import UsageError
 
 _PARQUET_BATCH_ROWS = 1024
-# The csv module refuses cells over 131,072 characters by default; a long document is no mistake.
-_LONGEST_CELL = 2**30
+# The csv module refuses cells over 131,072 characters by default; a long document is no mistake, but a quote left open
+# is: until its end all is one cell, and takes 4 bytes a character.
+_LONGEST_CELL = 2**24
 # Parquet pages are read through a buffer: without it a column of a whole row group, often of the whole file, is read.
 _PARQUET_BUFFER = 2**20
 
@@ -111,16 +112,23 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
     lines = text_lines(path)
-    # strict: a quote left open is an error with its line, not half the file in one cell.
+    # strict: a quote left open is an error, not the rest of the file in one cell.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     previous_limit = csv.field_size_limit(_LONGEST_CELL)
+    number, first_line = 0, 1
     try:
         header = _check_header(path, next(reader, []))
-        cells = (row for row in reader if row)
-        for number, row in enumerate(cells, start=1):
-            yield number, _as_record(path, header, row, reader.line_num)
+        while True:
+            # Where a cell has several lines, or a quote was left open, a row ends far below the line that is to be named.
+            first_line = reader.line_num + 1
+            row = next(reader, None)
+            if row is None:
+                break
+            if row:
+                number += 1
+                yield number, _as_record(path, header, row, first_line)
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: broken CSV: {_csv_fault(error)}") from error
+        raise UsageError(f"{path}, line {first_line}: broken CSV: {_csv_fault(error)}") from error
     finally:
         csv.field_size_limit(previous_limit)
         lines.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -129,6 +137,10 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
 def _csv_fault(error: csv.Error) -> str:
     if "new-line character" in str(error):
         return "a carriage return that ends no line; put quotes around the cell, or save the file with \\n line ends"
+    if "unexpected end of data" in str(error):
+        return "a quote is left open"
+    if "field limit" in str(error):
+        return f"a cell has more than {_LONGEST_CELL:,} characters; is a quote left open?"
     return str(error)
 
 

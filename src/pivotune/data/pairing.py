@@ -88,7 +88,18 @@ class Pairing:
                 f"{self.target.name} has {len(targets)} rows, {self.english.name} has {len(englishes)}: without a"
                 " unique `id` on every row of both they are joined row by row and must be equally long"
             )
-        return map(self._merge, targets, englishes)
+        return self._join_in_order(targets, englishes)
+
+    def _join_in_order(self, targets: _Entries, englishes: _Entries) -> Iterator[Row | BadRow]:
+        by_line = self.target.unit == self.english.unit == "line"
+        for target, english in zip(targets, englishes, strict=True):
+            # Blank lines at different places make as many rows, but not the same pairs.
+            if by_line and target.number != english.number:
+                raise UsageError(
+                    f"{self.target.place(target.number)}: comes together with {self.english.place(english.number)}: without"
+                    " a unique `id` on every row they are joined line by line, so blank lines must be the same in both"
+                )
+            yield self._merge(target, english)
 
     def _entries(self, source: RecordSource, needed: bool) -> Iterator[_Entry]:
         for number, record in source.records:

@@ -8,6 +8,7 @@ states. So everything is read here first in the careful way, before anything els
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import re
@@ -30,17 +31,73 @@ _ZIP = b"PK\x03\x04"
 # DeepSpeed keeps instances of its own classes (ZeroStageEnum, LossScaler...) in its states.
 _DEEPSPEED = re.compile(r"deepspeed(\.\w+)+\.([A-Z]\w*|fragment_address)")
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
+
+
+class _Sealed:
+    """Stands for a value that the check does not need: anything may be made of it, and nothing is kept."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: Any) -> _Sealed:
+        return _Sealed()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state where none is written")
+
+
+class _Record:
+    """Stands for an object with named values; those of a pickle come as one dictionary, never through a constructor."""
+
+    def __new__(cls) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:
+            raise pickle.UnpicklingError("a state that is no dictionary")
+        vars(self).update(state)
+
+
+class _Properties(_Record):
+    """Of a tensor: their state is a tuple that assigns five of them, and is not needed."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _BytesRecord(_Record):
+    """What is not a tensor."""
+
+
+class _Items(dict):
+    """Stands for a dictionary that keeps its order."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state where none is written")
+
+
+# The names that metadata may hold, and what stands for each. Their own classes are never handed out: a pickle can give
+# a state to a class as well (`BUILD`), and would change it for the whole process.
 _METADATA = "torch.distributed.checkpoint.metadata"
-_METADATA_NAMES = {
-    _METADATA: {"Metadata", "ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata",
-                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # Python 3.13
-    "collections": {"OrderedDict"},
-}  # fmt: skip
+_STAND_INS: dict[str, dict[str, Any]] = {
+    _METADATA: {
+        **dict.fromkeys(
+            ("Metadata", "ChunkStorageMetadata", "TensorStorageMetadata", "MetadataIndex", "StorageMeta"), _Record
+        ),
+        "BytesStorageMetadata": _BytesRecord,
+        "TensorProperties": _Properties,
+        "_MEM_FORMAT_ENCODING": _Sealed(),
+    },
+    "torch.distributed.checkpoint.filesystem": dict.fromkeys(("_StorageInfo", "_StoragePrefix"), _Record),
+    "torch.serialization": {"_get_layout": _Sealed()},
+    "torch": dict.fromkeys(
+        ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))), _Sealed()
+    ),
+    "pathlib": (_paths := dict.fromkeys(("Path", "PosixPath", "PurePosixPath"), _Sealed())),
+    "pathlib._local": _paths,  # Python 3.13
+    "collections": {"OrderedDict": _Items},
+}
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -51,12 +108,17 @@ def check_checkpoint(checkpoint: Path) -> None:
     Raises:
         UsageError: a pickle with anything but tensors and plain values, a link or a shard that leads out of the run.
     """
-    for path in sorted(checkpoint.rglob("*")):
-        _check_inside(path, checkpoint.parent.resolve())
-        if path.suffix in _SUFFIXES and path.name != _UNREAD and path.is_file():
-            _check_saved(path)
-        elif path.name == ".metadata":
-            _check_distributed(path)
+    run = checkpoint.parent.resolve()
+    # Before the first file is read: nothing in one decides whether another is looked at.
+    paths = sorted(checkpoint.rglob("*"))
+    for path in paths:
+        _check_inside(path, run)
+    saved = [path for path in paths if path.suffix in _SUFFIXES and path.name != _UNREAD and path.is_file()]
+    distributed = [path for path in paths if path.name.endswith(".metadata")]
+    for path in saved:
+        _check_saved(path)
+    for path in distributed:
+        _check_distributed(path)
     if (index := checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         read_shards(index)
 
@@ -100,7 +162,19 @@ def _only_deepspeed(path: Path) -> bool:
         names = get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # whatever cannot be parsed is not known to be harmless
         return False
-    return bool(names) and all(_DEEPSPEED.fullmatch(name) for name in names)
+    return bool(names) and all(map(_is_class_of_deepspeed, names))
+
+
+def _is_class_of_deepspeed(name: str) -> bool:
+    """Whether it is defined there: its modules import others, which a name with more dots would reach."""
+    module_name, _, class_name = name.rpartition(".")
+    if not _DEEPSPEED.fullmatch(name):
+        return False
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and found.__module__.startswith("deepspeed.")
 
 
 def _check_distributed(path: Path) -> None:
@@ -117,13 +191,11 @@ def _check_distributed(path: Path) -> None:
 
 def _plain_values(metadata: Any, folder: Path) -> Iterator[io.BytesIO]:
     """What is not a tensor: each a `torch.save` of its own within a file."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
     for index, place in metadata.storage_data.items():
         name = place.relative_path
         if Path(name).name != name or getattr(place, "transform_descriptors", None):
             raise pickle.UnpicklingError(f"{name} is not a plain file beside the metadata")
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), _BytesRecord):
             with (folder / name).open("rb") as file:
                 file.seek(place.offset)
                 yield io.BytesIO(file.read(place.length))
@@ -140,9 +212,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Knows the few names that a checkpoint's metadata consists of, and refuses all others."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if global_name not in _METADATA_NAMES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed")
-        return super().find_class(module_name, global_name)
+        try:
+            return _STAND_INS[module_name][global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed") from None
 
 
 def _unsafe(path: Path) -> UsageError:

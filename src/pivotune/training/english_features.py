@@ -170,7 +170,8 @@ def _compute(
     shape = (len(sides), architecture.head_weight.shape[1])
     vectors = {name: np.empty(shape, dtype=np.float32) for name in layers}
     collate = DeepSupervisionCollator(pad_token_id)
-    order = sorted(range(len(sides)), key=lambda index: len(sides[index].ids), reverse=True)
+    lengths = np.fromiter((len(side.ids) for side in sides), dtype=np.int32, count=len(sides))
+    order = np.argsort(-lengths, kind="stable")
     with _starting_model(model, max(layers.values()), autocast):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

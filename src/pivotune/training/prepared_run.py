@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import IntervalStrategy
@@ -14,7 +15,7 @@ from pivotune.config import RunConfig, needed_by
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
 from pivotune.data.pair_store import store_pairs
-from pivotune.data.sources import Rows, load_rows
+from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.errors import UsageError
 from pivotune.model.architecture import check_architecture
 from pivotune.model.loading import check_model, load_tokenizer, read_config
@@ -34,6 +35,7 @@ class PreparedRun:
     """Everything that was checked before a weight was loaded.
 
     Attributes:
+        skipped, heldout_skipped: rows that were left out of each, by reason, in reading and in encoding.
         checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
     """
 
@@ -44,7 +46,8 @@ class PreparedRun:
     train: Sequence[Pair]
     validation: Sequence[Pair]
     report: EncodingReport
-    skipped: dict[str, int]
+    skipped: Counter[str]
+    heldout_skipped: Counter[str]
     dtype: torch.dtype
     checkpoint: Path | None = None
 
@@ -71,10 +74,12 @@ def prepare_run(
         check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
-    rows, validation_rows, skipped = load_data(config)
-    train = store_pairs(encoder.encode_lazily(rows, on_bad_row=config.data.on_bad_row, source=config.data.train))
-    validation = store_pairs(encoder.encode_lazily(validation_rows, on_bad_row="skip"))
-    _check_rows(config, args, train, validation, encoder.report)
+    data, report = load_data(config), encoder.report
+    train = store_pairs(encoder.encode_lazily(data.train, on_bad_row=config.data.on_bad_row, source=config.data.train))
+    unfit = report.skipped.copy()
+    validation = store_pairs(encoder.encode_lazily(data.heldout, on_bad_row="skip"))
+    skipped, heldout_skipped = data.skipped + unfit, data.heldout_skipped + (report.skipped - unfit)
+    _check_rows(config, args, train, validation, skipped)
     build_train_dataset(train, args, model_config)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
@@ -85,7 +90,9 @@ def prepare_run(
         ranks.on_main(lambda: check_rows_record(folder, train, config.data.train))
     checkpoint = ranks.on_main(lambda: _find_checkpoint(folder)) if resume and choose_checkpoint else None
     dtype = getattr(model_config, "dtype", None) or torch.float32
-    return PreparedRun(config, args, folder, tokenizer, train, validation, encoder.report, skipped, dtype, checkpoint)
+    return PreparedRun(
+        config, args, folder, tokenizer, train, validation, report, skipped, heldout_skipped, dtype, checkpoint
+    )
 
 
 def _find_checkpoint(folder: Path) -> Path | None:
@@ -101,10 +108,10 @@ def _check_rows(
     args: DeepSupervisionConfig,
     train: Sequence[Pair],
     validation: Sequence[Pair],
-    report: EncodingReport,
+    skipped: Counter[str],
 ) -> None:
     if not train:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items())
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
     if args.eval_strategy != "no" and not validation:
         raise UsageError(
@@ -122,15 +129,24 @@ def _check_apart(config: RunConfig) -> None:
         )
 
 
-def load_data(config: RunConfig) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
-    """Rows to train on, rows held out, and how many were left out, by reason."""
+class LoadedData(NamedTuple):
+    """Rows to train on and rows held out, and how many were left out of each file, by reason."""
+
+    train: Sequence[Row]
+    heldout: Sequence[Row]
+    skipped: Counter[str]
+    heldout_skipped: Counter[str]
+
+
+def load_data(config: RunConfig) -> LoadedData:
+    """The rows of `data`; what is left out of a file before it is split counts for training."""
     rows = _load(config, config.data.train, config.data.english, heldout=False)
     validation = config.data.validation
     if isinstance(validation, str):
         heldout = _load(config, validation, config.data.validation_english, heldout=True)
-        return rows, heldout, rows.skipped
+        return LoadedData(rows, heldout, Counter(rows.skipped), Counter(heldout.skipped))
     train, held = split_validation(rows, validation, config.seed)
-    return train, held, rows.skipped
+    return LoadedData(train, held, Counter(rows.skipped), Counter())
 
 
 def _load(config: RunConfig, source: str, english: str | None, *, heldout: bool) -> Rows:

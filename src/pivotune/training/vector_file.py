@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pivotune.data.examples import Side
 from pivotune.errors import UsageError
 from pivotune.training.checkpoints import STAGING
+from pivotune.training.checksums import reason_of
 
 Vectors = dict[str, np.ndarray]
 # Settings of a model that say nothing about its states.
@@ -66,7 +67,7 @@ def why_unusable(path: Path, key: Mapping[str, str], num_rows: int) -> str | Non
             return f"other {', '.join(changed)}"
         vectors = map_vectors(path)
     except (OSError, SafetensorError) as error:
-        return " ".join(str(error).split())
+        return reason_of(error)
     whole = all(table.shape[0] == num_rows for table in vectors.values())
     return None if whole and found.get("content") == _content_digest(vectors) else "damaged"
 
@@ -90,8 +91,9 @@ def save_vectors(path: Path, vectors: Vectors, key: Mapping[str, str]) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"{path}: cannot be written ({reason}); make room or choose another output_dir") from error
+        raise UsageError(
+            f"{path}: cannot be written ({reason_of(error)}); make room or choose another output_dir"
+        ) from error
     finally:
         with suppress(OSError):
             staging.rmdir()

@@ -207,7 +207,7 @@ def _sample(config: RunConfig, args: DeepSupervisionConfig, tokenizer: Any, rows
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
-    train, _, _ = load_data(config)
+    train = load_data(config).train
     encoder = build_encoder(args, tokenizer, read_model_config(config))
     pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
     if not pairs:
