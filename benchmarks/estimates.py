@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES
 from pivotune.config import LoraSettings, RunConfig, parse_config
+from pivotune.training.engines import Strategy
 from pivotune.training.estimate.estimate import Estimate, RunRows, Target, estimate_strategies, read_rows
 
 _LLAMA = SHAPES["llama2-7b"]
@@ -34,7 +35,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_key_value_heads": 8},
     ),
 }  # fmt: skip
-DIVIDED = (("single", 1), ("ddp", 8), ("fsdp2", 8), ("zero2", 8), ("zero3", 8), ("fsdp2", 64))
+DIVIDED: tuple[tuple[Strategy, int], ...] = (
+    ("single", 1),
+    ("ddp", 8),
+    ("fsdp2", 8),
+    ("zero2", 8),
+    ("zero3", 8),
+    ("fsdp2", 64),
+)
 TRAINING = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
