@@ -28,6 +28,13 @@ def write_rows(path: Path, count: int, text: str = TEXT) -> Path:
     return path
 
 
+def as_list(path: Path) -> Path:
+    """The same rows as a JSON list."""
+    lines = path.read_text().splitlines()
+    path.with_suffix(".json").write_text(f"[{','.join(lines)}]")
+    return path.with_suffix(".json")
+
+
 def growth_per_row(work: Callable[[int], object], few: int, many: int) -> float:
     """Bytes by which the peak grows for each further row; what `work` gives back is alive at the peak."""
     work(few)  # imports, and fills caches
@@ -55,8 +62,12 @@ def load_and_split(path: Path) -> object:
     return rows, train, held
 
 
-def test_reading_and_splitting(tmp_path):
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_reading_and_splitting(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("pivotune.data.json_stream._PIECE", 2**12)
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count) for count in (100, 1000)}
+    if suffix == ".json":
+        files = {count: as_list(path) for count, path in files.items()}
     growth = growth_per_row(lambda count: load_and_split(files[count]), 100, 1000)
     assert growth < 100, growth
 

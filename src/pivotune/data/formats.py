@@ -6,15 +6,17 @@ import csv
 import difflib
 import gzip
 import io
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from pivotune.data.json_files import read_json, read_jsonl
 from pivotune.data.json_text import shown
+from pivotune.data.spool import writing_temporary_data
 from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text_lines
 from pivotune.errors import UsageError
 
@@ -29,9 +31,8 @@ _PARQUET_BUFFER = 2**20
 def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
     """Yield (number, record) for every record of a data file; the number is 1-based.
 
-    JSON Lines are numbered by line (blank lines are passed over but counted), all others by row. JSON Lines, CSV
-    and Parquet are streamed; a `.json` file (an array, `{"data": [...]}`, or lines after all) is read whole, and so is a
-    gzipped Parquet file.
+    JSON Lines are numbered by line (blank lines are passed over but counted), all others by row. All are streamed; a
+    `.json` file may be an array, `{"data": [...]}`, or lines after all.
 
     Args:
         keep_bad: yield a `BadRecord` where one record cannot be read and the next one can, and do not raise.
@@ -172,8 +173,7 @@ def _as_record(path: Path, header: list[str], row: list[str], line: int) -> dict
 def _read_parquet(path: Path) -> NumberedRecords:
     import pyarrow
 
-    with open_file(path) as file:
-        source = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
+    with open_file(path) as file, _seekable(file) as source:
         try:
             records = _parquet_records(path, source)
             yield from enumerate(records, start=1)
@@ -183,6 +183,23 @@ def _read_parquet(path: Path) -> NumberedRecords:
         except (pyarrow.ArrowException, ValueError, TypeError, OverflowError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: not a readable Parquet file: {reason}") from error
+
+
+@contextmanager
+def _seekable(file: io.BufferedIOBase) -> Iterator[IO[bytes]]:
+    """Parquet is read from its end, and gzip only from its beginning: what is gzipped goes through a temporary file."""
+    if not isinstance(file, gzip.GzipFile):
+        yield cast(IO[bytes], file)
+        return
+    with writing_temporary_data():
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - entered below
+    with unpacked:
+        while piece := file.read(_PARQUET_BUFFER):
+            with writing_temporary_data():
+                unpacked.write(piece)
+        with writing_temporary_data():
+            unpacked.seek(0)
+        yield unpacked
 
 
 def _parquet_records(path: Path, source: Any) -> Iterator[dict[str, Any]]:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pivotune.data.json_text import (
-    RepeatedKeyError,
-    RepeatedKeys,
-    find_repeated_key,
-    parse_json,
-    parse_json_marked,
-)
-from pivotune.data.text_files import BadRecord, NumberedRecords, decode_text, encoding_fault, open_file, raw_lines
+from pivotune.data.json_stream import starts_with_line_of_object, stream_rows
+from pivotune.data.json_text import RepeatedKeyError, broken_json, find_repeated_key, parse_json, unreadable_json
+from pivotune.data.text_files import BadRecord, NumberedRecords, encoding_fault, raw_lines
 from pivotune.errors import UsageError
 
 # What is found on a line without a record.
@@ -51,51 +45,16 @@ def _repeated(problem: str, place: str) -> BadRecord:
 
 
 def read_json(path: Path) -> NumberedRecords:
-    with open_file(path) as file:
-        text = decode_text(path, file.read())
-    if _is_json_lines(text):
-        del text
+    """The rows of a list; those that name a key twice as `BadRecord`. JSON Lines under this name are read as such."""
+    if starts_with_line_of_object(path):
         yield from enumerate((record for _, record in read_jsonl(path)), start=1)
-    elif text.strip():
-        yield from enumerate(_read_array(path, text), start=1)
-
-
-def _read_array(path: Path, text: str) -> Iterator[Any]:
-    """The rows of a JSON text, those that name a key twice as `BadRecord`."""
-    try:
-        value = parse_json_marked(text)
-    except ValueError as error:
-        raise _json_error(path, error) from error
-    for number, row in enumerate(_find_array(path, value), start=1):
+        return
+    for number, row in enumerate(stream_rows(path), start=1):
         key = find_repeated_key(row)
-        yield row if key is None else _repeated(str(RepeatedKeyError(key)), f"{path}, row {number}")
+        yield number, row if key is None else _repeated(str(RepeatedKeyError(key)), f"{path}, row {number}")
 
 
-def _is_json_lines(text: str) -> bool:
-    """Whether a `.json` file holds one object a line, as many published data sets do."""
-    first, _, rest = text.strip().partition("\n")
-    if not (first.startswith("{") and rest.strip()):
-        return False
-    try:
-        parse_json(first)
-    except RepeatedKeyError:
-        return True
-    except ValueError:
-        return False
-    return True
-
-
-def _find_array(path: Path, value: Any) -> list[Any]:
-    if isinstance(value, RepeatedKeys):
-        raise UsageError(f"{path}: the object that holds the rows {RepeatedKeyError(value.key)}")
-    rows = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise UsageError(f'{path}: holds no list of rows; allowed: [{{...}}, ...] or {{"data": [{{...}}, ...]}}')
-    return rows
-
-
-def _json_error(path: Path, error: ValueError, first_line: int = 1) -> UsageError:
+def _json_error(path: Path, error: ValueError, line: int) -> UsageError:
     if isinstance(error, json.JSONDecodeError):
-        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        return UsageError(f"{path}, {place}: broken JSON: {error.msg}")
-    return UsageError(f"{path}, line {first_line}: unreadable JSON: {error}")
+        return broken_json(path, line, error.colno, error.msg)
+    return unreadable_json(path, line, error)

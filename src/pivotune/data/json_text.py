@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from pivotune.errors import UsageError
 
 
 class RepeatedKeyError(ValueError):
@@ -28,16 +32,23 @@ def parse_json(text: str) -> Any:
         RepeatedKeyError: an object names a key twice.
         ValueError: a number of over 4,300 digits, or lists and objects within each other without end.
     """
-    return _decode(text, _STRICT)
+    with _depth_told():
+        return _STRICT.decode(text)
 
 
-def parse_json_marked(text: str) -> Any:
-    """As `parse_json`, but objects that name a key twice are `RepeatedKeys` in the value."""
-    return _decode(text, _MARKING)
+def decode_at(text: str, place: int) -> tuple[Any, int]:
+    """The value that begins at a place of the text, and where it ends; objects that name a key twice are `RepeatedKeys`.
+
+    Raises:
+        json.JSONDecodeError: there is none.
+        ValueError: as `parse_json`.
+    """
+    with _depth_told():
+        return _MARKING.raw_decode(text, place)
 
 
 def find_repeated_key(value: Any) -> str | None:
-    """The key that some object within a value of `parse_json_marked` names twice; None where there is none."""
+    """The key that some object within a value of `decode_at` names twice; None where there is none."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
@@ -50,15 +61,26 @@ def find_repeated_key(value: Any) -> str | None:
     return None
 
 
+def broken_json(path: Path, line: int, column: int, problem: str) -> UsageError:
+    """A text in a file that is no JSON."""
+    return UsageError(f"{path}, line {line}, column {column}: broken JSON: {problem}")
+
+
+def unreadable_json(path: Path, line: int, error: ValueError) -> UsageError:
+    """A text in a file that is JSON, and more than Python can read."""
+    return UsageError(f"{path}, line {line}: unreadable JSON: {error}")
+
+
 def shown(name: object, length: int = 60) -> str:
     """A name from a data file between quotes for a message, cut where it is long."""
     text = name if isinstance(name, str) else f"{type(name).__name__}"
     return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
-def _decode(text: str, decoder: json.JSONDecoder) -> Any:
+@contextmanager
+def _depth_told() -> Iterator[None]:
     try:
-        return decoder.decode(text)
+        yield
     except RecursionError as error:
         raise ValueError("lists or objects stand within each other too deeply") from error
 

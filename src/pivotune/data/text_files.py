@@ -46,10 +46,14 @@ def decode_text(path: Path, raw: bytes, first_line: int = 1) -> str:
     try:
         return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        raise UsageError(
-            f"{path}, line {line}: not UTF-8 ({encoding_fault(raw, error)}); save the file as UTF-8"
-        ) from None
+        raise not_utf8(path, error, first_line) from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError, first_line: int) -> UsageError:
+    """A file's bytes cannot be decoded; those that were tried begin in `first_line`."""
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    fault = encoding_fault(error.object, error)
+    return UsageError(f"{path}, line {line}: not UTF-8 ({fault}); save the file as UTF-8")
 
 
 def encoding_fault(raw: bytes, error: UnicodeDecodeError) -> str:
