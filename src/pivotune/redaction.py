@@ -31,7 +31,7 @@ _BEARER = re.compile(r"(?i)(?<=bearer )()[A-Za-z0-9._~+/=-]{8,}")
 _HEADER = re.compile(r"(?i)(authorization[\"']?\s*[=:]\s*[\"']?(?:basic|token)\s+)[^\s\"',;}]+")
 # `hub_token=x`, `hub_token: "x"`, `'hub_token': 'x'`, `?token=x`.
 _NAMED = re.compile(
-    rf"(?P<name>(?:[A-Za-z0-9]+[_.-])*{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
+    rf"(?<![A-Za-z0-9_.-])(?P<name>[A-Za-z0-9_.-]*?{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
     # Within quotes a quote may stand behind a backslash, or twice; quotes may also be left open.
     r"(?P<value>\"(?:[^\"\\]|\\.|\"\")*\"|'(?:[^'\\]|\\.|'')*'|[\"']?[^\s,;&}\])\"']+)",
     re.IGNORECASE,
@@ -84,8 +84,8 @@ def _is_set_secret(key: Any, value: Any) -> bool:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    """What stands under a name, which may be an option's."""
-    if not is_secret_name(match["name"].replace("-", "_")) or match["value"] == REDACTED:
+    """What stands under a name, which may be an option's; in a text `mytoken` is one too."""
+    if _TEXT_TOKEN.fullmatch(match["name"].replace("-", "_")) or match["value"] == REDACTED:
         return match.group()
     return match.group().removesuffix(match["value"]) + REDACTED
 

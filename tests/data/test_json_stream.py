@@ -80,6 +80,7 @@ def test_mistakes_are_named_where_the_whole_text_has_them(path, rows, in_object,
         (b'{"data": {"a": 1}}', "holds no list of rows"),
         (b"{}", "holds no list of rows"),
         (b"12", "holds no list of rows"),
+        (b'{"data": [1],}', "line 1, column 14: broken JSON: Expecting property name enclosed in double quotes"),
         (b"[1]\n\n [2]", "line 3, column 2: broken JSON: Extra data"),
     ],
 )  # fmt: skip

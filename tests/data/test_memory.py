@@ -28,10 +28,9 @@ def write_rows(path: Path, count: int, text: str = TEXT) -> Path:
     return path
 
 
-def as_list(path: Path) -> Path:
-    """The same rows as a JSON list."""
-    lines = path.read_text().splitlines()
-    path.with_suffix(".json").write_text(f"[{','.join(lines)}]")
+def as_list(path: Path, form: str) -> Path:
+    """The same rows as a JSON list, in one line."""
+    path.with_suffix(".json").write_text(form % ",".join(path.read_text().splitlines()))
     return path.with_suffix(".json")
 
 
@@ -62,12 +61,13 @@ def load_and_split(path: Path) -> object:
     return rows, train, held
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_reading_and_splitting(tmp_path, suffix, monkeypatch):
+@pytest.mark.parametrize("form", ["lines", "[%s]", '{"data": [%s]}', '{"version": 1, "data": [%s], "more": 2}'])
+def test_reading_and_splitting(tmp_path, form, monkeypatch):
     monkeypatch.setattr("pivotune.data.json_stream._PIECE", 2**12)
+    monkeypatch.setattr("pivotune.data.json_stream._LONGEST_FIRST_LINE", 2**14)
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count) for count in (100, 1000)}
-    if suffix == ".json":
-        files = {count: as_list(path) for count, path in files.items()}
+    if form != "lines":
+        files = {count: as_list(path, form) for count, path in files.items()}
     growth = growth_per_row(lambda count: load_and_split(files[count]), 100, 1000)
     assert growth < 100, growth
 

@@ -20,6 +20,8 @@ from pivotune.training import ranks
 
 
 def train(folder: Path, *words: str) -> None:
+    # Accelerate leaves it for later programs of a process, and FSDP2 on a CPU is refused where it is asked for.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     code = main(["train", str(folder / "run.yaml"), *words])
     assert code == 0, f"exit code {code}"
 

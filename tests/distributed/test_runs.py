@@ -97,13 +97,13 @@ def test_two_processes_resume_two_bit_for_bit(engine, finished):
     assert not (folder / "b" / ".saving").exists()
 
 
-def test_one_process_resumes_two(finished, single, tmp_path, caplog):
+def test_one_process_resumes_two(finished, single, tmp_path, capfd):
     folder, _ = finished("ddp")
     as_it_was_at_step_2(folder / "a", tmp_path / "run")
     assert main(["train", str(single / "run.yaml"), "--set", f"output_dir={tmp_path / 'run'}", "--resume"]) == 0
     assert_same_weights(tmp_path / "run" / "model", single / "a" / "model", 1e-5)
     assert_same_lines(tmp_path / "run", single / "a", 1e-5)
-    assert "4 x 1 accumulated x 2 processes" in caplog.text
+    assert "4 x 1 accumulated x 2 processes" in capfd.readouterr().err
 
 
 def test_two_processes_resume_one(finished, single):

@@ -13,17 +13,18 @@ from pivotune.errors import UsageError
 from pivotune.training import ranks
 from pivotune.training.checkpoints import STAGING
 from pivotune.training.shared_saving import save_together
+from pivotune.training.signals import StoppedBySignalError
 
 
-def raised_by(function: Any) -> Exception | None:
+def raised_by(function: Any) -> BaseException | None:
     try:
         function()
-    except Exception as error:
+    except BaseException as error:
         return error
     return None
 
 
-def fail(error: Exception) -> None:
+def fail(error: BaseException) -> None:
     raise error
 
 
@@ -52,6 +53,9 @@ def agreed(rank: int) -> None:
     failure = raised_by(lambda: ranks.agree(lambda: fail(OSError("no room")) if rank == 1 else None))
     assert isinstance(failure, OSError if rank == 1 else ranks.OtherRankError)
     assert rank == 1 or str(failure) == "process 1 has failed: no room"
+    # A signal too: the other rank does not wait.
+    stopped = raised_by(lambda: ranks.agree(lambda: fail(StoppedBySignalError("SIGTERM")) if rank == 0 else None))
+    assert isinstance(stopped, StoppedBySignalError if rank == 0 else ranks.OtherRankError)
 
 
 def saved(rank: int, folder: Path) -> None:

@@ -355,8 +355,8 @@ def _damaged(shop: Workshop) -> None:
         "checkpoint-5 is damaged and passed over: model.safetensors is not what was written",
         "checkpoint-4 is damaged and passed over: trainer_state.json has",
         f"resuming: {shop.folder / 'run' / 'checkpoint-2'}",
-        "checkpoint-5 was damaged and is removed",
-        "checkpoint-4 was damaged and is removed",
+        f"it is now {shop.folder / 'run' / 'passed-over-checkpoint-5'}",
+        f"it is now {shop.folder / 'run' / 'passed-over-checkpoint-4'}",
     ):
         check(words in process.output, f"{words!r} is not in: {process.output}")
     check(shop.difference("run") is None, f"{shop.difference('run')}")

@@ -181,9 +181,9 @@ class Workshop:
             return "results.items.jsonl.gz differs"
         if timeless(one) != timeless(other):
             return "metrics.jsonl differs"
-        # A checkpoint more, of the step at which a run was stopped, is no difference.
+        # A checkpoint more, of the step at which a run was stopped or that was damaged, is no difference.
         left = {path.name for path in one.iterdir()} ^ {path.name for path in other.iterdir()}
-        left = {name for name in left if not name.startswith("checkpoint-")}
+        left = {name for name in left if not name.startswith(("checkpoint-", "passed-over-checkpoint-"))}
         return f"other files: {sorted(left)}" if left else None
 
 

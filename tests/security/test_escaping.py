@@ -59,7 +59,10 @@ def test_log_messages_are_harmless_lines(stopped, tmp_path, capsys):
     planted = copy(run / "checkpoint-2", run / "checkpoint-3") / "checksums.json"
     token = "hf_" + "a" * 30
     planted.write_text(
-        json.dumps({f"{HOSTILE}\npivotune: error: {token}": {"size": 1, "sha256": ""}}), encoding="utf-8"
+        json.dumps(
+            {name: {"size": 1, "sha256": ""} for name in (f"{HOSTILE}\npivotune: error: {token}", "trainer_state.json")}
+        ),
+        encoding="utf-8",
     )
     code, out, err = call(capsys, *resume(stopped, tmp_path))
     assert code == 0, err

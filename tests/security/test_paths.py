@@ -149,17 +149,26 @@ def test_overwriting_a_run_does_not_follow_links(stopped, tmp_path, outside):
     assert [path.name for path in run.iterdir()] in ([], [".lock"])
 
 
-@pytest.mark.parametrize("name", ["checkpoint-9", "model", ".saving", "metrics.jsonl", "checkpoint-2/optimizer.pt"])
+@pytest.mark.parametrize("name", ["checkpoint-9", "model", ".saving", "metrics.jsonl"])
 def test_links_out_of_a_resumed_run_are_refused(name, stopped, tmp_path, outside, capsys):
     run = run_folder(stopped, tmp_path)
     if (run / name).is_dir():
         (run / name).rename(run / "aside")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside / "letter.txt" if "." in name[1:] else outside)
-    if "/" in name:
-        # As if it had been written so: what does not fit its checksums is passed over.
-        write_checksums((run / name).parent)
     assert f"{run / name}" in refused(capsys, *resume(stopped, tmp_path))
+
+
+def test_a_link_out_of_a_checkpoint_makes_it_damaged(stopped, tmp_path, outside, capsys):
+    linked = run_folder(stopped, tmp_path) / "checkpoint-2" / "optimizer.pt"
+    linked.unlink()
+    linked.symlink_to(outside / "letter.txt")
+    # As if it had been written so.
+    write_checksums(linked.parent)
+    code, _, err = call(capsys, *resume(stopped, tmp_path))
+    assert code == 2
+    assert "no checkpoint is whole" in err.splitlines()[-1]
+    assert f"{linked} is a link out of the run" in err.splitlines()[-1]
 
 
 def test_staging_does_not_empty_what_a_link_points_to(tmp_path, outside):

@@ -166,7 +166,10 @@ def test_mixed_precision_of_the_launcher_is_that_of_the_run(monkeypatch):
     assert build_arguments(parse_config(settings())).bf16
     with pytest.raises(UsageError) as raised:
         build_arguments(parse_config(settings(training={"use_cpu": True, "bf16": False})))
-    assert "training.bf16: false found, and the launcher asks for it" in one_line(raised)
+    assert "training.bf16: false found, and the launcher asks for bf16" in one_line(raised)
+    with pytest.raises(UsageError) as raised:
+        build_arguments(parse_config(settings(training={"use_cpu": True, "fp16": True})))
+    assert "training.fp16: true found, and the launcher asks for bf16" in one_line(raised)
 
 
 def test_old_name_of_activation_checkpointing_works_and_warns(tmp_path):

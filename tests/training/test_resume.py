@@ -270,9 +270,10 @@ def test_a_checkpoint_that_was_passed_over_does_not_displace_others(tmp_path, ca
     Signal(stopped, 4, evaluating=False)
     with pytest.raises(StoppedBySignalError):
         stopped.train(resume_from_checkpoint=True)
-    assert f"{tmp_path / 'checkpoint-6'} was damaged and is removed: model.safetensors" in caplog.text
+    assert f"{tmp_path / 'checkpoint-6'} is damaged and passed over: model.safetensors" in caplog.text
     names = ["checkpoint-4", "checkpoint-5"] if best else ["checkpoint-5"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    # What could not be read may be readable another time.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "passed-over-checkpoint-6"]
     resumed = best_trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed.model), weights(whole.model))

@@ -584,7 +584,7 @@ def test_what_a_process_left_that_was_killed_at_once_is_no_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").touch()
-    (folder / ".config.yaml.abc").touch()
+    (folder / ".config.yaml.abc_1xyz").touch()
     prepare_run(config)
     with pytest.raises(UsageError, match="there is no run in"):
         prepare_run(config, resume=True)
@@ -625,3 +625,15 @@ def test_real_model(tmp_path, shared_data, smollm2):
     assert tokenizer.decode(
         model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     ).strip()
+
+
+def test_a_folder_of_another_machine_is_waited_for(tmp_path, monkeypatch):
+    """A network file system may not show it at once."""
+    folder, seen = tmp_path / "run", []
+    monkeypatch.setattr(run_module.time, "sleep", lambda seconds: seen.append(seconds) or folder.mkdir(exist_ok=True))
+    run_module._must_be_shared(folder)
+    assert len(seen) == 1
+    folder.rmdir()
+    monkeypatch.setattr(run_module, "_SEEN_AFTER", 0.0)
+    with pytest.raises(UsageError, match="is not on a file system that all machines of the run see"):
+        run_module._must_be_shared(folder)

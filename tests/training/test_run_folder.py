@@ -84,7 +84,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(run):
 
 
 def test_overwrite_leaves_what_others_named_alike(run):
-    fill(run, "checkpoint-7-backup/x", "passed-over-checkpoint-7/x", "passed-over-checkpoint-x/x")
+    fill(run, "checkpoint-7-backup/x", "passed-over-checkpoint-8/x", "passed-over-checkpoint-x/x")
     claim_run_folder(config(run), overwrite=True)
     left = [path.name for path in run.iterdir()]
     assert sorted(left) == ["checkpoint-7-backup", "mine", "notes.txt", "passed-over-checkpoint-x"]

@@ -25,7 +25,8 @@ def _number(name: str) -> int:
 
 
 # This process among those that `torchrun` or `accelerate launch` started together, on all machines and on this one.
-SEVERAL_PROCESSES = _number("WORLD_SIZE") > 1
+# Operators of clusters set WORLD_SIZE in every container; the launchers that start processes set LOCAL_RANK too.
+SEVERAL_PROCESSES = _number("WORLD_SIZE") > 1 and "LOCAL_RANK" in os.environ
 RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if SEVERAL_PROCESSES else (0, 0)
 
 # What a person reads goes to stdout, unless a program reads stdout (`--json`). Of several processes the first one speaks.
@@ -107,8 +108,11 @@ class _LogLines(logging.Handler):
     """Messages of our own loggers as harmless lines on stderr, whatever file names and files put into them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Looked up each time: a progress bar that is shown puts another stream there, to write above itself.
-        print(one_line(redact(record.getMessage())), file=sys.stderr)
+        try:
+            # Looked up each time: a progress bar that is shown puts another stream there, to write above itself.
+            print(one_line(redact(record.getMessage())), file=sys.stderr)
+        except Exception:  # a training does not end for a message
+            self.handleError(record)
 
 
 @contextmanager

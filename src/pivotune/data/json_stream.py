@@ -16,6 +16,8 @@ from pivotune.errors import UsageError
 _PIECE = 2**20
 # As long as a line of JSON Lines: a row must fit into memory several times.
 _LONGEST_VALUE = 2**28
+# JSON Lines in a file of another name are known by their first line. A list may have but one, too long to be read whole.
+_LONGEST_FIRST_LINE = 2**22
 _SPACES = " \t\n\r"
 _AFTER_VALUE = frozenset(",:]}" + _SPACES)
 
@@ -54,8 +56,8 @@ def starts_with_line_of_object(path: Path) -> bool:
         text = _Window(path, file)
         if text.next_character() != "{":
             return False
-        line = text.line()
-        if not text.next_character():
+        line = text.line(_LONGEST_FIRST_LINE)
+        if line is None or not text.next_character():
             return False
         try:
             return not line[decode_at(line, 0)[1] :].strip()
@@ -82,7 +84,7 @@ def _list_in_object(text: _Window) -> Generator[Any, None, bool]:
     keys: set[str] = set()
     has_list = False
     text.take("{")
-    while text.next_character() != "}":
+    while keys or text.next_character() != "}":
         if text.next_character() != '"':
             raise text.error("Expecting property name enclosed in double quotes")
         key = text.value()
@@ -150,9 +152,11 @@ class _Window:
             self._read(more)
             more *= 2
 
-    def line(self) -> str:
-        """The rest of the line, and go past it."""
-        while "\n" not in self._text[self._place :] and not self._ended and len(self._text) < _LONGEST_VALUE:
+    def line(self, most: int) -> str | None:
+        """The rest of the line, and go past it; None where it is longer than `most` characters or so."""
+        while "\n" not in self._text[self._place :] and not self._ended:
+            if len(self._text) > most:
+                return None
             self._read(_PIECE)
         line, end, _ = self._text[self._place :].partition("\n")
         self._place += len(line) + len(end)

@@ -17,7 +17,8 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_CHECKSUMS = "checksums.json"  # written by pivotune.training.checksums
+# What a run writes beside the files of a folder (pivotune.training.checksums): name -> size and SHA-256.
+CHECKSUMS = "checksums.json"
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 _HUB_TIMEOUT_SECONDS = 10
 
@@ -198,7 +199,7 @@ def _check_shards(folder: Path) -> None:
 
 def _check_sizes(folder: Path) -> None:
     """What a run has saved knows how long its weights are; configuration and tokenizer may be edited."""
-    path = folder / _CHECKSUMS
+    path = folder / CHECKSUMS
     try:
         sizes = {str(name): entry["size"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -208,7 +209,7 @@ def _check_sizes(folder: Path) -> None:
         if written not in (None, found):
             raise UsageError(
                 f"{entry}: damaged, {found} bytes where {written} were written; train or copy it again, or remove "
-                f"{_CHECKSUMS} if it was changed on purpose"
+                f"{CHECKSUMS} if it was changed on purpose"
             )
 
 

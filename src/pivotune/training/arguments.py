@@ -186,9 +186,11 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     _check_training_keys(config.training, own)
     training = {key: _typed(key, value) for key, value in config.training.items()}
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if training.get(launched) is False:
+    other = {"bf16": "fp16", "fp16": "bf16"}.get(launched)
+    if training.get(launched) is False or (other is not None and training.get(other)):
+        asked = f"{launched}: false" if training.get(launched) is False else f"{other}: true"
         raise UsageError(
-            f"training.{launched}: false found, and the launcher asks for it; set mixed_precision: 'no' in its file"
+            f"training.{asked} found, and the launcher asks for {launched}; set mixed_precision: 'no' in its file"
         )
     defaults = {
         "bf16": bf16_is_native() and not training.get("fp16") and launched != "fp16",

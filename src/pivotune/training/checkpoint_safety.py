@@ -172,7 +172,7 @@ def _is_class_of_deepspeed(name: str) -> bool:
         return False
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError:
+    except Exception:  # a module of an untrusted name may fail in any way
         return False
     return isinstance(found, type) and found.__module__.startswith("deepspeed.")
 

@@ -102,25 +102,20 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 
 def set_newer_aside(folder: Path, chosen: Path) -> None:
-    """Move what is newer than the checkpoint a run goes on from out of the way.
+    """Rename what is newer than the checkpoint a run goes on from.
 
     Limits on the number of checkpoints keep the newest by step: one that was passed over would stay, and what the run saves
-    before that step be deleted. A damaged one is removed.
+    before that step be deleted. A damaged one is kept too: what could not be read now may be readable tomorrow.
     """
     step = json.loads((chosen / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
     for path in checkpoints(folder):
-        if _step_of(path) <= step:
+        if _step_of(path) <= step or path.samefile(chosen):
             return
-        problem = find_checkpoint_damage(path)
         aside = folder / f"{PASSED_OVER}{path.name}"
         remove_folder(aside)
-        # Renamed first: a removal that is cut short must not leave a part of it in place.
         os.replace(path, aside)
-        if problem is None:
-            logger.warning("%s is newer than %s, which the run goes on from; it is now %s", path, chosen, aside)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
-            logger.warning("%s was damaged and is removed: %s", path, problem)
+        words = "%s is newer than %s, which the run goes on from; it is now %s: remove it if it is of no use"
+        logger.warning(words, path, chosen, aside)
 
 
 def remove_folder(path: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-CHECKSUMS = "checksums.json"
+from pivotune.data.json_text import shown
+from pivotune.model.locating import CHECKSUMS
+
 # What a checkpoint of `Trainer` is read from first.
 TRAINER_STATE = "trainer_state.json"
 # With `save_only_model` there is neither these nor a random state.
@@ -75,7 +77,7 @@ def find_checkpoint_damage(folder: Path) -> str | None:
 def _find_unreadable(folder: Path, name: str) -> str | None:
     """Why a named file is not to be opened: it is not there, or elsewhere, or (a pipe) would never end."""
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        return f"{CHECKSUMS} names {name!r}, which is not in the folder"
+        return f"{CHECKSUMS} names {shown(name)}, which is not in the folder"
     path = folder / name
     try:
         if not path.exists():

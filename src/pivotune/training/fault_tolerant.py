@@ -22,6 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
 from pivotune.errors import TrainingError
+from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.liveness import Liveness
 from pivotune.training.log_window import LogWindow
@@ -284,7 +285,8 @@ class FaultTolerantTrainer(Trainer):
     def _best_checkpoint(self, folder: Path, *, saving: Path | None = None) -> str | None:
         """The checkpoint of the best step where it is in the run's folder, or is being saved."""
         best = folder / f"checkpoint-{self.state.best_global_step}"
-        return str(best) if best == saving or best.is_dir() else self.state.best_model_checkpoint
+        is_there = best == saving or ranks.on_main(best.is_dir)
+        return str(best) if is_there else self.state.best_model_checkpoint
 
     @property
     def _kept_states(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ SILENT = 15.0
 # After a broken connection: peers that are alive have been heard of since.
 _GONE = 4.0
 # As long it may take until that is known: on a busy machine the watching thread waits, too.
-_GONE_WAIT = 30.0
+_GONE_WAIT = 20.0
 _BROKEN = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|socket|peer|nccl|gloo|timed out|remote process|rendezvous",
     re.IGNORECASE,

@@ -86,18 +86,21 @@ def prepare_run(
     _check_apart(config)
     # One process looks and, with `overwrite`, removes.
     folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
+    checkpoint = None
     if resume:
-        ranks.on_main(lambda: check_rows_record(folder, train, config.data.train))
-    checkpoint = ranks.on_main(lambda: _find_checkpoint(folder)) if resume and choose_checkpoint else None
+        checkpoint = ranks.on_main(lambda: _find_checkpoint(folder, train, config.data.train, choose=choose_checkpoint))
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(
         config, args, folder, tokenizer, train, validation, report, skipped, heldout_skipped, dtype, checkpoint
     )
 
 
-def _find_checkpoint(folder: Path) -> Path | None:
-    restore_replaced(folder)
-    checkpoint = whole_checkpoint(folder)
+def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose: bool) -> Path | None:
+    """What the run goes on from; with `choose` off nothing is put back in its place and none is looked for."""
+    if choose:
+        restore_replaced(folder)
+    check_rows_record(folder, train, source)
+    checkpoint = whole_checkpoint(folder) if choose else None
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint

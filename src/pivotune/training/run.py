@@ -52,7 +52,7 @@ from pivotune.training.run_record import (
     write_start_scores,
 )
 from pivotune.training.saving import save_model
-from pivotune.training.signals import StopSignals
+from pivotune.training.signals import StoppedBySignalError, StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Seconds after which a folder that another machine has made is to be seen.
@@ -146,7 +146,9 @@ def _execute(
     with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
         # One that came after the last step: no process goes on to wait for another that leaves.
-        ranks.agree(stop_signals.check)
+        received = next(filter(None, ranks.gather_objects(stop_signals.received)), None)
+        if received is not None:
+            raise StoppedBySignalError(received)
     assert start.scores is not None
     _free_optimizer(trainer)
     with in_memory("scoring the trained model"):

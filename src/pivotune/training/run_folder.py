@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "res
               "training.png", "english-features.safetensors", "rows.json", "start-scores.json")  # fmt: skip
 _MARKS = ("config.yaml", "environment.json")  # by which a folder is known for a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
+# What `write_bytes` writes before it renames it; editors keep files of other names beside what they edit.
+_HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 _LIBRARIES = (
     "pivotune",
     "torch",
@@ -151,8 +154,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def remove_half_written(folder: Path) -> None:
     """Remove what a process left that was killed inside `write_bytes`."""
-    for name in (*_OWN_FILES, *_MARKS):
-        for path in folder.glob(f".{name}.*"):
+    for path in folder.glob(".*"):
+        if (match := _HALF_WRITTEN.fullmatch(path.name)) and match[1] in (*_OWN_FILES, *_MARKS):
             path.unlink(missing_ok=True)
 
 
@@ -171,7 +174,8 @@ def _is_leftover(path: Path) -> bool:
     """What a process leaves that was killed before it had written `config.yaml`, or after it had removed it."""
     if path.name == "environment.json":
         return _made_by_pivotune(path)
-    return path.name in (LOCK, STAGING) or path.name.startswith(".config.yaml.")
+    half_written = _HALF_WRITTEN.fullmatch(path.name)
+    return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] == "config.yaml")
 
 
 def _holds_run(folder: Path) -> bool:
@@ -228,9 +232,11 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run writes and nothing else; first what could be gone on from, last what says that this is a run."""
-    names = _checkpoint_names(folder)
+    passed_over = [
+        path.name for path in folder.glob(f"{PASSED_OVER}*") if is_checkpoint_name(path.name.removeprefix(PASSED_OVER))
+    ]
     try:
-        for name in (*names, *(PASSED_OVER + name for name in names), *_OWN_FOLDERS):
+        for name in (*_checkpoint_names(folder), *passed_over, *_OWN_FOLDERS):
             remove_folder(folder / name)
         for name in (*_OWN_FILES, *_MARKS):
             (folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ leaves. Everywhere else (preparation, scoring, saving the model) it raises at on
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -97,7 +98,8 @@ def _begin_worker(begin: Callable[[int], Any] | None, worker_id: int) -> None:
 
 def _end_for_parent() -> None:
     """torch ends a worker that does not leave by itself with SIGTERM."""
+    parent = getattr(multiprocessing.parent_process(), "pid", None)
     while True:
         received = signal.sigwaitinfo(SIGNALS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)

@@ -119,7 +119,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         _freeze_unread(trained)
-        check_head(args, find_architecture(trained).lm_head)
+        ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
         super().__init__(
             model=cast(PreTrainedModel, trained),
             args=args,
@@ -196,7 +196,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         """
         checkpoint = ranks.on_main(lambda: self._chosen_checkpoint(resume_from_checkpoint))
         now = order_of(self.args, self._train_batch_size)
-        self._order = now if checkpoint is None else resumed_order(checkpoint, now)
+        self._order = now if checkpoint is None else ranks.on_main(lambda: resumed_order(checkpoint, now))
         if self._order != now:
             logger.warning("%s was begun with %s; this run has %s, in the same order", checkpoint, self._order, now)
         if checkpoint is not None:
@@ -365,19 +365,24 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def _load_best_model(self) -> None:
         """Only from this run's own folder, whatever the `trainer_state.json` that it was resumed from names."""
         named = self.state.best_model_checkpoint
-        best = own_checkpoint(named, Path(super()._get_output_dir(None)))
+        best, problem = ranks.on_main(lambda: self._look_at_best(named))
+        # One that cannot be used must not be what the last checkpoints are deleted in favour of.
         self.state.best_model_checkpoint = None if best is None else str(best)
         if best is None:
-            logger.warning("the best checkpoint %s is not one of this run; the last weights are kept", named)
+            logger.warning("the best checkpoint %s is %s; the last weights are kept", named, problem)
             return
-        problem = ranks.on_main(lambda: find_damage(best))
-        if problem is not None:
-            # It must not be what the last checkpoints are deleted in favour of.
-            self.state.best_model_checkpoint = None
-            logger.warning("the best checkpoint %s is damaged (%s); the last weights are kept", best, problem)
-            return
-        check_checkpoint(best)
         super()._load_best_model()
+
+    def _look_at_best(self, named: str | None) -> tuple[Path | None, str]:
+        """The best checkpoint where it can be loaded, and why not."""
+        best = own_checkpoint(named, Path(super()._get_output_dir(None)))
+        if best is None:
+            return None, "not one of this run"
+        problem = find_damage(best)
+        if problem is not None:
+            return None, f"damaged ({problem})"
+        check_checkpoint(best)
+        return best, ""
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
