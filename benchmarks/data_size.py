@@ -1,7 +1,7 @@
 """Peak memory of reading, checking and encoding a data file, by its number of rows.
 
-    python benchmarks/data_size.py rows.jsonl --make 2000000     # writes the file
-    python benchmarks/data_size.py rows.jsonl read|check|encode  # prints seconds and the growth of the peak, in MB
+    python -m benchmarks.data_size rows.jsonl --make 2000000     # writes the file
+    python -m benchmarks.data_size rows.jsonl read|check|encode  # prints seconds and the growth of the peak, in MB
 
 `encode` stands in for the tokenizer with one that splits at spaces, so that what is measured is the store of the tokens.
 """
