@@ -55,6 +55,8 @@ class FaultTolerantTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Transformers before 5.19 has none: its summary is of all steps without being told.
+        self._initial_global_step = 0
         self.stop_signals: StopSignals | None = None
         self.liveness: Liveness | None = None
         self._step = StepRecord()
