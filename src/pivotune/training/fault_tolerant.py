@@ -151,6 +151,9 @@ class FaultTolerantTrainer(Trainer):
             if self._skipped_steps:
                 logs["skipped_steps"] = self._skipped_steps
             self._window_steps = self._window_skipped = 0
+        if "train_loss" in logs and self._skipped_steps:
+            # Transformers before 5.19 divides by all steps.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._skipped_steps, 1)
         super().log(logs, start_time)
 
     # ---- what happens between steps ----
@@ -274,7 +277,8 @@ class FaultTolerantTrainer(Trainer):
         self._restore_counters()
         self._evaluate_if_due()
         self._initial_global_step += self._skipped_steps
-        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+        output = super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     # ---- checkpoints ----
 
