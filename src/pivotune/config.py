@@ -137,7 +137,7 @@ class RunConfig(_Section):
     revision: str | None = None
     trust_remote_code: bool = False
     output_dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @field_validator("training")
     @classmethod

@@ -8,6 +8,9 @@ import torch
 from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer, tiny_rows
 from PIL import Image
 
+# The second imports what reads weights before a test changes the first: it would keep the change.
+import pivotune.model.loading
+import pivotune.training.run
 from pivotune.cli.main import main
 from pivotune.data.examples import Encoder, Limits
 from pivotune.data.sources import load_rows
@@ -42,7 +45,7 @@ def never_loaded(monkeypatch) -> None:
     def load_model(*args, **kwargs):
         raise RuntimeError("a model was loaded")
 
-    monkeypatch.setattr("pivotune.model.loading.load_model", load_model)
+    monkeypatch.setattr(pivotune.model.loading, "load_model", load_model)
 
 
 def write(path: Path, rows) -> str:

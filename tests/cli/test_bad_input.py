@@ -12,6 +12,10 @@ import pytest
 import yaml
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 
+# Imported before a test changes one of them: a module that is imported meanwhile would keep the change.
+import pivotune.model.loading
+import pivotune.training.run
+import pivotune.training.trainer
 from pivotune.cli.main import main
 from pivotune.config import dump_config, parse_config
 
@@ -300,8 +304,8 @@ def loaded(monkeypatch) -> list[str]:
         names.append(name)
         raise RuntimeError("a model was loaded")
 
-    for module in ("pivotune.model.loading", "pivotune.training.run", "pivotune.training.trainer"):
-        monkeypatch.setattr(f"{module}.load_model", load_model)
+    for module in (pivotune.model.loading, pivotune.training.run, pivotune.training.trainer):
+        monkeypatch.setattr(module, "load_model", load_model)
     return names
 
 

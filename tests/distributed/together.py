@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from cases import build
 
 from pivotune.errors import UsageError
 from pivotune.training import ranks
 from pivotune.training.checkpoints import STAGING
+from pivotune.training.fault_tolerant import TrainingDivergedError
 from pivotune.training.shared_saving import save_together
-from pivotune.training.signals import StoppedBySignalError
+from pivotune.training.signals import StoppedBySignalError, StopSignals
 
 
 def raised_by(function: Any) -> BaseException | None:
@@ -58,6 +61,24 @@ def agreed(rank: int) -> None:
     assert isinstance(stopped, StoppedBySignalError if rank == 0 else ranks.OtherRankError)
 
 
+def stopped_together(rank: int, folder: Path) -> None:
+    """What one rank has seen, a bad loss or a signal, is acted on by both."""
+    poisoned = build("tft", folder / "poisoned", 2)
+    compute = poisoned.compute_loss
+    poisoned.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * (math.nan if rank == 1 else 1.0)
+    failure = raised_by(poisoned.train)
+    assert isinstance(failure, TrainingDivergedError)
+    assert "at step 1" in str(failure)
+    assert ("in rows of another process" in str(failure)) == (rank == 0)
+    signalled = build("tft", folder / "signalled", 2)
+    signalled.stop_signals = StopSignals()
+    signalled.stop_signals.received = "SIGTERM" if rank == 1 else None
+    stop = raised_by(signalled.train)
+    assert isinstance(stop, StoppedBySignalError)
+    assert stop.name == ("SIGTERM" if rank == 1 else "a signal to another process")
+    assert (folder / "signalled" / "checkpoint-1" / "checksums.json").is_file()
+
+
 def saved(rank: int, folder: Path) -> None:
     def write(staging: Path) -> None:
         (staging / f"part-{rank}").write_text(str(rank))
@@ -97,6 +118,7 @@ def main(folder: Path) -> None:
     one_for_all(rank)
     shared_out(rank)
     agreed(rank)
+    stopped_together(rank, folder)
     saved(rank, folder)
     left_alone(rank, folder)
     print("all as promised", flush=True)

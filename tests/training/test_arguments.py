@@ -160,6 +160,39 @@ def test_training_keys_that_cannot_be(training, words):
     assert all(word in one_line(raised) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("per_device_train_batch_size", 0, "a number from 1"),
+        ("per_device_eval_batch_size", 0, "a number from 1"),
+        ("gradient_accumulation_steps", 0, "a number from 1"),
+        ("save_total_limit", -1, "a number from 1"),
+        ("learning_rate", -1.0, "a number from 0"),
+        ("learning_rate", float("nan"), "a number from 0"),
+        ("learning_rate", float("inf"), "a number from 0"),
+        ("weight_decay", float("nan"), "a number from 0"),
+        ("dataloader_num_workers", -1, "a number from 0"),
+        ("adam_beta1", 5.0, "a number from 0, below 1"),
+        ("save_steps", 0, "a number of steps from 1"),
+        ("logging_steps", -1, "a number of steps from 1"),
+        ("max_steps", -5, "a number from 1, or -1"),
+        ("num_train_epochs", 0.0, "a number above 0"),
+        ("report_to", "foo", "all, none, "),
+    ],
+)
+def test_numbers_that_no_run_can_be_made_with(key, value, allowed):
+    """Before anything slow: torch and Transformers would say so when they come to use them."""
+    with pytest.raises(UsageError) as raised:
+        build_arguments(parse_config(settings(training={"use_cpu": True, key: value})))
+    found = repr(value) if isinstance(value, str) else f"{value:g}"
+    assert one_line(raised).startswith(f"training.{key}: {found} is not allowed; allowed: {allowed}")
+
+
+def test_a_checkpoint_is_not_named_in_the_configuration():
+    with pytest.raises(UsageError, match="goes on with --resume or --auto-resume"):
+        build_arguments(parse_config(settings(training={"resume_from_checkpoint": "x"})))
+
+
 def test_mixed_precision_of_the_launcher_is_that_of_the_run(monkeypatch):
     """Trainer obeys it; what scores and estimates goes by `bf16`."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -278,3 +278,10 @@ def test_items_are_gzipped_lines(tmp_path):
     write_items(tmp_path / "items.jsonl.gz", items)
     with gzip.open(tmp_path / "items.jsonl.gz", "rt", encoding="utf-8") as file:
         assert [json.loads(line) for line in file] == items
+
+
+def test_a_resumed_run_keeps_what_the_optimizer_brings_along(run):
+    """Its state in a checkpoint would be used in place of the new value, without a word."""
+    claim_run_folder(config(run, training={"max_steps": 9}), resume=True)
+    with pytest.raises(UsageError, match=r"--resume: training\.learning_rate is 0\.5 here and was None in"):
+        claim_run_folder(config(run, training={"learning_rate": 0.5}), resume=True)

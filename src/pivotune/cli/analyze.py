@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,7 @@ def analyze(
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
     quiet_libraries()
     pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
+    _check_writable(out)
     analysis = _measure(model, pairs, tokenizer, language, batch_size, tokens_per_row or None)
     from pivotune.layers.analysis import write_layers_json
     from pivotune.reporting.plots import plot_entropy
@@ -52,6 +54,16 @@ def analyze(
     else:
         print_layers(console(as_json), analysis)
         console(as_json).print(f"saved {safe(out)} and {safe(picture)}", soft_wrap=True)
+
+
+def _check_writable(out: Path) -> None:
+    """Measuring takes long: whether its result can be written is known before."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
 
 def _encode(

@@ -114,7 +114,7 @@ def _print_problems(out: Console, found: DataCheck) -> None:
     from rich.table import Table
 
     if not found.problems:
-        out.print("no problems found")
+        out.print("no problems found in the rows that can be used" if found.skipped else "no problems found")
         return
     table = Table("problem", "rows", "share", "what to do")
     for problem in found.problems:

@@ -51,13 +51,14 @@ def train(
         run_config = load_config(config, changes or [])
     out = console(as_json)
     from pivotune.training.checkpoints import kept, remove_replaced
-    from pivotune.training.run_folder import holds_run, is_finished
+    from pivotune.training.run_folder import check_same_run, holds_run, is_finished
     from pivotune.training.signals import StoppedBySignalError, StopSignals
 
     folder = Path(run_config.output_dir)
     if auto_resume and not resume:
         resume = holds_run(folder)
         if resume and is_finished(folder):
+            check_same_run(folder, run_config)
             remove_replaced(folder)
             out.print(f"{safe(folder)} holds a finished run; --resume trains it further", soft_wrap=True)
             if as_json:

@@ -12,11 +12,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from pivotune.config import RunConfig, SupervisionConfig, validate
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
+from pivotune.training.argument_ranges import check_ranges
 from pivotune.training.engines import check_engine
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
@@ -185,6 +187,8 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     own = _own_settings(config)
     _check_training_keys(config.training, own)
     training = {key: _typed(key, value) for key, value in config.training.items()}
+    check_ranges(training)
+    _check_reports(training.get("report_to"))
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     other = {"bf16": "fp16", "fp16": "bf16"}.get(launched)
     if training.get(launched) is False or (other is not None and training.get(other)):
@@ -269,12 +273,22 @@ def _own_settings(config: RunConfig) -> dict[str, Any]:
 def _check_training_keys(training: dict[str, Any], own: dict[str, Any]) -> None:
     known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
     for key in training:
+        if key == "resume_from_checkpoint":
+            raise UsageError("training.resume_from_checkpoint: a run goes on with --resume or --auto-resume")
         if key in own:
             raise UsageError(f"training.{key} is set outside of training: (see `pivotune init`)")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean training.{near[0]}?" if near else ""
             raise UsageError(f"unknown key training.{key}{hint} (fields of transformers.TrainingArguments)")
+
+
+def _check_reports(names: Any) -> None:
+    """Refuse where nobody reports to, which `Trainer` would after the model is loaded."""
+    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+    for name in [names] if isinstance(names, str) else names or []:
+        if name not in known:
+            raise UsageError(f"training.report_to: {name!r} is not allowed; allowed: {', '.join(known)}")
 
 
 def _typed(key: str, value: Any) -> Any:

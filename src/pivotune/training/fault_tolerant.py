@@ -105,7 +105,7 @@ class FaultTolerantTrainer(Trainer):
         # Overflow is the everyday business of float16: its scaler skips such steps and lowers its scale.
         scaled = getattr(self.accelerator, "scaler", None) is not None
         if bad_losses or not (scaled or math.isfinite(norm)):
-            self._refuse_step(model, norm)
+            self._refuse_step(model, norm, in_loss=bad_losses)
         return grad_norm
 
     def _ask_all_ranks(self, grad_norm: Any) -> tuple[bool, bool, float]:
@@ -119,8 +119,8 @@ class FaultTolerantTrainer(Trainer):
         bad_losses, leaving, value = found.tolist()
         return bad_losses > 0, leaving > 0, value
 
-    def _refuse_step(self, model: nn.Module, norm: float) -> None:
-        found = self._step.describe(self.state.global_step + 1, norm)
+    def _refuse_step(self, model: nn.Module, norm: float, *, in_loss: bool) -> None:
+        found = self._step.describe(self.state.global_step + 1, norm, in_loss=in_loss)
         if self.args.nonfinite == "stop":
             raise TrainingDivergedError(
                 f"{found}; the weights are those of the step before; look at these rows, lower training.learning_rate or "

@@ -39,12 +39,13 @@ class StepRecord:
         """How many losses are not finite: a float32 scalar where the losses are."""
         return (~torch.isfinite(torch.stack(self._losses))).sum().float()
 
-    def describe(self, step: int, gradient_norm: float) -> str:
+    def describe(self, step: int, gradient_norm: float, *, in_loss: bool) -> str:
         """What is not finite, and the rows it came from. Waits for the device.
 
         Args:
             step: the optimizer step, from 1.
-            gradient_norm: where it alone is not finite, all rows of the step are named.
+            gradient_norm: where no loss was found, on whatever rank, it is the gradient: all rows of the step are named.
+            in_loss: whether a loss is not finite on some rank; the gradient is of all ranks together.
         """
         bad = [index for index, loss in enumerate(self._losses) if not math.isfinite(loss.item())]
         if bad:
@@ -53,10 +54,10 @@ class StepRecord:
             return (
                 f"the loss is not a finite number at step {step} ({broken or 'no term by itself'}; {self._name(bad)})"
             )
-        if not math.isfinite(gradient_norm):
-            rows = self._name(range(len(self._rows)))
-            return f"the gradient is not a finite number at step {step} (norm {gradient_norm:g}; {rows})"
-        return f"the loss is not a finite number at step {step} (in rows of another process)"
+        if in_loss:
+            return f"the loss is not a finite number at step {step} (in rows of another process)"
+        rows = self._name(range(len(self._rows)))
+        return f"the gradient is not a finite number at step {step} (norm {gradient_norm:g}; {rows})"
 
     def _terms_of(self, index: int) -> dict[str, Tensor]:
         return self._terms[index] if index < len(self._terms) else {}

@@ -28,6 +28,10 @@ _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "res
               "training.png", "english-features.safetensors", "rows.json", "start-scores.json")  # fmt: skip
 _MARKS = ("config.yaml", "environment.json")  # by which a folder is known for a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
+_IN_OPTIMIZER_STATE = tuple(
+    f"training.{name}"
+    for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+)
 # What `write_bytes` writes before it renames it; editors keep files of other names beside what they edit.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 _LIBRARIES = (
@@ -62,7 +66,7 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
         _refuse_links_out(folder)
-        _check_same_run(folder, config)
+        check_same_run(folder, config)
     elif overwrite:
         _remove_run(folder)
     else:
@@ -197,23 +201,31 @@ def _made_by_pivotune(path: Path) -> bool:
         return False
 
 
-def find_change(folder: Path, config: RunConfig, *, ignored: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+def find_change(
+    folder: Path, config: RunConfig, *, ignored: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> tuple[str, Any, Any] | None:
     """The first key in which a run's `config.yaml` differs from `config`, and both values: (key, before, now).
 
     Args:
         ignored: what keys may begin with to be passed over.
+        only: the keys to look at; None looks at all.
     """
     # `config.yaml` has no secrets: the other side is compared without them too.
     before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
     for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(ignored) and before.get(key) != now.get(key):
+        looked_at = not key.startswith(ignored) if only is None else key in only
+        if looked_at and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
     return None
 
 
-def _check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data are not."""
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data are not.
+
+    Of `training:` what the optimizer's state in a checkpoint brings along, and would silently be used in place of the new.
+    """
     change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
+    change = change or find_change(folder, config, only=_IN_OPTIMIZER_STATE)
     if change is not None:
         key, before, now = change
         raise UsageError(
