@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from transformers import TrainingArguments
 
 from pivotune.errors import UsageError
 from pivotune.training.optimizers import needs_bitsandbytes
+
+logger = logging.getLogger(__name__)
 
 # How a run is divided over its processes.
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
@@ -136,6 +139,13 @@ def fsdp_version(args: TrainingArguments) -> int | None:
         return int(args.fsdp_plugin_args["fsdp_version"])
     # Accelerate sets the first one for later programs of the process too, and the second one at launch only.
     return int(os.environ["FSDP_VERSION"]) if _launched_with_fsdp() and "FSDP_VERSION" in os.environ else None
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """One process drives one GPU: the replicas of `DataParallel` know nothing of the taps."""
+    if args.n_gpu > 1:
+        logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", args.n_gpu)
+        args._n_gpu = 1
 
 
 def _launched_with_fsdp() -> bool:

@@ -197,6 +197,20 @@ def check_layers(settings: SupervisionConfig, num_layers: int) -> None:
         check_layer(name, signal.layer, num_layers)
 
 
+def freeze_unread(model: nn.Module) -> None:
+    """What text never passes through (a vision tower) is not trained, and DDP does not wait for it."""
+    architecture = find_architecture(model)
+    read = {id(p) for module in (architecture.decoder, architecture.lm_head) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
+
+
+def pad_token_of(tokenizer: Any) -> int:
+    """Masks say what is padding, so any token will do where the tokenizer has none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _resolve(wanted: dict[str, Any], num_layers: int, layers: LayerAnalysis | None) -> Any:
     selection = None if layers is None else selection_from_json(layers)
     if len(wanted) == 2:

@@ -36,7 +36,7 @@ from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
 from pivotune.training.checkpoints import set_newer_aside, whole_checkpoint
 from pivotune.training.checksums import find_checkpoint_damage, find_damage
 from pivotune.training.data_order import DataOrder, order_of, resumed_order, save_order
-from pivotune.training.engines import check_head, prepare_fsdp
+from pivotune.training.engines import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
 from pivotune.training.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.log_window import LogWindow
@@ -46,6 +46,8 @@ from pivotune.training.preparation import (
     build_train_dataset,
     choose_supervision,
     encode_dataset,
+    freeze_unread,
+    pad_token_of,
 )
 from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.rank_rows import RankOrder, WithBlankRows
@@ -113,12 +115,12 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         pairs = encode_dataset(train_dataset, args, processing_class, model)
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
-        _use_one_device(args)
-        rows, pad_token_id = build_train_dataset(pairs, args, model.config), _pad_token_id(processing_class)
+        use_one_device(args)
+        rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
-        _freeze_unread(trained)
+        freeze_unread(trained)
         ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
         super().__init__(
             model=cast(PreTrainedModel, trained),
@@ -394,29 +396,8 @@ def _must_be_there(folder: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
 
 
-def _freeze_unread(model: nn.Module) -> None:
-    """What text never passes through (a vision tower) is not trained, and DDP does not wait for it."""
-    architecture = find_architecture(model)
-    read = {id(p) for module in (architecture.decoder, architecture.lm_head) for p in module.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in read:
-            parameter.requires_grad_(False)
-
-
 def _rows(dataset: Any) -> Any:
     return dataset.dataset if isinstance(dataset, WithBlankRows) else dataset
-
-
-def _use_one_device(args: DeepSupervisionConfig) -> None:
-    """One process drives one GPU: the replicas of `DataParallel` know nothing of the taps."""
-    if args.n_gpu > 1:
-        logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", args.n_gpu)
-        args._n_gpu = 1
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Masks say what is padding, so any token will do where the tokenizer has none for it."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _name_of(model: str | PreTrainedModel) -> str:
