@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES
-from pivotune.config import LoraSettings, RunConfig, parse_config
-from pivotune.training.engines import Strategy
-from pivotune.training.estimate.estimate import Estimate, RunRows, Target, estimate_strategies, read_rows
+from pivotune.config.settings import LoraSettings, RunConfig, parse_config
+from pivotune.estimate.estimate import Estimate, RunRows, Target, estimate_strategies, read_rows
+from pivotune.training.distributed.strategies import Strategy
 
 _LLAMA = SHAPES["llama2-7b"]
 # Depth and widths as published; LLaMA-2-70B shares keys among eight groups of heads.

@@ -32,9 +32,9 @@ from benchmarks.common import (
 from pivotune.errors import UsageError
 from pivotune.layers.profile import profile_layers
 from pivotune.layers.statistics import lens_statistics
-from pivotune.model.architecture import find_architecture
-from pivotune.model.lens import lens_logits
-from pivotune.model.taps import tap
+from pivotune.lenses.logit import lens_logits
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
 
 OURS, STACKED, PEER = "pivotune", "stacked logits", "TransformerLens logit_lens"
 OURS_LENS, PEER_LENS = "pivotune, lens alone", "TransformerLens logit_readout"

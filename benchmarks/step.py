@@ -40,8 +40,7 @@ from benchmarks.peers import trl_trainer
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import (
+from pivotune.forward.passes import (
     BranchStates,
     Passes,
     PassRequest,
@@ -50,10 +49,11 @@ from pivotune.model.branches import (
     separate_passes,
     shared_passes,
 )
-from pivotune.model.lens import lens_logits
-from pivotune.model.taps import tap
+from pivotune.lenses.logit import lens_logits
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
+from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
-from pivotune.objectives.terms import weighted_total
 
 # Tokens of query, answer, English query and English answer: the mean of translated Alpaca rows (docs/performance.md).
 FIXED = (105, 165, 70, 110)

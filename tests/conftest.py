@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pivotune.model.architecture import ARCHITECTURES
+from pivotune.models.architecture import ARCHITECTURES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 384

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from pivotune.evaluation.aggregate import summarize
-from pivotune.evaluation.metrics import Metric
+from pivotune.results.aggregate import summarize
+from pivotune.results.metrics import Metric
 
 F1 = Metric("f1", "mean", ("f1",), 100.0)
 NLL = Metric("nll_per_token", "ratio", ("gold_nll", "gold_tokens"), higher_is_better=False)

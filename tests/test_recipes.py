@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pivotune.config import load_config
-from pivotune.model.architecture import ARCHITECTURES
+from pivotune.config.settings import load_config
+from pivotune.models.architecture import ARCHITECTURES
 from pivotune.training.arguments import build_arguments
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
-from pivotune.objectives.terms import Term
+from pivotune.objectives.base import Term
 
 # Tokens of prefix, query, suffix and answer on the target side, then on the English side; None for a replay row.
 # Some are longer than the sliding window (8) of the tiny models.

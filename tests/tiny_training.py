@@ -12,7 +12,7 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
 
-from pivotune.config import RunConfig, parse_config
+from pivotune.config.settings import RunConfig, parse_config
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.trainer import DeepSupervisionTrainer

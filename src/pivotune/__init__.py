@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from pivotune.errors import UsageError as UsageError
     from pivotune.evaluation.run import evaluate_model as evaluate_model
     from pivotune.layers.measure import analyze_layers as analyze_layers
-    from pivotune.model.loading import load_model as load_model
-    from pivotune.model.loading import load_tokenizer as load_tokenizer
+    from pivotune.models.loading import load_model as load_model
+    from pivotune.models.loading import load_tokenizer as load_tokenizer
     from pivotune.objectives.deep_supervision import Signal as Signal
     from pivotune.objectives.deep_supervision import Supervision as Supervision
     from pivotune.objectives.deep_supervision import deep_supervision_terms as deep_supervision_terms
@@ -29,8 +29,8 @@ _EXPORTS = {
     "analyze_layers": "pivotune.layers.measure",
     "deep_supervision_terms": "pivotune.objectives.deep_supervision",
     "evaluate_model": "pivotune.evaluation.run",
-    "load_model": "pivotune.model.loading",
-    "load_tokenizer": "pivotune.model.loading",
+    "load_model": "pivotune.models.loading",
+    "load_tokenizer": "pivotune.models.loading",
     "term_counts": "pivotune.objectives.deep_supervision",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pivotune.escaping import printable
+from pivotune.text.escaping import printable
 
 # Longer messages are cut in the middle: a path and a few names fit, a whole row of a data file does not.
 _LONGEST_MESSAGE = 4000

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.shapes import SHAPES, build_config, build_model
-from pivotune.model.architecture import find_architecture
+from pivotune.models.architecture import find_architecture
 
 
 # Parameters as the model cards and papers count them.

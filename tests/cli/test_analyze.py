@@ -9,8 +9,8 @@ from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer, tiny_ro
 from PIL import Image
 
 # The second imports what reads weights before a test changes the first: it would keep the change.
-import pivotune.model.loading
-import pivotune.training.run
+import pivotune.models.loading
+import pivotune.runs.execute
 from pivotune.cli.main import main
 from pivotune.data.examples import Encoder, Limits
 from pivotune.data.sources import load_rows
@@ -45,7 +45,7 @@ def never_loaded(monkeypatch) -> None:
     def load_model(*args, **kwargs):
         raise RuntimeError("a model was loaded")
 
-    monkeypatch.setattr(pivotune.model.loading, "load_model", load_model)
+    monkeypatch.setattr(pivotune.models.loading, "load_model", load_model)
 
 
 def write(path: Path, rows) -> str:

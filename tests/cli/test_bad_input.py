@@ -13,11 +13,11 @@ import yaml
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 
 # Imported before a test changes one of them: a module that is imported meanwhile would keep the change.
-import pivotune.model.loading
-import pivotune.training.run
+import pivotune.models.loading
+import pivotune.runs.execute
 import pivotune.training.trainer
 from pivotune.cli.main import main
-from pivotune.config import dump_config, parse_config
+from pivotune.config.settings import dump_config, parse_config
 
 NUM_ROWS = 16
 
@@ -304,7 +304,7 @@ def loaded(monkeypatch) -> list[str]:
         names.append(name)
         raise RuntimeError("a model was loaded")
 
-    for module in (pivotune.model.loading, pivotune.training.run, pivotune.training.trainer):
+    for module in (pivotune.models.loading, pivotune.runs.execute, pivotune.training.trainer):
         monkeypatch.setattr(module, "load_model", load_model)
     return names
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from pivotune.cli import demo as demo_verb
 from pivotune.cli.main import main
 from pivotune.cli.training_progress import TrainingProgress
-from pivotune.config import load_config
-from pivotune.data.demo import SUPPORTED_LANGUAGES
-from pivotune.training import demo as demo_module
-from pivotune.training.demo import METHODS, DemoSettings, exact_match, run_demo
+from pivotune.config.settings import load_config
+from pivotune.demo import run as demo_module
+from pivotune.demo.rows import SUPPORTED_LANGUAGES
+from pivotune.demo.run import METHODS, DemoSettings, exact_match, run_demo
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 pytest.importorskip("babel", reason="the package Babel is not installed")

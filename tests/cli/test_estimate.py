@@ -101,7 +101,7 @@ def test_train_says_what_it_trains(tmp_path, capsys):
 
 
 def test_an_estimate_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
-    from pivotune.training.estimate import startup
+    from pivotune.estimate import startup
 
     def fail(*args, **kwargs):
         raise ValueError("no estimate")
@@ -112,8 +112,8 @@ def test_an_estimate_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypa
 
 
 def test_a_warning_where_memory_will_not_suffice(tmp_path, capsys, monkeypatch):
-    from pivotune.training.estimate import startup
-    from pivotune.training.estimate.device import Device
+    from pivotune.estimate import startup
+    from pivotune.estimate.device import Device
 
     monkeypatch.setattr(startup, "_LEAST_PARAMETERS", 0)
     small = Device(kind="cpu", name="CPU", memory=2.0**20, rate=None)
@@ -125,7 +125,7 @@ def test_a_warning_where_memory_will_not_suffice(tmp_path, capsys, monkeypatch):
 
 
 def test_out_of_memory_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
-    from pivotune.training import run
+    from pivotune.runs import execute as run
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated memory ...")

@@ -7,7 +7,7 @@ import pytest
 
 from pivotune.cli.init import render
 from pivotune.cli.main import main
-from pivotune.config import METHODS, apply_changes, load_config, parse_config
+from pivotune.config.settings import METHODS, apply_changes, load_config, parse_config
 
 ODD = ["dữ liệu/cặp câu.jsonl", "ዳታ.csv", "C: pairs.jsonl", "rows #2.jsonl", "a {b} c", "no", "null", "12", "1e5",
        "2026-01-31", "- rows", "'quoted'", ' "double" ', "hub:owner/name:train[:10]", "*.jsonl", "long name " * 30 + "end",

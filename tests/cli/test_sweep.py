@@ -140,13 +140,13 @@ def test_interruption_says_how_to_go_on(config, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pivotune.evaluation.sweep.execute_run", interrupt)
+    monkeypatch.setattr("pivotune.sweeps.run.execute_run", interrupt)
     assert sweep(config, *SWEEP) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_a_signal_in_the_preparation_is_told_by_the_exit_code(config, capsys, monkeypatch):
-    monkeypatch.setattr("pivotune.evaluation.sweep.prepare_run", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("pivotune.sweeps.run.prepare_run", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
     assert sweep(config, *SWEEP) == 75
     assert "stopped by SIGTERM; the same command goes on from here" in capsys.readouterr().err
 

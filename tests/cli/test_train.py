@@ -14,7 +14,7 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pivotune.cli.main import main
-from pivotune.config import load_config
+from pivotune.config.settings import load_config
 
 STEPS = 2
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
@@ -424,7 +424,7 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
     from pivotune.cli import training_progress
-    from pivotune.training.fault_tolerant import TrainingDivergedError
+    from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
     from pivotune.training.trainer import DeepSupervisionTrainer
 
     bars = []

@@ -158,7 +158,7 @@ def test_begin_of_text_is_not_added_where_the_tokenizer_adds_none(tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_spans_with_the_real_tokenizer(smollm2, shared_data, template):
-    from pivotune.model.loading import load_tokenizer
+    from pivotune.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
     rows = PAIRS + [row for language in ("vi", "zh") for row in real_rows(shared_data, language, 300)]

@@ -9,7 +9,7 @@ from conftest import build_tiny_model
 from peft import LoraConfig
 from tiny_training import make_pairs, tiny_trainer
 
-from pivotune.training.lora import add_adapters
+from pivotune.models.adapters import add_adapters
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -16,7 +16,7 @@ from run_folders import as_it_was_at_step_2
 from worker import shard_on_cpu
 
 from pivotune.cli.main import main
-from pivotune.training import ranks
+from pivotune.training.distributed import ranks
 
 
 def train(folder: Path, *words: str) -> None:

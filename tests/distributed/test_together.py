@@ -6,8 +6,8 @@ import pytest
 from processes import HERE, run_together
 
 from pivotune.errors import UsageError
-from pivotune.training import ranks
-from pivotune.training.shared_saving import save_together
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.shared_saving import save_together
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from cases import build
 
 from pivotune.errors import UsageError
-from pivotune.training import ranks
-from pivotune.training.checkpoints import STAGING
-from pivotune.training.fault_tolerant import TrainingDivergedError
-from pivotune.training.shared_saving import save_together
-from pivotune.training.signals import StoppedBySignalError, StopSignals
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.shared_saving import save_together
+from pivotune.training.resilience.checkpoints import STAGING
+from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
+from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
 
 def raised_by(function: Any) -> BaseException | None:

@@ -18,8 +18,8 @@ from tiny_training import make_pairs, step_logs
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pivotune.model.sharding import is_fsdp
-from pivotune.training.gathering import gathered_model
+from pivotune.models.sharding import is_fsdp
+from pivotune.training.distributed.gathering import gathered_model
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 

@@ -15,8 +15,8 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.alignment import METRICS, alignment_tasks, measure_alignment
 from pivotune.evaluation.parallel import Pair
 from pivotune.evaluation.sources import MissingDataError, Source
-from pivotune.model.architecture import find_architecture
-from pivotune.model.taps import tap
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
 
 
 def tiny_pairs(count: int) -> list[Pair]:
@@ -212,7 +212,7 @@ def test_own_pairs_come_first(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
-    from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.models.loading import load_model, load_tokenizer
 
     (task,) = alignment_tasks("tatoeba", "zh")
     pairs = task.read(Source(shared_data / "eval")).pairs[:100]

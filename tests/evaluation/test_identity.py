@@ -10,7 +10,7 @@ from tiny_training import save_tiny_model
 
 from pivotune.evaluation import identity
 from pivotune.evaluation.identity import model_fingerprint
-from pivotune.model.locating import ModelFiles
+from pivotune.models.locating import ModelFiles
 
 
 def test_results_beside_the_weights_change_nothing(tmp_path):

@@ -27,7 +27,7 @@ def harness(model: str, task: str, files: dict[str, str], **changes):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.models.loading import load_model, load_tokenizer
 
     own = {
         "task": task,

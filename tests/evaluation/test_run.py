@@ -130,7 +130,7 @@ def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_p
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.models.loading import load_model, load_tokenizer
 
     overrides = {
         "task": "xcopa_vi",
@@ -179,7 +179,7 @@ def test_gold_likelihood_is_that_of_training(data, tmp_path, template):
     from pivotune.data.examples import Encoder, Example
     from pivotune.data.rows import Row
     from pivotune.data.templates import Turn, load_template
-    from pivotune.model.loading import load_model, load_tokenizer
+    from pivotune.models.loading import load_model, load_tokenizer
     from pivotune.training.heldout import score_answers
 
     name = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)

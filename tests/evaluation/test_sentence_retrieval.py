@@ -15,8 +15,8 @@ from pivotune.evaluation.sentence_retrieval import (
     unit_vectors,
     without_mean,
 )
-from pivotune.model.architecture import find_architecture
-from pivotune.model.taps import tap
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
 
 IDS = [[5, 9, 40, 41, 7, 200, 201, 99], [17], [30, 31, 32], [8, 9], [77, 5, 6, 300, 12]]
 

@@ -19,9 +19,10 @@ import torch
 from transformers import TrainerCallback
 
 from pivotune.errors import TrainingError
-from pivotune.training import liveness, run_lock
-from pivotune.training import run as run_module
+from pivotune.runs import execute as run_module
+from pivotune.runs import lock as run_lock
 from pivotune.training.callbacks import MetricsFile
+from pivotune.training.distributed import liveness
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 

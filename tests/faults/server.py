@@ -17,7 +17,7 @@ from typing import Any
 from faults import injection
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401  (imported ahead of the forks)
 
-import pivotune.training.run  # noqa: F401
+import pivotune.runs.execute  # noqa: F401
 from pivotune.cli.main import main
 
 

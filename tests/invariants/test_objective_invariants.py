@@ -21,10 +21,10 @@ from tiny_batches import (
 )
 from torch import Tensor, nn
 
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import separate_passes, shared_passes
+from pivotune.forward.passes import separate_passes, shared_passes
+from pivotune.models.architecture import find_architecture
+from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
-from pivotune.objectives.terms import weighted_total
 
 TFT = Supervision()
 # Between them every kind of pass and loss.

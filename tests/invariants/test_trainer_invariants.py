@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.objectives.deep_supervision import deep_supervision_terms
+from pivotune.runs.export import save_model
 from pivotune.training import trainer as trainer_module
-from pivotune.training.saving import save_model
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 SIGNALS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.layers.selection import select_layers
-from pivotune.model.architecture import find_architecture
-from pivotune.model.lens import lens_logits
-from pivotune.model.taps import tap
+from pivotune.lenses.logit import lens_logits
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
 
 PAIRS = make_pairs(9)
 

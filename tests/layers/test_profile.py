@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pivotune.errors import UsageError
 from pivotune.layers.profile import english_looking_tokens, profile_layers
 from pivotune.layers.statistics import BlockSize
-from pivotune.model.architecture import find_architecture
-from pivotune.model.lens import lens_logits
-from pivotune.model.taps import tap
+from pivotune.lenses.logit import lens_logits
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import tap
 
 COLUMNS = 112  # of a block of logits; no other dimension of the tiny models has this size
 ENGLISH = torch.arange(VOCABULARY) % 3 == 0

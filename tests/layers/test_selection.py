@@ -341,7 +341,7 @@ class TestResolve:
 
 def test_no_torch_is_imported():
     code = (
-        "import sys, pivotune.layers.selection, pivotune.layers.analysis, pivotune.reporting.plots; "
+        "import sys, pivotune.layers.selection, pivotune.layers.analysis, pivotune.report.plots; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,9 @@ from peak_bytes import peak
 
 from pivotune.layers.profile import profile_layers
 from pivotune.layers.statistics import BlockSize, default_block, lens_statistics
-from pivotune.model.architecture import find_architecture
-from pivotune.model.lens import chunk_rows, lens_logits, plain_head
+from pivotune.lenses.logit import lens_logits
+from pivotune.models.architecture import find_architecture
+from pivotune.models.head import chunk_rows, plain_head
 
 ENGLISH = (torch.arange(VOCABULARY) % 3 == 0).float()
 

@@ -7,8 +7,8 @@ import torch
 from conftest import NUM_LAYERS, build_tiny_model
 from tiny_batches import collate, make_batch, make_examples, values
 
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import Passes, PassRequest, separate_passes
+from pivotune.forward.passes import Passes, PassRequest, separate_passes
+from pivotune.models.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
 
 KINDS = ("logits", "feature", "none")

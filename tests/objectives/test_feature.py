@@ -8,9 +8,9 @@ from conftest import NUM_LAYERS, build_tiny_model
 from tiny_batches import gradients, make_batch, make_examples
 from torch import Tensor
 
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import Passes, separate_passes
-from pivotune.model.taps import Taps, tap
+from pivotune.forward.passes import Passes, separate_passes
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import Taps, tap
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
 from pivotune.objectives.feature import feature_loss, pool
 

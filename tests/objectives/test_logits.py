@@ -6,7 +6,7 @@ from conftest import build_tiny_model
 from tiny_batches import by_hand_logits, gradients, make_batch, make_examples
 from torch import Tensor, nn
 
-from pivotune.model.architecture import find_architecture
+from pivotune.models.architecture import find_architecture
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
 from pivotune.objectives.logits import positional_targets
 

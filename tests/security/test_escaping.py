@@ -18,11 +18,11 @@ from tiny_training import tiny_rows, write_rows
 
 from pivotune.cli.common import safe, stdout
 from pivotune.cli.main import main
-from pivotune.config import parse_config
-from pivotune.escaping import csv_text, latex, markdown, printable, printable_json
-from pivotune.reporting.drawing import drawable, new_figure, save_figure, set_title, short_name
-from pivotune.reporting.plots import plot_entropy_comparison, plot_metric_bars
-from pivotune.training.model_card import model_card
+from pivotune.config.settings import parse_config
+from pivotune.report.drawing import drawable, new_figure, save_figure, set_title, short_name
+from pivotune.report.plots import plot_entropy_comparison, plot_metric_bars
+from pivotune.runs.model_card import model_card
+from pivotune.text.escaping import csv_text, latex, markdown, printable, printable_json
 
 # What a file name may hold: everything but a slash.
 FILE_NAME = HOSTILE.replace("/", "∕")

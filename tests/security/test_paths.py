@@ -13,15 +13,15 @@ from planted import call, copy, refused, resume, write_yaml
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_trainer
 
-from pivotune.config import parse_config
+from pivotune.config.settings import parse_config
 from pivotune.errors import UsageError
-from pivotune.evaluation.sweep_plan import parse_grid
-from pivotune.model.loading import load_model
-from pivotune.model.locating import ModelFiles, check_index
-from pivotune.training.checkpoint_safety import own_checkpoint
-from pivotune.training.checkpoints import staged_folder
-from pivotune.training.checksums import write_checksums
-from pivotune.training.run_folder import claim_run_folder
+from pivotune.models.loading import load_model
+from pivotune.models.locating import ModelFiles, check_index
+from pivotune.runs.folder import claim_run_folder
+from pivotune.sweeps.plan import parse_grid
+from pivotune.training.resilience.checkpoint_safety import own_checkpoint
+from pivotune.training.resilience.checkpoints import staged_folder
+from pivotune.training.resilience.checksums import write_checksums
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from pivotune.data.hub import parse_hub_name, read_hub
 from pivotune.data.templates import Turn, load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.sources import read_hub_records
-from pivotune.model.loading import load_tokenizer, read_config
+from pivotune.models.loading import load_tokenizer, read_config
 
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from planted import call, copy, refused, write_yaml
 
 from pivotune.cli.main import main
-from pivotune.config import dump_config, load_config, parse_config
-from pivotune.redaction import REDACTED, is_secret_name, redact, redact_command, redact_settings
-from pivotune.training.run_folder import claim_run_folder, environment, find_change, read_run_config
+from pivotune.config.settings import dump_config, load_config, parse_config
+from pivotune.runs.folder import claim_run_folder, environment, find_change, read_run_config
+from pivotune.text.redaction import REDACTED, is_secret_name, redact, redact_command, redact_settings
 
 # Made here, of nobody: the forms of real ones.
 HUB = "hf_" + "aB3" * 12

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from pivotune.config import parse_config
+from pivotune.config.settings import parse_config
 from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 

@@ -21,9 +21,9 @@ from torch import nn
 from pivotune.data.collator import ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.runs.execute import execute_run
+from pivotune.runs.prepare import prepare_run
 from pivotune.training.english_features import FEATURES_FILE, FeatureDataset, prepare_features
-from pivotune.training.prepared_run import prepare_run
-from pivotune.training.run import execute_run
 
 FROZEN = Supervision(
     conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=3), english="frozen"

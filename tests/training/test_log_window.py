@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_batches import make_batch
 
-from pivotune.objectives.terms import Term
+from pivotune.objectives.base import Term
 from pivotune.training.log_window import LogWindow, token_counts
 
 

@@ -45,7 +45,7 @@ def analyze(
     _check_writable(out)
     analysis = _measure(model, pairs, tokenizer, language, batch_size, tokens_per_row or None)
     from pivotune.layers.analysis import write_layers_json
-    from pivotune.reporting.plots import plot_entropy
+    from pivotune.report.plots import plot_entropy
 
     write_layers_json(out, analysis)
     plot_entropy(analysis, picture)
@@ -74,8 +74,8 @@ def _encode(
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
     from pivotune.layers.selection import check_depth
-    from pivotune.model.architecture import check_architecture
-    from pivotune.model.loading import check_model, load_tokenizer, read_config
+    from pivotune.models.architecture import check_architecture
+    from pivotune.models.loading import check_model, load_tokenizer, read_config
     from pivotune.training.preparation import context_length, spread
 
     check_model(model)
@@ -92,7 +92,7 @@ def _measure(
     model: str, pairs: list[Pair], tokenizer: Any, language: str | None, batch_size: int, tokens_per_row: int | None
 ) -> Any:
     from pivotune.layers.measure import analyze_layers, num_sequences
-    from pivotune.model.loading import load_model
+    from pivotune.models.loading import load_model
 
     loaded = load_model(model)
     with progress("Measuring the layers", num_sequences(pairs)) as advance:

@@ -180,8 +180,8 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     """Check a model and read its tokenizer and template; a run's own template unless another is asked for."""
     from pivotune.data.examples import Encoder
     from pivotune.data.templates import load_template
-    from pivotune.model.loading import check_model, load_tokenizer
-    from pivotune.training.run_folder import read_run_config
+    from pivotune.models.loading import check_model, load_tokenizer
+    from pivotune.runs.folder import read_run_config
 
     is_run = (Path(name).expanduser() / "config.yaml").is_file()
     if template is None and is_run:
@@ -197,7 +197,7 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
 def _load(name: str) -> Any:
     import torch
 
-    from pivotune.model.loading import load_model
+    from pivotune.models.loading import load_model
 
     with stderr.status(f"Loading {safe(name)}"):
         model: Any = load_model(name)

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pivotune.errors import UsageError
-from pivotune.escaping import one_line, printable, printable_json
-from pivotune.redaction import redact
+from pivotune.text.escaping import one_line, printable, printable_json
+from pivotune.text.redaction import redact
 
 
 def _number(name: str) -> int:

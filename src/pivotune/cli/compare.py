@@ -11,8 +11,8 @@ from pivotune.cli.common import print_json, printable, stderr, stdout, words
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
-    from pivotune.evaluation.comparison import Comparison
-    from pivotune.evaluation.run_groups import Row
+    from pivotune.compare.comparison import Comparison
+    from pivotune.compare.seed_groups import Row
 
 _FORMATS = ("terminal", "markdown", "latex", "csv", "json")
 
@@ -54,7 +54,7 @@ def compare(
     form = "json" if as_json else form
     if form not in _FORMATS:
         raise UsageError(f"--format: {form!r} found; allowed: {', '.join(_FORMATS)}")
-    from pivotune.evaluation.comparison import compare_rows
+    from pivotune.compare.comparison import compare_rows
 
     warnings: list[str] = []
     rows, chosen = _load([path.expanduser() for path in runs], baseline, warnings)
@@ -77,7 +77,7 @@ def compare(
 
 def _load(runs: list[Path], baseline: str | None, warnings: list[str]) -> tuple[list[Row], int | None]:
     """The rows with the baseline among them, and its index; None leaves the choice to the comparison."""
-    from pivotune.evaluation.run_groups import find_row, load_rows
+    from pivotune.compare.seed_groups import find_row, load_rows
 
     rows = load_rows(runs, warnings)
     if baseline is None:
@@ -96,7 +96,7 @@ def _load(runs: list[Path], baseline: str | None, warnings: list[str]) -> tuple[
 
 def _check_out(paths: list[Path], rows: list[Row], overwrite: bool) -> None:
     """Everything about the files is checked before anything is computed."""
-    from pivotune.reporting.tables import FORMATS
+    from pivotune.compare.formats import FORMATS
 
     results = {run.results.path.resolve() for row in rows for run in row.runs}
     for path in paths:
@@ -126,8 +126,8 @@ def _rename(rows: list[Row], names: list[str]) -> list[Row]:
 
 
 def _write(paths: list[Path], comparison: Comparison) -> None:
-    from pivotune.reporting.tables import FORMATS, render
-    from pivotune.training.run_folder import write_text
+    from pivotune.compare.formats import FORMATS, render
+    from pivotune.text.files import write_text
 
     for path in paths:
         try:
@@ -138,8 +138,8 @@ def _write(paths: list[Path], comparison: Comparison) -> None:
 
 
 def _show(comparison: Comparison, form: str) -> None:
-    from pivotune.reporting.tables import render, to_dict
-    from pivotune.reporting.terminal_table import render_terminal
+    from pivotune.compare.formats import render, to_dict
+    from pivotune.compare.terminal import render_terminal
 
     if form == "json":
         print_json(to_dict(comparison))

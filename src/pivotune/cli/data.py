@@ -144,7 +144,7 @@ def _excerpt(text: str) -> str:
 def _encoder(model: str, template: str | None, max_prompt_tokens: int, max_completion_tokens: int) -> Encoder:
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.templates import load_template
-    from pivotune.model.loading import load_tokenizer, read_config
+    from pivotune.models.loading import load_tokenizer, read_config
     from pivotune.training.preparation import context_length
 
     quiet_libraries()

@@ -35,7 +35,7 @@ def demo(
     quiet_libraries()
     from pivotune.cli.train import describe_run
     from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.training.demo import DemoSettings, run_demo
+    from pivotune.demo.run import DemoSettings, run_demo
 
     screen = console(as_json)
     with ExitStack() as bars:
@@ -60,7 +60,7 @@ def demo(
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
-    from pivotune.reporting.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
+    from pivotune.report.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
 
     language, models = results["settings"]["language"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]

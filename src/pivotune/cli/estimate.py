@@ -14,12 +14,12 @@ from pivotune.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pivotune.config import RunConfig
+    from pivotune.config.settings import RunConfig
+    from pivotune.estimate.device import Device
+    from pivotune.estimate.estimate import Estimate, Target
+    from pivotune.estimate.model_size import ModelSize
+    from pivotune.estimate.rows import Schedule
     from pivotune.training.arguments import DeepSupervisionConfig
-    from pivotune.training.estimate.device import Device
-    from pivotune.training.estimate.estimate import Estimate, Target
-    from pivotune.training.estimate.model_size import ModelSize
-    from pivotune.training.estimate.rows import Schedule
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -44,11 +44,11 @@ def estimate(
     if strategy is not None and strategy not in _STRATEGIES:
         raise UsageError(f"--strategy: {strategy!r} found; allowed: {', '.join(_STRATEGIES)}")
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)
-    from pivotune.config import load_config
+    from pivotune.config.settings import load_config
 
     run_config = load_config(config, changes or [])
     quiet_libraries()
-    from pivotune.training.estimate.estimate import estimate_strategies, read_rows
+    from pivotune.estimate.estimate import estimate_strategies, read_rows
 
     device = _device(run_config, memory, tflops, on_gpus=strategy is not None or (processes or 1) > 1)
     found = read_rows(run_config, rows=rows)
@@ -84,7 +84,7 @@ def millions(count: int) -> str:
 
 
 def _device(config: RunConfig, memory: float | None, tflops: float | None, *, on_gpus: bool) -> Device:
-    from pivotune.training.estimate.device import described_device, find_device
+    from pivotune.estimate.device import described_device, find_device
 
     found = find_device(use_cpu=bool(config.training.get("use_cpu")))
     if memory is not None or tflops is not None or (on_gpus and found.kind == "cpu"):
@@ -94,7 +94,7 @@ def _device(config: RunConfig, memory: float | None, tflops: float | None, *, on
 
 def _targets(config: RunConfig, device: Device, processes: int, strategy: str | None) -> list[Target]:
     """What is asked for; of all strategies those that the run can be divided by."""
-    from pivotune.training.estimate.estimate import Target, why_impossible
+    from pivotune.estimate.estimate import Target, why_impossible
 
     if processes == 1 and strategy is None:
         return [Target(device=device.kind)]
@@ -107,8 +107,8 @@ def _targets(config: RunConfig, device: Device, processes: int, strategy: str | 
 
 
 def _seconds(config: RunConfig, estimate: Estimate, device: Device) -> float | None:
-    from pivotune.training.estimate.operations import seconds_needed
-    from pivotune.training.estimate.speed import training_rate
+    from pivotune.estimate.operations import seconds_needed
+    from pivotune.estimate.speed import training_rate
 
     if estimate.operations is None:
         return None
@@ -118,7 +118,7 @@ def _seconds(config: RunConfig, estimate: Estimate, device: Device) -> float | N
 
 def _advice(config: RunConfig, estimates: list[Estimate], device: Device) -> list[str] | None:
     """What would make the run fit; None where something fits already or the memory is not known."""
-    from pivotune.training.estimate.fitting import fits, fitting_changes
+    from pivotune.estimate.fitting import fits, fitting_changes
 
     if device.memory is None or any(fits(item, device.memory) for item in estimates):
         return None
@@ -148,7 +148,7 @@ def describe(
 
 
 def _lines(config: RunConfig, estimate: Estimate, seconds: float | None, device: Device) -> list[tuple[str, str]]:
-    from pivotune.training.estimate.estimate import arguments_for
+    from pivotune.estimate.estimate import arguments_for
 
     rows, args = estimate.rows, arguments_for(config, estimate.target.device)
     lengths = f"{rows.mean_tokens:.0f} tokens a row" + (", assumed" if rows.assumed else "")
@@ -188,7 +188,7 @@ def memory_table(estimates: list[Estimate], device: Device) -> Any:
     from rich import box
     from rich.table import Table
 
-    from pivotune.training.estimate.fitting import fits
+    from pivotune.estimate.fitting import fits
 
     columns = ("weights", "gradients", "optimizer", "activations", "communication", "peak")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -213,7 +213,7 @@ def to_json(
     """The estimate as plain data; sizes in bytes."""
     from dataclasses import asdict
 
-    from pivotune.training.estimate.fitting import fits
+    from pivotune.estimate.fitting import fits
 
     first = estimates[0]
     return {

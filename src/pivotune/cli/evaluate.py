@@ -127,7 +127,7 @@ def evaluate(
 
 def _check_out(folder: Path, model: str) -> None:
     """What is wrong with the place for the results shows before anything is read."""
-    from pivotune.evaluation.results import check_target
+    from pivotune.results.files import check_target
 
     if folder.exists() and not folder.is_dir() and folder.suffix != ".json":
         raise UsageError(f"--out: {folder} is a file; give a folder or a .json file")
@@ -145,7 +145,7 @@ def _default_out(model: str) -> Path:
 
 def _beside(out: Path) -> Path:
     from pivotune.evaluation.cache import CACHE_FOLDER
-    from pivotune.evaluation.results import results_paths
+    from pivotune.results.files import results_paths
 
     return results_paths(out)[0].parent / CACHE_FOLDER
 
@@ -179,7 +179,7 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
 
 def _tell_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
     """A task that was measured before is replaced: whoever tries a small --limit should know."""
-    from pivotune.evaluation.sweep_state import read_entries
+    from pivotune.sweeps.state import read_entries
 
     entries = read_entries(folder)
     for task in prepared.tasks:
@@ -199,7 +199,7 @@ def _tell_done(name: str, entry: dict[str, Any]) -> None:
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
     from rich.table import Column, Table
 
-    from pivotune.evaluation.results import results_paths
+    from pivotune.results.files import results_paths
 
     figure_columns = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(

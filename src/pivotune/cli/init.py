@@ -61,7 +61,7 @@ def init(
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",
 ) -> None:
     """Print a commented run configuration: `pivotune init > run.yaml`."""
-    from pivotune.config import METHODS
+    from pivotune.config.settings import METHODS
 
     if method not in METHODS:
         raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
@@ -70,7 +70,7 @@ def init(
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
     """The configuration as YAML text with comments."""
-    from pivotune.config import to_yaml
+    from pivotune.config.settings import to_yaml
 
     def scalar(value: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()

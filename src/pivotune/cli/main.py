@@ -13,8 +13,8 @@ from pivotune import __version__
 from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
 from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES, log_on_stderr
 from pivotune.errors import TrainingError, UsageError
-from pivotune.escaping import printable
-from pivotune.redaction import redact
+from pivotune.text.escaping import printable
+from pivotune.text.redaction import redact
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130  # and common.EXIT_STOPPED
 

@@ -26,10 +26,10 @@ from pivotune.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pivotune.evaluation.comparison import Comparison
-    from pivotune.evaluation.sweep import Sweep
-    from pivotune.evaluation.sweep_plan import Cell
-    from pivotune.training.signals import StopSignals
+    from pivotune.compare.comparison import Comparison
+    from pivotune.sweeps.plan import Cell
+    from pivotune.sweeps.run import Sweep
+    from pivotune.training.resilience.preemption import StopSignals
 
 
 def sweep(
@@ -92,7 +92,7 @@ def sweep(
     failures: dict[str, str] = {}
     with _stop_signals() as stop_signals:
         quiet_libraries()
-        from pivotune.evaluation.sweep import describe_sweep, prepare_sweep
+        from pivotune.sweeps.run import describe_sweep, prepare_sweep
 
         prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
         if dry_run:
@@ -111,8 +111,8 @@ def _plan(
     config: Path, grid: Sequence[str], changes: Sequence[str], folder: Path, *, seeds: str, signals: str | None
 ) -> list[Cell]:
     """The cells; `signals` is None without --ablation."""
-    from pivotune.config import load_config
-    from pivotune.evaluation.sweep_plan import ablation_axis, parse_grid, parse_seeds, plan_cells
+    from pivotune.config.settings import load_config
+    from pivotune.sweeps.plan import ablation_axis, parse_grid, parse_seeds, plan_cells
 
     if any(change.partition("=")[0].strip() == "output_dir" for change in changes):
         raise UsageError("--set output_dir: the cells of a sweep are written below --out")
@@ -126,7 +126,7 @@ def _plan(
 
 def _run(prepared: Sweep, say: Callable[[str], None], stop_signals: StopSignals) -> dict[str, str]:
     from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.evaluation.sweep import run_sweep
+    from pivotune.sweeps.run import run_sweep
 
     return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals)
 
@@ -134,7 +134,7 @@ def _run(prepared: Sweep, say: Callable[[str], None], stop_signals: StopSignals)
 @contextmanager
 def _stop_signals() -> Iterator[StopSignals]:
     """Listen for signals, also while rows are read and checked, and say how to go on."""
-    from pivotune.training.signals import StoppedBySignalError, StopSignals
+    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
     going_on = "the same command goes on from here"
     with StopSignals() as signals:
@@ -149,7 +149,7 @@ def _stop_signals() -> Iterator[StopSignals]:
 
 
 def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:
-    from pivotune.evaluation.sweep_state import missing_tasks
+    from pivotune.sweeps.state import missing_tasks
 
     if prepared.tasks:
         say(f"tasks: {', '.join(prepared.tasks)}")
@@ -164,9 +164,9 @@ def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:
 
 def _summarize(prepared: Sweep, out: Console) -> None:
     """The table of all cells, on the screen and in files, and the picture of a sweep over layers."""
-    from pivotune.reporting.tables import FORMATS, render
-    from pivotune.reporting.terminal_table import render_terminal
-    from pivotune.training.run_folder import write_text
+    from pivotune.compare.formats import FORMATS, render
+    from pivotune.compare.terminal import render_terminal
+    from pivotune.text.files import write_text
 
     saved = []
     comparison = _compare(prepared)
@@ -183,9 +183,9 @@ def _summarize(prepared: Sweep, out: Console) -> None:
 
 def _compare(prepared: Sweep) -> Comparison | None:
     """Starting model and cells, as far as they are measured; None where none is."""
-    from pivotune.evaluation.comparison import compare_rows
-    from pivotune.evaluation.results import results_paths
-    from pivotune.evaluation.run_groups import load_rows
+    from pivotune.compare.comparison import compare_rows
+    from pivotune.compare.seed_groups import load_rows
+    from pivotune.results.files import results_paths
 
     folders = [*(prepared.folder / name for name in prepared.bases), *(cell.folder for cell in prepared.cells)]
     measured = [folder for folder in folders if results_paths(folder)[0].is_file()]
@@ -198,9 +198,9 @@ def _compare(prepared: Sweep) -> Comparison | None:
 
 
 def _draw(prepared: Sweep) -> list[Path]:
-    from pivotune.evaluation.sweep_layers import layer_curve, swept_term
-    from pivotune.reporting.plots import plot_layer_sweep
-    from pivotune.training.run_folder import write_json
+    from pivotune.report.plots import plot_layer_sweep
+    from pivotune.sweeps.layers import layer_curve, swept_term
+    from pivotune.text.files import write_json
 
     term = swept_term(prepared.cells)
     if term is None:

@@ -23,10 +23,10 @@ from pivotune.cli.common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pivotune.config import RunConfig
-    from pivotune.training.prepared_run import PreparedRun
-    from pivotune.training.run import RunResult
-    from pivotune.training.signals import StopSignals
+    from pivotune.config.settings import RunConfig
+    from pivotune.runs.execute import RunResult
+    from pivotune.runs.prepare import PreparedRun
+    from pivotune.training.resilience.preemption import StopSignals
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Fine-tune a model and write a run folder."""
-    from pivotune.config import load_config
+    from pivotune.config.settings import load_config
     from pivotune.errors import UsageError
 
     if overwrite and (resume or auto_resume):
@@ -50,9 +50,9 @@ def train(
     with told_once():
         run_config = load_config(config, changes or [])
     out = console(as_json)
-    from pivotune.training.checkpoints import kept, remove_replaced
-    from pivotune.training.run_folder import check_same_run, holds_run, is_finished
-    from pivotune.training.signals import StoppedBySignalError, StopSignals
+    from pivotune.runs.folder import check_same_run, holds_run, is_finished
+    from pivotune.training.resilience.checkpoints import kept, remove_replaced
+    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
     folder = Path(run_config.output_dir)
     if auto_resume and not resume:
@@ -87,8 +87,8 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
 
     quiet_libraries()
     from pivotune.cli.training_progress import TrainingProgress
-    from pivotune.training.prepared_run import prepare_run
-    from pivotune.training.run import execute_run
+    from pivotune.runs.execute import execute_run
+    from pivotune.runs.prepare import prepare_run
 
     try:
         with told_once():
@@ -130,7 +130,7 @@ def describe_training(out: Console, prepared: PreparedRun) -> None:
     if out.quiet:
         return
     from pivotune.cli.estimate import gibibytes, training_words
-    from pivotune.training.estimate.startup import startup_estimate
+    from pivotune.estimate.startup import startup_estimate
 
     found = startup_estimate(prepared.config, prepared.args, prepared.train)
     if found is None:

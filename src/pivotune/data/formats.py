@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pivotune.data.json_files import read_json, read_jsonl
-from pivotune.data.json_text import shown
 from pivotune.data.spool import writing_temporary_data
 from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text_lines
 from pivotune.errors import UsageError
+from pivotune.text.json_text import shown
 
 _PARQUET_BATCH_ROWS = 1024
 # The csv module refuses cells over 131,072 characters by default; a long document is no mistake, but a quote left open

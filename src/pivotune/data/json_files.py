@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.data.json_stream import starts_with_line_of_object, stream_rows
-from pivotune.data.json_text import RepeatedKeyError, broken_json, find_repeated_key, parse_json, unreadable_json
 from pivotune.data.text_files import BadRecord, NumberedRecords, encoding_fault, raw_lines
 from pivotune.errors import UsageError
+from pivotune.text.json_text import RepeatedKeyError, broken_json, find_repeated_key, parse_json, unreadable_json
 
 # What is found on a line without a record.
 _BLANK = object()

@@ -9,9 +9,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from pivotune.data.json_text import RepeatedKeyError, broken_json, decode_at, unreadable_json
 from pivotune.data.text_files import not_utf8, open_file
 from pivotune.errors import UsageError
+from pivotune.text.json_text import RepeatedKeyError, broken_json, decode_at, unreadable_json
 
 _PIECE = 2**20
 # As long as a line of JSON Lines: a row must fit into memory several times.

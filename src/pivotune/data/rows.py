@@ -8,7 +8,7 @@ from itertools import islice
 from numbers import Integral, Number
 from typing import Any, NamedTuple
 
-from pivotune.data.json_text import RepeatedKeyError, parse_json, shown
+from pivotune.text.json_text import RepeatedKeyError, parse_json, shown
 
 MISSING = "is missing"
 EMPTY = "is empty"

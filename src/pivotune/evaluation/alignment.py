@@ -14,10 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.languages import find_language, language_name
-from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.parallel import PARALLEL_SETS, Pair, ParallelText, read_parallel
 from pivotune.evaluation.sources import MissingDataError, Source, missing
+from pivotune.results.metrics import Metric
+from pivotune.text.languages import find_language, language_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

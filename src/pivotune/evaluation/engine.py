@@ -263,7 +263,7 @@ def _language_model_class(model_type: str) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import StoppingCriteriaList
 
-    from pivotune.model.architecture import ARCHITECTURES
+    from pivotune.models.architecture import ARCHITECTURES
 
     base: Any = HFLM
 
@@ -324,7 +324,7 @@ def _continuation_scores(
     """
     import torch
 
-    from pivotune.model.architecture import find_architecture
+    from pivotune.models.architecture import find_architecture
 
     # Choices of one token after the same prompt differ in nothing that the model reads.
     rows: dict[tuple[int, ...], int] = {}
@@ -351,7 +351,7 @@ def _final_states(model: Any, rows: Sequence[tuple[int, ...]], device: torch.dev
     """States after the final norm, (R, T, width)."""
     import torch
 
-    from pivotune.model.branches import PassRequest, choose_passes
+    from pivotune.forward.passes import PassRequest, choose_passes
 
     length = max(map(len, rows))
     input_ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows], device=device)
@@ -365,7 +365,7 @@ def _final_states(model: Any, rows: Sequence[tuple[int, ...]], device: torch.dev
 def _log_probabilities(
     architecture: Any, states: torch.Tensor, index: torch.Tensor, targets: torch.Tensor
 ) -> tuple[list[float], list[bool]]:
-    from pivotune.objectives.cross_entropy import score_labels
+    from pivotune.kernels.cross_entropy import score_labels
 
     index, targets = index.to(states.device), targets.to(states.device)
     scores = score_labels(architecture, states[index[:, 0], index[:, 1]], targets)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pivotune.model.locating import base_of, locate
+from pivotune.models.locating import base_of, locate
 
 # What a model and its tokenizer are read from; other files (results, checkpoints) may come and go beside them.
 _READ_FILES = (

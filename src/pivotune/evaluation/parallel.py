@@ -14,9 +14,9 @@ from typing import NamedTuple
 from pivotune.data.formats import describe_file_types, is_data_file_name, read_lines
 from pivotune.data.sources import Row, load_rows
 from pivotune.errors import UsageError
-from pivotune.evaluation.languages import Language, find_language, flores_languages
 from pivotune.evaluation.sources import MissingDataError, Source, hub_name
 from pivotune.evaluation.tasks.tables import Split, choose_split, only_file, origin_of, read_hub
+from pivotune.text.languages import Language, find_language, flores_languages
 
 _EMPTY_PAIRS = "both sides are empty"
 _SKIP_HINT = " (use data.on_bad_row"

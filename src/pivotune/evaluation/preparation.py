@@ -17,9 +17,9 @@ from pivotune.evaluation.registry import AnyTask, find_tasks
 from pivotune.evaluation.scoring import ItemRequests, item_requests
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.sources import MissingDataError, Source
-from pivotune.model.loading import DTYPES, check_model, load_tokenizer, read_config
+from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
+from pivotune.runs.folder import read_run_config
 from pivotune.training.preparation import context_length
-from pivotune.training.run_folder import read_run_config
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _check_settings(settings: EvaluationSettings) -> None:
 
 def _check_comet(checkpoint: str) -> None:
     """COMET that was asked for must be there; without `--comet` it is taken only where it is at hand."""
-    from pivotune.evaluation.comet import CometUnavailableError, find_checkpoint
+    from pivotune.evaluation.metrics.comet import CometUnavailableError, find_checkpoint
 
     try:
         find_checkpoint(checkpoint)

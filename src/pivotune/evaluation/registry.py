@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.alignment import AlignmentTask, alignment_tasks
-from pivotune.evaluation.languages import find_language
 from pivotune.evaluation.tasks.base import Benchmark, Task
+from pivotune.text.languages import find_language
 
 AnyTask = Task | AlignmentTask
 

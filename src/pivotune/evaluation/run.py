@@ -17,10 +17,8 @@ from pivotune.evaluation.alignment import AlignmentTask, measure_alignment
 from pivotune.evaluation.cache import AnswerCache
 from pivotune.evaluation.engine import Engine, transformers_engine, vllm_engine
 from pivotune.evaluation.identity import model_fingerprint, versions
-from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.preparation import PreparedEvaluation, PreparedTask, prepare_evaluation
 from pivotune.evaluation.requests import Measurement, Question, Request
-from pivotune.evaluation.results import check_target, write_results
 from pivotune.evaluation.scoring import (
     prompt_hash,
     score_item,
@@ -29,9 +27,11 @@ from pivotune.evaluation.scoring import (
 )
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.tasks.base import Task
-from pivotune.model.loading import load_model, resolve_model
+from pivotune.models.adapters import merge_adapters
+from pivotune.models.loading import load_model, resolve_model
+from pivotune.results.files import check_target, write_results
+from pivotune.results.metrics import Metric
 from pivotune.training.heldout import end_token_ids
-from pivotune.training.lora import merge_adapters
 
 __all__ = ["PreparedEvaluation", "PreparedTask", "evaluate_model", "execute_evaluation", "prepare_evaluation"]
 
@@ -172,7 +172,7 @@ class _Session:
 
     def _with_comet(self, task: PreparedTask, records: list[dict[str, Any]]) -> tuple[list[Metric], Any]:
         """Adds COMET to translations where it is at hand; else says why not."""
-        from pivotune.evaluation.comet import CometUnavailableError, comet_scores
+        from pivotune.evaluation.metrics.comet import CometUnavailableError, comet_scores
 
         definition = task.task
         assert isinstance(definition, Task)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.taps import evaluation_mode, tap
+from pivotune.models.architecture import Architecture, find_architecture
+from pivotune.models.taps import evaluation_mode, tap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

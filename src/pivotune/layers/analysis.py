@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pivotune.errors import UsageError
 from pivotune.layers.selection import Fall, Method, Selection
+from pivotune.text.files import finite, write_json
 
 if TYPE_CHECKING:
     from pivotune.layers.profile import LayerProfile
@@ -77,23 +76,14 @@ def analysis_to_json(
         "english": english_profile and english_profile.to_dict(),
         "english_tokens": english_tokens,
     }
-    return _finite(analysis)
+    return finite(analysis)
 
 
 def write_layers_json(path: str | os.PathLike[str], analysis: LayerAnalysis) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one. Missing folders are made."""
+    """Write `layers.json` atomically. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(analysis, file, ensure_ascii=False, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(path, analysis)
 
 
 def read_layers_json(path: str | os.PathLike[str]) -> LayerAnalysis:
@@ -131,14 +121,3 @@ def _check(path: str | os.PathLike[str], analysis: Any) -> None:
     missing = sorted(LayerAnalysis.__required_keys__ - analysis.keys())
     if missing:
         raise UsageError(f"{path}: not a complete layer analysis; missing: {', '.join(missing)}")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pivotune.errors import UsageError
 from pivotune.layers.statistics import BlockSize, lens_statistics
-from pivotune.model.architecture import Architecture, find_architecture, unwrap_model
-from pivotune.model.taps import evaluation_mode, tap
+from pivotune.models.architecture import Architecture, find_architecture, unwrap_model
+from pivotune.models.taps import evaluation_mode, tap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def profile_layers(
     tokens_per_sequence: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LayerProfile:
-    """Profile every layer of a causal LM on text (paper, section "Critical layers"; lens in `pivotune.model.lens`).
+    """Profile every layer of a causal LM on text (paper, section "Critical layers"; lens in `pivotune.lenses.logit`).
 
     For each counted token and layer k, with p_k = softmax(lens(h_k)): entropy -sum p_k log p_k in nats, whether
     argmax p_k = argmax p_L, and sum of p_k over `english_tokens`. One forward pass per batch; the lens then makes one

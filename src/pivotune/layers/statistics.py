@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pivotune.model.architecture import Architecture
-from pivotune.model.lens import chunk_rows, frozen_norm, logit_blocks, plain_head
+from pivotune.models.architecture import Architecture
+from pivotune.models.head import chunk_rows, frozen_norm, logit_blocks, plain_head
 
 
 class BlockSize(NamedTuple):

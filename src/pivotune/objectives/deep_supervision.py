@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pivotune.model.architecture import Architecture, find_architecture
-from pivotune.model.branches import Batch, Passes, PassRequest, RunPasses, choose_passes
-from pivotune.model.lens import Norm
-from pivotune.model.taps import Taps
-from pivotune.objectives.cross_entropy import cross_entropy_sum, shifted
+from pivotune.forward.passes import Batch, Passes, PassRequest, RunPasses, choose_passes
+from pivotune.kernels.cross_entropy import cross_entropy_sum, shifted
+from pivotune.lenses.logit import Norm
+from pivotune.models.architecture import Architecture, find_architecture
+from pivotune.models.taps import Taps
+from pivotune.objectives.base import Term
 from pivotune.objectives.feature import Pooling, Span, feature_loss, pooled_feature_loss, span_masks
 from pivotune.objectives.logits import inner_losses, positional_predictions, positional_targets
-from pivotune.objectives.terms import Term
 
 SignalKind = Literal["logits", "feature", "none"]
 # Which part of the row each inner loss supervises with logits: conversion asks for x_en, thinking for y_en.
@@ -94,7 +94,7 @@ def deep_supervision_terms(
         reference: the frozen starting model, needed for `english="frozen"` where the batch does not carry its pooled
             vectors (`english_features_<term>`).
         run_passes: how the forward passes are run; None for the fastest way that the model allows
-            (`pivotune.model.branches.choose_passes`).
+            (`pivotune.forward.passes.choose_passes`).
 
     Returns:
         name -> (sum, count); a term that has nothing to count in this batch is a zero with count 0.

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pivotune.model.branches import Batch
-from pivotune.objectives.terms import Term
+from pivotune.forward.passes import Batch
+from pivotune.objectives.base import Term
 
 Pooling = Literal["mean", "last"]
 Span = Literal["query", "query+answer"]

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pivotune.model.architecture import Architecture
-from pivotune.model.branches import Batch
-from pivotune.model.lens import Norm, frozen_norm
-from pivotune.objectives.cross_entropy import cross_entropies
-from pivotune.objectives.terms import Term
+from pivotune.forward.passes import Batch
+from pivotune.kernels.cross_entropy import cross_entropies
+from pivotune.lenses.logit import Norm
+from pivotune.models.architecture import Architecture
+from pivotune.models.head import frozen_norm
+from pivotune.objectives.base import Term
 
 
 def inner_losses(

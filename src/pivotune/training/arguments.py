@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from pivotune.config import RunConfig, SupervisionConfig, validate
+from pivotune.config.settings import RunConfig, SupervisionConfig, validate
+from pivotune.config.training_ranges import check_ranges
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
-from pivotune.training.argument_ranges import check_ranges
-from pivotune.training.engines import check_engine
+from pivotune.training.distributed.strategies import check_engine
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from pivotune.data.collator import ExampleDataset
 from pivotune.training.arguments import DeepSupervisionConfig
-from pivotune.training.data_order import DataOrder
+from pivotune.training.resilience.data_order import DataOrder
 
 # Rows are compared within 50 batches drawn at random: 2 % padding where random batches of 8 have 45 % (docs/method.md).
 _BATCHES_COMPARED = 50

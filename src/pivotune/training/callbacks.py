@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pivotune.training.run_folder import write_text
+from pivotune.text.files import write_text
 
 
 class MetricsFile(TrainerCallback):

@@ -23,15 +23,15 @@ from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import ParallelSides, has_parallel
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import PassRequest, choose_passes
-from pivotune.model.placement import placed
-from pivotune.model.sharding import is_partitioned
-from pivotune.model.taps import evaluation_mode, truncated
+from pivotune.forward.passes import PassRequest, choose_passes
+from pivotune.models.architecture import find_architecture
+from pivotune.models.placement import placed
+from pivotune.models.sharding import is_partitioned
+from pivotune.models.taps import evaluation_mode, truncated
 from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
 from pivotune.objectives.feature import pool, span_masks
-from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.distributed import ranks
 from pivotune.training.progress import Progress, silent
 from pivotune.training.vector_file import Vectors, map_vectors, rows_digest, save_vectors, weights_digest, why_unusable
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import PassRequest, choose_passes
-from pivotune.model.taps import evaluation_mode
-from pivotune.objectives.cross_entropy import cross_entropies, shifted
-from pivotune.training import ranks
-from pivotune.training.rank_rows import blank_like
+from pivotune.forward.passes import PassRequest, choose_passes
+from pivotune.kernels.cross_entropy import cross_entropies, shifted
+from pivotune.models.architecture import find_architecture
+from pivotune.models.taps import evaluation_mode
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.rank_rows import blank_like
 
 Progress = Callable[[int], None]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivotune.objectives.terms import Term
+from pivotune.objectives.base import Term
 
 # Target: the main sequence, which is English for replay rows and SFT. English: the parallel side. Padding: of both.
 _TOKENS = ("target", "english", "padding")

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
-from pivotune.config import SignalConfig, SupervisionConfig, needed_by
+from pivotune.config.settings import RunConfig, SignalConfig, SupervisionConfig, needed_by
 from pivotune.data.collator import ExampleDataset
-from pivotune.data.datasets import PairExamples, check_branch_lengths, side_examples, training_examples
+from pivotune.data.datasets import (
+    PairExamples,
+    check_branch_lengths,
+    side_examples,
+    split_validation,
+    training_examples,
+)
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.pair_store import PairStore, store_pairs
-from pivotune.data.sources import load_rows
+from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import LayerAnalysis, selection_from_json
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.layers.selection import Term, check_layer, resolve_layers
-from pivotune.model.architecture import find_architecture
-from pivotune.model.placement import placed
-from pivotune.model.sharding import is_partitioned
+from pivotune.models.architecture import find_architecture
+from pivotune.models.placement import placed
+from pivotune.models.sharding import is_partitioned
 from pivotune.objectives.deep_supervision import Signal, Supervision
-from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.distributed import ranks
 from pivotune.training.progress import Progress, silent
 
 _Item = TypeVar("_Item")
@@ -243,3 +250,35 @@ def _supervision(settings: SupervisionConfig, signals: dict[str, Signal]) -> Sup
 def _is_encoded(dataset: Any) -> bool:
     is_list_of_pairs = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Pair)
     return is_list_of_pairs or isinstance(dataset, PairStore)
+
+
+class LoadedData(NamedTuple):
+    """Rows to train on and rows held out, and how many were left out of each file, by reason."""
+
+    train: Sequence[Row]
+    heldout: Sequence[Row]
+    skipped: Counter[str]
+    heldout_skipped: Counter[str]
+
+
+def load_data(config: RunConfig) -> LoadedData:
+    """The rows of `data`; what is left out of a file before it is split counts for training."""
+    rows = _load(config, config.data.train, config.data.english, heldout=False)
+    validation = config.data.validation
+    if isinstance(validation, str):
+        heldout = _load(config, validation, config.data.validation_english, heldout=True)
+        return LoadedData(rows, heldout, Counter(rows.skipped), Counter(heldout.skipped))
+    train, held = split_validation(rows, validation, config.seed)
+    return LoadedData(train, held, Counter(rows.skipped), Counter())
+
+
+def _load(config: RunConfig, source: str, english: str | None, *, heldout: bool) -> Rows:
+    return load_rows(
+        source,
+        english=english,
+        need_target=config.method != "sft",
+        need_english=config.method == "sft" or (config.needs_english and not heldout),
+        on_bad_row=config.data.on_bad_row,
+        needed_by=needed_by(config.method, config.data.english_ratio),
+        limit=None if heldout else config.data.limit,
+    )

@@ -22,25 +22,22 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
+from pivotune.forward.passes import Forward, choose_passes
 from pivotune.layers.analysis import LayerAnalysis
-from pivotune.model.architecture import find_architecture
-from pivotune.model.branches import Forward, choose_passes
-from pivotune.model.loading import load_model, load_tokenizer
-from pivotune.model.sharding import is_fsdp
+from pivotune.models.adapters import add_adapters, merge_adapters
+from pivotune.models.architecture import find_architecture
+from pivotune.models.loading import load_model, load_tokenizer
+from pivotune.models.sharding import is_fsdp
+from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
-from pivotune.objectives.terms import weighted_total
-from pivotune.training import ranks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
-from pivotune.training.checkpoint_safety import check_checkpoint, own_checkpoint
-from pivotune.training.checkpoints import set_newer_aside, whole_checkpoint
-from pivotune.training.checksums import find_checkpoint_damage, find_damage
-from pivotune.training.data_order import DataOrder, order_of, resumed_order, save_order
-from pivotune.training.engines import check_head, prepare_fsdp, use_one_device
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.rank_rows import RankOrder, WithBlankRows
+from pivotune.training.distributed.shared_saving import save_together
+from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
-from pivotune.training.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.log_window import LogWindow
-from pivotune.training.lora import add_adapters, merge_adapters
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
@@ -50,10 +47,13 @@ from pivotune.training.preparation import (
     pad_token_of,
 )
 from pivotune.training.progress import Progress, silent, tqdm_bar
-from pivotune.training.rank_rows import RankOrder, WithBlankRows
+from pivotune.training.resilience.checkpoint_safety import check_checkpoint, own_checkpoint
+from pivotune.training.resilience.checkpoints import set_newer_aside, whole_checkpoint
+from pivotune.training.resilience.checksums import find_checkpoint_damage, find_damage
+from pivotune.training.resilience.data_order import DataOrder, order_of, resumed_order, save_order
+from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
+from pivotune.training.resilience.preemption import spare_workers
 from pivotune.training.schedule import Schedule, schedule_factor
-from pivotune.training.shared_saving import save_together
-from pivotune.training.signals import spare_workers
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pivotune.data.examples import Side
 from pivotune.errors import UsageError
-from pivotune.training.checkpoints import STAGING
-from pivotune.training.checksums import reason_of
+from pivotune.training.resilience.checkpoints import STAGING
+from pivotune.training.resilience.checksums import reason_of
 
 Vectors = dict[str, np.ndarray]
 # Settings of a model that say nothing about its states.

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.evaluation import corpus_metrics
-from pivotune.evaluation.corpus_metrics import bleu_from_statistics, chrf_from_statistics
 from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks.translation import FLORES, NTREX, PAIRS, TATOEBA
+from pivotune.results import corpus_metrics
+from pivotune.results.corpus_metrics import bleu_from_statistics, chrf_from_statistics
 
 pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.sources import Source
+from pivotune.results.metrics import Metric
 
 Kind = Literal["answer", "choice", "translation"]
 

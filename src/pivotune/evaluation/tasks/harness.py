@@ -14,10 +14,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.languages import find_language
-from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.sources import Source, hub_name
 from pivotune.evaluation.tasks.base import Item, Task, TaskData
+from pivotune.results.metrics import Metric
+from pivotune.text.languages import find_language
 
 ACCURACY = Metric("accuracy", "mean", ("correct",), 100.0)
 # fmt: off

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.answer_metrics import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
+from pivotune.evaluation.metrics.answers import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
 from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks.base import Item, Task, TaskData
 

@@ -1,6 +1,6 @@
 """Translation from and into English: FLORES-200, NTREX-128, Tatoeba and the user's own pairs, by chrF++ and BLEU.
 
-FLORES-200 (NLLB team 2022), devtest as usual; the paper's own figure is COMET (see `pivotune.evaluation.comet`). NTREX-128
+FLORES-200 (NLLB team 2022), devtest as usual; the paper measures COMET (`pivotune.evaluation.metrics.comet`). NTREX-128
 (Federmann et al. 2022); Tatoeba (Artetxe and Schwenk 2019).
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 from functools import partial
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.corpus_metrics import (
+from pivotune.evaluation.parallel import FLORES_200, NTREX_128, OWN_PAIRS, TATOEBA_SET, Pair, ParallelSet, read_parallel
+from pivotune.evaluation.sources import Source
+from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
+from pivotune.results.corpus_metrics import (
     bleu_statistics,
     check_sacrebleu,
     chrf_from_statistics,
     chrf_statistics,
 )
-from pivotune.evaluation.languages import find_language, language_name
-from pivotune.evaluation.metrics import Metric
-from pivotune.evaluation.parallel import FLORES_200, NTREX_128, OWN_PAIRS, TATOEBA_SET, Pair, ParallelSet, read_parallel
-from pivotune.evaluation.sources import Source
-from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
+from pivotune.results.metrics import Metric
+from pivotune.text.languages import find_language, language_name
 
 METRICS = (Metric("chrf++", "chrf", ("chrf_stats",)), Metric("bleu", "bleu", ("bleu_stats",)))
 ENGLISH = "en"

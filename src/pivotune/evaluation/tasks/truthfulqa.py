@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.data.formats import file_type
-from pivotune.evaluation.metrics import Metric
 from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
 from pivotune.evaluation.tasks.harness import OKAPI_LANGUAGES
 from pivotune.evaluation.tasks.question_answering import check_published
 from pivotune.evaluation.tasks.tables import Record, Split, index_by_id, open_set, read_objects, read_table
+from pivotune.results.metrics import Metric
 
 HOMEPAGE = (
     "https://github.com/sylinrl/TruthfulQA (English) or https://huggingface.co/datasets/alexandrainst/m_truthfulqa"

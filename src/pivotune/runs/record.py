@@ -1,0 +1,93 @@
+"""What a run began with: a digest of its rows, and the starting model's held-out scores; a resumed run is held to both."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from pivotune.data.examples import Pair
+from pivotune.data.pair_store import pairs_digest
+from pivotune.errors import UsageError
+from pivotune.training.resilience.checkpoints import last_checkpoint
+from pivotune.training.heldout import RowScore
+from pivotune.text.files import write_json
+
+logger = logging.getLogger(__name__)
+ROWS_FILE = "rows.json"
+SCORES_FILE = "start-scores.json"
+
+
+def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
+    """Remember what the run trains on."""
+    write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train)})
+
+
+def has_rows_record(folder: Path) -> bool:
+    """Whether there is one that can be read."""
+    return _read_rows_record(folder) is not None
+
+
+def _read_rows_record(folder: Path) -> dict[str, Any] | None:
+    record = _read(folder / ROWS_FILE)
+    return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
+
+
+def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
+    """Refuse to go on with other rows than the run began with; a run without a record passes.
+
+    Raises:
+        UsageError: the rows differ, or the record cannot be read and rows were trained on already.
+    """
+    record = _read_rows_record(folder)
+    if record is None:
+        _check_untrained(folder)
+        return
+    if record["sha256"] == pairs_digest(train):
+        return
+    before = record.get("rows")
+    found = f"{len(train)} training rows now, {before} then" if before != len(train) else "the same number of rows"
+    raise UsageError(
+        f"--resume: {source} is not what the run in {folder} began with ({found}); restore the file, or start again with "
+        "--overwrite or in another output_dir"
+    )
+
+
+def _check_untrained(folder: Path) -> None:
+    """A record that cannot be read is no loss as long as no row was trained on: it is written anew."""
+    path = folder / ROWS_FILE
+    if not path.exists():
+        return
+    if last_checkpoint(folder) is not None:
+        raise UsageError(
+            f"--resume: {path} cannot be read, so that nothing says whether the rows are those the run began with; restore "
+            "it, or remove it if they are"
+        )
+    logger.warning("%s cannot be read and is written anew: the run has no checkpoint yet", path)
+
+
+def write_start_scores(folder: Path, key: Mapping[str, Any], scores: Mapping[str, Sequence[RowScore]]) -> None:
+    """Keep the starting model's scores, exactly: JSON's decimals give every double back."""
+    rows = {side: [astuple(score) for score in found] for side, found in scores.items()}
+    write_json(folder / SCORES_FILE, {"of": dict(key), "scores": rows})
+
+
+def read_start_scores(folder: Path, key: Mapping[str, Any]) -> dict[str, list[RowScore]] | None:
+    """The kept scores where they are of these rows and settings; None otherwise."""
+    kept = _read(folder / SCORES_FILE)
+    if not isinstance(kept, dict) or kept.get("of") != dict(key):
+        return None
+    try:
+        return {side: [RowScore(*score) for score in found] for side, found in kept["scores"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
