@@ -238,7 +238,7 @@ def test_texts_have_no_invisible_characters(data: DemoData) -> None:
 
 def test_templates_of_every_language_match_the_english_ones() -> None:
     english = Wording.load("en")
-    folder = resources.files("pivotune.data") / "demo_templates"
+    folder = resources.files("pivotune.demo") / "templates"
     assert {entry.name for entry in folder.iterdir()} == {f"{name}.yaml" for name in (*SUPPORTED_LANGUAGES, "en")}
     for language in SUPPORTED_LANGUAGES:
         wording = Wording.load(language)

@@ -8,7 +8,6 @@ import math
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.layers import analysis as module
 from pivotune.layers.analysis import analysis_to_json, read_layers_json, selection_from_json, write_layers_json
 from pivotune.layers.profile import LayerProfile
 from pivotune.layers.selection import Fall, Selection
@@ -65,11 +64,10 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, mon
     path = tmp_path / "layers.json"
     write_layers_json(path, analysis_to_json(SELECTION, profile(), model="old"))
 
-    def full_disk(*args, **kwargs):
-        args[1].write('{"version": 1, ')
+    def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module.json, "dump", full_disk)
+    monkeypatch.setattr("pivotune.text.files.os.replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_layers_json(path, analysis_to_json(SELECTION, profile(), model="new"))
     assert read_layers_json(path)["model"] == "old"
