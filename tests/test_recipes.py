@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.models.architecture import ARCHITECTURES
 from pivotune.training.arguments import build_arguments
 

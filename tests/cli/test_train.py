@@ -14,7 +14,7 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pivotune.cli.main import main
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 
 STEPS = 2
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import build_tiny_model, tiny_config
-from tiny_batches import make_examples
+from tiny_batches import make_examples, signal, supervise
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.estimate import dry_step as module
 from pivotune.estimate.dry_step import StepSettings, dry_step
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 
-LOGITS = Supervision(conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="logits", layer=3))
-FEATURE = Supervision(
-    conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=3), english="joint"
+LOGITS = supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3))
+FEATURE = supervise(
+    conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=3), english="joint"
 )
 
 
@@ -33,7 +34,7 @@ def settings(**changes) -> StepSettings:
     return StepSettings(**{"device": "cpu", "autocast": False, **changes})
 
 
-def saved_bytes(model: nn.Module, supervision: Supervision) -> int:
+def saved_bytes(model: nn.Module, supervision: SupervisionConfig) -> int:
     """What autograd keeps of a real forward pass, parameters left out, each storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -73,16 +74,16 @@ def _is_unused(parameter: nn.Parameter, model: nn.Module, family: str) -> bool:
 
 @pytest.mark.parametrize(
     ("supervision", "changes"),
-    [(LOGITS, {"autocast": True, "checkpointing": True}), (FEATURE, {}), (Supervision(), {})],
+    [(LOGITS, {"autocast": True, "checkpointing": True}), (FEATURE, {}), (supervise(), {})],
     ids=["logits, checkpoints", "feature", "tft"],
 )
 def test_repeated_blocks_equal_all_blocks(monkeypatch, supervision, changes):
     """Two blocks of each kind, the second repeated, give the timeline of the whole model."""
     inner = {
-        name: Signal(kind=signal.kind, layer={1: 1, 3: 4}[signal.layer])
+        name: signal(kind=signal.signal, layer={1: 1, 3: 4}[signal.layer])
         for name, signal in supervision.active().items()
     }
-    deep = Supervision(**inner, english=supervision.english)
+    deep = supervise(**inner, english=supervision.english)
     cut = dry_step(meta(num_hidden_layers=8), batch(2), deep, settings(**changes))
     monkeypatch.setattr(module, "_BLOCKS_KEPT", 99)
     whole = dry_step(meta(num_hidden_layers=8), batch(2), deep, settings(**changes))

@@ -5,7 +5,7 @@ import torch
 from conftest import build_tiny_model, tiny_config
 from tiny_training import run_settings
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.estimate.model_size import FOUR_BIT_BYTES, measure_model, meta_model, optimizer_bytes
 from pivotune.training.optimizers import optimizer_names
 

@@ -42,7 +42,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Fine-tune a model and write a run folder."""
-    from pivotune.config.settings import load_config
+    from pivotune.config.yaml_text import load_config
     from pivotune.errors import UsageError
 
     if overwrite and (resume or auto_resume):
@@ -107,12 +107,14 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
 
 def describe_run(out: Console, prepared: PreparedRun) -> None:
     """What will be trained on what, and one decoded example with its mask: wrong masks fail silently otherwise."""
+    from pivotune.config.registry import METHODS
+
     config, report = prepared.config, prepared.report
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {_method_line(config)}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
-    if config.method != "sft" and replayed:
+    if METHODS[config.method].replay and replayed:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
     if report.cut:
         cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
@@ -120,7 +122,7 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
         for reason, count in skipped.items():
             out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
-    example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
+    example = getattr(prepared.train[0], METHODS[config.method].main_language)
     out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
     out.print(mask_text(prepared.tokenizer, example), soft_wrap=True)
 
@@ -178,7 +180,9 @@ def describe_result(out: Console, result: RunResult) -> None:
 
 
 def _method_line(config: Any) -> str:
-    if config.method != "deep-supervision":
+    from pivotune.config.registry import METHODS
+
+    if not METHODS[config.method].inner_losses:
         return config.method
     parts = []
     for name in ("conversion", "thinking"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.estimate.allocations import AllocationLog, Timeline
 from pivotune.forward.passes import Forward, choose_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.device_kind import assumed_device_kind
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
 # The first block after a cut differs (branches are cut off before it), the second stands for the rest.
 _BLOCKS_KEPT = 2
@@ -50,7 +51,7 @@ class StepSettings:
 
 
 def dry_step(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, settings: StepSettings
+    model: nn.Module, batch: Mapping[str, Tensor], supervision: SupervisionConfig, settings: StepSettings
 ) -> Timeline:
     """The allocations of one micro-batch, forward and backward.
 
@@ -77,7 +78,11 @@ def dry_step(
 
 
 def _run(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, settings: StepSettings, log: AllocationLog
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    supervision: SupervisionConfig,
+    settings: StepSettings,
+    log: AllocationLog,
 ) -> None:
     model.train()
     run_passes = choose_passes(model, settings.forward)
@@ -89,10 +94,10 @@ def _run(
     loss.backward()
 
 
-def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[str, int]]:
+def _cut(model: nn.Module, supervision: SupervisionConfig) -> tuple[SupervisionConfig, dict[str, int]]:
     """Drop blocks that repeat; returns the inner losses at their new layers, and how often each part comes."""
     architecture = find_architecture(model)
-    layers = sorted({signal.layer for signal in supervision.active().values()} - {0, architecture.num_layers})
+    layers = sorted({int(signal.layer) for signal in supervision.active().values()} - {0, architecture.num_layers})
     borders = [0, *layers, architecture.num_layers]
     kept: list[int] = []
     new_layers = {architecture.num_layers: 0}
@@ -105,8 +110,11 @@ def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[
             times |= {f"{direction} {len(kept) - 1}": repeats for direction in ("forward", "backward")}
     blocks = nn.ModuleList(architecture.blocks[index] for index in kept)
     setattr(architecture.decoder, architecture.blocks_name, blocks)
-    signals = {name: replace(signal, layer=new_layers[signal.layer]) for name, signal in supervision.active().items()}
-    return replace(supervision, **signals), times
+    terms = {
+        name: term.model_copy(update={"layer": new_layers[int(term.layer)]})
+        for name, term in supervision.active().items()
+    }
+    return supervision.model_copy(update=terms), times
 
 
 def _as_fake(model: nn.Module) -> nn.Module:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pivotune.config.settings import RunConfig
+from pivotune.config.registry import METHODS
+from pivotune.config.settings import RunConfig, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import training_examples
 from pivotune.data.examples import Example, Pair
@@ -22,10 +23,9 @@ from pivotune.estimate.model_size import ModelSize, measure_model, meta_model
 from pivotune.estimate.operations import Costs, measure_costs, row_operations
 from pivotune.estimate.rows import Schedule, assumed_pairs, largest_batch, num_tokens, training_schedule
 from pivotune.estimate.strategies import Memory, memory_of
-from pivotune.forward.passes import Forward
 from pivotune.models.architecture import check_architecture
 from pivotune.models.loading import load_tokenizer, read_config
-from pivotune.objectives.deep_supervision import Supervision
+from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed.strategies import Strategy, why_not_divided
 from pivotune.training.preparation import assumed_supervision, build_encoder, spread
@@ -138,7 +138,7 @@ def dry_run(
     config: RunConfig,
     model_config: Any,
     args: DeepSupervisionConfig,
-    supervision: Supervision,
+    supervision: SupervisionConfig,
     batch: Sequence[Example],
     device: str,
 ) -> Timeline:
@@ -148,7 +148,7 @@ def dry_run(
         autocast=args.bf16,
         checkpointing=bool(args.gradient_checkpointing),
         accumulated=args.gradient_accumulation_steps > 1,
-        forward=cast(Forward, args.logits_forward),
+        forward=args.supervision.logits.forward,
     )
     width = model_config.get_text_config().hidden_size
     return dry_step(meta_model(config, model_config), _collate(batch, supervision, width), supervision, settings)
@@ -202,12 +202,12 @@ def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> RunRows:
 
 
 def _sample(config: RunConfig, args: DeepSupervisionConfig, tokenizer: Any, rows: int | None) -> tuple[list[Pair], int]:
-    from pivotune.training.preparation import load_data
+    from pivotune.training.preparation import load_run_rows
 
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
-    train = load_data(config).train
+    train = load_run_rows(config.data, config.method, config.seed).train
     encoder = build_encoder(args, tokenizer, read_model_config(config))
     pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
     if not pairs:
@@ -224,15 +224,12 @@ def _tokenizer(config: RunConfig) -> Any:
 
 
 def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
-    ratio = 0.0 if args.method == "sft" else args.english_ratio
-    return training_examples(pairs, method=args.method, english_ratio=ratio, seed=args.seed)
+    return training_examples(pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=args.seed)
 
 
-def _collate(batch: Sequence[Example], supervision: Supervision, width: int) -> dict[str, Tensor]:
+def _collate(batch: Sequence[Example], supervision: SupervisionConfig, width: int) -> dict[str, Tensor]:
     tensors = DeepSupervisionCollator(0)(batch)
-    if supervision.english == "frozen":
-        names = [name for name, signal in supervision.active().items() if signal.kind == "feature"]
-        tensors |= {f"english_features_{name}": torch.zeros(len(batch), width) for name in names}
+    tensors |= {f"english_features_{loss.name}": torch.zeros(len(batch), width) for loss in frozen_losses(supervision)}
     return tensors
 
 
@@ -250,8 +247,8 @@ def _memory(size: ModelSize, timeline: Timeline, args: DeepSupervisionConfig, ta
 
 
 def _operations(
-    rows: RunRows, schedule: Schedule, costs: Costs, supervision: Supervision, args: DeepSupervisionConfig
+    rows: RunRows, schedule: Schedule, costs: Costs, supervision: SupervisionConfig, args: DeepSupervisionConfig
 ) -> float:
-    separate = args.logits_forward == "separate"
+    separate = args.supervision.logits.forward == "separate"
     of_row = fmean(row_operations(example, costs, supervision, separate=separate) for example in rows.examples)
     return of_row * schedule.rows_seen

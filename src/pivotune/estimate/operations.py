@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import Example
 from pivotune.models.architecture import Architecture, find_architecture
-from pivotune.objectives.deep_supervision import Supervision, english_layer
+from pivotune.objectives.base import InnerLoss
+from pivotune.objectives.cosine import english_layer
 
 # Dense bfloat16 products in TFLOP/s as the vendors state them, by part of the device's name.
 KNOWN_DEVICES = {
@@ -85,7 +87,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
     )
 
 
-def row_operations(example: Example, costs: Costs, supervision: Supervision, *, separate: bool = False) -> float:
+def row_operations(example: Example, costs: Costs, supervision: SupervisionConfig, *, separate: bool = False) -> float:
     """Operations of one row, forward and backward.
 
     Args:
@@ -99,35 +101,35 @@ def row_operations(example: Example, costs: Costs, supervision: Supervision, *, 
     query, english = example.main.answer, example.parallel
     lengths = {"conversion": english.num_query_tokens, "thinking": english.num_answer_tokens}
     for name, signal in supervision.active().items():
-        if signal.kind == "logits":
+        if signal.signal == "logits":
             # The head is frozen: its gradient goes to the states alone.
             total += 2 * costs.head * _scored(name, lengths[name], example, supervision)
-            if supervision.logits_mode == "autoregressive":
+            if supervision.logits.mode == "autoregressive":
                 run = lengths[name] - 1 + (query if separate else 0)
                 pairs = run * (run + (0 if separate else 2 * query))
-                total += signal.layer * (costs.step * run + costs.attention * pairs)
+                total += int(signal.layer) * (costs.step * run + costs.attention * pairs)
     return total + _english_pass(example, costs, supervision)
 
 
-def _scored(name: str, length: int, example: Example, supervision: Supervision) -> int:
+def _scored(name: str, length: int, example: Example, supervision: SupervisionConfig) -> int:
     """English tokens that the head scores: `positional` cuts them to the target's length."""
-    if supervision.logits_mode == "autoregressive":
+    if supervision.logits.mode == "autoregressive":
         return length
     main = example.main
     return min(length, main.num_query_tokens if name == "conversion" else main.num_answer_tokens)
 
 
-def _english_pass(example: Example, costs: Costs, supervision: Supervision) -> float:
+def _english_pass(example: Example, costs: Costs, supervision: SupervisionConfig) -> float:
     """The pass over the English row that the feature signal compares with; none where its vectors are kept."""
     layers = [
-        english_layer(name, signal, costs.num_layers)
+        english_layer(InnerLoss(name, int(signal.layer)), costs.num_layers)
         for name, signal in supervision.active().items()
-        if signal.kind == "feature"
+        if signal.signal == "feature"
     ]
-    if not layers or supervision.english == "frozen" or example.parallel is None:
+    if not layers or supervision.feature.english == "frozen" or example.parallel is None:
         return 0.0
     tokens = len(example.parallel.ids)
-    joint = supervision.english == "joint"
+    joint = supervision.feature.english == "joint"
     share = 1.0 if joint else 2 / 7
     return max(layers) * ((costs.step if joint else costs.block) * tokens + share * costs.attention * tokens**2)
 

@@ -85,7 +85,7 @@ def num_tokens(example: Example) -> int:
 
 def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
     """Rows of typical length and of the longest that the limits allow, where no data or tokenizer is at hand."""
-    typical, most = TYPICAL_TOKENS, (args.max_prompt_tokens, args.max_completion_tokens)
+    typical, most = TYPICAL_TOKENS, (args.data.max_prompt_tokens, args.data.max_completion_tokens)
 
     def pair(query: int, answer: int, english_query: int, english_answer: int) -> Pair:
         return Pair(target=_side(query, answer, most), english=_side(english_query, english_answer, most))
