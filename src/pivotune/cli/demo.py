@@ -83,7 +83,7 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    from pivotune.training.callbacks import read_metrics
+    from pivotune.training.metrics import read_metrics
 
     return read_metrics(path)
 
