@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from pivotune.results.aggregate import summarize
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, summarize
 
 F1 = Metric("f1", "mean", ("f1",), 100.0)
 NLL = Metric("nll_per_token", "ratio", ("gold_nll", "gold_tokens"), higher_is_better=False)
@@ -25,7 +24,7 @@ def records(values: Sequence[float | None], key: str = "f1") -> list[dict[str, A
 
 def entry(items: Sequence[Mapping[str, Any]], metrics: Sequence[Metric] = (F1,), **changes: Any) -> dict[str, Any]:
     """A task's entry in `results.json`, as evaluation writes it."""
-    figures = {metric.name: {**summarize(metric, items).to_dict(), **metric.to_dict()} for metric in metrics}
+    figures = {metric.name: summarize(metric, items).to_dict() for metric in metrics}
     first = figures[metrics[0].name]
     top = {key: first[key] for key in ("value", "stderr", "n", "higher_is_better")}
     return {"metric": metrics[0].name, **top, "metrics": figures, **changes}

@@ -22,9 +22,7 @@ from pivotune.compare.significance import (
 )
 from pivotune.compare.table_columns import ENGLISH, PRIMARY, Column, find_figures, select_columns
 from pivotune.errors import UsageError
-from pivotune.results.aggregate import item_vectors, statistic
-from pivotune.results.files import MetricResult
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, MetricResult, item_vectors, statistic
 
 # Figures and items that disagree by more than rounding were not written together.
 _TOLERANCE = 1e-6

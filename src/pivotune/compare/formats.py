@@ -11,8 +11,8 @@ from typing import Any
 
 from pivotune.compare.comparison import Cell, Column, Comparison
 from pivotune.compare.significance import CONFIDENCE, Difference, Verdict
-from pivotune.results.aggregate import finite
 from pivotune.text.escaping import csv_text, latex, markdown, one_line
+from pivotune.text.files import finite
 
 FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
 MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.UNDECIDED: "≈"}

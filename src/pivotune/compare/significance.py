@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from pivotune.compare.student import two_sided_p
 from pivotune.errors import UsageError
-from pivotune.results.aggregate import Array, bootstrap, item_vectors, statistic
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Array, Metric, bootstrap, item_vectors, statistic
 
 RESAMPLES = 10_000
 CONFIDENCE = 95.0  # per cent

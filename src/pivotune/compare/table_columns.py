@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 from pivotune.compare.seed_groups import Row, Run
 from pivotune.errors import UsageError
-from pivotune.results.files import MetricResult, TaskResult
-from pivotune.results.metrics import Metric
+from pivotune.results.files import TaskResult
+from pivotune.results.metrics import Metric, MetricResult
 
 ENGLISH = "en"
 PRIMARY, ALL = "primary", "all"
