@@ -164,8 +164,7 @@ def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:
 
 def _summarize(prepared: Sweep, out: Console) -> None:
     """The table of all cells, on the screen and in files, and the picture of a sweep over layers."""
-    from pivotune.compare.formats import FORMATS, render
-    from pivotune.compare.terminal import render_terminal
+    from pivotune.compare.formats import FORMATS, render, render_terminal
     from pivotune.text.files import write_text
 
     saved = []
@@ -183,8 +182,8 @@ def _summarize(prepared: Sweep, out: Console) -> None:
 
 def _compare(prepared: Sweep) -> Comparison | None:
     """Starting model and cells, as far as they are measured; None where none is."""
-    from pivotune.compare.comparison import compare_rows
-    from pivotune.compare.seed_groups import load_rows
+    from pivotune.compare.comparison import compare_groups
+    from pivotune.compare.seed_groups import load_groups
     from pivotune.results.files import results_paths
 
     folders = [*(prepared.folder / name for name in prepared.bases), *(cell.folder for cell in prepared.cells)]
@@ -192,9 +191,9 @@ def _compare(prepared: Sweep) -> Comparison | None:
     if not measured:
         return None
     warnings: list[str] = []
-    rows = load_rows(measured, warnings)
-    there = {task for row in rows for run in row.runs for task in run.results.tasks}
-    return compare_rows(rows, tasks=[task for task in prepared.tasks if task in there], warnings=warnings)
+    groups = load_groups(measured, warnings)
+    there = {task for group in groups for run in group.runs for task in run.results.tasks}
+    return compare_groups(groups, tasks=[task for task in prepared.tasks if task in there], warnings=warnings)
 
 
 def _draw(prepared: Sweep) -> list[Path]:
