@@ -21,7 +21,7 @@ from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
 from pivotune.sweeps import run as module
 from pivotune.sweeps.plan import parse_grid, plan_cells
-from pivotune.sweeps.run import describe_sweep, prepare_sweep, run_sweep
+from pivotune.sweeps.run import Sweep, describe_sweep, prepare_sweep, run_sweep
 
 LAYERS = "supervision.thinking.layer=2,3"
 EVALUATED = {"seed": None, "max_new_tokens": None, "backend": "hf", "dtype": "auto"}
@@ -55,7 +55,7 @@ def run(sweep, **options):
 
 
 def states(sweep):
-    return [str(sweep.state(cell)) for cell in sweep.cells]
+    return [sweep.state(cell) for cell in sweep.cells]
 
 
 def trained_weights(folder):
@@ -411,7 +411,7 @@ def test_broken_results_are_named(config, evaluations):
     run(sweep)
     path = sweep.cells[0].folder / "results.json"
     path.write_text("{")
-    with pytest.raises(UsageError, match=r"results\.json: cannot be read; remove it to measure again"):
+    with pytest.raises(UsageError, match=r"results\.json: not valid JSON"):
         states(sweep)
 
 
@@ -427,15 +427,13 @@ def test_quiet_settings_are_those_of_the_file(config):
 
 def test_a_split_is_known_by_what_was_typed_and_by_its_own_name(tmp_path):
     """FLORES calls its test split `devtest`: a cell measured with `--split test` is done."""
-    from pivotune.evaluation.settings import EvaluationSettings
-    from pivotune.sweeps.state import missing_tasks
-
     settings = {"limit": None, "seed": None, "split": "test", "max_new_tokens": None, "backend": "hf", "dtype": "auto"}
     entry = {"value": 1.0, "split": "devtest", "settings": settings}
     (tmp_path / "results.json").write_text(json.dumps({"tasks": {"flores_en-vi": entry}}))
 
     def missing(split):
-        return missing_tasks(tmp_path, ["flores_en-vi"], EvaluationSettings(split=split))
+        options = {"source": tmp_path, "folder": tmp_path, "cells": (), "tasks": ("flores_en-vi",), "bases": {}}
+        return Sweep(**options, settings=EvaluationSettings(split=split)).missing(tmp_path)
 
     assert missing("test") == missing("devtest") == ()
     assert missing("dev") == missing(None) == ("flores_en-vi",)

@@ -153,8 +153,8 @@ def to_csv(comparison: Comparison) -> str:
     `kind` is `run`, or `seeds` for a mean over seeds, which one line of kind `seed` per run follows.
     """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _CSV_FIELDS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_CSV_FIELDS)
     for group, measurements in zip(comparison.groups, comparison.table, strict=True):
         for column, measurement in zip(comparison.columns, measurements, strict=True):
             if measurement is None:
@@ -163,7 +163,7 @@ def to_csv(comparison: Comparison) -> str:
             content = _measurement_dict(measurement)
             runs = content.pop("runs")
             found = content.pop("difference") or {}
-            line = {
+            line: dict[str, Any] = {
                 **about,
                 **content,
                 **{key: found.get(key) for key in ("low", "high", "p", "adjusted_p", "verdict")},
@@ -178,7 +178,7 @@ def to_csv(comparison: Comparison) -> str:
                 line |= {"seed_test": test["kind"], **{f"seed_{key}": test[key] for key in ("t", "degrees", "p")}}
             members = [{**about, **run, "seeds": run["seed"], "kind": "seed"} for run in runs] if len(runs) > 1 else []
             for own in (line, *members):
-                writer.writerow({key: csv_text(value) for key, value in own.items()})
+                writer.writerow([csv_text(own.get(key)) for key in _CSV_FIELDS])
     return buffer.getvalue()
 
 

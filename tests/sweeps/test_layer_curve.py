@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pivotune.evaluation.settings import EvaluationSettings
-from pivotune.sweeps.layers import layer_curve, swept_term
+from pivotune.sweeps.layer_curve import layer_curve, swept_term
 from pivotune.sweeps.plan import parse_grid, plan_cells
 from pivotune.sweeps.run import Sweep
 
