@@ -323,9 +323,7 @@ def test_other_conditions_are_named(tmp_path):
         ("c", {"settings": {**settings, "limit": None}, "prompt_hash": "y", "split": "test"}),
     ):
         run(tmp_path / name, config={"name": name}, changes=changes)
-    assert compare(tmp_path).warnings == [
-        "limit differs between runs: 40 in a, b; none in c (xquad_vi, xquad_en)",
-    ]
+    assert compare(tmp_path).warnings == ["limit differs between runs: 40 in a, b; none in c (xquad_vi, xquad_en)"]
 
 
 def test_other_prompts_under_the_same_conditions_are_named(tmp_path):

@@ -28,8 +28,7 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN",
-            help="Run, or name of a row, that differences are to; default: method tft, else the first.",
+            metavar="RUN", help="Run, or name of a row, that differences are to; default: method tft, else the first."
         ),
     ] = None,
     tasks: Annotated[

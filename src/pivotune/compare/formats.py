@@ -137,7 +137,7 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
             for group in comparison.groups
         ],
         "cells": [
-            {"row": group.label, **_column_dict(column), **_measurement_dict(measurement)}
+            {"row": group.label, **_cell_dict(column, measurement)}
             for group, line in zip(comparison.groups, comparison.table, strict=True)
             for column, measurement in zip(comparison.columns, line, strict=True)
             if measurement is not None
@@ -155,46 +155,39 @@ def to_csv(comparison: Comparison) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_FIELDS)
-    for group, measurements in zip(comparison.groups, comparison.table, strict=True):
-        for column, measurement in zip(comparison.columns, measurements, strict=True):
-            if measurement is None:
-                continue
-            about = {"row": group.label, "method": group.method, **_column_dict(column)}
-            content = _measurement_dict(measurement)
-            runs = content.pop("runs")
-            found = content.pop("difference") or {}
-            line: dict[str, Any] = {
-                **about,
-                **content,
-                **{key: found.get(key) for key in ("low", "high", "p", "adjusted_p", "verdict")},
-                "kind": "run" if len(runs) == 1 else "seeds",
-                "seeds": " ".join(str(run["seed"]) for run in runs if run["seed"] is not None),
-                "path": runs[0]["path"] if len(runs) == 1 else "",
-                "baseline": comparison.groups[comparison.baseline].label,
-                "difference": found.get("value"),
-                "n_shared": found.get("n"),
-            }
-            if test := found.get("seed_test"):
-                line |= {"seed_test": test["kind"], **{f"seed_{key}": test[key] for key in ("t", "degrees", "p")}}
-            members = [{**about, **run, "seeds": run["seed"], "kind": "seed"} for run in runs] if len(runs) > 1 else []
-            for own in (line, *members):
-                writer.writerow([csv_text(own.get(key)) for key in _CSV_FIELDS])
+    content = to_dict(comparison)
+    methods = {row["label"]: row["method"] for row in content["rows"]}
+    for cell in content["cells"]:
+        runs, found = cell.pop("runs"), cell.pop("difference") or {}
+        test = found.pop("seed_test", None) or {}
+        single, cell["method"] = len(runs) == 1, methods[cell["row"]]
+        line = {
+            **found,
+            **cell,
+            "kind": "run" if single else "seeds",
+            "seeds": " ".join(str(run["seed"]) for run in runs if run["seed"] is not None),
+            "path": runs[0]["path"] if single else "",
+            "baseline": content["baseline"],
+            "difference": found.get("value"),
+            "n_shared": found.get("n"),
+            "seed_test": test.get("kind"),
+            **{f"seed_{key}": value for key, value in test.items()},
+        }
+        blank = {"best": None, "seed_sd": None}
+        members = [{**cell, **blank, **run, "kind": "seed", "seeds": run["seed"]} for run in runs if not single]
+        for own in (line, *members):
+            writer.writerow([csv_text(own.get(key)) for key in _CSV_FIELDS])
     return buffer.getvalue()
 
 
-def _column_dict(column: Column) -> dict[str, Any]:
+def _cell_dict(column: Column, measurement: Measurement) -> dict[str, Any]:
+    several, found = len(measurement.by_run) > 1, measurement.difference
     return {
         "task": column.task,
         "benchmark": column.benchmark,
         "language": column.language,
         "metric": column.metric.name,
         "higher_is_better": column.metric.higher_is_better,
-    }
-
-
-def _measurement_dict(measurement: Measurement) -> dict[str, Any]:
-    several, found = len(measurement.by_run) > 1, measurement.difference
-    return {
         "value": measurement.value,
         "stderr": None if several else measurement.spread,
         "seed_sd": measurement.spread if several else None,

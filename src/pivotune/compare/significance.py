@@ -98,12 +98,7 @@ class _Resampled:
 
 
 def difference(
-    metric: Metric,
-    run: Sequence[Sample],
-    baseline: Sequence[Sample],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
     """Return the difference of two methods on one task, each with one run or with several that differ in seed only.
 

@@ -47,10 +47,7 @@ _TRAINING_LABELS = {
     "eval_english_nll": "English",
 }
 _METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL\n(nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}
-_SWEEP_ERRORS = {
-    "seeds": "bars: standard deviation over seeds",
-    "items": "bars: 95 % interval over items (one seed)",
-}
+_SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
 _INNER = ("conversion_loss", "thinking_loss")
 # Indices into COLOURS: the target language is blue and English vermilion, as in the entropy figures.
 _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_loss": 3, "eval_english_nll": 1}

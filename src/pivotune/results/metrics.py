@@ -16,12 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pivotune.results.corpus_metrics import (
-    BLEU_COUNTS,
-    CHRF_COUNTS,
-    bleu_from_statistics,
-    chrf_from_statistics,
-)
+from pivotune.results.corpus_metrics import BLEU_COUNTS, CHRF_COUNTS, bleu_from_statistics, chrf_from_statistics
 from pivotune.text.files import finite
 
 Array = NDArray[np.float64]

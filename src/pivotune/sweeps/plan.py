@@ -140,12 +140,7 @@ def ablation_axis(config: RunConfig, signals: str = "") -> list[Option]:
 
 
 def plan_cells(
-    path: Path,
-    changes: Sequence[str],
-    axes: Sequence[Sequence[Option]],
-    *,
-    seeds: Sequence[int] = (),
-    folder: Path,
+    path: Path, changes: Sequence[str], axes: Sequence[Sequence[Option]], *, seeds: Sequence[int] = (), folder: Path
 ) -> list[Cell]:
     """Return every combination of the axes with every seed, each once; the first seed's cells come first.
 
