@@ -18,6 +18,7 @@ from pivotune.config.yaml_text import load_config
 from pivotune.errors import UsageError
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.runs.execute import execute_run
+from pivotune.runs.folder import write_run_config
 from pivotune.runs.prepare import prepare_run
 from pivotune.sweeps import run as module
 from pivotune.sweeps.plan import parse_grid, plan_cells
@@ -64,14 +65,18 @@ def trained_weights(folder):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """The runs that were trained, as (folder name, whether it went on, whether it was given held-out scores)."""
+    """Stands in for training; keeps (folder name, resumed, whether held-out scores were given)."""
     seen = []
 
-    def spy(prepared, **options):
+    def pretend(prepared, **options):
         seen.append((prepared.folder.name, options["resume"], options["before"] is not None))
-        return execute_run(prepared, **options)
+        write_run_config(prepared.folder, prepared.config)
+        (prepared.folder / "model").mkdir()
+        tasks = {name: {"metric": "nll", "value": 1.0} for name in ("heldout_sw", "heldout_en")}
+        (prepared.folder / "results.json").write_text(json.dumps({"model": prepared.config.model, "tasks": tasks}))
+        return SimpleNamespace(before={})
 
-    monkeypatch.setattr(module, "execute_run", spy)
+    monkeypatch.setattr(module, "execute_run", pretend)
     return seen
 
 
@@ -121,6 +126,10 @@ def test_cells_are_ordinary_runs_and_equal_to_them(config, tmp_path):
     assert failures == {}
     assert lines[0] == "[1/4] thinking.layer=2,seed=0: to train"
     assert states(sweep) == ["done"] * 4
+    for cell in sweep.cells:
+        saved = yaml.safe_load((cell.folder / "config.yaml").read_text())
+        assert saved["training"] | QUIET == saved["training"]
+        assert saved["supervision"]["thinking"]["layer"] == cell.config.supervision.thinking.layer
     for cell in sweep.cells[1:3]:
         alone = load_config(
             config, [*cell.options[0].changes, f"seed={cell.seed}", f"output_dir={tmp_path / cell.name}"]
@@ -149,14 +158,12 @@ def test_other_held_out_rows_are_scored_again(config, trainings, change):
 
 def test_finished_cells_are_kept_and_new_ones_added(config, trainings):
     run(prepare(config, "supervision.thinking.layer=2", seeds=[0]))
-    weights = trained_weights(config.parent / "sweep" / "thinking.layer=2,seed=0")
     trainings.clear()
     sweep = prepare(config, LAYERS, seeds=[0])
     assert states(sweep) == ["done", "to train"]
     _, lines = run(sweep)
     assert lines == ["[1/2] thinking.layer=2,seed=0: done", "[2/2] thinking.layer=3,seed=0: to train"]
     assert [name for name, *_ in trainings] == ["thinking.layer=3,seed=0"]
-    assert_same(weights, trained_weights(sweep.cells[0].folder))
 
 
 class _StopAt(TrainerCallback):
@@ -168,7 +175,7 @@ class _StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, trainings):
+def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     configs = [
@@ -185,9 +192,9 @@ def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(sweep, watch=watch)
     assert states(sweep) == ["to go on from checkpoint-2", "to train"]
-    trainings.clear()
-    run(prepare(configs[1], LAYERS))
-    assert [resumed for _, resumed, _ in trainings] == [True, False]
+    _, lines = run(prepare(configs[1], LAYERS))
+    names = [cell.name for cell in sweep.cells]
+    assert lines == [f"[1/2] {names[0]}: to go on from checkpoint-2", f"[2/2] {names[1]}: to train"]
     for cell in sweep.cells:
         assert_same(trained_weights(cell.folder), trained_weights(tmp_path / "whole" / "sweep" / cell.name))
 
@@ -305,7 +312,7 @@ def test_data_of_every_kind_of_cell_is_checked(config):
         (["supervision.conversion.weight=0.5"], "supervision.conversion.weight is 0.5 here and was 0.3 in "),
     ],
 )
-def test_changed_configuration_of_an_earlier_cell_is_refused(config, changes, message):
+def test_changed_configuration_of_an_earlier_cell_is_refused(config, trainings, changes, message):
     sweep = prepare(config, "supervision.thinking.layer=2")
     run(sweep)
     with pytest.raises(UsageError) as error:
@@ -331,7 +338,7 @@ def test_folders_that_are_no_sweeps_are_refused(config):
 # ---- evaluation ----
 
 
-def test_every_cell_and_the_starting_model_are_evaluated_once(config, evaluations):
+def test_every_cell_and_the_starting_model_are_evaluated_once(config, evaluations, trainings):
     sweep = prepare(config, LAYERS, tasks=["xquad", "xnli_en"], limit=4)
     assert sweep.tasks == ("xquad_sw", "xnli_en")
     assert run(sweep)[0] == {}
@@ -348,7 +355,7 @@ def test_every_cell_and_the_starting_model_are_evaluated_once(config, evaluation
     assert lines[0] == "base: done"
 
 
-def test_only_missing_tasks_are_evaluated(config, evaluations):
+def test_only_missing_tasks_are_evaluated(config, evaluations, trainings):
     run(prepare(config, "method=tft", tasks=["xquad"]))
     evaluations.asked.clear()
     sweep = prepare(config, "method=tft", tasks=["xquad", "xnli_en"])
@@ -357,7 +364,7 @@ def test_only_missing_tasks_are_evaluated(config, evaluations):
     assert evaluations.asked == [("base", "xnli_en"), ("method=tft,seed=0", "xnli_en")]
 
 
-def test_tasks_measured_with_other_settings_are_measured_again(config, evaluations):
+def test_tasks_measured_with_other_settings_are_measured_again(config, evaluations, trainings):
     run(prepare(config, "method=tft", tasks=["xquad"], limit=4))
     sweep = prepare(config, "method=tft", tasks=["xquad"])
     assert states(sweep) == ["trained; to evaluate: xquad_sw"]
@@ -379,7 +386,7 @@ def test_wrong_task_is_refused_before_training(config, evaluations):
     assert not (config.parent / "sweep").exists()
 
 
-def test_starting_models_are_asked_as_their_cells_are(config, evaluations):
+def test_starting_models_are_asked_as_their_cells_are(config, evaluations, trainings):
     sweep = prepare(config, "data.template=alpaca,chat", tasks=["xnli_en"])
     run(sweep)
     assert [folder for folder, _ in evaluations.asked[:2]] == ["base", "base-2"]
@@ -406,23 +413,13 @@ def test_lost_results_are_measured_again_without_training(config, evaluations, t
     assert (trainings, states(sweep)) == ([], ["done"])
 
 
-def test_broken_results_are_named(config, evaluations):
+def test_broken_results_are_named(config, evaluations, trainings):
     sweep = prepare(config, "method=tft", tasks=["xquad"])
     run(sweep)
     path = sweep.cells[0].folder / "results.json"
     path.write_text("{")
     with pytest.raises(UsageError, match=r"results\.json: not valid JSON"):
         states(sweep)
-
-
-def test_quiet_settings_are_those_of_the_file(config):
-    """The configuration of a cell holds what the file says, defaults included."""
-    sweep = prepare(config, LAYERS)
-    run(sweep)
-    for cell in sweep.cells:
-        saved = yaml.safe_load((cell.folder / "config.yaml").read_text())
-        assert saved["training"] | QUIET == saved["training"]
-        assert saved["supervision"]["thinking"]["layer"] == cell.config.supervision.thinking.layer
 
 
 def test_a_split_is_known_by_what_was_typed_and_by_its_own_name(tmp_path):

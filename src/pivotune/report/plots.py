@@ -147,23 +147,20 @@ def plot_metric_bars(
     path: PathLike,
     *,
     errors: Mapping[str, Mapping[str, float | None]] | None = None,
-    ylabel: str = "held-out answer NLL (nats per token)",
-    xlabel: str = "language of question and answer",
-    title: str = "Held-out answers (lower is better)",
 ) -> None:
-    """Draw grouped bars: a group for each measure, a bar in it for each method, the value above the bar.
+    """Draw held-out NLL as grouped bars: a group for each language, a bar in it for each method, its value above it.
 
     Args:
-        results: method -> measure (such as a language code) -> value.
+        results: method -> language -> value.
         errors: standard errors in the same form, drawn as 95 % intervals.
     """
-    measures = list(dict.fromkeys(measure for values in results.values() for measure in values))
+    languages = list(dict.fromkeys(language for values in results.values() for language in values))
     figure, (axes,) = new_figure((3.6,))
     width = 0.8 / max(len(results), 1)
     for index, (method, values) in enumerate(results.items()):
-        places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(measures))]
-        heights = [_number(values.get(measure)) for measure in measures]
-        margins = [CONFIDENCE * _number((errors or {}).get(method, {}).get(measure)) for measure in measures]
+        places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(languages))]
+        heights = [_number(values.get(language)) for language in languages]
+        margins = [CONFIDENCE * _number((errors or {}).get(method, {}).get(language)) for language in languages]
         label = short_name(method, f"method {index + 1}")
         axes.bar(places, heights, 0.92 * width, label=label, color=_colour(index), linewidth=0)
         _draw_margins(axes, places, heights, margins, "black")
@@ -171,14 +168,16 @@ def plot_metric_bars(
             text = f"{height:.2f}" if math.isfinite(height) else "n/a"
             top = sum(number for number in (height, margin) if math.isfinite(number)) if text != "n/a" else 0.0
             _add_note(axes, text, (place, top), "data", 2, ha="center", color="black")
-    axes.set_xticks(range(len(measures)), [drawable(measure, f"measure {n}") for n, measure in enumerate(measures, 1)])
-    axes.set_ylabel(ylabel)
-    axes.set_xlabel(xlabel)
+    axes.set_xticks(
+        range(len(languages)), [drawable(language, f"language {n}") for n, language in enumerate(languages, 1)]
+    )
+    axes.set_ylabel("held-out answer NLL (nats per token)")
+    axes.set_xlabel("language of question and answer")
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)
     _draw_legend(axes, *axes.get_legend_handles_labels())
-    set_title(axes, title, "bars: 95 % interval of the mean" if errors else "")
+    set_title(axes, "Held-out answers (lower is better)", "bars: 95 % interval of the mean" if errors else "")
     save_figure(figure, path)
 
 
