@@ -15,7 +15,7 @@ QUICK = ["--resamples", "1000"]
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A folder of runs: two methods, three seeds each, two tasks; and an evaluated base model beside it."""
+    """Write a folder of runs (two methods, three seeds each, two tasks) and an evaluated base model beside it."""
     random = np.random.default_rng(0)
     base = random.random(80)
 
@@ -164,7 +164,7 @@ def test_no_runs(tmp_path, capsys):
 
 
 def test_training_results_by_held_out_rows_of_each_seed(tmp_path, capsys):
-    """Every seed holds out rows of its own; they are paired within a seed."""
+    """Each seed holds out its own rows, which are paired within a seed."""
     random = np.random.default_rng(1)
     for seed in range(3):
         tokens = random.integers(5, 40, 60)

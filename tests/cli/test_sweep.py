@@ -1,4 +1,4 @@
-"""`pivotune sweep` as a user types it."""
+"""Run `pivotune sweep` as a user types it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def compare(*paths: Path, **options) -> Comparison:
 
 
 def run(folder: Path, shift: float = 0.0, tasks: tuple[str, ...] = ("xquad_vi", "xquad_en"), **options) -> Path:
-    """A run whose F1 is `shift` above the base for every item, give or take."""
+    """Write a run whose F1 is about `shift` above the base for every item."""
     noise = 0.05 * np.random.default_rng(len(folder.name)).standard_normal(100)
     return write_run(folder, {task: records((BASE + shift + noise).tolist()) for task in tasks}, **options)
 

@@ -21,7 +21,7 @@ SIGNS = "a_b & 50% {x} $y$ #1 ~^\\ <b>|`*"
 
 @pytest.fixture
 def comparison(tmp_path) -> Comparison:
-    """Two single runs and a base model on two languages; every item differs by the same amount, so no number is random."""
+    """Compare two runs and a base model on two languages; all items differ equally, so that no number is random."""
     for name, method, seed, vi, en in (
         ("base", None, None, 0.25, 0.75),
         ("tft", "tft", 0, 0.5, 0.5),
@@ -225,7 +225,7 @@ def test_latex_is_escaped(comparison):
         r"a\_b \& 50\% \{x\} \$y\$ \#1 \textasciitilde{}\textasciicircum{}\textbackslash{} "
         r"\textless{}b\textgreater{}|`* next & "
     )
-    # A comment must not go on in a line that is none.
+    # A line end in a name must not end the comment.
     assert text.splitlines()[0] == f"% warning: {SIGNS} next"
 
 

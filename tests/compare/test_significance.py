@@ -167,7 +167,7 @@ def test_holm():
 
 
 def groups(random, *, effect: float, seed_noise: float, item_noise: float, seeds: int = 3, n: int = 100):
-    """Runs of two methods over the same items; every run has an offset of its own."""
+    """Return runs of two methods over the same items; every run has an offset of its own."""
     base = random.random(n)
 
     def runs(shift: float) -> list[Sample]:
@@ -234,7 +234,7 @@ def test_a_clear_effect_is_found_over_seeds():
 
 
 def test_seeds_with_items_of_their_own():
-    """Held-out rows that were split off by the seed: only the same seed's rows may be paired."""
+    """Each seed holds out its own rows, so only runs of the same seed may be paired."""
     random = np.random.default_rng(10)
     ours, theirs = [], []
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""Scores from summed counts against sacrebleu: its Python interface, and its command line."""
+"""Compare scores of summed counts with sacrebleu's Python interface and command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sums(hypotheses, references, language):
 
 
 def command_line(tmp_path, hypotheses, references, tokenizer):
-    """chrF++ and BLEU by `python -m sacrebleu`, to ten digits."""
+    """Return chrF++ and BLEU of `python -m sacrebleu`, to ten digits."""
     (tmp_path / "ref").write_text("\n".join(references) + "\n", encoding="utf-8")
     (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n", encoding="utf-8")
     options = ["-m", "chrf", "bleu", "--chrf-word-order", "2", "-tok", tokenizer, "-w", "10", "-f", "json"]
@@ -92,7 +92,7 @@ COUNTS = st.lists(st.integers(0, 6), min_size=8, max_size=8)
 def test_chrf_of_any_counts_equals_sacrebleus(hypothesis, reference, matches):
     rows = zip(hypothesis, reference, matches, strict=True)
     counts = [count for h, r, m in rows for count in (h if r else 0, r, min(h, r, m))]
-    # The private function is the rule that the public corpus score ends in; it takes counts that no text gives.
+    # This private function computes the public corpus score from counts; no text gives such counts.
     assert chrf_from_statistics(counts) == pytest.approx(CHRF(word_order=2)._compute_f_score(counts), abs=1e-9)
 
 

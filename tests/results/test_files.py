@@ -42,7 +42,7 @@ def test_a_run_folder(folder):
 
 
 def test_results_of_training_before_metrics_were_described(tmp_path):
-    """As the first release wrote them."""
+    """Read the format of the first release."""
     task = {"metric": "nll", "value": 2.0, "stderr": 0.1, "n": 2, "higher_is_better": False, "nll_per_character": 1.0}
     (tmp_path / "results.json").write_text(json.dumps({"model": "m", "method": "tft", "tasks": {"heldout_sw": task}}))
     write_items(tmp_path / "results.items.jsonl.gz", {"heldout_sw": [{"item": 0, "nll": 4.0, "tokens": 2}]})
@@ -178,7 +178,7 @@ def test_earlier_tasks_stay_and_given_ones_are_replaced(folder):
         "xquad_vi": 100.0, "xquad_en": 75.0, "mlqa_vi": 100.0,
     }  # fmt: skip
     assert {name: len(items) for name, items in results.items.items()} == {"xquad_vi": 2, "xquad_en": 4, "mlqa_vi": 2}
-    # A run's results keep naming what it started from.
+    # A run's results keep the model that training started from.
     assert (results.model, results.method) == ("owner/base", "tft")
 
 

@@ -17,7 +17,7 @@ BLEU = Metric("bleu", "bleu", ("counts",))
 
 
 def corpus_records(count: int, width: int) -> list[dict]:
-    """Counts of sentences as they can be: hypothesis and reference n-grams, and no more matches than either."""
+    """Return possible counts of sentences: no more matches than n-grams in hypothesis or reference."""
     random = np.random.default_rng(0)
     records = []
     for _ in range(count):
@@ -60,7 +60,7 @@ def test_ratio_equals_the_naive_one():
     nll = 2.0 * tokens + random.standard_normal(300) * np.sqrt(tokens)
     figure = summarize(NLL, [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)])
     assert figure.value == pytest.approx(nll.sum() / tokens.sum())
-    # Not the mean of ratios, and the error agrees with resampling whole items.
+    # The value is not the mean of ratios, and the error agrees with resampling whole items.
     resampled = [nll[pick].sum() / tokens[pick].sum() for pick in random.integers(0, 300, (4000, 300))]
     assert figure.stderr == pytest.approx(np.std(resampled), rel=0.06)
     assert abs(figure.value - np.mean(nll / tokens)) > 1e-3

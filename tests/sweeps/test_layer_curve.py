@@ -1,4 +1,4 @@
-"""The numbers of a layer sweep, from folders as finished cells leave them."""
+"""Compute the numbers of a layer sweep from the folders of finished cells."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_sweep(folder, *grid, seeds=(0,), tasks=("xquad_vi",), changes=()):
 
 
 def finish(cell, scores, layers=None):
-    """What training and evaluation leave in a cell's folder."""
+    """Write the files of a trained and evaluated cell."""
     cell.folder.mkdir(parents=True)
     tasks = {
         name: {"metric": "f1", "value": value, "stderr": None if value is None else 0.5}

@@ -1,4 +1,4 @@
-"""Grids, seeds and ablations become the right cells, each once, with names that are safe and stable."""
+"""Turn grids, seeds and ablations into cells, each once, with safe and stable names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps train and measure what is missing, go on after failures and interruptions, and refuse changed cells."""
+"""Sweeps do the missing work, continue after failures and interruptions, and refuse changed cells."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prepare(config, *grid, seeds=(0,), changes=(), tasks=(), languages=(), **set
 
 
 def run(sweep, **options):
-    """Failures, and the lines that were announced."""
+    """Return failures and announced lines."""
     lines = []
     failures = run_sweep(sweep, announce=lines.append, **options)
     return failures, lines
@@ -65,7 +65,7 @@ def trained_weights(folder):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Stands in for training; keeps (folder name, resumed, whether held-out scores were given)."""
+    """Replace training by files; return the list of (folder name, resumed, held-out scores given)."""
     seen = []
 
     def pretend(prepared, **options):
@@ -82,7 +82,7 @@ def trainings(monkeypatch):
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """Stands in for evaluation: every task gives the number of items asked for; keeps what was asked."""
+    """Replace evaluation: the value of every task is the number of items; return the requests."""
     seen = []
 
     def prepare_evaluation(model, tasks, settings, languages=()):
