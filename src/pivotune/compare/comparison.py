@@ -48,7 +48,7 @@ class Column:
     digits: int
 
     @property
-    def short_name(self) -> str:
+    def title(self) -> str:
         """The task without its benchmark: `vi`, `en-vi`."""
         return self.task.removeprefix(f"{self.benchmark}_") or self.task
 
@@ -121,25 +121,20 @@ def compare_groups(
         baseline = next((index for index, group in enumerate(groups) if group.method == "tft"), 0)
     columns = _select_columns(groups, tasks, metrics)
     found: dict[str, list[str]] = defaultdict(list)
-    table: list[list[Measurement | None]] = [[] for _ in groups]
+    by_column = []
     for done, column in enumerate(columns, start=1):
-        measured = _measure(groups, column, found)
-        _add_differences(groups, measured, column, baseline, resamples, seed, found)
-        for line, measurement in zip(table, measured, strict=True):
-            line.append(measurement)
+        by_column.append(_measure(groups, column, found))
+        _add_differences(groups, by_column[-1], column, baseline, resamples, seed, found)
         if progress:
             progress(done, len(columns))
+    table = list(zip(*by_column, strict=True))
     measurements = [measurement for line in table for measurement in line if measurement is not None]
     differences = [measurement.difference for measurement in measurements if measurement.difference]
     tests = [found for found in differences if found.verdict is not None and math.isfinite(found.p)]
     for test, adjusted in zip(tests, holm([test.p for test in tests]), strict=True):
         test.adjusted_p = adjusted
     lines = [*warnings, *_with_tasks(found), *_condition_warnings(groups, dict.fromkeys(c.task for c in columns))]
-    notes = [_spread_note(measurements)]
-    if differences:
-        notes += _difference_notes(groups[baseline].label, differences, resamples, seed)
-    if not any(column.language == ENGLISH for column in columns):
-        notes.append("No run has an English task: harm to English was not measured.")
+    notes = _notes(columns, measurements, groups[baseline].label, resamples, seed)
     return Comparison(groups, columns, table, baseline, list(dict.fromkeys(lines)), notes, resamples, seed)
 
 
@@ -296,8 +291,11 @@ def _condition_warnings(groups: Sequence[SeedGroup], tasks: Iterable[str]) -> li
         if _EXPLAINS_PROMPTS.intersection(differing):
             differing.pop("prompt_hash", None)
         for key, labels in differing.items():
-            shown = ((_shorten(value), _name_some(list(names))) for value, names in labels.items())
-            values = "; ".join(f"{value} in {names}" for value, names in shown)
+            values = "; ".join(
+                f"{value if len(value) <= _LONGEST_CONDITION else value[: _LONGEST_CONDITION - 3] + '...'} in "
+                f"{_name_some(list(names))}"
+                for value, names in labels.items()
+            )
             verb = "the prompts differ" if key == "prompt_hash" else f"{key} differs"
             found[f"{verb} between runs: {values}"].append(task)
     return _with_tasks(found)
@@ -307,10 +305,6 @@ def _condition_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_condition_text, value)) or "none"
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST_CONDITION else f"{text[: _LONGEST_CONDITION - 3]}..."
 
 
 def _with_tasks(found: Mapping[str, Sequence[str]]) -> list[str]:
@@ -323,21 +317,22 @@ def _name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _spread_note(measurements: Sequence[Measurement]) -> str:
+def _notes(
+    columns: Sequence[Column], measurements: Sequence[Measurement], baseline: str, resamples: int, seed: int
+) -> list[str]:
     several = {len(measurement.by_run) > 1 for measurement in measurements}
     if several == {True}:
         meaning = "the standard deviation over seeds; values are means over them"
     else:
         meaning = "the standard error over items"
         meaning += ", the standard deviation over seeds where there are several" if True in several else ""
-    return f"± is {meaning}. Bold: best of the column."
-
-
-def _difference_notes(baseline: str, differences: Sequence[Difference], resamples: int, seed: int) -> list[str]:
-    notes = [
-        f"Differences are to {baseline}, with 95 % intervals: paired bootstrap over items ({resamples:,} resamples, "
-        f"seed {seed}). Better or worse is said only where the interval excludes zero."
-    ]
+    notes = [f"± is {meaning}. Bold: best of the column."]
+    differences = [measurement.difference for measurement in measurements if measurement.difference]
+    if differences:
+        notes.append(
+            f"Differences are to {baseline}, with 95 % intervals: paired bootstrap over items ({resamples:,} resamples, "
+            f"seed {seed}). Better or worse is said only where the interval excludes zero."
+        )
     if any(found.num_seeds for found in differences):
         notes.append(
             "Where there are several seeds the interval covers them too (Student's t); seeds p: t-test over seeds alone."
@@ -354,4 +349,6 @@ def _difference_notes(baseline: str, differences: Sequence[Difference], resample
             f"Intervals are not adjusted for the {len(tests)} comparisons made; after Holm's correction {kept} of "
             f"{len(told)} differences told apart stay below p 0.05."
         )
+    if not any(column.language == ENGLISH for column in columns):
+        notes.append("No run has an English task: harm to English was not measured.")
     return notes

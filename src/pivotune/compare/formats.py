@@ -213,7 +213,7 @@ def _cell_dict(column: Column, measurement: Measurement) -> dict[str, Any]:
 def to_markdown(comparison: Comparison) -> str:
     """Return one table with differences below the values, in the same cells."""
     heads = ["method"] + [
-        f"{markdown(f'{column.benchmark} {column.short_name}')}<br>{markdown(metric_title(column))}, "
+        f"{markdown(f'{column.benchmark} {column.title}')}<br>{markdown(metric_title(column))}, "
         f"{column_count(comparison, index)}"
         for index, column in enumerate(comparison.columns)
     ]
@@ -234,7 +234,11 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     """Return a `table` for the package booktabs, with each method's differences below its values."""
     columns = comparison.columns
-    groups = [(title, len(list(same))) for title, same in groupby(columns, _latex_group)]
+    heads = [
+        f"{latex(column.benchmark)} ({latex(column.metric.name)}{_LATEX_ARROWS[column.metric.higher_is_better]})"
+        for column in columns
+    ]
+    groups = [(head, len(list(same))) for head, same in groupby(heads)]
     rules, start = [], 2
     for _, width in groups:
         rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
@@ -242,19 +246,14 @@ def to_latex(comparison: Comparison) -> str:
     lines = [f"% warning: {one_line(warning)}" for warning in comparison.warnings]
     lines += ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
-    lines += [" & ".join(["", *(rf"\multicolumn{{{width}}}{{c}}{{{title}}}" for title, width in groups)]) + r" \\"]
-    lines += [" ".join(rules), " & ".join(["method", *(latex(column.short_name) for column in columns)]) + r" \\"]
+    lines += [" & ".join(["", *(rf"\multicolumn{{{width}}}{{c}}{{{head}}}" for head, width in groups)]) + r" \\"]
+    lines += [" ".join(rules), " & ".join(["method", *(latex(column.title) for column in columns)]) + r" \\"]
     lines += [" & ".join(["", *(column_count(comparison, i).replace("-", "--") for i in range(len(columns)))]) + r" \\"]
     for index in range(len(comparison.groups)):
         lines += [r"\addlinespace" if index else r"\midrule", *_latex_lines(comparison, index)]
     caption = " ".join([*map(latex, comparison.notes[:1]), _LATEX_LEGEND, *map(latex, comparison.notes[1:])])
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
-
-
-def _latex_group(column: Column) -> str:
-    arrow = _LATEX_ARROWS[column.metric.higher_is_better]
-    return f"{latex(column.benchmark)} ({latex(column.metric.name)}{arrow})"
 
 
 def _latex_lines(comparison: Comparison, index: int) -> list[str]:
@@ -293,7 +292,7 @@ def render_terminal(
         titles.append(Text.assemble(label, (f"\n{facts}", "dim")) if facts else Text(label))
     for index, column in enumerate(columns):
         count = column_count(comparison, index)
-        heads.append(Text.assemble((printable(column.short_name), "bold"), ("\n" + count, "dim")))
+        heads.append(Text.assemble((printable(column.title), "bold"), ("\n" + count, "dim")))
     cells = [list(map(_terminal_cell, line, columns)) for line in comparison.table]
     widths = [max(map(_text_width, texts)) + _GAP for texts in zip(heads, *cells, strict=True)]
     room = width - max(map(_text_width, titles)) - 2

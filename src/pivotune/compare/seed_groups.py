@@ -114,6 +114,11 @@ def short_key(key: str) -> str:
 
 def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
     """Return a results file, a run folder, or the run folders in a folder, `layer=5` before `layer=10`."""
+
+    def natural_order(child: Path) -> list[tuple[int, int | str]]:
+        parts = re.findall(r"\d+|\D", f"{child.name}\0")
+        return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if path.is_file():
@@ -123,7 +128,7 @@ def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
     if _is_run(path):
         return [path]
     found = []
-    for child in sorted(filter(Path.is_dir, path.iterdir()), key=_natural_order):
+    for child in sorted(filter(Path.is_dir, path.iterdir()), key=natural_order):
         if _is_run(child):
             found.append(child)
         elif (child / "config.yaml").is_file():
@@ -131,11 +136,6 @@ def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
     if not found:
         raise UsageError(f"{path}: no {RESULTS} here nor in the folders in it; pivotune train and evaluate write it")
     return found
-
-
-def _natural_order(path: Path) -> list[tuple[int, int | str]]:
-    parts = re.findall(r"\d+|\D", f"{path.name}\0")
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
 def _is_run(folder: Path) -> bool:

@@ -163,8 +163,10 @@ def plan_cells(
                 raise UsageError(f"--grid, --ablation: {both} would be set twice in each cell; leave one of them out")
     seeds = seeds or [load_config(path, changes).seed]
     combinations: dict[tuple[Option, ...], RunConfig] = {}
+    # Method, signals and whole sections of `supervision` decide which other keys a combination uses.
+    decides = re.compile(r"method|supervision(\.\w+)?|.*\.signal")
     for options in itertools.product(*axes):
-        deciding = [option for option in options if any(map(_decides_used_keys, option.keys))]
+        deciding = [option for option in options if any(map(decides.fullmatch, option.keys))]
         config = _load(path, changes, deciding)
         used = tuple(option for option in options if not all(_is_unused(key, config) for key in option.keys))
         if used not in combinations:
@@ -186,10 +188,6 @@ def _load(path: Path, changes: Sequence[str], options: Sequence[Option]) -> RunC
     except UsageError as error:
         where = f" (cell {','.join(option.label for option in options)})" if options else ""
         raise UsageError(f"{error}{where}") from error
-
-
-def _decides_used_keys(key: str) -> bool:
-    return key == "method" or (key.startswith("supervision") and key.count(".") <= 1) or key.endswith(".signal")
 
 
 def _is_unused(key: str, config: RunConfig) -> bool:
