@@ -284,7 +284,7 @@ def test_shared_items_are_counted(tmp_path):
         (lambda folder: write_items(folder / ITEMS, {"t_vi": [{"item": "a", "f1": [1]}]}), "made of a number"),
         (
             lambda folder: change_results(folder, lambda c: c["tasks"]["t_vi"]["metrics"]["f1"].update(scale=1.0)),
-            "it is not made in the same way in all runs",
+            "the runs define it differently",
         ),
     ],
 )  # fmt: skip

@@ -148,7 +148,7 @@ def test_without_usable_items_there_are_figures_and_one_line(folder, damage, pro
     [
         (
             [{"item": "a", "f1": 1.0}, {"item": "a", "f1": 0.0}],
-            "line 2: item a of t_vi stands twice: no intervals for t_vi",
+            "line 2: item a of t_vi appears twice: no intervals for t_vi",
         ),
         ([{"item": "a", "f1": math.nan}], "line 1: f1 of item a of t_vi is not a finite number: no intervals for t_vi"),
         ([{"item": "a", "counts": [1, math.inf]}], "line 1: counts of item a of t_vi is not a finite number"),

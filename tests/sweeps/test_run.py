@@ -326,7 +326,7 @@ def test_folders_that_are_no_sweeps_are_refused(config):
     folder.mkdir()
     assert prepare(config, LAYERS).folder == folder
     (folder / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match=r"--out: .*sweep is not empty and holds no sweep; choose another folder"):
+    with pytest.raises(UsageError, match=r"--out: .*sweep is not empty and not a sweep; choose another folder"):
         prepare(config, LAYERS)
     (folder / "thesis.tex").unlink()
     folder.rmdir()

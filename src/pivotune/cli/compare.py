@@ -28,7 +28,7 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN", help="Run, or name of a row, that differences are to; default: method tft, else the first."
+            metavar="RUN", help="Run or name of a row to compare with; default: method tft, else the first."
         ),
     ] = None,
     tasks: Annotated[
@@ -39,14 +39,14 @@ def compare(
     ] = "primary",
     names: Annotated[str, typer.Option(help="Comma-separated names of the rows, in their order.")] = "",
     out: Annotated[
-        list[Path] | None, typer.Option(help="Also write table.md, .tex, .csv or .json. Repeatable.")
+        list[Path] | None, typer.Option(help="Also write the table to this .md, .tex, .csv or .json file. Repeatable.")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="Of what is printed: " + ", ".join(_FORMATS) + ".")
+        str, typer.Option("--format", help="Format of the printed table: " + ", ".join(_FORMATS) + ".")
     ] = "terminal",
-    resamples: Annotated[int, typer.Option(min=1000, max=1_000_000, help="Of the bootstrap.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    resamples: Annotated[int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Compare runs on their tasks: best in bold, differences to a baseline with paired 95 % intervals."""
@@ -100,12 +100,12 @@ def _load(
         index = find_group(groups, baseline)
     labels = ", ".join(group.label for group in groups)
     if baseline is not None and index is None:
-        raise UsageError(f"--baseline: {baseline} is no file or folder and no row; the rows are: {labels}")
+        raise UsageError(f"--baseline: {baseline} is neither a file, a folder nor a row; the rows are: {labels}")
     if names:
         if len(names) != len(groups):
             raise UsageError(f"--names: {len(names)} names for {len(groups)} rows ({labels})")
         if len(set(names)) < len(names):
-            raise UsageError(f"--names: {', '.join(names)}: every row needs a name of its own")
+            raise UsageError(f"--names: {', '.join(names)}: every row needs a different name")
         groups = [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     return groups, index
 
@@ -123,6 +123,6 @@ def _check_out(paths: list[Path], groups: list[SeedGroup], overwrite: bool) -> N
         if path.is_dir():
             raise UsageError(f"--out: {path} is a folder")
         if not path.parent.is_dir():
-            raise UsageError(f"--out: {path.parent} is no folder")
+            raise UsageError(f"--out: {path.parent} is not a folder")
         if path.exists() and not overwrite:
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")

@@ -47,7 +47,7 @@ def sweep(
     ] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated; default: the run's own.")] = "",
     tasks: Annotated[
-        str, typer.Option(help="What to evaluate, as in pivotune evaluate; without it held-out rows only.")
+        str, typer.Option(help="Tasks to evaluate, as in pivotune evaluate; default: held-out rows only.")
     ] = "",
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of all cells: training.max_steps=100. Repeatable.")
@@ -66,11 +66,11 @@ def sweep(
     dtype: options.Dtype = "auto",
     skip_missing: options.SkipMissing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the cells and what is done, and stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print the cells and their progress, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json's content on stdout.")] = False,
 ) -> None:
-    """Train and evaluate every combination of values and seeds; the same command goes on after an interruption."""
+    """Train and evaluate every combination of values and seeds; the same command continues after an interruption."""
     from pivotune.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(

@@ -246,7 +246,7 @@ def _add_differences(
 def _difference(column: Column, ours: Measurement, theirs: Measurement, resamples: int, seed: int) -> Difference:
     metric = column.metric
     if len({figure.definition for side in (ours, theirs) for _, figure in side.by_run}) > 1:
-        raise UsageError("it is not made in the same way in all runs")
+        raise UsageError("the runs define it differently")
     samples = [[_sample(column, run, figure) for run, figure in side.by_run] for side in (ours, theirs)]
     if metric.form == "ratio" and "nll" in metric.name:
         # Log-likelihoods per token of other tokens, or of other texts, are not comparable.

@@ -225,7 +225,7 @@ def _read_items(path: Path, problems: list[str]) -> dict[str, Items]:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float, list))}
             own = tasks.setdefault(task, {})
             if item in own:
-                faults.setdefault(task, f"line {number}: item {item} of {task} stands twice")
+                faults.setdefault(task, f"line {number}: item {item} of {task} appears twice")
             elif bad := [key for key, value in numbers.items() if finite(value) != value]:
                 faults.setdefault(task, f"line {number}: {bad[0]} of item {item} of {task} is not a finite number")
             own[item] = numbers

@@ -118,7 +118,7 @@ def prepare_sweep(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).is_file():
-        raise UsageError(f"--out: {folder} is not empty and holds no sweep; choose another folder")
+        raise UsageError(f"--out: {folder} is not empty and not a sweep; choose another folder")
     for cell in cells:
         _check_cell(cell)
     # Data are read once for all untrained cells with the same model, method and data.
