@@ -27,9 +27,7 @@ def compare(
     ],
     baseline: Annotated[
         str | None,
-        typer.Option(
-            metavar="RUN", help="Run or name of a row to compare with; default: method tft, else the first."
-        ),
+        typer.Option(metavar="RUN", help="Run or name of a row to compare with; default: method tft, else the first."),
     ] = None,
     tasks: Annotated[
         str, typer.Option(metavar="GLOBS", help="Comma-separated: xquad_vi,xnli_*. English is shown with any choice.")

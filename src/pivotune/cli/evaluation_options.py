@@ -10,7 +10,9 @@ import typer
 Languages = Annotated[
     str, typer.Option("--lang", help="Languages of benchmarks and groups, comma-separated; default: the run's own.")
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Folder with the publishers' files; default: download from the Hub.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the publishers' files; default: download from the Hub.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first items of each task.")]
 Split = Annotated[str | None, typer.Option(help="Split of all benchmarks: test or validation.")]
 BatchSize = Annotated[str, typer.Option(help="Requests per batch: a number or auto.")]
