@@ -179,7 +179,7 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
 
 def _tell_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
     """A task that was measured before is replaced: whoever tries a small --limit should know."""
-    from pivotune.sweeps.state import read_entries
+    from pivotune.results.files import read_entries
 
     entries = read_entries(folder)
     for task in prepared.tasks:
