@@ -49,7 +49,7 @@ def trace_step() -> dict[str, set[str]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-    from pivotune import DeepSupervisionConfig, DeepSupervisionTrainer
+    from pivotune import DeepSupervisionConfig, DeepSupervisionTrainer, SupervisionConfig
     from pivotune.data.examples import Pair, Side
 
     entered: dict[str, set[str]] = {}
@@ -78,7 +78,7 @@ def trace_step() -> dict[str, set[str]]:
     with tempfile.TemporaryDirectory() as folder:
         args = DeepSupervisionConfig(
             folder, max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", save_strategy="no",
-            disable_tqdm=True, supervision={"conversion": {"layer": 1}, "thinking": {"layer": 3}},
+            disable_tqdm=True, supervision=SupervisionConfig.model_validate({"conversion": {"layer": 1}, "thinking": {"layer": 3}}),
         )  # fmt: skip
         tokenizer: Any = Tokenizer()
         trainer = DeepSupervisionTrainer(
