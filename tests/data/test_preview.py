@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from conftest import build_tiny_tokenizer, tiny_rows
 
-from pivotune.data.examples import Encoder, Limits
-from pivotune.data.preview import preview
+from pivotune.data.examples import Encoder, Limits, preview
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 
