@@ -91,9 +91,9 @@ def test_encoded_rows():
 
 
 def test_checking(tmp_path, monkeypatch):
-    monkeypatch.setattr("pivotune.data.check.row_checks.LEXICON_COMPARED", 100)
+    monkeypatch.setattr("pivotune.data.check.rows.LEXICON_COMPARED", 100)
     monkeypatch.setattr("pivotune.data.check.shifts.SHIFT_ROWS", 100)
-    monkeypatch.setattr("pivotune.data.check.run_checks._ROWS_PER_STEP", 32)
+    monkeypatch.setattr("pivotune.data.check.run._ROWS_PER_STEP", 32)
     # Too short for the language detector, which takes most of the time.
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count, " neno") for count in (200, 800)}
     rows = {count: load_rows(path) for count, path in files.items()}

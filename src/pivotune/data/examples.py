@@ -117,7 +117,7 @@ class EncodingReport:
 class PreviewPart(NamedTuple):
     """A run of tokens with one role. Only `answer` tokens carry loss."""
 
-    role: Literal[template, query, answer]
+    role: Literal["template", "query", "answer"]
     text: str
     num_tokens: int
 

@@ -1,4 +1,4 @@
-"""Checks of one row alone, or of its repetition: copied, in the wrong language, escaped, seen before."""
+"""Checks of one row alone, or of its repetition: copied from English, wrong language, HTML escapes, repeated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections import Counter
 
 import numpy as np
 
-from pivotune.data.check.findings import Findings
-from pivotune.data.check.language import Detector
-from pivotune.data.check.repeats import Repeats
-from pivotune.data.check.text import ENGLISH_WORDS, Text, query_text, query_text_en
-from pivotune.data.check.traces import Trace, TraceTable, side_trace
+from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, side_texts
+from pivotune.data.check.result import Findings
+from pivotune.data.check.shifts import Trace, TraceTable, side_trace
 from pivotune.data.rows import Row
 
 # A copy may lose or change a word or two; translations share far fewer, even into related languages.
@@ -25,8 +23,8 @@ LEXICON_COMPARED = 100_000
 _HTML_ESCAPE = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d+);")
 
 
-class TextCheck:
-    """Checks that need one row, or its repetition; keeps of each row what the comparison of rows needs.
+class RowCheck:
+    """Checks one row after the other, and keeps of each row the traces that the comparison of rows needs.
 
     That is some tens of bytes a row, and the words of at most `LEXICON_COMPARED` rows spread over the data.
 
@@ -42,7 +40,8 @@ class TextCheck:
         self._detector = Detector(language)
         self._term_ids: dict[str, int] = {}
         self._num_rows = num_rows
-        self._repeats = Repeats()
+        # 64-bit hashes of prompts, of whole target sides and of English sides, to find repetitions.
+        self._prompts, self._targets, self._english = array("q"), array("q"), array("q")
         self.terms_step = math.ceil(num_rows / LEXICON_COMPARED)
         self.terms: list[tuple[np.ndarray, np.ndarray]] = []
         self.terms_en: list[tuple[np.ndarray, np.ndarray]] = []
@@ -50,31 +49,43 @@ class TextCheck:
         self.numbers = array("q")
 
     def add(self, row: Row) -> None:
-        """Check the next row alone."""
+        """Check the next row."""
         index = len(self.numbers)
         self.numbers.append(row.number)
-        self._repeats.append(row)
-        target = [Text(query_text(row)), Text(row.completion)]
-        english = [Text(query_text_en(row)), Text(row.completion_en)]
+        prompt = hash((row.prompt, row.input, str(row.history) if row.history else ""))
+        self._prompts.append(prompt)
+        self._targets.append(hash((prompt, row.completion)))
+        self._english.append(hash((row.prompt_en, row.input_en, row.completion_en, str(row.history_en))))
+        target, english = side_texts(row)
         self._check_copies(index, target, english)
         self._check_escapes(index, target, english)
-        self._check_target(index, target, english)
-        self._check_english(index, target, english)
+        if not self._found.is_last("untranslated", index):
+            self._check_target(index, target, english)
+            self._check_english(index, target, english)
         if index % self.terms_step == 0:
             self.terms.append(self._ids(target))
             self.terms_en.append(self._ids(english))
         self.traces.append(Trace(side_trace(target), side_trace(english)))
 
     def check_repeats(self) -> None:
-        """Flag the rows that repeat an earlier one, when all have been added."""
-        self._repeats.flag(self._found, self.numbers)
+        """Flag exact duplicates; among the others, earlier prompts with another answer and earlier English sides."""
+        targets, prompts, english = map(_first_places, (self._targets, self._prompts, self._english))
+        places = np.arange(len(self.numbers))
+        is_repeated = targets < places
+        for kind, first, title in (
+            ("duplicate_rows", targets, "same as"),
+            ("same_prompt", np.where(is_repeated, places, prompts), "prompt of"),
+            ("duplicate_english", np.where(is_repeated, places, english), "English of"),
+        ):
+            for index in np.flatnonzero(first < places).tolist():
+                self._found.add(kind, index, f"{title} row {self.numbers[int(first[index])]}")
 
     @property
     def num_terms(self) -> int:
         return len(self._term_ids)
 
     def notes(self) -> list[str]:
-        """What could not be checked, and doubts about the language asked for."""
+        """Return the checks that were not possible, and doubts about the language asked for."""
         notes = self._detector.notes(self._language)
         if self.terms_step > 1:
             notes.append(
@@ -97,7 +108,7 @@ class TextCheck:
             self._found.add("html_escapes", index, " ".join(dict.fromkeys(escapes)), len(escapes))
 
     def _check_target(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if self._found.is_last("untranslated", index) or not self._detector.knows_target:
+        if not self._detector.knows_target:
             return
         for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
             guess = self._detector.foreign(one, without=other)
@@ -105,8 +116,6 @@ class TextCheck:
                 self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
 
     def _check_english(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if self._found.is_last("untranslated", index):
-            return
         if target[0].words == english[0].words and self._detector.may_be_foreign(english[0]):
             self._found.add("english_not_english", index, "prompt is the same as the target's", 1.0)
         prompt, answer = map(self._detector.not_english, english)
@@ -117,17 +126,23 @@ class TextCheck:
             self._found.add("english_not_english", index, f"answer looks like {answer.label}", answer.score)
 
     def _ids(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the different terms of prompt and answer."""
+        """Return the numbers of the different terms of prompt and answer."""
         ids = self._term_ids
         prompt, answer = ([ids.setdefault(term, len(ids)) for term in text.terms()] for text in texts)
         return np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32)
 
 
 def _is_copy(target: Text, english: Text) -> bool:
-    """Whether the target's words are those of an English sentence, give or take a few."""
+    """Return True if the target's words are those of an English sentence, give or take a few."""
     if len(english.words) < COPY_WORDS or ENGLISH_WORDS.isdisjoint(target.words):
         return False
     if not COPY_SIMILARITY <= len(target.words) / len(english.words) <= 1 / COPY_SIMILARITY:
         return False
     shared = (Counter(target.words) & Counter(english.words)).total()
     return 2 * shared >= COPY_SIMILARITY * (len(target.words) + len(english.words)) and not english.is_code()
+
+
+def _first_places(hashes: array) -> np.ndarray:
+    """Return for each row the first place with the same hash, int64 (rows,)."""
+    _, first, inverse = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
+    return first[inverse]
