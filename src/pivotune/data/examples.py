@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,9 +115,9 @@ class EncodingReport:
 
 
 class PreviewPart(NamedTuple):
-    """A run of tokens with one role. Only `answer` tokens carry loss."""
+    """A run of tokens with one role: `template`, `query` or `answer`. Only `answer` tokens carry loss."""
 
-    role: Literal["template", "query", "answer"]
+    role: str
     text: str
     num_tokens: int
 

@@ -1,8 +1,8 @@
 """Prompt templates: `chat` (the tokenizer's own), `alpaca` (the paper's) or a Jinja file.
 
-A template turns one side of a row into four strings whose concatenation is what the model reads:
-`prefix + query + suffix + completion`. The query is the user's text; prefix and suffix are the template's own words, the
-same in both languages; the completion ends with the end-of-text or end-of-turn token. Spans follow from the lengths.
+A template turns one side of a row into four strings; the model reads `prefix + query + suffix + completion`. The query is
+the user's text. Prefix and suffix are the template's own words, the same in both languages. The completion ends with the
+end-of-text or end-of-turn token. Spans follow from the lengths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pivotune.errors import UsageError
 
-# Strings that no row contains, to find where a template puts the user's text and the answer.
+# Strings that no row contains, to find the places of the user's text and the answer in a template.
 _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswer\u241a"
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
@@ -23,7 +23,7 @@ _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One side of a row: what the user says, what the model is to answer, and what was said before."""
+    """One side of a row: the user's prompt and input, the model's answer, and the turns before."""
 
     prompt: str
     completion: str = ""
@@ -32,7 +32,7 @@ class Turn:
 
     @property
     def user_text(self) -> str:
-        """Alpaca's two fields as one message."""
+        """Return Alpaca's two fields as one message."""
         return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
 
 
@@ -51,7 +51,11 @@ class Rendered:
 
 
 class Template(Protocol):
-    """Renders one side of a row. `adds_special_tokens`: whether the text already holds begin-of-text where wanted."""
+    """Renders one side of a row.
+
+    Attributes:
+        adds_special_tokens: the rendered text already holds the begin-of-text token where the template wants one.
+    """
 
     name: str
     adds_special_tokens: bool
@@ -60,7 +64,7 @@ class Template(Protocol):
 
 
 def load_template(name: str | None, tokenizer: Any) -> Template:
-    """The template called `name` for this tokenizer.
+    """Load the template called `name` for this tokenizer.
 
     Args:
         name: `chat`, `alpaca`, the path of a Jinja file, or None for `chat` where the tokenizer has a chat template and
@@ -93,13 +97,13 @@ class ChatTemplate:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
         self._tokenizer = tokenizer
         self._special_tokens = _special_tokens(tokenizer)
-        self._frames: dict[Any, tuple[str, str]] = {}
+        self._plain_frame: tuple[str, str] | None = None
 
     def render(self, turn: Turn) -> Rendered:
         prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
         prefix, suffix = self._frame(tuple(turn.history))
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            # A date, say, or a frame that depends on the text. Generation prompts hold words that a user may say too.
+            # The frame depends on the text, or on the date. The suffix goes first, because its words may occur in the query.
             kept = suffix if prompt.endswith(suffix) else ""
             prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
             suffix = after + kept
@@ -117,14 +121,13 @@ class ChatTemplate:
         return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
 
     def _frame(self, history: tuple) -> tuple[str, str]:
-        """What the template writes before and after the user's text; remembered where there is no history."""
-        key = None if history else "plain"
-        if key in self._frames:
-            return self._frames[key]
+        """Return the template's text before and after the user's; kept for rows without history."""
+        if not history and self._plain_frame:
+            return self._plain_frame
         text = self._apply([*history, {"role": "user", "content": _QUERY}], generation_prompt=True)
         frame = _around(text, _QUERY, "data.template: chat")
-        if key is not None:
-            self._frames[key] = frame
+        if not history:
+            self._plain_frame = frame
         return frame
 
     def _apply(self, messages: list, *, generation_prompt: bool) -> str:
@@ -164,7 +167,7 @@ class JinjaTemplate:
     """A Jinja file with the variables `prompt`, `completion` and, where used, `input`, `history`, `bos_token`, `eos_token`.
 
     It must hold `{{ prompt }}` before `{{ completion }}`. The end token is added where the file does not write it. The
-    query runs from the prompt to the input; a file without `{{ input }}` gets both as one prompt.
+    query runs from the prompt to the input. A file without `{{ input }}` gets both as one prompt.
     """
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
@@ -189,7 +192,7 @@ class JinjaTemplate:
         if "input" not in self._variables:
             turn = replace(turn, prompt=turn.user_text, input="")
         prefix, suffix = self._frame(turn)
-        # The real texts go through the template too, which may filter them.
+        # The row's texts are rendered too, because the template may filter them.
         prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
             raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on what it says")
@@ -197,7 +200,7 @@ class JinjaTemplate:
         return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
 
     def _frame(self, turn: Turn) -> tuple[str, str]:
-        """What the file writes before the user's texts, and between them and the answer."""
+        """Return the file's text before the user's texts, and between them and the answer."""
         marked = replace(turn, prompt=_QUERY, completion=_ANSWER, input=turn.input and _INPUT)
         text, _ = _around(self._fill(marked), _ANSWER, f"template {self.name}")
         marks = [mark for mark in (_QUERY, _INPUT) if mark in text]
@@ -213,7 +216,7 @@ class JinjaTemplate:
 
     @staticmethod
     def _read(path: Path) -> tuple[Any, set[str]]:
-        """The template and the variables it uses."""
+        """Return the template and the names of its variables."""
         from jinja2 import TemplateSyntaxError, meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -238,12 +241,12 @@ class JinjaTemplate:
                 bos_token=self._tokenizer.bos_token or "",
                 eos_token=self._tokenizer.eos_token,
             )
-        except Exception as error:  # a template's expressions can raise anything Python's operators raise
+        except Exception as error:  # expressions of a template can raise any error of Python's operators
             raise UsageError(f"template {self.name}: {error}") from error
 
 
 def _around(text: str, part: str, where: str) -> tuple[str, str]:
-    """What stands before and after the last occurrence of `part`."""
+    """Return the text before and after the last occurrence of `part`."""
     before, found, after = text.rpartition(part)
     if not found:
         missing = "answer" if part == _ANSWER else "user's text"
@@ -252,12 +255,12 @@ def _around(text: str, part: str, where: str) -> tuple[str, str]:
 
 
 def _with_end_token(completion: str, eos_token: str, special_tokens: tuple[str, ...]) -> str:
-    """Cut white space behind the end token; add end-of-text where the completion ends with no special token."""
+    """Cut white space behind the end token; append end-of-text where the completion ends with no special token."""
     stripped = completion.rstrip()
     return stripped if stripped.endswith(special_tokens) else completion + eos_token
 
 
 def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    # The named ones are not all: Gemma 3's end of turn is only an added token that is marked special.
+    # Gemma 3's end of turn is not among the named special tokens, only an added token that is marked special.
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return (*tokenizer.all_special_tokens, *added)

@@ -148,7 +148,7 @@ def side_trace(texts: Sequence[Text]) -> SideTrace:
 
 
 def find_shifts(traces: TraceTable) -> list[Shift]:
-    """Return the stretches of rows whose English stands some rows away, by lengths and by shared numbers, links and code.
+    """Return stretches of rows whose English stands some rows away, by lengths and by shared numbers, links and code.
 
     Each row gives for each shift the log-likelihood ratio of a true pair against unrelated texts. The most likely course of
     shifts through the file is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are
