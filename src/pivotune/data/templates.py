@@ -103,7 +103,7 @@ class ChatTemplate:
         prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
         prefix, suffix = self._frame(tuple(turn.history))
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            # The frame depends on the text, or on the date. The suffix goes first, because its words may occur in the query.
+            # The frame depends on the text or the date. The suffix goes first: its words may occur in the query.
             kept = suffix if prompt.endswith(suffix) else ""
             prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
             suffix = after + kept

@@ -148,11 +148,11 @@ def side_trace(texts: Sequence[Text]) -> SideTrace:
 
 
 def find_shifts(traces: TraceTable) -> list[Shift]:
-    """Return stretches of rows whose English stands some rows away, by lengths and by shared numbers, links and code.
+    """Return stretches of rows whose English stands some rows away, by lengths and shared numbers, links and code.
 
     Each row gives for each shift the log-likelihood ratio of a true pair against unrelated texts. The most likely course of
-    shifts through the file is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are
-    cut into equal parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are joined.
+    shifts is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are cut into equal
+    parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are joined.
     """
     found: list[Shift] = []
     bounds = np.linspace(0, len(traces), math.ceil(len(traces) / SHIFT_ROWS) + 1).astype(int).tolist()
