@@ -75,16 +75,9 @@ class _Side(NamedTuple):
 # Keys of one side in each form. The first complete form of a side is read, so that `prompt`/`completion` win over the
 # columns they were made from. An Alpaca row may also have `input`.
 _FORMS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "bot", "model"), "assistant"
+)
 ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "a truth value"),

@@ -96,31 +96,30 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
         self._tokenizer = tokenizer
-        self._special_tokens = _special_tokens(tokenizer)
+        self._end_tokens = _end_tokens(tokenizer)
         self._plain_frame: tuple[str, str] | None = None
 
     def render(self, turn: Turn) -> Rendered:
-        prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
-        prefix, suffix = self._frame(tuple(turn.history))
+        messages = [*turn.history, {"role": "user", "content": turn.user_text}]
+        prompt = self._apply(messages, generation_prompt=True)
+        prefix, suffix = self._frame(turn.history)
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
             # The frame depends on the text or the date. The suffix goes first: its words may occur in the query.
             kept = suffix if prompt.endswith(suffix) else ""
             prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
             suffix = after + kept
         query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
-
-    def _completion(self, turn: Turn, prompt: str) -> str:
-        messages = [*turn.history, {"role": "user", "content": turn.user_text}]
+        if not turn.completion:
+            return Rendered(prefix, query, suffix, "")
         whole = self._apply([*messages, {"role": "assistant", "content": turn.completion}], generation_prompt=False)
         if not whole.startswith(prompt):
             raise UsageError(
                 "data.template: chat: this chat template does not put the answer right after its generation prompt; "
                 "use alpaca or a Jinja file"
             )
-        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
+        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
 
-    def _frame(self, history: tuple) -> tuple[str, str]:
+    def _frame(self, history: Sequence[Mapping[str, str]]) -> tuple[str, str]:
         """Return the template's text before and after the user's; kept for rows without history."""
         if not history and self._plain_frame:
             return self._plain_frame
@@ -173,7 +172,7 @@ class JinjaTemplate:
     def __init__(self, path: Path, tokenizer: Any) -> None:
         self.name = str(path)
         self._tokenizer = tokenizer
-        self._special_tokens = _special_tokens(tokenizer)
+        self._end_tokens = _end_tokens(tokenizer)
         self._template, self._variables = self._read(path)
         probe = self._fill(Turn(prompt=_QUERY, completion=_ANSWER))
         for marker, variable in ((_ANSWER, "completion"), (_QUERY, "prompt")):
@@ -191,28 +190,25 @@ class JinjaTemplate:
             raise UsageError(f"template {self.name}: no {{{{ history }}}} slot, and the row has earlier turns")
         if "input" not in self._variables:
             turn = replace(turn, prompt=turn.user_text, input="")
-        prefix, suffix = self._frame(turn)
-        # The row's texts are rendered too, because the template may filter them.
-        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
-        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on what it says")
-        query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
-
-    def _frame(self, turn: Turn) -> tuple[str, str]:
-        """Return the file's text before the user's texts, and between them and the answer."""
+        # Text before the user's texts, and between them and the answer.
         marked = replace(turn, prompt=_QUERY, completion=_ANSWER, input=turn.input and _INPUT)
         text, _ = _around(self._fill(marked), _ANSWER, f"template {self.name}")
         marks = [mark for mark in (_QUERY, _INPUT) if mark in text]
         if not marks:
             raise UsageError(f"template {self.name}: it does not write the user's text of this row")
-        return text[: min(map(text.index, marks))], text[max(text.rindex(mark) + len(mark) for mark in marks) :]
-
-    def _completion(self, turn: Turn, prompt: str) -> str:
+        prefix = text[: min(map(text.index, marks))]
+        suffix = text[max(text.rindex(mark) + len(mark) for mark in marks) :]
+        # The row's texts are rendered too, because the template may filter them.
+        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
+        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
+            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on the prompt")
+        query = prompt[len(prefix) : len(prompt) - len(suffix)]
+        if not turn.completion:
+            return Rendered(prefix, query, suffix, "")
         whole = self._fill(turn)
         if not whole.startswith(prompt):
             raise UsageError(f"template {self.name}: the text before {{{{ completion }}}} must not depend on it")
-        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
+        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
 
     @staticmethod
     def _read(path: Path) -> tuple[Any, set[str]]:
@@ -254,13 +250,15 @@ def _around(text: str, part: str, where: str) -> tuple[str, str]:
     return before, after
 
 
-def _with_end_token(completion: str, eos_token: str, special_tokens: tuple[str, ...]) -> str:
-    """Cut white space behind the end token; append end-of-text where the completion ends with no special token."""
-    stripped = completion.rstrip()
-    return stripped if stripped.endswith(special_tokens) else completion + eos_token
-
-
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return all special tokens, end-of-text last; any of them may end an answer."""
     # Gemma 3's end of turn is not among the named special tokens, only an added token that is marked special.
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return (*tokenizer.all_special_tokens, *added)
+    return (*tokenizer.all_special_tokens, *added, tokenizer.eos_token)
+
+
+def _completion(whole: str, prompt: str, end_tokens: tuple[str, ...]) -> str:
+    """Return the text behind the prompt without white space behind its end token; append end-of-text without one."""
+    completion = whole[len(prompt) :]
+    stripped = completion.rstrip()
+    return stripped if stripped.endswith(end_tokens) else completion + end_tokens[-1]

@@ -62,7 +62,7 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             number += 1
             if len(raw) > _LONGEST_LINE:
                 size = f"{_LONGEST_LINE // 2**20} MiB" if _LONGEST_LINE >= 2**20 else f"{_LONGEST_LINE} bytes"
-                raise UsageError(f"{path}, line {number}: longer than {size}; is this file what its name says?")
+                raise UsageError(f"{path}, line {number}: longer than {size}; does the file have the type of its name?")
             yield raw
 
 

@@ -20,7 +20,7 @@ from pivotune.data.rows import Row
 
 # Robust z-score of the log length ratio. Ratios have long tails: the usual 3.5 flags hundreds of good rows in 30,000.
 RATIO_Z = 6.0
-# And at least this factor away from the usual ratio, for files whose ratios hardly scatter.
+# And at least this factor away from the usual ratio, for files with ratios that hardly scatter.
 RATIO_FACTOR = 2.5
 # The spread is estimated among this many rows of similar length: ratios of short texts scatter more.
 RATIO_ROWS = 500

@@ -83,7 +83,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What `check_rows` found.
+    """The result of `check_rows`.
 
     Attributes:
         source: name of the data.
