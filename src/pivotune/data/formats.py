@@ -129,19 +129,17 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
                 break
             if row:
                 number += 1
-                yield number, _csv_record(path, header, row, first_line)
+                if any(row[len(header) :]):
+                    fault = f"{len(row)} cells, but the header names {len(header)} columns"
+                    error = UsageError(f"{path}, line {first_line}: {fault}")
+                    yield number, BadRecord("has more cells than the header", f" ({fault})", error)
+                else:
+                    yield number, dict(zip_longest(header, row[: len(header)]))
     except csv.Error as error:
         raise UsageError(f"{path}, line {first_line}: broken CSV: {_csv_fault(error)}") from error
     finally:
         csv.field_size_limit(previous_limit)
         lines.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _csv_record(path: Path, header: list[str], row: list[str], line: int) -> dict[str, str | None] | BadRecord:
-    if any(row[len(header) :]):
-        fault = f"{len(row)} cells, but the header names {len(header)} columns"
-        return BadRecord("has more cells than the header", f" ({fault})", UsageError(f"{path}, line {line}: {fault}"))
-    return dict(zip_longest(header, row[: len(header)]))
 
 
 def _csv_fault(error: csv.Error) -> str:

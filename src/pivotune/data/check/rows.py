@@ -57,11 +57,17 @@ class RowCheck:
         self._targets.append(hash((prompt, row.completion)))
         self._english.append(hash((row.prompt_en, row.input_en, row.completion_en, str(row.history_en))))
         target, english = side_texts(row)
-        self._check_copies(index, target, english)
-        self._check_escapes(index, target, english)
-        if not self._found.is_last("untranslated", index):
-            self._check_target(index, target, english)
-            self._check_english(index, target, english)
+        escapes = [match.group() for text in target for match in _HTML_ESCAPE.finditer(text.text)]
+        if escapes and not any(_HTML_ESCAPE.search(text.text) for text in english):
+            self._found.add("html_escapes", index, " ".join(dict.fromkeys(escapes)), len(escapes))
+        copied_prompt, copied_answer = (_is_copy(one, other) for one, other in zip(target, english, strict=True))
+        if copied_prompt or (target[0].words == english[0].words and self._detector.is_english(english[0])):
+            note = "prompt and answer" if copied_answer else "the prompt"
+            self._found.add("untranslated", index, note, float(copied_answer))
+        else:
+            if copied_answer:
+                self._found.add("copied_answer", index, "the answer")
+            self._check_languages(index, target, english)
         if index % self.terms_step == 0:
             self.terms.append(self._ids(target))
             self.terms_en.append(self._ids(english))
@@ -94,35 +100,19 @@ class RowCheck:
             )
         return notes
 
-    def _check_copies(self, index: int, target: list[Text], english: list[Text]) -> None:
-        prompt, answer = (_is_copy(one, other) for one, other in zip(target, english, strict=True))
-        prompt = prompt or (target[0].words == english[0].words and self._detector.is_english(english[0]))
-        if prompt:
-            self._found.add("untranslated", index, "prompt and answer" if answer else "the prompt", float(answer))
-        elif answer:
-            self._found.add("copied_answer", index, "the answer")
-
-    def _check_escapes(self, index: int, target: list[Text], english: list[Text]) -> None:
-        escapes = [match.group() for text in target for match in _HTML_ESCAPE.finditer(text.text)]
-        if escapes and not any(_HTML_ESCAPE.search(text.text) for text in english):
-            self._found.add("html_escapes", index, " ".join(dict.fromkeys(escapes)), len(escapes))
-
-    def _check_target(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if not self._detector.knows_target:
-            return
-        for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
-            guess = self._detector.foreign(one, without=other)
-            if guess:
-                self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
-
-    def _check_english(self, index: int, target: list[Text], english: list[Text]) -> None:
-        if target[0].words == english[0].words and self._detector.may_be_foreign(english[0]):
+    def _check_languages(self, index: int, target: list[Text], english: list[Text]) -> None:
+        detector = self._detector
+        if detector.knows_target:
+            for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
+                if guess := detector.foreign(one, without=other):
+                    self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
+        if target[0].words == english[0].words and detector.may_be_foreign(english[0]):
             self._found.add("english_not_english", index, "prompt is the same as the target's", 1.0)
-        prompt, answer = map(self._detector.not_english, english)
+        prompt, answer = map(detector.not_english, english)
         if prompt:
             self._found.add("english_not_english", index, f"prompt looks like {prompt.label}", prompt.score)
         # An English task may ask for an answer in a third language ("Translate into French").
-        elif answer and self._detector.is_target(answer.label):
+        elif answer and detector.is_target(answer.label):
             self._found.add("english_not_english", index, f"answer looks like {answer.label}", answer.score)
 
     def _ids(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
