@@ -39,7 +39,7 @@ def test_batch_worked_out_by_hand():
         "english_answer_mask": [[no, no, no, yes], [no] * 4],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    masks = {"query_mask", "is_english", "english_query_mask", "english_answer_mask"}
+    masks = {"query_mask", "english_prompt", "english_answer", "english_query_mask", "english_answer_mask"}
     for name, tensor in batch.items():
         assert tensor.dtype == (torch.bool if name in masks else torch.int64), name
 
