@@ -369,7 +369,7 @@ def test_lengths_in_tokens_and_cuts_are_those_of_training(rows):
 
 
 def test_tokens_of_long_files_are_counted_on_rows_spread_over_them(monkeypatch):
-    monkeypatch.setattr("pivotune.data.check.lengths.TOKENIZED_ROWS", 400)
+    monkeypatch.setattr("pivotune.data.check.run.TOKENIZED_ROWS", 400)
     rows = [Row("swali", "a" * (1 + n // 8), "question", "b" * (1 + n // 8), number=n) for n in range(1200)]
     tokenizer = build_tiny_tokenizer()
     encoder = Encoder(tokenizer, load_template("chat", tokenizer), Limits(100, 4000))

@@ -30,7 +30,8 @@ def test_batch_worked_out_by_hand():
         "labels": [[IGNORED, IGNORED, IGNORED, 8, 9], [IGNORED, 3, IGNORED, IGNORED, IGNORED]],
         "query_mask": [[no, yes, no, no, no], [yes, no, no, no, no]],
         "answer_characters": [11, 2],
-        "is_english": [no, yes],
+        "english_prompt": [no, yes],
+        "english_answer": [no, yes],
         "row_numbers": [7, 0],
         "english_input_ids": [[10, 11, 12, 13], [PAD] * 4],
         "english_attention_mask": [[1] * 4, [0] * 4],
@@ -38,7 +39,7 @@ def test_batch_worked_out_by_hand():
         "english_answer_mask": [[no, no, no, yes], [no] * 4],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    masks = {"query_mask", "is_english", "english_query_mask", "english_answer_mask"}
+    masks = {"query_mask", "english_prompt", "english_answer", "english_query_mask", "english_answer_mask"}
     for name, tensor in batch.items():
         assert tensor.dtype == (torch.bool if name in masks else torch.int64), name
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pivotune.config.registry import METHODS
 from pivotune.data.datasets import check_branch_lengths, replay_indices, split_validation, training_examples
-from pivotune.data.examples import Encoder, Limits, Pair, Side
+from pivotune.data.examples import Encoder, Limits, Pair, Side, preview
 from pivotune.data.rows import Row
+from pivotune.data.sources import load_rows
 from pivotune.data.templates import Turn, load_template
 from pivotune.errors import UsageError
 
@@ -559,3 +560,53 @@ def test_a_share_of_many_rows_is_capped_and_a_number_is_not():
     rows = numbered(20_000)
     assert len(split_validation(rows, 0.05, 0)[1]) == 500
     assert len(split_validation(rows, 1000, 0)[1]) == 1000
+
+
+# --- preview -------------------------------------------------------------------------------------------------------
+
+
+def encode_records(records, tokenizer, template="chat", limits=ROOMY) -> list[Pair]:
+    return encoder_for(tokenizer, template, limits).encode(load_rows(records))
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+@pytest.mark.parametrize("side", ["target", "english"])
+def test_segments_are_the_decoded_sequence(template, side, tokenizer):
+    for pair in encode_records(tiny_rows(8), tokenizer, template):
+        encoded = getattr(pair, side)
+        segments = preview(tokenizer, encoded)
+        whole = tokenizer.decode(encoded.ids.tolist(), skip_special_tokens=False)
+        assert "".join(segment.text for segment in segments) == whole
+        assert sum(segment.num_tokens for segment in segments) == len(encoded.ids)
+        assert [segment.role for segment in segments] == ["template", "query", "template", "answer"]
+
+
+def test_roles_in_the_chat_template(tokenizer):
+    row = tiny_rows(3)[2]
+    (pair,) = encode_records([row], tokenizer)
+    start, query, middle, answer = preview(tokenizer, pair.target)
+    assert (start.text, query.text) == ("<|user|>\n", row["prompt"])
+    assert (middle.text, answer.text) == ("<|end|>\n<|assistant|>\n", row["completion"] + "<|end|>")
+    assert query.num_tokens == pair.target.num_query_tokens
+    assert answer.num_tokens == pair.target.num_answer_tokens
+    english = {segment.role: segment.text for segment in preview(tokenizer, pair.english)}
+    assert english["query"] == row["prompt_en"]
+    assert english["answer"] == row["completion_en"] + "<|end|>"
+
+
+def test_what_was_cut_is_not_shown(tokenizer):
+    row = tiny_rows(3)[2]
+    (pair,) = encode_records([row], tokenizer, limits=Limits(prompt=12, completion=5))
+    shown = {segment.role: segment for segment in preview(tokenizer, pair.target)}
+    assert shown["answer"].num_tokens <= 5
+    assert row["completion"].startswith(shown["answer"].text)
+    assert row["prompt"].startswith(shown["query"].text)
+    assert shown["query"].text != row["prompt"]
+
+
+def test_a_part_without_tokens_is_left_out(tmp_path):
+    tokenizer = build_tiny_tokenizer()
+    path = tmp_path / "bare.jinja"
+    path.write_text("{{ prompt }}\n{{ completion }}", encoding="utf-8")
+    (pair,) = encode_records(tiny_rows(1), tokenizer, str(path))
+    assert [segment.role for segment in preview(tokenizer, pair.target)] == ["query", "template", "answer"]

@@ -250,7 +250,9 @@ def test_a_file_without_line_ends_is_refused_before_it_fills_the_memory(tmp_path
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + "x" * 5000)
     for on_bad_row in ("error", "skip"):
-        with pytest.raises(UsageError, match=r"rows.jsonl, line 2: longer than 1000 bytes; is this file what its name"):
+        with pytest.raises(
+            UsageError, match=r"rows.jsonl, line 2: longer than 1000 bytes; does the file have the type"
+        ):
             load_rows(path, on_bad_row=on_bad_row)
 
 

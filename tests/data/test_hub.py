@@ -5,8 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from pivotune.data.hub import HubName, parse_hub_name, read_hub
-from pivotune.data.sources import iter_records, load_rows
+from pivotune.data.sources import HubName, iter_records, load_rows, parse_hub_name, read_hub
 from pivotune.errors import UsageError
 
 ROW = {"prompt": "Swali", "completion": "Jibu", "prompt_en": "Question", "completion_en": "Answer"}

@@ -51,8 +51,7 @@ def growth_per_row(work: Callable[[int], object], few: int, many: int) -> float:
 @pytest.fixture(autouse=True)
 def nothing_in_memory(monkeypatch):
     """Small files are kept in memory; here they stand for large ones."""
-    monkeypatch.setattr("pivotune.data.spool._BYTES_IN_MEMORY", 2**16)
-    monkeypatch.setattr("pivotune.data.spool._BYTES_PER_READ", 2**16)
+    monkeypatch.setattr("pivotune.data.lazy._BYTES_IN_MEMORY", 2**16)
 
 
 def load_and_split(path: Path) -> object:
@@ -64,8 +63,8 @@ def load_and_split(path: Path) -> object:
 
 @pytest.mark.parametrize("form", ["lines", "[%s]", '{"data": [%s]}', '{"version": 1, "data": [%s], "more": 2}'])
 def test_reading_and_splitting(tmp_path, form, monkeypatch):
-    monkeypatch.setattr("pivotune.data.json_stream._PIECE", 2**12)
-    monkeypatch.setattr("pivotune.data.json_stream._LONGEST_FIRST_LINE", 2**14)
+    monkeypatch.setattr("pivotune.data.json_files._BYTES_PER_READ", 2**12)
+    monkeypatch.setattr("pivotune.data.json_files._LONGEST_FIRST_LINE", 2**14)
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count) for count in (100, 1000)}
     if form != "lines":
         files = {count: as_list(path, form) for count, path in files.items()}
@@ -78,7 +77,7 @@ def pairs(count: int) -> Iterator[Pair]:
         yield Pair(*(Side(np.zeros(200, dtype=np.int32), (1, 2), 3, 4) for _ in range(2)), number)
 
 
-def test_encoded_rows(monkeypatch):
+def test_encoded_rows():
     def work(count: int) -> object:
         store = store_pairs(pairs(count))
         examples = training_examples(store, METHODS["deep-supervision"], english_ratio=0.25)
@@ -86,16 +85,15 @@ def test_encoded_rows(monkeypatch):
         assert sum(example.number for example in examples) == count * (count + 1) // 2
         return store, examples
 
-    monkeypatch.setattr("pivotune.data.pair_store._PAIRS_PER_WRITE", 64)
     # 1600 bytes of tokens a row stay on disk. Drawing the replay rows takes more than what is kept.
     growth = growth_per_row(work, 1000, 4000)
     assert growth < 150, growth
 
 
 def test_checking(tmp_path, monkeypatch):
-    monkeypatch.setattr("pivotune.data.check.row_checks.LEXICON_COMPARED", 100)
+    monkeypatch.setattr("pivotune.data.check.rows.LEXICON_COMPARED", 100)
     monkeypatch.setattr("pivotune.data.check.shifts.SHIFT_ROWS", 100)
-    monkeypatch.setattr("pivotune.data.check.run_checks._ROWS_PER_STEP", 32)
+    monkeypatch.setattr("pivotune.data.check.run._ROWS_PER_STEP", 32)
     # Too short for the language detector, which takes most of the time.
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count, " neno") for count in (200, 800)}
     rows = {count: load_rows(path) for count, path in files.items()}

@@ -207,7 +207,7 @@ def test_english_keys_are_those_of_all_forms():
         "completion_en",
         "instruction_en",
         "output_en",
-        "input_en",
         "messages_en",
         "conversations_en",
+        "input_en",
     )

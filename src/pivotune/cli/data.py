@@ -160,7 +160,7 @@ def _first_example(encoder: Encoder, rows: Rows) -> Side | None:
 
 
 def _segments(encoder: Encoder | None, example: Side | None) -> list[dict[str, Any]] | None:
-    from pivotune.data.preview import preview
+    from pivotune.data.examples import preview
 
     if encoder is None or example is None:
         return None

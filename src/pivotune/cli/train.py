@@ -151,7 +151,7 @@ def mask_text(tokenizer: Any, side: Any) -> Any:
     """One example decoded from its tokens, coloured by role."""
     from rich.text import Text
 
-    from pivotune.data.preview import preview
+    from pivotune.data.examples import preview
 
     styles = {"template": "dim", "query": "cyan", "answer": "green"}
     return Text.assemble(*((printable(segment.text), styles[segment.role]) for segment in preview(tokenizer, side)))

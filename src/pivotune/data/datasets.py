@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from pivotune.data.examples import Example, Pair, Side
-from pivotune.data.lazy import LazySequence, Selection
+from pivotune.data.lazy import LazySequence, Subset
 from pivotune.data.pair_store import pair_table
 from pivotune.errors import UsageError
 from pivotune.methods.base import ExamplePlan, Language, Method
@@ -169,4 +169,4 @@ def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[
         )
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
-    return Selection(rows, np.flatnonzero(~held)), Selection(rows, np.flatnonzero(held))
+    return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))

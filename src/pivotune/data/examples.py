@@ -1,7 +1,7 @@
 """From rows to token ids: spans of query and answer on both sides, truncation that keeps pairs aligned.
 
-Both sides of a row are tokenized the same way whatever the method, so that methods trained on the same file see the same
-tokens. What a method trains on is chosen afterwards, in `pivotune.data.datasets`.
+Both sides of a row are tokenized the same way for every method, so that methods trained on the same file see the same
+tokens. Afterwards `pivotune.data.datasets` chooses the sides that a method trains on.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pivotune.data.formats import numbered_by
-from pivotune.data.sources import Row
+from pivotune.data.rows import Message, Row
 from pivotune.data.templates import Rendered, Template, Turn
 from pivotune.errors import UsageError
 
-# Rows tokenized in one call: enough for the tokenizer's own threads, little enough to show progress.
+# Rows tokenized in one call: enough for the tokenizer's own threads, few enough to show progress.
 _ROWS_PER_CALL = 512
-# A call ends early with the row that reaches this many characters: tokens with their offsets take about a hundred times
-# the memory of the text.
+# A call ends early at this many characters: tokens with their offsets take about a hundred times the memory of the text.
 _CHARACTERS_PER_CALL = 2**20
+
+
+_RenderedSide = tuple[Rendered, int]  # with the characters of the answer's text
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Token limits of one side: `prompt` and `completion` each, and `context`, what the model reads at once."""
+    """Token limits of one side: `prompt`, `completion`, and `context` for the model's maximum length."""
 
     prompt: int = 256
     completion: int = 256
@@ -45,7 +47,7 @@ class Side:
         ids: int32 (tokens,), prompt then answer.
         query: (start, end) of the user's text in the prompt.
         answer: index of the first answer token; the answer runs to the end.
-        characters: characters of the answer's text that the answer tokens stand for, without special tokens.
+        characters: number of characters of the answer's text in the answer tokens, without special tokens.
     """
 
     ids: np.ndarray
@@ -93,7 +95,7 @@ class Example:
 
 
 class _UnfitRowError(UsageError):
-    """A row that the limits leave nothing of; `reason` is the same for all rows with this problem, to count them by."""
+    """A row that the limits cut to nothing; `reason` is the same for all rows with this problem, to count them by."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -102,7 +104,7 @@ class _UnfitRowError(UsageError):
 
 @dataclass
 class EncodingReport:
-    """What truncation and skipping did: `rows` encoded, `cut` counts by part, `skipped` counts by reason."""
+    """Counts of truncation and skipping: `rows` encoded, `cut` by part, `skipped` by reason."""
 
     rows: int = 0
     cut: Counter[str] = field(default_factory=Counter)
@@ -112,19 +114,27 @@ class EncodingReport:
         return {"rows": self.rows, "cut": dict(self.cut), "skipped": dict(self.skipped)}
 
 
-class _RenderedSide(NamedTuple):
-    turn: Turn
-    rendered: Rendered
+class PreviewPart(NamedTuple):
+    """A run of tokens with one role: `template`, `query` or `answer`. Only `answer` tokens carry loss."""
+
+    role: str
+    text: str
+    num_tokens: int
 
 
-class _RenderedRow(NamedTuple):
-    number: int
-    target: _RenderedSide | None
-    english: _RenderedSide | None
+def preview(tokenizer: Any, side: Side) -> list[PreviewPart]:
+    """Decode a sequence from its token ids, in order, special tokens included, split by role."""
+    start, end = side.query
+    bounds = (("template", 0, start), ("query", start, end), ("template", end, side.answer))
+    return [
+        PreviewPart(role, tokenizer.decode(side.ids[left:right].tolist(), skip_special_tokens=False), right - left)
+        for role, left, right in (*bounds, ("answer", side.answer, len(side.ids)))
+        if right > left
+    ]
 
 
 class Encoder:
-    """Tokenizes rows with one template and one set of limits; counts what it cut in `report`."""
+    """Tokenizes rows with one template and one set of limits; counts truncated and skipped rows in `report`."""
 
     def __init__(self, tokenizer: Any, template: Template, limits: Limits = Limits()) -> None:
         self.tokenizer = tokenizer
@@ -145,18 +155,21 @@ class Encoder:
                 `on_bad_row="skip"` such rows are left out and counted instead.
         """
         for chunk in _chunks(rows):
-            rendered: list[_RenderedRow] = []
+            rendered: list[tuple[int, _RenderedSide | None, _RenderedSide | None]] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
-                    rendered.append(self._render(row))
-            for pair in self._tokenize_rows(rendered):
-                with self._row_errors(pair.number, on_bad_row, source):
-                    fitting = self._fit(pair)
+                    target = self._render(row.prompt, row.completion, row.input, row.history)
+                    english = self._render(row.prompt_en, row.completion_en, row.input_en, row.history_en)
+                    rendered.append((row.number, target, english))
+            numbers, targets, englishes = zip(*rendered, strict=True) if rendered else ((), (), ())
+            for number, target, english in zip(numbers, self._sides(targets), self._sides(englishes), strict=True):
+                with self._row_errors(number, on_bad_row, source):
+                    fitting = self._fit(Pair(target, english, number))
                     self.report.rows += 1
                     yield fitting
 
     def encode_prompt(self, turn: Turn) -> list[int]:
-        """Token ids of the prompt alone, as training laid it out: what generation continues."""
+        """Return the token ids of the prompt alone, as in training: generation continues them."""
         return self._bos + self._ids([self.template.render(turn).prompt])[0][0]
 
     @contextmanager
@@ -168,20 +181,10 @@ class Encoder:
                 raise UsageError(f"{source}: {numbered_by(Path(source))} {number}: {error}") from error
             self.report.skipped[error.reason if isinstance(error, _UnfitRowError) else str(error)] += 1
 
-    def _render(self, row: Row) -> _RenderedRow:
-        target = Turn(row.prompt, row.completion, row.input, row.history)
-        english = Turn(row.prompt_en, row.completion_en, row.input_en, row.history_en)
-        return _RenderedRow(
-            number=row.number,
-            target=_RenderedSide(target, self.template.render(target)) if row.has_target else None,
-            english=_RenderedSide(english, self.template.render(english)) if row.has_english else None,
-        )
-
-    def _tokenize_rows(self, rows: Sequence[_RenderedRow]) -> Iterator[Pair]:
-        target = self._sides([row.target for row in rows])
-        english = self._sides([row.english for row in rows])
-        for row, one, other in zip(rows, target, english, strict=True):
-            yield Pair(one, other, row.number)
+    def _render(self, prompt: str, completion: str, text: str, history: Sequence[Message]) -> _RenderedSide | None:
+        """Render one side of a row; None where the row lacks it."""
+        turn = Turn(prompt, completion, text, history)
+        return (self.template.render(turn), len(completion)) if prompt and completion else None
 
     def _sides(self, rendered: Sequence[_RenderedSide | None]) -> list[Side | None]:
         sides = self._tokenize([item for item in rendered if item is not None])
@@ -190,19 +193,21 @@ class Encoder:
     def _tokenize(self, rendered: Sequence[_RenderedSide]) -> Iterator[Side]:
         if not rendered:
             return
-        prompts = self._ids([item.prompt for _, item in rendered])
-        wholes = self._ids([item.prompt + item.completion for _, item in rendered])
-        for (turn, item), (prompt, offsets), (whole, _) in zip(rendered, prompts, wholes, strict=True):
-            # Where tokens merge across the border, the prompt stays as generation will see it.
+        prompts = self._ids([item.prompt for item, _ in rendered])
+        wholes = self._ids([item.prompt + item.completion for item, _ in rendered])
+        for (item, characters), (prompt, offsets), (whole, _) in zip(rendered, prompts, wholes, strict=True):
+            # Where tokens merge across the border, the prompt keeps the tokens that generation will see.
             joint = whole[: len(prompt)] == prompt
             answer = whole[len(prompt) :] if joint else self._ids([item.completion])[0][0]
-            start, end = _query_span(item, offsets)
+            # A token that covers both query and template text belongs to the query.
+            begin, stop = len(item.prefix), len(item.prefix) + len(item.query)
+            inside = [i for i, (left, right) in enumerate(offsets) if right > begin and left < stop and right > left]
             shift = len(self._bos)
             yield Side(
                 ids=np.array(self._bos + prompt + answer, dtype=np.int32),
-                query=(start + shift, end + shift),
+                query=(shift + inside[0], shift + inside[-1] + 1) if inside else (shift, shift),
                 answer=shift + len(prompt),
-                characters=len(turn.completion),
+                characters=characters,
             )
 
     def _ids(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -214,13 +219,17 @@ class Encoder:
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def _fit(self, pair: Pair) -> Pair:
+        """Cut both sides to the limits; each keeps the same share of its query, and of its answer."""
         sides = [side for side in (pair.target, pair.english) if side is not None]
         query_share = min((self._query_room(side) / side.num_query_tokens for side in sides), default=1.0)
-        pair = _map_sides(pair, lambda side: _cut_query(side, query_share))
-        share = min((room / side.num_answer_tokens for side, room in self._answer_rooms(pair)), default=1.0)
+        sides = [_cut_query(side, query_share) for side in sides]
+        # The English branch follows the target's prompt, so both prompts must leave room for both answers.
+        longest_prompt = max((side.answer for side in sides), default=0)
+        share = min((self._answer_room(side, longest_prompt) / side.num_answer_tokens for side in sides), default=1.0)
         # Counted last: a row refused on the way is skipped, not cut.
         self.report.cut.update(part for part, kept in (("prompts", query_share), ("answers", share)) if kept < 1)
-        return _map_sides(pair, lambda side: self._cut_answer(side, share))
+        cut = iter([self._cut_answer(side, share) for side in sides])
+        return replace(pair, target=pair.target and next(cut), english=pair.english and next(cut))
 
     def _query_room(self, side: Side) -> int:
         if side.num_query_tokens == 0:
@@ -234,25 +243,21 @@ class Encoder:
             )
         return room
 
-    def _answer_rooms(self, pair: Pair) -> Iterator[tuple[Side, int]]:
-        for side in (pair.target, pair.english):
-            if side is None:
-                continue
-            room = self.limits.completion
-            if self.limits.context is not None:
-                # The English branch follows the target's prompt, so both prompts must leave room for both answers.
-                prompt = max(other.answer for other in (pair.target, pair.english) if other is not None)
-                room = min(room, self.limits.context - prompt)
-                if room < 1:
-                    raise _UnfitRowError(
-                        f"the prompt takes {prompt} of the model's {self.limits.context} tokens and nothing is left for "
-                        "the answer; lower data.max_prompt_tokens",
-                        f"the prompt fills the model's {self.limits.context} tokens and nothing is left for the answer; "
-                        "lower data.max_prompt_tokens",
-                    )
-            if side.num_answer_tokens == 0:
-                raise UsageError("the answer has no tokens")
-            yield side, min(room, side.num_answer_tokens)
+    def _answer_room(self, side: Side, longest_prompt: int) -> int:
+        room = self.limits.completion
+        context = self.limits.context
+        if context is not None:
+            room = min(room, context - longest_prompt)
+            if room < 1:
+                raise _UnfitRowError(
+                    f"the prompt takes {longest_prompt} of the model's {context} tokens and nothing is left for "
+                    "the answer; lower data.max_prompt_tokens",
+                    f"the prompt fills the model's {context} tokens and nothing is left for the answer; "
+                    "lower data.max_prompt_tokens",
+                )
+        if side.num_answer_tokens == 0:
+            raise UsageError("the answer has no tokens")
+        return min(room, side.num_answer_tokens)
 
     def _cut_answer(self, side: Side, share: float) -> Side:
         keep = _share_of(side.num_answer_tokens, share)
@@ -261,13 +266,6 @@ class Encoder:
         ids = side.ids[: side.answer + keep]
         text = self.tokenizer.decode(ids[side.answer :].tolist(), skip_special_tokens=True)
         return replace(side, ids=ids, characters=max(1, len(text)))
-
-
-def _query_span(item: Rendered, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Token range that overlaps the query's characters; a token that also covers template text counts as query."""
-    begin, stop = len(item.prefix), len(item.prefix) + len(item.query)
-    inside = [index for index, (left, right) in enumerate(offsets) if right > begin and left < stop and right > left]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _cut_query(side: Side, share: float) -> Side:
@@ -281,18 +279,12 @@ def _cut_query(side: Side, share: float) -> Side:
 
 
 def _share_of(count: int, share: float) -> int:
-    """At least one token; rounding down keeps every side within its limit, the epsilon undoes float division."""
+    """Return at least one token; rounding down keeps every side within its limit, the epsilon undoes float division."""
     return max(1, math.floor(count * share + 1e-9))
 
 
-def _map_sides(pair: Pair, change: Any) -> Pair:
-    target = None if pair.target is None else change(pair.target)
-    english = None if pair.english is None else change(pair.english)
-    return replace(pair, target=target, english=english)
-
-
 def begin_ids(tokenizer: Any, text_has_special_tokens: bool) -> list[int]:
-    """The begin-of-text token where this tokenizer puts one and the text does not hold it already."""
+    """Return the begin-of-text token where this tokenizer puts one and the text does not hold it already."""
     if text_has_special_tokens or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
@@ -303,8 +295,8 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += sum(map(len, (row.prompt, row.completion, row.input)))
-        characters += sum(map(len, (row.prompt_en, row.completion_en, row.input_en)))
+        texts = (row.prompt, row.completion, row.input, row.prompt_en, row.completion_en, row.input_en)
+        characters += sum(map(len, texts))
         if len(chunk) == _ROWS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
             yield chunk
             chunk, characters = [], 0

@@ -10,19 +10,20 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from pivotune.data.json_files import read_json, read_jsonl
-from pivotune.data.spool import writing_temporary_data
+from pivotune.data.lazy import writing_temporary_data
 from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text_lines
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
 
 _PARQUET_BATCH_ROWS = 1024
-# The csv module refuses cells over 131,072 characters by default; a long document is no mistake, but a quote left open
-# is: until its end all is one cell, and takes 4 bytes a character.
+# The csv module refuses cells of over 131,072 characters by default. A long document may be longer; but a quote left open
+# makes one cell of the rest of the file, which takes 4 bytes a character.
 _LONGEST_CELL = 2**24
 # Parquet pages are read through a buffer: without it a column of a whole row group, often of the whole file, is read.
 _PARQUET_BUFFER = 2**20
@@ -31,11 +32,11 @@ _PARQUET_BUFFER = 2**20
 def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
     """Yield (number, record) for every record of a data file; the number is 1-based.
 
-    JSON Lines are numbered by line (blank lines are passed over but counted), all others by row. All are streamed; a
-    `.json` file may be an array, `{"data": [...]}`, or lines after all.
+    JSON Lines are numbered by line (blank lines are skipped but counted), all others by row. All are streamed. A `.json`
+    file may be an array, `{"data": [...]}`, or JSON Lines.
 
     Args:
-        keep_bad: yield a `BadRecord` where one record cannot be read and the next one can, and do not raise.
+        keep_bad: yield a `BadRecord` instead of raising where one record cannot be read and the next one can.
 
     Raises:
         UsageError: the file is missing, a folder, empty, of unknown type, unreadable, not UTF-8 or malformed.
@@ -52,14 +53,14 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
+    """Yield the lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
     _check_file(path)
     with _reading(path):
         yield from text_lines(path)
 
 
 def file_type(path: Path) -> str:
-    """The suffix that tells the format, in lower case and without `.gz`: '.jsonl' for 'Pairs.JSONL.gz'."""
+    """Return the suffix of the format, in lower case and without `.gz`: '.jsonl' for 'Pairs.JSONL.gz'."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -67,12 +68,12 @@ def file_type(path: Path) -> str:
 
 
 def is_data_file_name(path: Path) -> bool:
-    """Whether the name ends like a data file, whether or not it exists."""
+    """Return True if the name has the suffix of a data file."""
     return file_type(path) in _READERS
 
 
 def numbered_by(path: Path) -> str:
-    """The word for a record's number in this file: 'line' for JSON Lines, else 'row'."""
+    """Return the word for a record's number in this file: 'line' for JSON Lines, else 'row'."""
     return "line" if _READERS.get(file_type(path)) is read_jsonl else "row"
 
 
@@ -81,7 +82,7 @@ def describe_file_types() -> str:
 
 
 def missing_file_error(path: Path) -> UsageError:
-    """The error for a path that does not exist, with the nearest name in its folder if there is one."""
+    """Return the error for a path that does not exist, with the nearest name in its folder if there is one."""
     if not path.parent.is_dir():
         return UsageError(f"{path}: no such file, and no folder {path.parent}")
     names = sorted(entry.name for entry in path.parent.iterdir())
@@ -103,7 +104,7 @@ def _check_file(path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what reading and decompressing can raise into one line."""
+    """Turn the errors of reading and decompressing into one line."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -118,16 +119,22 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
     previous_limit = csv.field_size_limit(_LONGEST_CELL)
     number, first_line = 0, 1
     try:
-        header = _check_header(path, next(reader, []))
+        header = [cell.strip() for cell in next(reader, [])]
+        _refuse_repeated_columns(header, f"{path}, line 1: the header")
         while True:
-            # Where a cell has several lines, or a quote was left open, a row ends far below the line that is to be named.
+            # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
             first_line = reader.line_num + 1
             row = next(reader, None)
             if row is None:
                 break
             if row:
                 number += 1
-                yield number, _as_record(path, header, row, first_line)
+                if any(row[len(header) :]):
+                    fault = f"{len(row)} cells, but the header names {len(header)} columns"
+                    error = UsageError(f"{path}, line {first_line}: {fault}")
+                    yield number, BadRecord("has more cells than the header", f" ({fault})", error)
+                else:
+                    yield number, dict(zip_longest(header, row[: len(header)]))
     except csv.Error as error:
         raise UsageError(f"{path}, line {first_line}: broken CSV: {_csv_fault(error)}") from error
     finally:
@@ -145,41 +152,25 @@ def _csv_fault(error: csv.Error) -> str:
     return str(error)
 
 
-def _read_tsv(path: Path) -> NumberedRecords:
-    return _read_csv(path, delimiter="\t")
-
-
-def _check_header(path: Path, cells: list[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    _refuse_repeated_columns(header, f"{path}, line 1: the header")
-    return header
-
-
-def _refuse_repeated_columns(names: list[str], who: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise UsageError(f"{who} names the column {shown(name)} more than once")
-        seen.add(name)
-
-
-def _as_record(path: Path, header: list[str], row: list[str], line: int) -> dict[str, str | None] | BadRecord:
-    if len(row) > len(header) and any(row[len(header) :]):
-        fault = f"{len(row)} cells, but the header names {len(header)} columns"
-        return BadRecord("has more cells than the header", f" ({fault})", UsageError(f"{path}, line {line}: {fault}"))
-    return dict(zip_longest(header, row[: len(header)]))
+def _refuse_repeated_columns(names: list[str], place: str) -> None:
+    repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if repeated is not None:
+        raise UsageError(f"{place} names the column {shown(repeated)} more than once")
 
 
 def _read_parquet(path: Path) -> NumberedRecords:
     import pyarrow
+    import pyarrow.parquet
 
     with open_file(path) as file, _seekable(file) as source:
         try:
-            records = _parquet_records(path, source)
-            yield from enumerate(records, start=1)
+            table = pyarrow.parquet.ParquetFile(source, buffer_size=_PARQUET_BUFFER)
+            _refuse_repeated_columns(table.schema_arrow.names, f"{path}: the schema")
+            batches = table.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
         except UsageError:
             raise
-        # Beside its own errors, what Python's types refuse: text that is not UTF-8, dates and structures without end.
+        # pyarrow's own errors, and the errors of Python's types: text that is not UTF-8, dates, endless structures.
         except (pyarrow.ArrowException, ValueError, TypeError, OverflowError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: not a readable Parquet file: {reason}") from error
@@ -187,7 +178,7 @@ def _read_parquet(path: Path) -> NumberedRecords:
 
 @contextmanager
 def _seekable(file: io.BufferedIOBase) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end, and gzip only from its beginning: what is gzipped goes through a temporary file."""
+    """Copy a gzipped file to a temporary one: Parquet is read from its end, gzip only from its beginning."""
     if not isinstance(file, gzip.GzipFile):
         yield cast(IO[bytes], file)
         return
@@ -202,20 +193,11 @@ def _seekable(file: io.BufferedIOBase) -> Iterator[IO[bytes]]:
         yield unpacked
 
 
-def _parquet_records(path: Path, source: Any) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    file = pyarrow.parquet.ParquetFile(source, buffer_size=_PARQUET_BUFFER)
-    _refuse_repeated_columns(file.schema_arrow.names, f"{path}: the schema")
-    for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-        yield from batch.to_pylist()
-
-
 _READERS: dict[str, Callable[[Path], NumberedRecords]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }

@@ -1,4 +1,4 @@
-"""What one row of parallel instruction data is, and how it is read from a record in any accepted form."""
+"""One row of parallel instruction data, and how it is read from a record in any accepted form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HALF_A_PAIR = "holds half of a surrogate pair, which is no character"
 # Names from the data are cut in messages.
 _LONGEST_NAME = 60
 
-# One turn of a chat, {"role": "system" | "user" | "assistant", "content": text}: what chat templates read.
+# One turn of a chat, as chat templates take it: {"role": "system" | "user" | "assistant", "content": text}.
 Message = dict[str, str]
 
 
@@ -58,17 +58,11 @@ class RowError(Exception):
     """
 
     def __init__(self, key: str, reason: str, note: str = "") -> None:
-        super().__init__(f"`{key}` {reason}" if key else f"the row {reason}")
-        self.key = key
-        self.reason = reason
-        self.note = note
+        super().__init__(key, reason, note)
+        self.key, self.reason, self.note = key, reason, note
 
-
-class _Form(NamedTuple):
-    """The keys of one way to write a side: query and answer, or one list of messages."""
-
-    required: tuple[str, ...]
-    optional: str = ""
+    def __str__(self) -> str:
+        return f"`{self.key}` {self.reason}" if self.key else f"the row {self.reason}"
 
 
 class _Side(NamedTuple):
@@ -78,24 +72,13 @@ class _Side(NamedTuple):
     history: tuple[Message, ...] = ()
 
 
-# The first form that is complete on a side is read: `prompt`/`completion` win over what they were made from.
-_FORMS = (
-    _Form(("prompt", "completion")),
-    _Form(("instruction", "output"), optional="input"),
-    _Form(("messages",)),
-    _Form(("conversations",)),
+# Keys of one side in each form. The first complete form of a side is read, so that `prompt`/`completion` win over the
+# columns they were made from. An Alpaca row may also have `input`.
+_FORMS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "bot", "model"), "assistant"
 )
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-ENGLISH_KEYS = tuple(key + ENGLISH_SUFFIX for form in _FORMS for key in (*form.required, form.optional) if key)
+ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "a truth value"),
     (Number, "a number"),
@@ -109,21 +92,24 @@ _KINDS: tuple[tuple[type, str], ...] = (
 def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool) -> Row:
     """Read one record in any form: `prompt`/`completion`, Alpaca or chat, English keys with `_en` at the end.
 
-    A side that is not needed is read if it is whole and left empty otherwise.
+    A side that is not needed is read where it is whole, and is left empty otherwise.
 
     Args:
         record: a mapping from column to value; other columns are ignored.
         number: the record's 1-based place in its source.
-        need_target: whether the target-language query and answer must be there.
-        need_english: whether the English query and answer must be there.
+        need_target: require the query and answer in the target language.
+        need_english: require the query and answer in English.
 
     Raises:
         RowError: a needed text is missing, blank or no text, or a chat does not end with the assistant's answer.
     """
     if not isinstance(record, Mapping):
         raise RowError("", f"is {_kind(record)}, not an object with named texts")
-    target = _read_side(record, "", needed=need_target)
-    english = _read_side(record, ENGLISH_SUFFIX, needed=need_english)
+    target = _parse_side(record, "", needed=need_target)
+    english = _parse_side(record, ENGLISH_SUFFIX, needed=need_english)
+    row_id = record_id(record)
+    if not _is_valid_unicode(row_id):
+        raise RowError("id", _HALF_A_PAIR)
     return Row(
         prompt=target.prompt,
         completion=target.completion,
@@ -133,91 +119,75 @@ def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool
         input_en=english.input,
         history=target.history,
         history_en=english.history,
-        id=_valid_id(record),
+        id=row_id,
         number=number,
     )
 
 
-def _valid_id(record: Mapping[str, Any]) -> str:
-    found = record_id(record)
-    if not _is_valid_unicode(found):
-        raise RowError("id", _HALF_A_PAIR)
-    return found
-
-
 def record_id(record: Any) -> str:
-    """The record's `id` as text; '' where it has none. Whole numbers count as ids."""
+    """Return the record's `id` as text, '' without one. Whole numbers count as ids."""
     value = record.get("id") if isinstance(record, Mapping) else None
     is_id = isinstance(value, str | Integral) and not isinstance(value, bool)
     try:
         return str(value).strip() if is_id else ""
-    except ValueError:  # Python does not write out whole numbers of over 4,300 digits
+    except ValueError:  # Python refuses to write out whole numbers of over 4,300 digits
         return ""
 
 
-def _read_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
+def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
     try:
-        return _parse_side(record, suffix)
+        form = _find_form(record, suffix)
+        if form is None:
+            likely = _find_form(record, "") or _FORMS[0]
+            raise RowError(likely[0] + suffix, MISSING, note=_columns_note(record))
+        if len(form) == 1:
+            return _parse_chat(record[form[0] + suffix], form[0] + suffix)
+        prompt, completion = (_text(record, key + suffix) for key in form)
+        is_alpaca = form[0] == "instruction"
+        return _Side(prompt, completion, _text(record, f"input{suffix}", optional=True) if is_alpaca else "")
     except RowError:
         if needed:
             raise
         return _Side()
 
 
-def _parse_side(record: Mapping[str, Any], suffix: str) -> _Side:
-    form = _find_form(record, suffix)
-    if form is None:
-        likely = _find_form(record, "") or _FORMS[0]
-        raise RowError(likely.required[0] + suffix, MISSING, note=_columns_note(record))
-    if len(form.required) == 1:
-        key = form.required[0] + suffix
-        return _parse_chat(record[key], key)
-    prompt, completion = (_text(record, key + suffix) for key in form.required)
-    return _Side(prompt, completion, _optional_text(record, form.optional + suffix) if form.optional else "")
-
-
-def _find_form(record: Mapping[str, Any], suffix: str) -> _Form | None:
+def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None:
     for enough in (all, any):
         for form in _FORMS:
-            if enough(not _is_missing(record.get(key + suffix)) for key in form.required):
+            if enough(not _is_missing(record.get(key + suffix)) for key in form):
                 return form
     return None
 
 
 def _columns_note(record: Mapping[str, Any]) -> str:
-    """Name the columns that are there, for a user whose columns have other names."""
-    names = [f"`{_cut(str(name))}`" for name in islice(record, 8)]
+    """List the columns of the record, for a user whose columns have other names."""
+    names = [
+        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in map(str, islice(record, 8))
+    ]
     more = ", ..." if len(record) > len(names) else ""
-    return f" (the row has {', '.join(names)}{more})" if names else " (the row has no columns)"
+    return f" (the row has {', '.join(f'`{name}`' for name in names)}{more})" if names else " (the row has no columns)"
 
 
-def _text(record: Mapping[str, Any], key: str) -> str:
+def _text(record: Mapping[str, Any], key: str, *, optional: bool = False) -> str:
     value = record.get(key)
     fault = _text_fault(value)
+    if optional and fault in (MISSING, EMPTY):
+        return ""
     if fault or not isinstance(value, str):
         raise RowError(key, fault)
     return value
 
 
-def _optional_text(record: Mapping[str, Any], key: str) -> str:
-    fault = _text_fault(record.get(key))
-    return "" if fault in (MISSING, EMPTY) else _text(record, key)
-
-
 def _text_fault(value: Any) -> str:
-    """What keeps a value from being a text to train on; '' if nothing does."""
+    """Say why a value is no text to train on; '' if it is one."""
     if _is_missing(value):
         return MISSING
     if not isinstance(value, str):
         return f"is {_kind(value)}, not text"
     if not value or value.isspace():
         return EMPTY
-    # JSON can spell half a surrogate pair (\ud83d alone); tokenizers fail on it much later and say less.
+    # JSON can spell half of a surrogate pair (\ud83d alone); tokenizers fail on it later with a worse message.
     return "" if _is_valid_unicode(value) else _HALF_A_PAIR
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _is_valid_unicode(text: str) -> bool:
@@ -229,7 +199,7 @@ def _is_valid_unicode(text: str) -> bool:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, and NaN, which tables read through pandas have in place of None."""
+    """Return True for None and for NaN, which pandas writes in place of None."""
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -238,7 +208,7 @@ def _kind(value: Any) -> str:
 
 
 def _parse_chat(value: Any, key: str) -> _Side:
-    messages = _read_messages(value, key)
+    messages = [message for item in _as_list(value, key) if (message := _read_message(item, key)) is not None]
     if not messages:
         raise RowError(key, EMPTY)
     if messages[-1]["role"] != "assistant":
@@ -249,14 +219,8 @@ def _parse_chat(value: Any, key: str) -> _Side:
     return _Side(query["content"], answer["content"], "", tuple(history))
 
 
-def _read_messages(value: Any, key: str) -> list[Message]:
-    items = _as_list(value, key)
-    messages = [_read_message(item, key) for item in items]
-    return [message for message in messages if message is not None]
-
-
 def _as_list(value: Any, key: str) -> list[Any]:
-    """A list of messages as it is, from an array, or from the JSON text that a CSV cell holds."""
+    """Return a list of messages as it is, from an array, or from the JSON text of a CSV cell."""
     if isinstance(value, str):
         if not value.strip():
             raise RowError(key, EMPTY)
@@ -274,7 +238,7 @@ def _as_list(value: Any, key: str) -> list[Any]:
 
 
 def _read_message(item: Any, key: str) -> Message | None:
-    """One turn, with `role`/`content` or `from`/`value`; None for a blank system turn, which says nothing."""
+    """Read one turn, with `role`/`content` or `from`/`value`; return None for a blank system turn."""
     if not isinstance(item, Mapping):
         raise RowError(key, f"has {_kind(item)} where a message with role and content should be")
     name = _first_present(item, "role", "from")

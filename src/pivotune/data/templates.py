@@ -1,8 +1,8 @@
 """Prompt templates: `chat` (the tokenizer's own), `alpaca` (the paper's) or a Jinja file.
 
-A template turns one side of a row into four strings whose concatenation is what the model reads:
-`prefix + query + suffix + completion`. The query is the user's text; prefix and suffix are the template's own words, the
-same in both languages; the completion ends with the end-of-text or end-of-turn token. Spans follow from the lengths.
+A template turns one side of a row into four strings; the model reads `prefix + query + suffix + completion`. The query is
+the user's text. Prefix and suffix are the template's own words, the same in both languages. The completion ends with the
+end-of-text or end-of-turn token. Spans follow from the lengths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pivotune.errors import UsageError
 
-# Strings that no row contains, to find where a template puts the user's text and the answer.
+# Strings that no row contains, to find the places of the user's text and the answer in a template.
 _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswer\u241a"
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
@@ -23,7 +23,7 @@ _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One side of a row: what the user says, what the model is to answer, and what was said before."""
+    """One side of a row: the user's prompt and input, the model's answer, and the turns before."""
 
     prompt: str
     completion: str = ""
@@ -32,7 +32,7 @@ class Turn:
 
     @property
     def user_text(self) -> str:
-        """Alpaca's two fields as one message."""
+        """Return Alpaca's two fields as one message."""
         return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
 
 
@@ -51,7 +51,11 @@ class Rendered:
 
 
 class Template(Protocol):
-    """Renders one side of a row. `adds_special_tokens`: whether the text already holds begin-of-text where wanted."""
+    """Renders one side of a row.
+
+    Attributes:
+        adds_special_tokens: the rendered text already holds the begin-of-text token where the template wants one.
+    """
 
     name: str
     adds_special_tokens: bool
@@ -60,7 +64,7 @@ class Template(Protocol):
 
 
 def load_template(name: str | None, tokenizer: Any) -> Template:
-    """The template called `name` for this tokenizer.
+    """Load the template called `name` for this tokenizer.
 
     Args:
         name: `chat`, `alpaca`, the path of a Jinja file, or None for `chat` where the tokenizer has a chat template and
@@ -92,39 +96,37 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
         self._tokenizer = tokenizer
-        self._special_tokens = _special_tokens(tokenizer)
-        self._frames: dict[Any, tuple[str, str]] = {}
+        self._end_tokens = _end_tokens(tokenizer)
+        self._plain_frame: tuple[str, str] | None = None
 
     def render(self, turn: Turn) -> Rendered:
-        prompt = self._apply([*turn.history, {"role": "user", "content": turn.user_text}], generation_prompt=True)
-        prefix, suffix = self._frame(tuple(turn.history))
+        messages = [*turn.history, {"role": "user", "content": turn.user_text}]
+        prompt = self._apply(messages, generation_prompt=True)
+        prefix, suffix = self._frame(turn.history)
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            # A date, say, or a frame that depends on the text. Generation prompts hold words that a user may say too.
+            # The frame depends on the text or the date. The suffix goes first: its words may occur in the query.
             kept = suffix if prompt.endswith(suffix) else ""
             prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
             suffix = after + kept
         query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
-
-    def _completion(self, turn: Turn, prompt: str) -> str:
-        messages = [*turn.history, {"role": "user", "content": turn.user_text}]
+        if not turn.completion:
+            return Rendered(prefix, query, suffix, "")
         whole = self._apply([*messages, {"role": "assistant", "content": turn.completion}], generation_prompt=False)
         if not whole.startswith(prompt):
             raise UsageError(
                 "data.template: chat: this chat template does not put the answer right after its generation prompt; "
                 "use alpaca or a Jinja file"
             )
-        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
+        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
 
-    def _frame(self, history: tuple) -> tuple[str, str]:
-        """What the template writes before and after the user's text; remembered where there is no history."""
-        key = None if history else "plain"
-        if key in self._frames:
-            return self._frames[key]
+    def _frame(self, history: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+        """Return the template's text before and after the user's; kept for rows without history."""
+        if not history and self._plain_frame:
+            return self._plain_frame
         text = self._apply([*history, {"role": "user", "content": _QUERY}], generation_prompt=True)
         frame = _around(text, _QUERY, "data.template: chat")
-        if key is not None:
-            self._frames[key] = frame
+        if not history:
+            self._plain_frame = frame
         return frame
 
     def _apply(self, messages: list, *, generation_prompt: bool) -> str:
@@ -164,13 +166,13 @@ class JinjaTemplate:
     """A Jinja file with the variables `prompt`, `completion` and, where used, `input`, `history`, `bos_token`, `eos_token`.
 
     It must hold `{{ prompt }}` before `{{ completion }}`. The end token is added where the file does not write it. The
-    query runs from the prompt to the input; a file without `{{ input }}` gets both as one prompt.
+    query runs from the prompt to the input. A file without `{{ input }}` gets both as one prompt.
     """
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         self.name = str(path)
         self._tokenizer = tokenizer
-        self._special_tokens = _special_tokens(tokenizer)
+        self._end_tokens = _end_tokens(tokenizer)
         self._template, self._variables = self._read(path)
         probe = self._fill(Turn(prompt=_QUERY, completion=_ANSWER))
         for marker, variable in ((_ANSWER, "completion"), (_QUERY, "prompt")):
@@ -188,32 +190,29 @@ class JinjaTemplate:
             raise UsageError(f"template {self.name}: no {{{{ history }}}} slot, and the row has earlier turns")
         if "input" not in self._variables:
             turn = replace(turn, prompt=turn.user_text, input="")
-        prefix, suffix = self._frame(turn)
-        # The real texts go through the template too, which may filter them.
-        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
-        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on what it says")
-        query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        return Rendered(prefix, query, suffix, self._completion(turn, prompt) if turn.completion else "")
-
-    def _frame(self, turn: Turn) -> tuple[str, str]:
-        """What the file writes before the user's texts, and between them and the answer."""
+        # Text before the user's texts, and between them and the answer.
         marked = replace(turn, prompt=_QUERY, completion=_ANSWER, input=turn.input and _INPUT)
         text, _ = _around(self._fill(marked), _ANSWER, f"template {self.name}")
         marks = [mark for mark in (_QUERY, _INPUT) if mark in text]
         if not marks:
             raise UsageError(f"template {self.name}: it does not write the user's text of this row")
-        return text[: min(map(text.index, marks))], text[max(text.rindex(mark) + len(mark) for mark in marks) :]
-
-    def _completion(self, turn: Turn, prompt: str) -> str:
+        prefix = text[: min(map(text.index, marks))]
+        suffix = text[max(text.rindex(mark) + len(mark) for mark in marks) :]
+        # The row's texts are rendered too, because the template may filter them.
+        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
+        if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
+            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on the prompt")
+        query = prompt[len(prefix) : len(prompt) - len(suffix)]
+        if not turn.completion:
+            return Rendered(prefix, query, suffix, "")
         whole = self._fill(turn)
         if not whole.startswith(prompt):
             raise UsageError(f"template {self.name}: the text before {{{{ completion }}}} must not depend on it")
-        return _with_end_token(whole[len(prompt) :], self._tokenizer.eos_token, self._special_tokens)
+        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
 
     @staticmethod
     def _read(path: Path) -> tuple[Any, set[str]]:
-        """The template and the variables it uses."""
+        """Return the template and the names of its variables."""
         from jinja2 import TemplateSyntaxError, meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -238,12 +237,12 @@ class JinjaTemplate:
                 bos_token=self._tokenizer.bos_token or "",
                 eos_token=self._tokenizer.eos_token,
             )
-        except Exception as error:  # a template's expressions can raise anything Python's operators raise
+        except Exception as error:  # expressions of a template can raise any error of Python's operators
             raise UsageError(f"template {self.name}: {error}") from error
 
 
 def _around(text: str, part: str, where: str) -> tuple[str, str]:
-    """What stands before and after the last occurrence of `part`."""
+    """Return the text before and after the last occurrence of `part`."""
     before, found, after = text.rpartition(part)
     if not found:
         missing = "answer" if part == _ANSWER else "user's text"
@@ -251,13 +250,15 @@ def _around(text: str, part: str, where: str) -> tuple[str, str]:
     return before, after
 
 
-def _with_end_token(completion: str, eos_token: str, special_tokens: tuple[str, ...]) -> str:
-    """Cut white space behind the end token; add end-of-text where the completion ends with no special token."""
-    stripped = completion.rstrip()
-    return stripped if stripped.endswith(special_tokens) else completion + eos_token
-
-
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    # The named ones are not all: Gemma 3's end of turn is only an added token that is marked special.
+def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return all special tokens, end-of-text last; any of them may end an answer."""
+    # Gemma 3's end of turn is not among the named special tokens, only an added token that is marked special.
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return (*tokenizer.all_special_tokens, *added)
+    return (*tokenizer.all_special_tokens, *added, tokenizer.eos_token)
+
+
+def _completion(whole: str, prompt: str, end_tokens: tuple[str, ...]) -> str:
+    """Return the text behind the prompt without white space behind its end token; append end-of-text without one."""
+    completion = whole[len(prompt) :]
+    stripped = completion.rstrip()
+    return stripped if stripped.endswith(end_tokens) else completion + end_tokens[-1]

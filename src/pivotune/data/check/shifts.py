@@ -1,33 +1,158 @@
-"""Neighbouring rows: stretches whose English side has slipped."""
+"""Traces of a text that translation keeps (length, numbers, list items, links, code), and slipped stretches of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
+from pivotune.data.check.language import Text, side_texts
 from pivotune.data.check.result import Shift
-from pivotune.data.check.traces import RATIO_CHARACTERS, TraceTable
+from pivotune.data.rows import Row
 
+# Added to both lengths: a word more or less is no outlier in a short text.
+RATIO_CHARACTERS = 20
+_NUMBER = re.compile(r"\d+(?:[.,\u066b\u066c'\u2019\u00a0\u202f]\d+)*")
+# Bounded to a line and to a local part: else a text of millions of line ends, or of one word, takes hours.
+_LIST_ITEM = re.compile(r"^[^\S\n]*(?:\d+[.)\u3001\uff0e]|[-*\u2022])[^\S\n]*", re.MULTILINE)
+_LINK = re.compile(r"(?:https?://|www\.)[^\s)>\u3002\uff0c]+|[\w.]{1,64}@[\w.]+\w")
+_CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]+`|<[^<>\n]{1,200}>", re.DOTALL)
+_QUESTION = tuple("?？؟;՞፧")
 # An English side that has slipped further than this is found as misaligned rows only.
 SHIFTS = (-2, -1, 0, 1, 2)
 # Evidence in nats to believe that a shift begins or ends at a row: one in a million for each row of a long file.
 SHIFT_SWITCH = 14.0
-# One row says at most this much, so that a few odd rows cannot prove a shift.
+# Largest evidence of one row, so that a few odd rows cannot prove a shift.
 SHIFT_ROW_LIMIT = 3.0
-# Rows looked at together; some hundred bytes each are needed meanwhile.
+# Rows compared together; they need some hundred bytes each meanwhile.
 SHIFT_ROWS = 100_000
 
 
-def find_shifts(traces: TraceTable) -> list[Shift]:
-    """Stretches of rows whose English stands some rows away, by lengths and by numbers, links and code that agree.
+class SideTrace(NamedTuple):
+    """Traces of one side: characters of prompt and answer, numbers, list items, links and code, a question mark."""
 
-    For each row and shift: how much likelier these lengths and numbers are for a pair than for strangers. The most likely
-    course of shifts through the file is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`.
-    Long files are cut into equal parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are one.
+    prompt: int
+    answer: int
+    numbers: frozenset[int]
+    items: int
+    fixed: frozenset[str]
+    question: bool
+    is_code: bool
+
+
+class Trace(NamedTuple):
+    """Traces of both sides of a row."""
+
+    target: SideTrace
+    english: SideTrace
+
+
+class TraceTable:
+    """Traces of all rows in columns: 37 bytes a row, and 4 for each number, link or code span.
+
+    Attributes:
+        signals: uint8 for each row, the number of `disagreements` of its trace.
+    """
+
+    def __init__(self) -> None:
+        # Of each row: prompt and answer of the target side, prompt and answer of the English side.
+        self._characters = array("i")
+        self._is_code = array("B")
+        self.signals = array("B")
+        self._target_anchors, self._english_anchors = _Sets(), _Sets()
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    def append(self, trace: Trace) -> None:
+        """Add the trace of the next row."""
+        target, english = trace
+        self._characters.extend((target.prompt, target.answer, english.prompt, english.answer))
+        self._is_code.append(target.is_code or english.is_code)
+        self.signals.append(sum(1 for _ in disagreements(trace)))
+        self._target_anchors.append(target.numbers | target.fixed)
+        self._english_anchors.append(english.numbers | english.fixed)
+
+    def characters(self, rows: slice = slice(None)) -> np.ndarray:
+        """Return the characters of prompt and answer on both sides: int32 (rows, 2 sides, 2 texts)."""
+        return np.frombuffer(self._characters, dtype=np.int32).reshape(-1, 2, 2)[rows]
+
+    def is_code(self, index: int) -> bool:
+        """Return True if some text of the row is code."""
+        return bool(self._is_code[index])
+
+    def anchors(self, rows: range) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
+        """Return the hashes of numbers, links and code spans of these rows: of the target sides and the English sides."""
+        return [self._target_anchors[row] for row in rows], [self._english_anchors[row] for row in rows]
+
+
+class _Sets:
+    """Sets of texts or numbers as 32-bit hashes."""
+
+    def __init__(self) -> None:
+        self._hashes, self._ends = array("I"), array("Q", [0])
+
+    def append(self, items: Iterable[object]) -> None:
+        self._hashes.extend(zlib.crc32(str(item).encode()) for item in items)
+        self._ends.append(len(self._hashes))
+
+    def __getitem__(self, index: int) -> frozenset[int]:
+        return frozenset(self._hashes[self._ends[index] : self._ends[index + 1]])
+
+
+def disagreements(trace: Trace) -> Iterator[str]:
+    """Yield the signals that two sides are no translation of each other; each alone is common in good rows."""
+    target, english = trace
+    if target.numbers and english.numbers and target.numbers.isdisjoint(english.numbers):
+        few, many = (", ".join(map(str, sorted(side.numbers)[:3])) for side in trace)
+        yield f"numbers {few} against {many}"
+    if target.fixed and english.fixed and target.fixed.isdisjoint(english.fixed):
+        yield "other links or code"
+    few, many = sorted((target.items, english.items))
+    if few == 0 and many >= 3:
+        yield f"{target.items} list items against {english.items}"
+    if target.question != english.question:
+        yield "question against statement"
+
+
+def row_trace(row: Row) -> Trace:
+    """Return the traces of both sides of a row."""
+    return Trace(*map(side_trace, side_texts(row)))
+
+
+def side_trace(texts: Sequence[Text]) -> SideTrace:
+    """Return the traces of one side, from the texts of its prompt and its answer."""
+    prompt, answer = (text.text for text in texts)
+    whole = f"{prompt}\n{answer}"
+    markers = _LIST_ITEM.findall(whole)
+    # Numbers of list items agree in any two lists.
+    content = _LIST_ITEM.sub("", whole) if markers else whole
+    numbers = frozenset(int(re.sub(r"\D", "", number)[:18]) for number in _NUMBER.findall(content))
+    fixed = frozenset(_LINK.findall(whole) + _CODE.findall(whole))
+    return SideTrace(
+        prompt=len(prompt),
+        answer=len(answer),
+        numbers=numbers,
+        items=len(markers),
+        fixed=fixed,
+        question=prompt.rstrip().endswith(_QUESTION),
+        is_code=any(text.is_code() for text in texts),
+    )
+
+
+def find_shifts(traces: TraceTable) -> list[Shift]:
+    """Return stretches of rows whose English stands some rows away, by lengths and shared numbers, links and code.
+
+    Each row gives for each shift the log-likelihood ratio of a true pair against unrelated texts. The most likely course of
+    shifts is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are cut into equal
+    parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are joined.
     """
     found: list[Shift] = []
     bounds = np.linspace(0, len(traces), math.ceil(len(traces) / SHIFT_ROWS) + 1).astype(int).tolist()
@@ -44,19 +169,23 @@ def find_shifts(traces: TraceTable) -> list[Shift]:
 def _find_shifts_within(traces: TraceTable, rows: range) -> list[Shift]:
     if len(rows) < 2 * max(SHIFTS) + 2:
         return []
-    evidence = np.zeros((len(rows), len(SHIFTS)))
     logarithms = np.log(traces.characters(slice(rows.start, rows.stop)) + RATIO_CHARACTERS)
-    for part in range(2):
-        evidence += _length_evidence(logarithms[:, 0, part], logarithms[:, 1, part])
-    evidence += _anchor_evidence(*traces.anchors(rows))
+    evidence = sum(_length_evidence(logarithms[:, 0, part], logarithms[:, 1, part]) for part in range(2))
+    evidence = np.clip(evidence + _anchor_evidence(*traces.anchors(rows)), -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)
+    course = _likeliest_course(evidence)
+    borders = [0, *(np.flatnonzero(np.diff(course)) + 1).tolist(), len(course)]
     return [
-        replace(shift, first=shift.first + rows.start, last=shift.last + rows.start)
-        for shift in _stretches(_likeliest_course(np.clip(evidence, -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)))
+        Shift(first + rows.start, stop - 1 + rows.start, int(course[first]), stop - first)
+        for first, stop in pairwise(borders)
+        if course[first]
     ]
 
 
 def _length_evidence(target: np.ndarray, english: np.ndarray) -> np.ndarray:
-    """Log-likelihood ratio of pairs against strangers (Laplace distributions of the log ratio), shape (rows, shifts)."""
+    """Return the log-likelihood ratio of pairs against unrelated texts, with Laplace distributions of the log ratio.
+
+    Shape (rows, shifts).
+    """
     usual = np.median(target) - np.median(english)
     distances = np.stack([np.abs(target - np.roll(english, -by) - usual) for by in SHIFTS], axis=1)
     strangers = np.abs(target - np.roll(english, len(english) // 2) - usual)
@@ -67,7 +196,7 @@ def _length_evidence(target: np.ndarray, english: np.ndarray) -> np.ndarray:
 
 
 def _anchor_evidence(target: Sequence[frozenset], english: Sequence[frozenset]) -> np.ndarray:
-    """Log-likelihood ratio from having a number, link or code span in common, where both sides have any."""
+    """Return the log-likelihood ratio of a shared number, link or code span, where both sides have any."""
     count = len(target)
     shared = np.stack([_shared(target, english, by) for by in (*SHIFTS, count // 2)], axis=1)
     known = shared >= 0
@@ -79,19 +208,13 @@ def _anchor_evidence(target: Sequence[frozenset], english: Sequence[frozenset]) 
 
 
 def _shared(target: Sequence[frozenset], english: Sequence[frozenset], by: int) -> np.ndarray:
-    """For each row: 1 if it has an anchor in common with the English `by` rows further, 0 if not, -1 if it has none."""
-    count = len(target)
-    others = (english[(index + by) % count] for index in range(count))
-    return np.array(
-        [
-            -1 if not (one and other) else int(not one.isdisjoint(other))
-            for one, other in zip(target, others, strict=True)
-        ]
-    )
+    """Return for each row 1 if it shares an anchor with the English `by` rows further, 0 if not, -1 if one has none."""
+    others = ((one, english[(index + by) % len(english)]) for index, one in enumerate(target))
+    return np.array([int(not one.isdisjoint(other)) if one and other else -1 for one, other in others])
 
 
 def _likeliest_course(evidence: np.ndarray) -> np.ndarray:
-    """For each row the shift on the most likely path; a path starts unshifted."""
+    """Return the shift of each row on the most likely path; a path starts unshifted."""
     total = np.full(len(SHIFTS), -SHIFT_SWITCH)
     total[SHIFTS.index(0)] = 0.0
     came_from = np.zeros(evidence.shape, dtype=np.int8)
@@ -107,10 +230,3 @@ def _likeliest_course(evidence: np.ndarray) -> np.ndarray:
         course[index] = SHIFTS[state]
         state = int(came_from[index, state])
     return course
-
-
-def _stretches(course: np.ndarray) -> list[Shift]:
-    borders = [0, *(np.flatnonzero(np.diff(course)) + 1).tolist(), len(course)]
-    return [
-        Shift(first, stop - 1, int(course[first]), stop - first) for first, stop in pairwise(borders) if course[first]
-    ]

@@ -6,8 +6,7 @@ import re
 import unicodedata
 from functools import cache
 
-from pivotune.data.check.language import Detector
-from pivotune.data.check.text import Text
+from pivotune.data.check.language import Detector, Text
 from pivotune.errors import UsageError
 from pivotune.text.languages import Language, find_language
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivotune.data import json_stream
-from pivotune.data.json_stream import starts_with_line_of_object, stream_rows
+from pivotune.data import json_files
+from pivotune.data.json_files import read_json
+from pivotune.data.text_files import BadRecord
 from pivotune.errors import UsageError
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -32,8 +33,8 @@ def path(tmp_path_factory):
 
 def read(path, text: str, piece: int) -> list:
     path.write_bytes(text.encode("utf-8"))
-    with mock.patch.object(json_stream, "_PIECE", piece):
-        return list(stream_rows(path))
+    with mock.patch.object(json_files, "_BYTES_PER_READ", piece):
+        return [row for _, row in read_json(path)]
 
 
 @given(rows=ROWS, indent=INDENTS, ascii_only=st.booleans(), mark=st.booleans(), piece=PIECES)
@@ -85,21 +86,21 @@ def test_mistakes_are_named_where_the_whole_text_has_them(path, rows, in_object,
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, text, words, piece, monkeypatch):
-    monkeypatch.setattr(json_stream, "_PIECE", piece)
+    monkeypatch.setattr(json_files, "_BYTES_PER_READ", piece)
     (tmp_path / "rows.json").write_bytes(text)
     with pytest.raises(UsageError) as raised:
-        list(stream_rows(tmp_path / "rows.json"))
+        list(read_json(tmp_path / "rows.json"))
     assert words in str(raised.value)
 
 
 def test_repeated_keys_of_a_row_are_marked(path):
     first, second = read(path, '[{"a": 1, "a": 2}, {"a": 1}]', 3)
-    assert (type(first).__name__, type(second).__name__) == ("RepeatedKeys", "dict")
+    assert (type(first), second) == (BadRecord, {"a": 1})
 
 
 def test_gzip(tmp_path):
     (tmp_path / "rows.json").write_bytes(gzip.compress(b'[{"a": 1}, 2]'))
-    assert list(stream_rows(tmp_path / "rows.json")) == [{"a": 1}, 2]
+    assert list(read_json(tmp_path / "rows.json")) == [(1, {"a": 1}), (2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,6 @@ def test_gzip(tmp_path):
         ("", False),
     ],
 )
-@pytest.mark.parametrize("piece", [1, 1000])
-def test_json_lines_under_another_name(tmp_path, text, lines, piece, monkeypatch):
-    monkeypatch.setattr(json_stream, "_PIECE", piece)
+def test_json_lines_under_another_name(tmp_path, text, lines):
     (tmp_path / "rows.json").write_text(text, encoding="utf-8")
-    assert starts_with_line_of_object(tmp_path / "rows.json") == lines
+    assert json_files._holds_json_lines(tmp_path / "rows.json") == lines
