@@ -157,8 +157,8 @@ def test_check_finds_what_adding_would(target, message):
     assert str(raised.value).startswith(message)
 
 
-def test_check_passes_for_every_family(family):
-    config: Any = tiny_config(family)
+def test_check_passes_for_every_family(distinct_family):
+    config: Any = tiny_config(distinct_family)
     check_adapters(LoraSettings(), AutoConfig.for_model(**config.to_dict()))
 
 

@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from pivotune.errors import UsageError
 from pivotune.models import locating
-from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config, resolve_model
+from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.models.locating import resolve_model
 from pivotune.training.resilience.checksums import write_checksums
 
 TOKENS = torch.tensor([[0, 3, 4, 5, 1]])

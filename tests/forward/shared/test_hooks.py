@@ -275,7 +275,7 @@ def test_attention_dropout_is_applied_and_drawn_anew():
 def plain_llama(monkeypatch):
     """Llama as a family that was registered without a word about the shared forward."""
     monkeypatch.setitem(ARCHITECTURES, "llama", ArchitectureSpec())
-    branches._say_once.cache_clear()
+    branches._warn_once.cache_clear()
     return build_tiny_model("llama")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import VOCABULARY, build_tiny_model
 from torch import Tensor, nn
 
-from pivotune.kernels import cross_entropy, module_cross_entropy
+from pivotune.kernels import cross_entropy
 from pivotune.kernels.cross_entropy import cross_entropies, cross_entropy_sum, score_labels
 from pivotune.models.architecture import Architecture, find_architecture
 
@@ -66,7 +66,7 @@ HEADS = [with_hook, with_forward, quantized, saved_by_peft, with_adapter]
 @pytest.fixture(params=HEADS, ids=lambda make: make.__name__)
 def architecture(request, monkeypatch) -> Architecture:
     """With a soft-cap, in chunks of 3 rows; the route for linear layers must not be taken."""
-    monkeypatch.setattr(module_cross_entropy, "rows_per_chunk", lambda *_: 3)
+    monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda *_: 3)
     for name in ("linear_cross_entropies", "linear_cross_entropy_sum", "linear_label_scores"):
         monkeypatch.setattr(cross_entropy, name, None)
     return find_architecture(request.param(build_tiny_model("gemma2", tie_word_embeddings=False)))

@@ -9,8 +9,7 @@ import torch
 from conftest import VOCABULARY, build_tiny_model
 from peak_bytes import peak
 
-from pivotune.layers.profile import profile_layers
-from pivotune.layers.statistics import BlockSize, default_block, lens_statistics
+from pivotune.layers.profile import BlockSize, default_block, lens_statistics, profile_layers
 from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
 from pivotune.models.head import chunk_rows, plain_head
