@@ -70,16 +70,9 @@ def linear_cross_entropies(states: Tensor, head: LinearHead, labels: Tensor) -> 
 
 
 def linear_cross_entropy_sum(states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
-    """Return the sum of all rows' cross-entropies, with gradient to the states, the weight and the bias.
+    """Return the sum of `linear_cross_entropies`, with gradient to the states, the weight and the bias.
 
     The first backward pass hands the gradients over; a second one through the same loss is an error.
-
-    Args:
-        states: (N, width).
-        labels: token ids in [0, V), (N,).
-
-    Returns:
-        Scalar in nats, float32 (float64 for states in float64). Differentiable once.
     """
     operands = [tensor for tensor in (states, head.weight, head.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):

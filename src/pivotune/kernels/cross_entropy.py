@@ -90,8 +90,7 @@ def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor
     """Return the sum over N positions of -log softmax(logits)[label], with the model's soft-cap and logit scale.
 
     Args:
-        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
-        labels: token ids, (N,).
+        normed, labels: as for `cross_entropies`.
         frozen_head: the head takes part in the forward pass and gets no gradient (inner losses).
 
     Returns:
@@ -121,14 +120,7 @@ def _trained_head_sum(architecture: Architecture, normed: Tensor, labels: Tensor
 def score_labels(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
     """Return every label's log-probability in nats (N,), and whether greedy decoding would choose it (N,) bool.
 
-    No gradient.
-
-    Args:
-        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
-        labels: token ids, (N,).
-
-    Raises:
-        ValueError: states and labels do not match.
+    Arguments and errors as for `cross_entropies`. No gradient.
     """
     head = _linear_head(architecture, frozen=True)
     if head is None:

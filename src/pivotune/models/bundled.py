@@ -127,14 +127,31 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None:
+    """Convert beside `folder` under a lock and rename, so that half a folder is never seen."""
     from filelock import FileLock
     from safetensors import SafetensorError
 
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not _is_complete(folder):
-                _replace_folder(gguf_file, folder, source)
+            if _is_complete(folder):
+                return
+            _remove_leftovers(folder)
+            # Warning level is shown without any logging set up: the first use pauses for seconds.
+            logger.warning("Converting %s to %s (once, about ten seconds)", gguf_file.name, folder)
+            try:
+                temporary.mkdir()
+                convert_gguf(gguf_file, temporary)
+                sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+                manifest = {"conversion_version": CONVERSION_VERSION, "source": source, "files": sizes}
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                _flush(temporary)
+                if folder.exists():
+                    folder.rename(folder.with_name(f"{folder.name}.tmp-damaged"))
+                temporary.rename(folder)
+            finally:
+                _remove_leftovers(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{folder.parent}: the converted model cannot be written here ({error}); "
@@ -142,26 +159,9 @@ def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None
         ) from error
 
 
-def _replace_folder(gguf_file: Path, folder: Path, source: dict[str, str]) -> None:
-    """Convert beside `folder` and rename, so that half a folder is never seen. The caller holds the lock."""
+def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    # Warning level is shown without any logging set up: the first use pauses for seconds.
-    logger.warning("Converting %s to %s (once, about ten seconds)", gguf_file.name, folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        convert_gguf(gguf_file, temporary)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"conversion_version": CONVERSION_VERSION, "source": source, "files": sizes}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _flush(temporary)
-        if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.tmp-damaged"))
-        temporary.rename(folder)
-    finally:
-        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -55,22 +55,26 @@ def resolve_model(name: str) -> str:
     Raises:
         UsageError: unknown bundled name; a file; a folder without a model; neither a folder nor a possible Hub name.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if name.startswith(PREFIX):
         return str(bundled_model_folder(name))
     path = Path(name).expanduser()
     if name and path.is_dir():
         folder = _folder_in_run(path)
         _check_files(str(folder), _file_names(folder))
-        _check_shards(folder)
-        _check_sizes(folder)
+        _check_weights(folder)
         return str(folder)
     if path.is_file():
         raise UsageError(f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}")
-    if not _is_possible_hub_name(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
         raise UsageError(
             f"{name or '(empty model name)'}: no such folder; "
             f"allowed: a model folder, a run folder, a Hub name (owner/model), {OFFLINE_MODEL}"
-        )
+        ) from error
     return name
 
 
@@ -142,17 +146,6 @@ def _file_names(folder: Path) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir())
 
 
-def _is_possible_hub_name(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return bool(name)
-
-
 @lru_cache(maxsize=32)
 def _names_on_hub(name: str, revision: str | None) -> frozenset[str] | None:
     """Return the names of a Hub model's files, or None if the Hub is out of reach. One request for each process."""
@@ -199,21 +192,17 @@ def _check_files(location: str, names: frozenset[str]) -> None:
     raise UsageError(f"{location}: no weights; looked for {' or '.join(wanted)}")
 
 
-def _check_shards(folder: Path) -> None:
-    index = folder / _WEIGHTS[1]
-    if (folder / _WEIGHTS[0]).is_file() or not index.is_file():
-        return
-    shards = read_shards(index)
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
-
-
-def _check_sizes(folder: Path) -> None:
-    """Compare the weight files with the sizes that a run recorded; configuration and tokenizer may be edited."""
-    path = folder / CHECKSUMS
+def _check_weights(folder: Path) -> None:
+    """Check that no shard is missing, and the sizes that a run recorded; configuration and tokenizer may be edited."""
+    single, index = (folder / name for name in _WEIGHTS)
+    if index.is_file() and not single.is_file():
+        shards = read_shards(index)
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
     try:
-        sizes = {str(name): entry["size"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sizes = {str(name): entry["size"] for name, entry in recorded.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
     for entry in folder.glob("*.safetensors"):
