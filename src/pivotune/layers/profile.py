@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
+from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture, find_architecture, unwrap_model
 from pivotune.models.head import chunk_rows, frozen_norm, logit_blocks, plain_head
 from pivotune.models.taps import evaluation_mode, tap
-
-# Maps raw states `h_k` (..., D) of a layer k to the states that the final norm and the head read.
-Lens = Callable[[Tensor, int], Tensor]
 
 
 class BlockSize(NamedTuple):
