@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
-from pivotune.layers.profile import LayerProfile, Lens, profile_layers
+from pivotune.layers.profile import LayerProfile, profile_layers
 from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_layers
 from pivotune.lenses.base import Lens
 
