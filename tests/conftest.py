@@ -128,8 +128,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Property tests draw the same examples each time and may take as long as the machine needs; `pytest
     --hypothesis-profile=default` draws others."""
     if not hasattr(config, "workerinput"):
-        # Ahead of xdist's workers: where matplotlib makes its list of fonts for the first time and takes long, it says so,
-        # in the middle of what a test expects to read.
+        # Before xdist's workers start: matplotlib builds its list of fonts on first use and prints a notice about it, which
+        # would stand in the output that a test compares.
         import matplotlib.font_manager  # noqa: F401
     from hypothesis import HealthCheck, settings
 

@@ -1,4 +1,4 @@
-"""What must hold for every family, whatever the losses are made of."""
+"""Invariants of the losses for every architecture and every signal."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_accumulation_window_is_one_step_however_it_is_cut(distinct_family, supe
 
 
 def test_micro_batches_divided_by_their_own_counts_are_another_step(supervision):
-    """What the window test would not notice if all rows were alike."""
+    """The window test would miss this if all rows were alike."""
     model = build_tiny_model()
     _, expected = window_gradients(model, supervision, 8)
     model.zero_grad()

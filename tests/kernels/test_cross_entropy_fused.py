@@ -1,4 +1,4 @@
-"""When Liger's fused loss is chosen, and what it is given; the kernel itself needs CUDA and Triton."""
+"""The choice of Liger's fused loss and its arguments; the kernel itself needs CUDA and Triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pivotune.models.architecture import find_architecture
 
 
 class FakeLoss:
-    """Takes what Liger's class takes, and computes the same."""
+    """Takes the arguments of Liger's class and computes the same."""
 
     made_with: dict | None = None
 
@@ -43,7 +43,7 @@ def liger(monkeypatch):
 
 
 def states_like(device="cuda", dtype=torch.float32, rows=3) -> SimpleNamespace:
-    """What the choice reads of a tensor: there need not be a GPU."""
+    """The attributes of a tensor that the choice reads, so that no GPU is needed."""
 
     class Rows(SimpleNamespace):
         def __len__(self):

@@ -1,4 +1,4 @@
-"""Heads that are no plain linear layer are called as they are, a chunk at a time."""
+"""Heads other than plain linear layers are called as modules, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 7
 
 
 class RoundedLinear(nn.Linear):
-    """Like a quantized layer: a subclass that computes with other numbers than its weight says."""
+    """Like a quantized layer: a subclass that computes with other numbers than those of its weight."""
 
     def forward(self, states: Tensor) -> Tensor:
         return F.linear(states, self.weight + ((32 * self.weight).round() / 32 - self.weight).detach())
@@ -99,7 +99,7 @@ def test_frozen_head(architecture):
 
 
 def test_trained_head(architecture):
-    """Whatever it trains gets its gradient: the weight, the saved copy or the adapters."""
+    """All its trained parameters get their gradients: the weight, the saved copy or the adapters."""
     states, labels = problem()
     parameters = trained(architecture)
     expected = torch.autograd.grad(0.37 * naive(architecture, states, labels).sum(), [states, *parameters.values()])

@@ -1,4 +1,4 @@
-"""`layers.json`: round trip, atomic writing, and what is refused."""
+"""`layers.json`: round trip, atomic writing, and refused files."""
 
 from __future__ import annotations
 

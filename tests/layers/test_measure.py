@@ -140,7 +140,7 @@ class TestEnglishLookingTokens:
         for token, index in vocabulary.items():
             if "\ufffd" in tokenizer.convert_tokens_to_string([token]):
                 assert not english[index]
-        assert not english[vocabulary["English"]]  # added by hand, not what the model learnt
+        assert not english[vocabulary["English"]]  # added by hand, not learnt by the model
 
     @pytest.mark.parametrize(
         ("text", "expected"),

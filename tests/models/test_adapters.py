@@ -127,7 +127,7 @@ def test_model_with_adapters_is_refused():
 
 
 def test_check_needs_no_weights(monkeypatch):
-    """What is found is found on `meta` tensors, and nothing else is made."""
+    """All tensors are on the `meta` device."""
     made: list[torch.device] = []
     from_config = AutoModelForCausalLM.from_config
 

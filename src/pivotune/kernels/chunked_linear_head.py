@@ -6,7 +6,7 @@ no tensor of N times the vocabulary ever exists. This takes 2 matrix products fo
 none of them in the backward pass.
 
 Products run in the dtype of the states, or in autocast's; logits become float32 before the soft-cap and the softmax
-(float64 stays float64). This is what `F.linear` and `F.cross_entropy` of `logits.float()` compute, up to rounding.
+(float64 stays float64). `F.linear` and `F.cross_entropy` of `logits.float()` give the same, up to rounding.
 
 Letters: N rows, V vocabulary, R rows of one chunk.
 """
@@ -46,7 +46,7 @@ class LinearHead:
 
 
 class LabelScores(NamedTuple):
-    """Per row: log-probability of the label in nats (N,), and whether it is the most probable token (N,) bool."""
+    """Per row: log-probability of the label in nats (N,), and True for a label that is the most probable token (N,)."""
 
     log_probabilities: Tensor
     greedy: Tensor
@@ -83,7 +83,7 @@ def linear_cross_entropy_sum(states: Tensor, head: LinearHead, labels: Tensor) -
 
 
 def linear_label_scores(states: Tensor, head: LinearHead, labels: Tensor) -> LabelScores:
-    """Return the log-probability of every row's label, and whether greedy decoding would choose it. No gradient."""
+    """Return the log-probability of every row's label, and the labels that greedy decoding would choose. No gradient."""
     outputs = losses_and_gradients(states, head, labels, Wanted(greedy=True))
     assert outputs.greedy is not None
     return LabelScores(-outputs.losses, outputs.greedy)
@@ -165,7 +165,7 @@ class Wanted(NamedTuple):
 
 @dataclass
 class HeadOutputs:
-    """Losses (N,), the gradients of their sum, and whether each label is the greedy choice (N,)."""
+    """Losses (N,), the gradients of their sum, and True for labels that are the greedy choice (N,)."""
 
     losses: Tensor
     states: Tensor | None

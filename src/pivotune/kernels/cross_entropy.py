@@ -10,7 +10,7 @@ through the head:
   memory, and for a trained head more time: its projection is computed twice.
 
 Under ZeRO-3 each of them runs in place of the head's own forward, inside which its weights are gathered. That is one
-gather for each loss, whatever the number of rows, because all ranks must gather equally often.
+gather for each loss, for any number of rows, because all ranks must gather equally often.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _trained_head_sum(architecture: Architecture, normed: Tensor, labels: Tensor
 
 @_with_gathered_head
 def score_labels(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
-    """Return every label's log-probability in nats (N,), and whether greedy decoding would choose it (N,) bool.
+    """Return every label's log-probability in nats (N,), and True for labels that greedy decoding would choose (N,).
 
     Arguments and errors as for `cross_entropies`. No gradient.
     """

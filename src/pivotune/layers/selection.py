@@ -86,8 +86,8 @@ class LayerSelection:
 def select_layers(entropy: Sequence[float]) -> LayerSelection:
     """Choose the conversion layer i and the thinking layer j from the mean entropies H_0..H_L (nats).
 
-    The paper's definition (section "Critical layers"): the entropy falls twice; i is where the first fall ends, j
-    where the second begins. The rule for L layers and range R = max H - min H:
+    The paper's definition (section "Critical layers"): the entropy falls twice; i is the end of the first fall, j the
+    start of the second. The rule for L layers and range R = max H - min H:
 
     1. Layers 2..L-1 are replaced by the median of themselves and their two neighbours, so that a spike or dip of one
        layer is no fall. Layers 0 and 1 stay as measured, because the first fall may be over at layer 2.
@@ -99,7 +99,7 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
        to where the fall began when the next one begins, or at the output); and the curve rises in all by no more
        than `LARGEST_RISE` of the two drops.
 
-    Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason says what was found.
+    Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason names the falls.
     Multiplying a curve with R >= 1 nat by a factor >= 1, or adding a constant, does not change the choice.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attention written out against torch's own."""
+"""Chunked eager attention against torch's own."""
 
 from __future__ import annotations
 
