@@ -348,8 +348,8 @@ def test_check_finds_what_cannot_share():
 
 def test_replay_rows_alone_have_no_branch():
     batch = make_batch(8)
-    replay = {name: tensor[batch["is_english"]] for name, tensor in batch.items()}
-    assert len(replay["labels"]) == len([example for example in make_examples(8) if example.english]) > 0
+    replay = {name: tensor[batch["english_answer"]] for name, tensor in batch.items()}
+    assert len(replay["labels"]) == len([example for example in make_examples(8) if example.english_answer]) > 0
     passes = shared_passes(build_tiny_model(), replay, REQUEST)
     assert passes.branches == {}
     assert passes.main.final is not None
