@@ -33,9 +33,8 @@ from benchmarks.common import (
     run_program,
     time_row,
 )
-from pivotune.kernels.chunked_linear_head import LinearHead
-from pivotune.kernels.fused_cross_entropy import fused_cross_entropy_sum
-from pivotune.kernels.linear_cross_entropy import linear_cross_entropies, linear_cross_entropy_sum
+from pivotune.kernels.chunked_linear_head import LinearHead, linear_cross_entropies, linear_cross_entropy_sum
+from pivotune.kernels.cross_entropy import fused_cross_entropy_sum
 
 Loss = Callable[[Tensor, LinearHead, Tensor], Tensor]
 

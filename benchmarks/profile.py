@@ -30,8 +30,7 @@ from benchmarks.common import (
     time_row,
 )
 from pivotune.errors import UsageError
-from pivotune.layers.profile import profile_layers
-from pivotune.layers.statistics import lens_statistics
+from pivotune.layers.profile import lens_statistics, profile_layers
 from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap

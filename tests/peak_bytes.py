@@ -1,4 +1,4 @@
-"""Peak memory of tensors, counted: what a process keeps of freed memory depends on all that ran in it before."""
+"""Count the peak memory of tensors. A process's own memory depends on everything that ran in it before."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak(run: Callable[[], None]) -> int:
-    """When garbage is collected depends on what ran before: not inside."""
+    """Return the peak bytes of `run`, without garbage collection, whose timing depends on earlier tests."""
     gc.collect()
     gc.disable()
     try:

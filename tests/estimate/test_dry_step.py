@@ -51,11 +51,11 @@ def saved_bytes(model: nn.Module, supervision: SupervisionConfig) -> int:
     return sum(kept.values())
 
 
-def test_every_family_runs_dry(family):
+def test_every_family_runs_dry(distinct_family):
     """Forward and backward, and at least what a real forward pass keeps for its backward is counted."""
-    timeline = dry_step(meta(family), batch(), LOGITS, settings())
-    model = build_tiny_model(family)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not _is_unused(p, model, family))
+    timeline = dry_step(meta(distinct_family), batch(), LOGITS, settings())
+    model = build_tiny_model(distinct_family)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not _is_unused(p, model, distinct_family))
     kept = saved_bytes(model, LOGITS)
     activations = timeline.peak(gradients=0)
     assert kept < activations < 1.5 * kept + 0.3e6

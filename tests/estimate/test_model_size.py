@@ -16,9 +16,9 @@ def sizes(folder, family="llama", *, optimizer="adamw_torch", **changes):
     return measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
 
 
-def test_parameters_are_those_of_the_model(family, tmp_path):
-    model = build_tiny_model(family)
-    size = sizes(tmp_path, family)
+def test_parameters_are_those_of_the_model(distinct_family, tmp_path):
+    model = build_tiny_model(distinct_family)
+    size = sizes(tmp_path, distinct_family)
     assert size.total == size.trained == sum(parameter.numel() for parameter in model.parameters())
     assert size.trained_bytes == 4 * size.total
     assert size.num_layers == 4

@@ -47,10 +47,10 @@ def harness_scores(tokenizer, model, requests) -> list[tuple[float, bool]]:
     return lm.loglikelihood(instances, disable_tqdm=True)
 
 
-def test_likelihoods_equal_the_harness_in_every_family(tokenizer, family):
-    ours = engine(tokenizer, family)
+def test_likelihoods_equal_the_harness_in_every_family(tokenizer, distinct_family):
+    ours = engine(tokenizer, distinct_family)
     requests = likelihoods()
-    expected = harness_scores(tokenizer, build_tiny_model(family).eval(), requests)
+    expected = harness_scores(tokenizer, build_tiny_model(distinct_family).eval(), requests)
     for answer, (logprob, _) in zip(answers(ours, requests), expected, strict=True):
         assert isinstance(answer, LogProbability)
         assert answer.logprob == pytest.approx(logprob, rel=1e-5)

@@ -32,8 +32,8 @@ def naive_states(model, ids, first=1):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_pooled_states_are_the_means_of_the_models_own(family, batch_size):
-    model = build_tiny_model(family)
+def test_pooled_states_are_the_means_of_the_models_own(distinct_family, batch_size):
+    model = build_tiny_model(distinct_family)
     pooled = pooled_states(model, IDS, batch_size=batch_size)
     expected = torch.stack([naive_states(model, ids) for ids in IDS])
     assert pooled.shape == (len(IDS), NUM_LAYERS + 1, expected.shape[-1])

@@ -65,8 +65,8 @@ def assert_equal_states(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_branch_states_equal_full_passes_of_single_rows(family):
-    model = build_tiny_model(family)
+def test_branch_states_equal_full_passes_of_single_rows(distinct_family):
+    model = build_tiny_model(distinct_family)
     passes = separate_passes(model, make_batch(4), REQUEST)
     for name, (layer, side) in REQUEST.branches.items():
         states, labels = [], []
@@ -81,8 +81,8 @@ def test_branch_states_equal_full_passes_of_single_rows(family):
         assert_equal_states(passes.branches[name].hidden_states, torch.cat(states))
 
 
-def test_main_and_english_states_equal_full_passes_of_single_rows(family):
-    model = build_tiny_model(family)
+def test_main_and_english_states_equal_full_passes_of_single_rows(distinct_family):
+    model = build_tiny_model(distinct_family)
     batch = make_batch(4)
     passes = separate_passes(model, batch, REQUEST)
     assert set(passes.main.hidden_states) == {1, 3}
@@ -98,9 +98,9 @@ def test_main_and_english_states_equal_full_passes_of_single_rows(family):
     assert all(states.isfinite().all() for states in passes.english.hidden_states.values())
 
 
-def test_final_states_are_the_normed_top(family):
+def test_final_states_are_the_normed_top(distinct_family):
     """Of the main pass always, of the English pass where the top layer is asked for."""
-    model = build_tiny_model(family)
+    model = build_tiny_model(distinct_family)
     batch = make_batch(2)
     passes = separate_passes(model, batch, REQUEST)
     with torch.no_grad():
@@ -110,8 +110,8 @@ def test_final_states_are_the_normed_top(family):
     assert_equal_states(passes.english.final, norm(passes.english.hidden_states[NUM_LAYERS]))
 
 
-def test_model_is_as_before(family):
-    model = build_tiny_model(family)
+def test_model_is_as_before(distinct_family):
+    model = build_tiny_model(distinct_family)
     before = hook_count(model)
     blocks = find_architecture(model).blocks
     separate_passes(model, make_batch(4), REQUEST)

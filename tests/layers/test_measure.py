@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import pytest
 import torch
-from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer
+from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from tiny_batches import hook_count
 from tiny_training import make_pairs
 
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
-from pivotune.layers.measure import analyze_layers, num_sequences
+from pivotune.layers.measure import analyze_layers, english_looking_tokens, num_sequences
 from pivotune.layers.selection import select_layers
 from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
@@ -93,9 +96,97 @@ def test_progress_goes_through_both_languages():
     assert done[-1] == num_sequences(PAIRS)
 
 
+def test_both_languages_are_read_through_the_lens():
+    """This one maps all states to zero: the head gives a uniform distribution."""
+    model = build_tiny_model()
+    plain = analyze_layers(model, build_tiny_tokenizer(), PAIRS)
+    through = analyze_layers(model, build_tiny_tokenizer(), PAIRS, lens=lambda states, layer: 0.0 * states)
+    for side in ("target", "english"):
+        assert through[side]["entropy"][:-1] == pytest.approx([math.log(VOCABULARY)] * NUM_LAYERS)
+        assert through[side]["entropy"][-1] == plain[side]["entropy"][-1]
+
+
 def test_model_is_left_as_it_was():
     model = build_tiny_model().train()
     analyze_layers(model, build_tiny_tokenizer(), PAIRS)
     assert model.training
     assert hook_count(model) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TestEnglishLookingTokens:
+    greek = ("Ποιο είναι το νόμισμα της Ελλάδας;", "Το ευρώ (EUR).")
+
+    def test_byte_level_tokens_are_decoded_one_by_one(self):
+        tokenizer = build_tiny_tokenizer()
+        english, reason = english_looking_tokens(tokenizer, self.greek)
+        assert english is not None
+        assert english.dtype == torch.bool
+        assert len(english) == len(tokenizer)
+        marked = {tokenizer.decode([index]) for index in english.nonzero().flatten().tolist()}
+        assert {" number", "umber", "ks"} & marked
+        assert any(text.startswith(" ") for text in marked)
+        assert all(sum(c.isascii() and c.isalpha() for c in text) >= 2 for text in marked)
+        assert f"{len(marked)} tokens" in reason
+        assert not english[tokenizer.all_special_ids].any()
+
+    def test_tokens_of_bytes_of_other_scripts_are_not_english(self):
+        """In a byte-level vocabulary "Îij" is two bytes of a Greek letter and looks like letters."""
+        tokenizer = build_tiny_tokenizer()
+        tokenizer.add_tokens(["English"])
+        english, _ = english_looking_tokens(tokenizer, self.greek)
+        assert english is not None
+        vocabulary = tokenizer.get_vocab()
+        for token, index in vocabulary.items():
+            if "\ufffd" in tokenizer.convert_tokens_to_string([token]):
+                assert not english[index]
+        assert not english[vocabulary["English"]]  # added by hand, not learnt by the model
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("the", True), (" the", True), ("e1", False), ("it's", True), ("né", False), ("中文ab", False), ("ab�", False),
+         ("नab", False), ("12", False), ("ab“", True), ("", False)],
+    )  # fmt: skip
+    def test_what_looks_english(self, text, expected):
+        assert self.marks(text) is expected
+
+    def marks(self, text):
+        class OneToken:
+            added_tokens_decoder: ClassVar = {}
+            all_special_ids: ClassVar = [0]
+
+            def get_vocab(self):
+                return {"<s>": 0, "token": 1}
+
+            def convert_tokens_to_string(self, tokens):
+                return text if tokens == ["token"] else "special"
+
+        english, _ = english_looking_tokens(OneToken(), TestEnglishLookingTokens.greek)
+        assert english is not None
+        assert not english[0]
+        return bool(english[1])
+
+    def test_ids_may_have_holes(self):
+        tokenizer = build_tiny_tokenizer()
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.get_vocab = lambda: {token: 2 * index for token, index in vocabulary.items()}
+        english, _ = english_looking_tokens(tokenizer, self.greek)
+        assert english is not None
+        assert len(english) == 2 * max(vocabulary.values()) + 1
+
+    @pytest.mark.parametrize("text", ["Đồng tiền của Việt Nam là gì?", "Namba ni ipi?", "Währung", "Euro ευρώ euro"])
+    def test_latin_script_cannot_be_told(self, text):
+        english, reason = english_looking_tokens(build_tiny_tokenizer(), [text])
+        assert english is None
+        assert "Latin" in reason
+
+    @pytest.mark.parametrize("text", ["中国的货币是什么？RMB", "ما هي عملة مصر؟", "भारत की मुद्रा", "Валюта (RUB)"])
+    def test_other_scripts_can(self, text):
+        english, reason = english_looking_tokens(build_tiny_tokenizer(), [text])
+        assert english is not None
+        assert "not Latin" in reason
+
+    def test_texts_without_letters(self):
+        english, reason = english_looking_tokens(build_tiny_tokenizer(), ["12 + 3", ""])
+        assert english is None
+        assert "no letters" in reason

@@ -1,19 +1,17 @@
-"""The streamed profile against a naive one that keeps everything, on every family."""
+"""The streamed profile against a naive one that keeps everything, on every architecture."""
 
 from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import ClassVar
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
+from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pivotune.errors import UsageError
-from pivotune.layers.profile import english_looking_tokens, profile_layers
-from pivotune.layers.statistics import BlockSize
+from pivotune.layers.profile import BlockSize, profile_layers
 from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
@@ -55,8 +53,8 @@ def naive_profile(model, data):
 
 
 @pytest.mark.parametrize("block", [BlockSize(7, 100), BlockSize(4, VOCABULARY), None])
-def test_equals_the_naive_profile(family, block):
-    model = build_tiny_model(family)
+def test_equals_the_naive_profile(distinct_family, block):
+    model = build_tiny_model(distinct_family)
     entropy, agreement, share, sequences = naive_profile(model, batches())
     profile = profile_layers(model, batches(), english_tokens=ENGLISH, block=block)
     assert profile.num_layers == NUM_LAYERS
@@ -242,79 +240,38 @@ def test_wrapped_model_gives_the_same_profile():
     assert profile_layers(wrapped, batches()).entropy == pytest.approx(expected.entropy, rel=1e-6)
 
 
-class TestEnglishLookingTokens:
-    greek = ("Ποιο είναι το νόμισμα της Ελλάδας;", "Το ευρώ (EUR).")
+class ToyLens:
+    """Doubles the states of a layer and adds its number; remembers the calls."""
 
-    def test_byte_level_tokens_are_decoded_one_by_one(self):
-        tokenizer = build_tiny_tokenizer()
-        english, reason = english_looking_tokens(tokenizer, self.greek)
-        assert english is not None
-        assert english.dtype == torch.bool
-        assert len(english) == len(tokenizer)
-        marked = {tokenizer.decode([index]) for index in english.nonzero().flatten().tolist()}
-        assert {" number", "umber", "ks"} & marked
-        assert any(text.startswith(" ") for text in marked)
-        assert all(sum(c.isascii() and c.isalpha() for c in text) >= 2 for text in marked)
-        assert f"{len(marked)} tokens" in reason
-        assert not english[tokenizer.all_special_ids].any()
+    def __init__(self) -> None:
+        self.layers: list[int] = []
 
-    def test_tokens_of_bytes_of_other_scripts_are_not_english(self):
-        """In a byte-level vocabulary "Îij" is two bytes of a Greek letter and looks like letters."""
-        tokenizer = build_tiny_tokenizer()
-        tokenizer.add_tokens(["English"])
-        english, _ = english_looking_tokens(tokenizer, self.greek)
-        assert english is not None
-        vocabulary = tokenizer.get_vocab()
-        for token, index in vocabulary.items():
-            if "\ufffd" in tokenizer.convert_tokens_to_string([token]):
-                assert not english[index]
-        assert not english[vocabulary["English"]]  # added by hand, not what the model learnt
+    def __call__(self, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+        self.layers.append(layer)
+        return 2 * hidden_states + layer
 
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [("the", True), (" the", True), ("e1", False), ("it's", True), ("né", False), ("中文ab", False), ("ab�", False),
-         ("नab", False), ("12", False), ("ab“", True), ("", False)],
-    )  # fmt: skip
-    def test_what_looks_english(self, text, expected):
-        assert self.marks(text) is expected
 
-    def marks(self, text):
-        class OneToken:
-            added_tokens_decoder: ClassVar = {}
-            all_special_ids: ClassVar = [0]
+def test_a_lens_transforms_raw_states_below_the_output():
+    model, lens = build_tiny_model(), ToyLens()
+    profile = profile_layers(model, batches(), lens=lens)
+    assert lens.layers == 2 * list(range(NUM_LAYERS))
+    architecture = find_architecture(model)
+    entropy = []
+    for batch in batches():
+        with torch.no_grad(), tap(architecture, range(NUM_LAYERS + 1)) as taps:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        counted = batch["token_mask"] & batch["attention_mask"].bool()
+        states = torch.stack([taps.hidden_states[layer][counted] for layer in range(NUM_LAYERS + 1)])
+        states[:-1] = 2 * states[:-1] + torch.arange(NUM_LAYERS)[:, None, None]
+        p = lens_logits(architecture, states).double().softmax(-1)
+        entropy.append(torch.special.entr(p).sum(-1))
+    expected = torch.cat(entropy, dim=1).mean(1)
+    plain = profile_layers(model, batches())
+    assert profile.entropy == pytest.approx(expected.tolist(), rel=2e-6)
+    assert (profile.entropy[-1], profile.agreement[-1]) == (plain.entropy[-1], 1.0)
+    assert all(abs(one - other) > 1e-3 for one, other in zip(profile.entropy[1:-1], plain.entropy[1:-1], strict=True))
 
-            def get_vocab(self):
-                return {"<s>": 0, "token": 1}
 
-            def convert_tokens_to_string(self, tokens):
-                return text if tokens == ["token"] else "special"
-
-        english, _ = english_looking_tokens(OneToken(), TestEnglishLookingTokens.greek)
-        assert english is not None
-        assert not english[0]
-        return bool(english[1])
-
-    def test_ids_may_have_holes(self):
-        tokenizer = build_tiny_tokenizer()
-        vocabulary = tokenizer.get_vocab()
-        tokenizer.get_vocab = lambda: {token: 2 * index for token, index in vocabulary.items()}
-        english, _ = english_looking_tokens(tokenizer, self.greek)
-        assert english is not None
-        assert len(english) == 2 * max(vocabulary.values()) + 1
-
-    @pytest.mark.parametrize("text", ["Đồng tiền của Việt Nam là gì?", "Namba ni ipi?", "Währung", "Euro ευρώ euro"])
-    def test_latin_script_cannot_be_told(self, text):
-        english, reason = english_looking_tokens(build_tiny_tokenizer(), [text])
-        assert english is None
-        assert "Latin" in reason
-
-    @pytest.mark.parametrize("text", ["中国的货币是什么？RMB", "ما هي عملة مصر؟", "भारत की मुद्रा", "Валюта (RUB)"])
-    def test_other_scripts_can(self, text):
-        english, reason = english_looking_tokens(build_tiny_tokenizer(), [text])
-        assert english is not None
-        assert "not Latin" in reason
-
-    def test_texts_without_letters(self):
-        english, reason = english_looking_tokens(build_tiny_tokenizer(), ["12 + 3", ""])
-        assert english is None
-        assert "no letters" in reason
+def test_the_identity_is_the_logit_lens():
+    model = build_tiny_model()
+    assert profile_layers(model, batches(), lens=lambda states, layer: states) == profile_layers(model, batches())

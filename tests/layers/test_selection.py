@@ -1,4 +1,4 @@
-"""Selection of the critical layers on curves of known shape."""
+"""LayerSelection of the critical layers on curves of known shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pivotune.errors import UsageError
-from pivotune.layers.selection import Fall, Selection, relative_depth, resolve_layers, select_layers
+from pivotune.layers.selection import Fall, LayerSelection, relative_depth, resolve_layers, select_layers
 
 
 def two_falls(num_layers=32, conversion=2, thinking=15, *, end=None, slope=0.02, levels=(10.2, 7.5, 2.5)):
@@ -257,7 +257,7 @@ def test_too_few_layers_are_refused(num_layers):
 
 
 def test_to_dict_is_plain():
-    assert Selection(
+    assert LayerSelection(
         conversion=2, thinking=15, method="entropy-falls", reason="why", falls=(Fall(0, 2, 2.5),)
     ).to_dict() == {
         "conversion": 2,
@@ -269,7 +269,7 @@ def test_to_dict_is_plain():
 
 
 class TestResolve:
-    read = Selection(conversion=3, thinking=20, method="entropy-falls", reason="two falls")
+    read = LayerSelection(conversion=3, thinking=20, method="entropy-falls", reason="two falls")
 
     def test_auto_is_the_selection(self):
         assert resolve_layers("auto", "auto", 30, self.read) is self.read
@@ -317,13 +317,13 @@ class TestResolve:
         assert layers.reason.endswith("two falls")
 
     def test_automatic_thinking_too_low_goes_to_relative_depth(self):
-        low = Selection(conversion=1, thinking=4, method="entropy-falls", reason="two falls")
+        low = LayerSelection(conversion=1, thinking=4, method="entropy-falls", reason="two falls")
         layers = resolve_layers(5, "auto", 30, low)
         assert (layers.conversion, layers.thinking) == (5, 14)
         assert "relative depth gave 14" in layers.reason
 
     def test_the_neighbour_is_the_nearest_layer(self):
-        high = Selection(conversion=10, thinking=40, method="entropy-falls", reason="two falls")
+        high = LayerSelection(conversion=10, thinking=40, method="entropy-falls", reason="two falls")
         layers = resolve_layers("auto", 4, 80, high)
         assert (layers.conversion, layers.thinking) == (3, 4)
 
@@ -340,8 +340,5 @@ class TestResolve:
 
 
 def test_no_torch_is_imported():
-    code = (
-        "import sys, pivotune.layers.selection, pivotune.layers.analysis, pivotune.report.plots; "
-        "sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, pivotune.layers.selection, pivotune.report.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

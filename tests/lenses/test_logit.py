@@ -82,8 +82,8 @@ def _hook_count(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_hooks_and_truncation_are_gone_after_an_exception(family):
-    model = build_tiny_model(family)
+def test_hooks_and_truncation_are_gone_after_an_exception(distinct_family):
+    model = build_tiny_model(distinct_family)
     architecture = find_architecture(model)
     before = _hook_count(model)
     with pytest.raises(RuntimeError, match="stop"), truncated(architecture, 1), tap(architecture, [0, 1]):  # noqa: PT012
@@ -94,8 +94,8 @@ def test_hooks_and_truncation_are_gone_after_an_exception(family):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_tap_under_activation_checkpointing_keeps_gradients(family, use_reentrant):
-    model = build_tiny_model(family).train()
+def test_tap_under_activation_checkpointing_keeps_gradients(distinct_family, use_reentrant):
+    model = build_tiny_model(distinct_family).train()
     architecture = find_architecture(model)
 
     def gradient() -> torch.Tensor:

@@ -127,7 +127,7 @@ def test_model_with_adapters_is_refused():
 
 
 def test_check_needs_no_weights(monkeypatch):
-    """What is found is found on `meta` tensors, and nothing else is made."""
+    """All tensors are on the `meta` device."""
     made: list[torch.device] = []
     from_config = AutoModelForCausalLM.from_config
 
@@ -157,8 +157,8 @@ def test_check_finds_what_adding_would(target, message):
     assert str(raised.value).startswith(message)
 
 
-def test_check_passes_for_every_family(family):
-    config: Any = tiny_config(family)
+def test_check_passes_for_every_family(distinct_family):
+    config: Any = tiny_config(distinct_family)
     check_adapters(LoraSettings(), AutoConfig.for_model(**config.to_dict()))
 
 

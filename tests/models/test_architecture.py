@@ -17,12 +17,12 @@ def test_parts_of_every_family(family):
     assert found.vocab_size == model.get_output_embeddings().weight.shape[0]
 
 
-def test_wrapped_models_are_unwrapped(family):
+def test_wrapped_models_are_unwrapped(distinct_family):
     from peft import LoraConfig, get_peft_model
 
-    model = build_tiny_model(family)
+    model = build_tiny_model(distinct_family)
     blocks = find_architecture(model).blocks
-    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", fan_in_fan_out=family == "gpt2"))
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", fan_in_fan_out=distinct_family == "gpt2"))
     assert find_architecture(wrapped).blocks is blocks
     assert find_architecture(torch.nn.DataParallel(wrapped)).blocks is blocks
 

@@ -302,7 +302,7 @@ def start_python(code: str, **environment: str) -> subprocess.Popen[str]:
 def test_killed_conversion_leaves_nothing_that_counts(package: Path, tmp_path: Path) -> None:
     # Stops where everything is written and only the rename is left.
     code = (
-        "import time; from pivotune.model import bundled\n"
+        "import time; from pivotune.models import bundled\n"
         "bundled._flush = lambda folder: (print('written', flush=True), time.sleep(600))\n"
         f"bundled.bundled_model_folder('{NAME}')"
     )

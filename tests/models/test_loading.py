@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from pivotune.errors import UsageError
 from pivotune.models import locating
-from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config, resolve_model
+from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.models.locating import resolve_model
 from pivotune.training.resilience.checksums import write_checksums
 
 TOKENS = torch.tensor([[0, 3, 4, 5, 1]])
@@ -103,7 +104,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- what works ----------------------------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------------------------
 
 
 def test_folder_loads_with_the_stored_weights(folder: Path) -> None:
@@ -452,7 +453,7 @@ def test_four_bits_need_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_of_a_run_that_were_cut_short_are_refused(tmp_path):
-    """By their size alone, which costs nothing; what a user may edit is not looked at."""
+    """By their size alone, which costs nothing; files that a user may edit are not checked."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):

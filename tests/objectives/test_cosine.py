@@ -111,9 +111,9 @@ def naive_feature(model, english_model, name: str, english_layer: int | str, det
 
 
 @pytest.mark.parametrize("english_norm", ["final", "raw"])
-def test_layers_that_are_compared(family, english_norm):
+def test_layers_that_are_compared(distinct_family, english_norm):
     """Conversion: both sides at layer i. Thinking: the target at j, English at the top, normed or raw."""
-    model = build_tiny_model(family)
+    model = build_tiny_model(distinct_family)
     terms = deep_supervision_terms(model, make_batch(4), supervision(english_norm=english_norm))
     english_layers = {
         "conversion": LAYERS["conversion"],

@@ -65,8 +65,8 @@ def freeze_readout(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("norm", ["final", "none"])
-def test_autoregressive_loss_equals_a_naive_loop_over_tokens(family, norm):
-    model = build_tiny_model(family)
+def test_autoregressive_loss_equals_a_naive_loop_over_tokens(distinct_family, norm):
+    model = build_tiny_model(distinct_family)
     terms = deep_supervision_terms(model, make_batch(4), supervision(logits_norm=norm))
     for name in LAYERS:
         with torch.no_grad():
@@ -106,8 +106,8 @@ def naive_positional(model: nn.Module, name: str, norm: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("norm", ["final", "none"])
-def test_positional_loss_equals_naive_indexing(family, norm):
-    model = build_tiny_model(family)
+def test_positional_loss_equals_naive_indexing(distinct_family, norm):
+    model = build_tiny_model(distinct_family)
     terms = deep_supervision_terms(model, make_batch(4), supervision(logits_mode="positional", logits_norm=norm))
     for name in LAYERS:
         with torch.no_grad():

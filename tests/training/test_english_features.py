@@ -68,8 +68,8 @@ class Calls:
 # ---- the same as a model that runs along ----
 
 
-def test_terms_and_gradients_equal_those_of_the_live_model(family, tmp_path):
-    start, model = build_tiny_model(family), build_tiny_model(family, seed=1)
+def test_terms_and_gradients_equal_those_of_the_live_model(distinct_family, tmp_path):
+    start, model = build_tiny_model(distinct_family), build_tiny_model(distinct_family, seed=1)
     batch = batch_of(prepare(start, tmp_path / "f.safetensors"))
     kept = deep_supervision_terms(model, batch, FROZEN)
     live = deep_supervision_terms(model, collate(EXAMPLES), FROZEN, reference=start)

@@ -44,7 +44,7 @@ def analyze(
     pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
     _check_writable(out)
     analysis = _measure(model, pairs, tokenizer, language, batch_size, tokens_per_row or None)
-    from pivotune.layers.analysis import write_layers_json
+    from pivotune.layers.selection import write_layers_json
     from pivotune.report.plots import plot_entropy
 
     write_layers_json(out, analysis)

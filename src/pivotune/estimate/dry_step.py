@@ -23,7 +23,7 @@ from pivotune.config.settings import SupervisionConfig
 from pivotune.estimate.allocations import AllocationLog, Timeline
 from pivotune.forward.passes import Forward, choose_passes
 from pivotune.models.architecture import find_architecture
-from pivotune.models.device_kind import assumed_device_kind
+from pivotune.models.sharding import assumed_device_kind
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 

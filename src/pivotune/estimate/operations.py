@@ -65,7 +65,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
 
     Args:
         whole_squares: attention multiplies all pairs and computes its weights again in the backward pass, as
-            `written_attention` does; otherwise half of them, as fused kernels do.
+            `eager_chunked_attention` does; otherwise half of them, as fused kernels do.
     """
     architecture = find_architecture(model)
     frozen, trained = _matrices(architecture)

@@ -28,7 +28,8 @@ from pivotune.evaluation.scoring import (
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.evaluation.tasks.base import Task
 from pivotune.models.adapters import merge_adapters
-from pivotune.models.loading import load_model, resolve_model
+from pivotune.models.loading import load_model
+from pivotune.models.locating import resolve_model
 from pivotune.results.files import check_target, write_results
 from pivotune.results.metrics import Metric
 from pivotune.training.heldout import end_token_ids

@@ -1,16 +1,16 @@
 """The forward passes that deep supervision needs, in two ways that give the same states.
 
-`shared_passes` is the fast one: the target rows and all logits branches go through one forward without padding, where a
-branch reads its prompt's states and leaves after its layer. `separate_passes` is the reference, and what models fall
-back to that cannot do that (`choose_passes`): one pass over the target rows and one truncated pass for each branch.
+`shared_passes` is the fast one: the target rows and all logits branches go through one forward without padding, in which a
+branch reads its prompt's states and leaves after its layer. `separate_passes` is the reference, and the fallback for
+models that cannot do that (`choose_passes`): one pass over the target rows and one truncated pass for each branch.
 Either runs one more pass over the English rows for the feature signal.
 
 Every pass goes through the root module's own `forward` (so that wrappers such as DDP or FSDP see it) with
-`logits_to_keep=1`: the model projects one position, and the losses project only what they need.
+`logits_to_keep=1`: the model projects one position, and the losses project only the positions that they need.
 
-Beside other ranks (`in_lockstep`) all passes that the losses ask for are run, whatever the rows of this rank's batch hold:
-weights are gathered in every pass, and a rank that left one out would leave the others waiting. Where no row needs a pass
-it reads one token, and what comes out predicts nothing.
+In distributed training (`in_lockstep`) every requested pass runs, even if no row of this rank's batch needs it: weights
+are gathered in every pass, and a rank that skipped one would leave the others waiting. Such a pass reads one token and
+predicts nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
-from pivotune.forward.shared.hooks import longest_packed, packed, why_not_packed
-from pivotune.forward.shared.packing import Branch, Packing, leading, pack
-from pivotune.forward.shared.scatter import pick
+from pivotune.forward.shared.hooks import longest_packed, packed, packing_unsupported_reason
+from pivotune.forward.shared.packing import Branch, Packing, leading, pack, pick
 from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.models.sharding import in_lockstep
 from pivotune.models.taps import Taps, evaluation_mode, tap, truncated
@@ -40,14 +39,14 @@ Forward = Literal["auto", "shared", "separate"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassRequest:
-    """Which states the losses ask for.
+    """The states that the losses need.
 
     Attributes:
-        main_layers: layers k whose `h_k` is wanted on the main sequence.
+        main_layers: layers k of the main sequence whose `h_k` is needed.
         branches: name -> (layer, side) of English branches that continue the target prompt, read through the first
             `layer` blocks; side is `query` (x_en) or `answer` (y_en).
-        english_layers: layers k whose `h_k` is wanted on the English sequence; empty for no English pass.
-        english_gradient: whether gradient flows through the English pass.
+        english_layers: layers k of the English sequence whose `h_k` is needed; empty for no English pass.
+        english_gradient: True if gradient flows through the English pass.
         reference: another model that runs the English pass (a frozen copy of the starting model); None for this one.
     """
 
@@ -79,76 +78,36 @@ RunPasses = Callable[[nn.Module, Batch, PassRequest], Passes]
 
 
 def choose_passes(model: nn.Module, forward: Forward = "auto") -> RunPasses:
-    """`shared_passes` where the model can do it, `separate_passes` otherwise (`auto`; one log line says why).
+    """Return `shared_passes` if the model supports it, else `separate_passes` (`auto` logs the reason once).
 
     Raises:
-        UsageError: `shared` is asked for and the model cannot do it.
+        UsageError: `shared` is requested and the model does not support it.
     """
-    reason = None if forward == "separate" else why_not_packed(model) or _why_not_in_lockstep(model)
-    if forward == "shared" and reason is not None:
+    if forward == "separate":
+        return separate_passes
+    reason = packing_unsupported_reason(model)
+    if reason is None and in_lockstep() and longest_packed(model) is not None:
+        reason = "its rotary embedding grows with the sequence, and all processes have to run the same passes"
+    if reason is None:
+        return shared_passes
+    if forward == "shared":
         raise UsageError(f"supervision.logits.forward: shared is not possible: {reason}; allowed here: auto, separate")
-    if reason is not None:
-        _say_once(reason)
-    return separate_passes if forward == "separate" or reason is not None else shared_passes
-
-
-def _why_not_in_lockstep(model: nn.Module) -> str | None:
-    if in_lockstep() and longest_packed(model) is not None:
-        return "its rotary embedding grows with the sequence, and all processes have to run the same passes"
-    return None
+    _warn_once(reason)
+    return separate_passes
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logger.warning("padded passes, one for every branch, which is slower: %s", reason)
 
 
-@torch.no_grad()
-def check_shared_passes(model: nn.Module) -> float:
-    """Largest difference between the states of `shared_passes` and `separate_passes` on made-up rows.
-
-    The check for a newly registered architecture: it should be at rounding level, and `shared_prefix=True` may then be
-    set in its `ArchitectureSpec`. A sliding window beyond the 24 tokens of the rows is not seen by it.
-    """
-    architecture = find_architecture(model)
-    batch = _made_up_batch(architecture)
-    top = max(architecture.num_layers - 1, 1)
-    request = PassRequest(
-        main_layers=frozenset({1, top}), branches={"conversion": (1, "query"), "thinking": (top, "answer")}
-    )
-    with evaluation_mode(model):
-        shared, separate = (run(model, batch, request) for run in (shared_passes, separate_passes))
-    real = batch["attention_mask"].bool()
-    pairs = [
-        *((shared.branches[name].hidden_states, separate.branches[name].hidden_states) for name in request.branches),
-        *((shared.main.hidden_states[k][real], separate.main.hidden_states[k][real]) for k in request.main_layers),
-    ]
-    return max((one - other).abs().max().item() for one, other in pairs)
-
-
-def _made_up_batch(architecture: Architecture) -> Batch:
-    """Two rows of different lengths, each of a prompt, an answer and an English side."""
-    device = architecture.device
-    columns = torch.arange(24, device=device)
-    ids = (columns * 7 + 3).remainder(architecture.vocab_size).repeat(2, 1)
-    lengths = torch.tensor([[24], [17]], device=device)
-    mask = columns < lengths
-    answer = mask & (columns >= 11)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "labels": torch.where(answer, ids, -100),
-        "english_input_ids": ids.flip(1).contiguous(),
-        "english_attention_mask": mask.long(),
-        "english_query_mask": mask & (columns < 9),
-        "english_answer_mask": mask & (columns >= 9),
-    }
+# --- the shared pass -----------------------------------------------------------------------------------------------
 
 
 def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
-    """One forward over target rows and branches together; `pivotune.forward.shared.packing` says how they lie."""
+    """Run one forward over target rows and branches together, laid out by `pivotune.forward.shared.packing`."""
     architecture = find_architecture(model)
-    # Where tokens lie is counted on the CPU, in one piece: every question to a device waits for it.
+    # Tokens are counted on the CPU, in one piece: every question to a device waits for it.
     counted = {name: tensor.cpu() for name, tensor in batch.items() if not tensor.is_floating_point()}
     wanted = {name: spec for name, spec in request.branches.items() if counted[f"english_{spec[1]}_mask"].any()}
     _check_branches(architecture, counted, wanted)
@@ -166,23 +125,61 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     packing = packing.to(architecture.device)
     layers = request.main_layers | {layer for layer, _ in request.branches.values()}
     taps = _run_packed(model, architecture, packing, layers)
-    branches = {
-        name: BranchStates(
-            hidden_states=pick(taps.hidden_states[layer][0], positions),
-            labels=_english_tokens(counted, side).to(packing.input_ids.device),
-        )
-        for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True)
-    }
+    branches = {}
     if in_lockstep():
-        # The head is gathered for the inner losses on all ranks (ZeRO-3).
-        branches = {**_no_predictions(taps, packing, request), **branches}
+        # Branches without a token, with a gradient history: all ranks gather the head for the inner losses (ZeRO-3).
+        none = torch.zeros(0, dtype=torch.long, device=packing.input_ids.device)
+        for name, (layer, _) in request.branches.items():
+            branches[name] = BranchStates(hidden_states=taps.hidden_states[layer][0][none], labels=none)
+    for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True):
+        labels = counted["english_input_ids"][counted[f"english_{side}_mask"]]
+        branches[name] = BranchStates(
+            hidden_states=pick(taps.hidden_states[layer][0], positions), labels=labels.to(packing.input_ids.device)
+        )
     wants_english = _wants_english(counted, request)
     english = _english_pass(model, counted, request, _run_without_padding) if wants_english else None
     return Passes(main=_padded(packing, taps, request.main_layers), branches=branches, english=english)
 
 
+def _branch(batch: Batch, layer: int, side: str) -> Branch:
+    """Return one English side of a batch on the CPU, without each row's last token, which predicts nothing."""
+    mask = batch[f"english_{side}_mask"]
+    rows = mask.any(dim=1).nonzero()[:, 0]
+    lengths = mask[rows].sum(dim=1) - 1
+    places = leading(lengths, int(lengths.max()))
+    tokens = torch.zeros(places.shape, dtype=torch.long)
+    tokens[places] = batch["english_input_ids"][rows][mask[rows] & (mask[rows].cumsum(dim=1) <= lengths[:, None])]
+    return Branch(layer=layer, rows=rows, tokens=tokens, lengths=lengths)
+
+
+def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, layers: Iterable[int]) -> Taps:
+    """Return packed states (1, N or fewer, width)."""
+    with packed(model, architecture, packing), tap(architecture, layers) as taps:
+        model(input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, logits_to_keep=1)
+    return taps
+
+
+def _run_without_padding(
+    model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
+) -> Taps:
+    """Same as `_run`, with the padding taken out on the way; tokens and mask on the CPU."""
+    packing = pack(input_ids, attention_mask).to(architecture.device)
+    return _padded(packing, _run_packed(model, architecture, packing, layers), layers)
+
+
+def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
+    assert taps.final is not None
+    return Taps(
+        hidden_states={layer: packing.padded(taps.hidden_states[layer]) for layer in layers},
+        final=packing.padded(taps.final),
+    )
+
+
+# --- separate passes, the reference --------------------------------------------------------------------------------
+
+
 def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passes:
-    """Reference: a pass of its own for every branch, stopped after that branch's layer."""
+    """Run a pass of its own for every branch, stopped after that branch's layer. This is the reference."""
     architecture = find_architecture(model)
     _check_branches(architecture, batch, request.branches)
     main = _run(model, architecture, batch["input_ids"], batch["attention_mask"], request.main_layers)
@@ -195,43 +192,6 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
     return Passes(main=main, branches=branches, english=english)
 
 
-def _check_branches(architecture: Architecture, batch: Batch, branches: Mapping[str, tuple[int, str]]) -> None:
-    """What either way of running them relies on.
-
-    Raises:
-        ValueError: a layer that the model does not have, or a row whose branch has no prompt to continue.
-    """
-    for name, (layer, side) in branches.items():
-        if not 1 <= layer <= architecture.num_layers:
-            raise ValueError(f"{name}: layer {layer} is not in 1 to {architecture.num_layers}")
-        lost = batch[f"english_{side}_mask"].any(dim=1) & (_prompt_lengths(batch) == 0)
-        if lost.any():
-            row = int(lost.nonzero()[0, 0])
-            raise ValueError(f"{name}: row {row} of the batch has an English {side} and no prompt before its answer")
-
-
-def _wants_english(batch: Batch, request: PassRequest) -> bool:
-    return bool(request.english_layers) and (in_lockstep() or bool(batch["english_attention_mask"].any()))
-
-
-def _at_least_one_token(attention_mask: Tensor) -> Tensor:
-    """The mask, with one token for a batch that is all padding; nothing is read from it."""
-    if attention_mask.any():
-        return attention_mask
-    attention_mask = attention_mask.clone()
-    attention_mask[0, 0] = 1
-    return attention_mask
-
-
-def _no_predictions(taps: Taps, packing: Packing, request: PassRequest) -> dict[str, BranchStates]:
-    """Branches that predict no token, with a gradient history."""
-    none = torch.zeros(0, dtype=torch.long, device=packing.input_ids.device)
-    return {
-        name: BranchStates(hidden_states=taps.hidden_states[layer][0][none], labels=none)
-        for name, (layer, _) in request.branches.items()
-    }
-
-
 def _run(
     model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
 ) -> Taps:
@@ -240,29 +200,6 @@ def _run(
     with tap(architecture, layers) as taps:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
     return taps
-
-
-def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, layers: Iterable[int]) -> Taps:
-    """Packed states (1, N or fewer, width)."""
-    with packed(model, architecture, packing), tap(architecture, layers) as taps:
-        model(input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, logits_to_keep=1)
-    return taps
-
-
-def _run_without_padding(
-    model: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor, layers: frozenset[int]
-) -> Taps:
-    """As `_run`, with the padding taken out on the way; tokens and mask on the CPU."""
-    packing = pack(input_ids, attention_mask).to(architecture.device)
-    return _padded(packing, _run_packed(model, architecture, packing, layers), layers)
-
-
-def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
-    assert taps.final is not None
-    return Taps(
-        hidden_states={layer: packing.padded(taps.hidden_states[layer]) for layer in layers},
-        final=packing.padded(taps.final),
-    )
 
 
 def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, layer: int, side: str) -> BranchStates:
@@ -287,7 +224,7 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
     Rows without an English side are left out.
 
     Returns:
-        input_ids (R, U), attention_mask (R, U) and branch_mask (R, U) bool, true on the English tokens; padded right.
+        input_ids (R, U), attention_mask (R, U) and branch_mask (R, U) bool, True on the English tokens; padded right.
     """
     keep = batch[f"english_{side}_mask"].any(dim=1)
     prompt_lengths = _prompt_lengths(batch)[keep]
@@ -299,20 +236,55 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
     in_branch = ~in_prompt & (positions < totals[:, None])
     # Padding repeats a token of the row: any valid id will do behind the attention mask.
     input_ids = batch["input_ids"][keep][:, :1].repeat(1, positions.shape[1])
-    # Both masks walk the rows in order and left to right, so the tokens fall into place without a loop.
+    # Both masks go through the rows in order and left to right, so the tokens fall into place without a loop.
     source = leading(prompt_lengths, batch["input_ids"].shape[1])
     input_ids[in_prompt] = batch["input_ids"][keep][source]
     input_ids[in_branch] = batch["english_input_ids"][keep][english_mask]
     return input_ids, (in_prompt | in_branch).long(), in_branch
 
 
+# --- both ways -----------------------------------------------------------------------------------------------------
+
+
+def _check_branches(architecture: Architecture, batch: Batch, branches: Mapping[str, tuple[int, str]]) -> None:
+    """Check the conditions of both ways.
+
+    Raises:
+        ValueError: a layer that the model does not have, or a row whose branch has no prompt to continue.
+    """
+    for name, (layer, side) in branches.items():
+        if not 1 <= layer <= architecture.num_layers:
+            raise ValueError(f"{name}: layer {layer} is not in 1 to {architecture.num_layers}")
+        lost = batch[f"english_{side}_mask"].any(dim=1) & (_prompt_lengths(batch) == 0)
+        if lost.any():
+            row = int(lost.nonzero()[0, 0])
+            raise ValueError(f"{name}: row {row} of the batch has an English {side} and no prompt before its answer")
+
+
 def _prompt_lengths(batch: Batch) -> Tensor:
-    """(B,) tokens before the answer."""
+    """Return the number of tokens before the answer, (B,)."""
     return (batch["attention_mask"].bool() & (batch["labels"] < 0)).sum(dim=1)
 
 
+def _at_least_one_token(attention_mask: Tensor) -> Tensor:
+    """Return the mask, with one token added to a batch that is all padding; that token's states are not read."""
+    if attention_mask.any():
+        return attention_mask
+    attention_mask = attention_mask.clone()
+    attention_mask[0, 0] = 1
+    return attention_mask
+
+
+def _wants_english(batch: Batch, request: PassRequest) -> bool:
+    return bool(request.english_layers) and (in_lockstep() or bool(batch["english_attention_mask"].any()))
+
+
 def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Callable[..., Taps]) -> Taps:
-    """Run the English rows, no further than the highest layer asked for."""
+    """Run the English rows, no further than the highest requested layer."""
+    input_ids, attention_mask = batch["english_input_ids"], batch["english_attention_mask"]
+    if not attention_mask.any():
+        input_ids = batch["input_ids"][:, :1]
+        attention_mask = _at_least_one_token(torch.zeros_like(batch["attention_mask"][:, :1]))
     runner = model if request.reference is None else request.reference
     architecture = find_architecture(runner)
     gradient = request.english_gradient and request.reference is None
@@ -320,20 +292,12 @@ def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Cal
         nullcontext() if gradient else _without_gradient(architecture),
         truncated(architecture, max(request.english_layers)),
     ):
-        return run(runner, architecture, *_english_inputs(batch), request.english_layers)
-
-
-def _english_inputs(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (B, S) of the English rows; where there are none at all, one token that nothing reads."""
-    input_ids, attention_mask = batch["english_input_ids"], batch["english_attention_mask"]
-    if attention_mask.any():
-        return input_ids, attention_mask
-    return batch["input_ids"][:, :1], _at_least_one_token(torch.zeros_like(batch["attention_mask"][:, :1]))
+        return run(runner, architecture, input_ids, attention_mask, request.english_layers)
 
 
 @contextmanager
 def _without_gradient(architecture: Architecture) -> Iterator[None]:
-    """No gradient, hence nothing to recompute: reentrant checkpoints would warn of inputs without one."""
+    """Turn gradient and checkpointing off: reentrant checkpoints would warn about inputs without a gradient."""
     checkpointed: list[Any] = [b for b in architecture.blocks if getattr(b, "gradient_checkpointing", False)]
     for block in checkpointed:
         block.gradient_checkpointing = False
@@ -345,17 +309,37 @@ def _without_gradient(architecture: Architecture) -> Iterator[None]:
             block.gradient_checkpointing = True
 
 
-def _branch(batch: Batch, layer: int, side: str) -> Branch:
-    """One English side of a batch on the CPU; the last token of a row predicts nothing and is left out."""
-    mask = batch[f"english_{side}_mask"]
-    rows = mask.any(dim=1).nonzero()[:, 0]
-    lengths = mask[rows].sum(dim=1) - 1
-    places = leading(lengths, int(lengths.max()))
-    tokens = torch.zeros(places.shape, dtype=torch.long)
-    tokens[places] = batch["english_input_ids"][rows][mask[rows] & (mask[rows].cumsum(dim=1) <= lengths[:, None])]
-    return Branch(layer=layer, rows=rows, tokens=tokens, lengths=lengths)
+# --- the check for a new architecture ------------------------------------------------------------------------------
 
 
-def _english_tokens(batch: Batch, side: str) -> Tensor:
-    """What a branch predicts, (N,), row by row."""
-    return batch["english_input_ids"][batch[f"english_{side}_mask"]]
+@torch.no_grad()
+def check_shared_passes(model: nn.Module) -> float:
+    """Return the largest difference between the states of `shared_passes` and `separate_passes` on made-up rows.
+
+    The check for a newly registered architecture: at rounding level, `shared_prefix=True` may be set in its
+    `ArchitectureSpec`. It does not see a sliding window beyond the 24 tokens of the rows.
+    """
+    architecture = find_architecture(model)
+    columns = torch.arange(24, device=architecture.device)
+    ids = (columns * 7 + 3).remainder(architecture.vocab_size).repeat(2, 1)
+    real = columns < torch.tensor([[24], [17]], device=architecture.device)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "labels": torch.where(real & (columns >= 11), ids, -100),
+        "english_input_ids": ids.flip(1).contiguous(),
+        "english_attention_mask": real.long(),
+        "english_query_mask": real & (columns < 9),
+        "english_answer_mask": real & (columns >= 9),
+    }
+    top = max(architecture.num_layers - 1, 1)
+    request = PassRequest(
+        main_layers=frozenset({1, top}), branches={"conversion": (1, "query"), "thinking": (top, "answer")}
+    )
+    with evaluation_mode(model):
+        shared, separate = (run(model, batch, request) for run in (shared_passes, separate_passes))
+    pairs = [
+        *((shared.branches[name].hidden_states, separate.branches[name].hidden_states) for name in request.branches),
+        *((shared.main.hidden_states[k][real], separate.main.hidden_states[k][real]) for k in request.main_layers),
+    ]
+    return max((one - other).abs().max().item() for one, other in pairs)

@@ -1,11 +1,12 @@
-"""One sweep over labelled rows through a linear head, chunk by chunk: losses, gradients and greedy choices.
+"""Cross-entropy through a linear head, chunk by chunk, with its gradients computed in the forward pass.
 
-For N rows the logits `z = W h + b`, soft-capped where the model does so, are made for a few rows at a time in one
-workspace. A chunk's gradient `softmax(z) - onehot(label)` replaces its logits in place and is multiplied back at once, so
-that nothing of the size of N times the vocabulary ever exists.
+The logits `z = W h + b` of N rows, soft-capped if the model does so, are computed for a few rows at a time in one
+workspace. The gradient `softmax(z) - onehot(label)` replaces a chunk's logits in place and is multiplied back at once, so
+no tensor of N times the vocabulary ever exists. This takes 2 matrix products for a frozen head and 3 for a trained one,
+none of them in the backward pass.
 
 Products run in the dtype of the states, or in autocast's; logits become float32 before the soft-cap and the softmax
-(float64 stays float64). This is what `F.linear` and `F.cross_entropy` of `logits.float()` compute, up to rounding.
+(float64 stays float64). `F.linear` and `F.cross_entropy` of `logits.float()` give the same, up to rounding.
 
 Letters: N rows, V vocabulary, R rows of one chunk.
 """
@@ -14,19 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from pivotune.models.device_kind import device_kind
+from pivotune.models.sharding import device_kind
 
 _MIB = 2**20
 # Measured for width 576, V = 49,152 and 1,024 rows, time against naive: frozen head 0.84 for 128 rows at once, 0.82 for 256
 # and 0.81 for 512 (bare products 0.79), in bfloat16 0.50, 0.44 and 0.48; trained head 0.91, 0.89 and 0.87. 48 MiB are 256
 # of those rows and a twelfth of the memory that naive takes.
 _CPU_LOGITS, _CPU_LEAST_ROWS = 48 * _MIB, 128
-# Rows whose softmax is computed at once on a CPU: few enough that the passes over them find them in the cache.
+# Softmax of a few rows at a time on a CPU: they stay in the cache between the passes over them.
 _CPU_SOFTMAX = 4 * _MIB
 _GPU_LOGITS, _GPU_LEAST_ROWS = 256 * _MIB, 256
 # Part of a half-precision weight gradient that is computed before it is added to the float32 sum. Adding all of it at
@@ -43,8 +45,113 @@ class LinearHead:
     softcap: float | None = None
 
 
+class LabelScores(NamedTuple):
+    """Per row: log-probability of the label in nats (N,), and True for a label that is the most probable token (N,)."""
+
+    log_probabilities: Tensor
+    greedy: Tensor
+
+
+def linear_cross_entropies(states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of every row; the head gets no gradient.
+
+    Args:
+        states: (N, width); their gradient is computed in this forward pass, if they need one.
+        labels: token ids in [0, V), (N,).
+
+    Returns:
+        (N,) in nats, float32 (float64 for states in float64). Differentiable once.
+    """
+    if torch.is_grad_enabled() and states.requires_grad:
+        losses = _FrozenHead.apply(states, head, labels)
+        assert isinstance(losses, Tensor)
+        return losses
+    return losses_and_gradients(states, head, labels, Wanted()).losses
+
+
+def linear_cross_entropy_sum(states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
+    """Return the sum of `linear_cross_entropies`, with gradient to the states, the weight and the bias.
+
+    The first backward pass hands the gradients over; a second one through the same loss is an error.
+    """
+    operands = [tensor for tensor in (states, head.weight, head.bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        loss = _TrainedHead.apply(states, head.weight, head.bias, head.softcap, labels)
+        assert isinstance(loss, Tensor)
+        return loss
+    return losses_and_gradients(states, head, labels, Wanted()).losses.sum()
+
+
+def linear_label_scores(states: Tensor, head: LinearHead, labels: Tensor) -> LabelScores:
+    """Return the log-probability of every row's label, and the labels that greedy decoding would choose. No gradient."""
+    outputs = losses_and_gradients(states, head, labels, Wanted(greedy=True))
+    assert outputs.greedy is not None
+    return LabelScores(-outputs.losses, outputs.greedy)
+
+
+class _FrozenHead(Function):
+    """Losses of rows. Gradients of rows do not mix, so any upstream gradient (N,) scales them exactly."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
+        outputs = losses_and_gradients(states, head, labels, Wanted(states=True))
+        ctx.save_for_backward(outputs.states)
+        ctx.dtype = states.dtype
+        return outputs.losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None]).to(ctx.dtype), None, None
+
+
+class _TrainedHead(Function):
+    """Sum of the losses. The weight gradient is a sum over rows, so only a scalar upstream gradient can scale it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
+    ) -> Tensor:
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        outputs = losses_and_gradients(states, LinearHead(weight, bias, softcap), labels, wanted)
+        ctx.gradients = outputs.states, outputs.weight, outputs.bias
+        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        return outputs.losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "second backward pass through the cross-entropy of a trained head: the first one has handed its "
+                "gradients over; compute the loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # Scaled in place if possible: a scaled copy of the weight gradient would take as much memory as the head.
+        scaled = (
+            None if one is None else one.to(torch.promote_types(one.dtype, dtype)).mul_(upstream[0]).to(dtype)
+            for one, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None)
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass under `create_graph=True`.
+
+    Torch's `once_differentiable` says nothing for a constant upstream gradient, and the second derivative is missing.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this cross-entropy can be differentiated once; create_graph=True asks for a second derivative"
+        )
+
+
+# --- the loop over chunks ------------------------------------------------------------------------------------------
+
+
 class Wanted(NamedTuple):
-    """What a sweep computes beside the losses."""
+    """Results beside the losses: gradients of states, weight and bias, and greedy choices."""
 
     states: bool = False
     weight: bool = False
@@ -57,8 +164,8 @@ class Wanted(NamedTuple):
 
 
 @dataclass
-class Sweep:
-    """Losses (N,), the gradients of their sum, and whether each label is the greedy choice (N,)."""
+class HeadOutputs:
+    """Losses (N,), the gradients of their sum, and True for labels that are the greedy choice (N,)."""
 
     losses: Tensor
     states: Tensor | None
@@ -68,45 +175,77 @@ class Sweep:
 
 
 def rows_per_chunk(device_type: str, vocab_size: int) -> int:
-    """How many rows' logits exist at once.
+    """Return how many rows' logits exist at once.
 
-    On a CPU as many as 48 MiB hold in float32, and at least 128; elsewhere as many as 256 MiB hold, and at least 256.
+    On a CPU 48 MiB of float32, and at least 128 rows; elsewhere 256 MiB, and at least 256 rows.
     """
     budget, least = (_CPU_LOGITS, _CPU_LEAST_ROWS) if device_type == "cpu" else (_GPU_LOGITS, _GPU_LEAST_ROWS)
     return max(least, budget // (vocab_size * 4))
 
 
 def even_chunks(count: int, most: int) -> Iterator[slice]:
-    """Cut `count` rows into as few parts of at most `most` rows as there can be, all of nearly one size."""
+    """Cut `count` rows into the fewest parts of at most `most` rows, all of nearly one size."""
     parts = -(-count // most)
     for part in range(parts):
         yield slice(count * part // parts, count * (part + 1) // parts)
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of softmax, losses and sums over chunks, for products in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @torch.no_grad()
-def sweep(states: Tensor, head: LinearHead, labels: Tensor, wanted: Wanted) -> Sweep:
-    """One pass over all rows, a chunk at a time."""
+def losses_and_gradients(states: Tensor, head: LinearHead, labels: Tensor, wanted: Wanted) -> HeadOutputs:
+    """Go through all rows once, a chunk at a time."""
     states, head = _cast_as_autocast_would(states, head)
+    exact = exact_dtype(states.dtype)
+    # The first chunk overwrites the weight gradient; without rows there is none.
+    fill = torch.empty_like if len(states) else torch.zeros_like
+    outputs = HeadOutputs(
+        losses=states.new_empty(len(states), dtype=exact),
+        states=torch.empty_like(states) if wanted.states else None,
+        weight=fill(head.weight, dtype=exact) if wanted.weight else None,
+        bias=torch.zeros_like(head.bias, dtype=exact) if wanted.bias and head.bias is not None else None,
+        greedy=states.new_empty(len(states), dtype=torch.bool) if wanted.greedy else None,
+    )
     with torch.autocast(states.device.type, enabled=False):
-        result = _allocate(states, head, wanted)
         workspace = _Workspace.of(states, head, wanted)
         for rows in even_chunks(len(states), len(workspace.logits)):
-            logits = workspace.logits[: rows.stop - rows.start]
-            _project(states[rows], head, logits)
-            _score_chunk(logits, labels, rows, head, workspace, wanted, result)
-            _multiply_back(logits, states[rows], rows, head, result)
-    return result
+            chunk, logits = states[rows], workspace.logits[: rows.stop - rows.start]
+            if head.bias is None:
+                torch.mm(chunk, head.weight.T, out=logits)
+            else:
+                torch.addmm(head.bias, chunk, head.weight.T, out=logits)
+            _score_chunk(logits, labels, rows, head, workspace, wanted, outputs)
+            if outputs.states is not None:
+                torch.mm(logits, head.weight, out=outputs.states[rows])
+            if outputs.weight is not None:
+                _add_product(outputs.weight, logits, chunk, first=rows.start == 0)
+            if outputs.bias is not None:
+                outputs.bias += logits.sum(dim=0, dtype=outputs.bias.dtype)
+    return outputs
+
+
+def _cast_as_autocast_would(states: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
+    """Cast the operands to autocast's dtype inside autocast; like autocast itself, leave float64 alone."""
+    device_type = states.device.type
+    if not torch.is_autocast_enabled(device_type) or states.dtype == torch.float64:
+        return states, head
+    dtype = torch.get_autocast_dtype(device_type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return states.to(dtype), LinearHead(head.weight.to(dtype), bias, head.softcap)
 
 
 @dataclass
 class _Workspace:
-    """Buffers that all chunks of a sweep share.
+    """Buffers shared by all chunks.
 
     Attributes:
         logits: of one chunk, (R, V), in the dtype of the products.
         softmax_rows: rows whose softmax is computed at once.
-        exact: logits of those rows in float32; None where `logits` are exact enough themselves.
-        slope: derivative of the soft-cap for those rows; None where there is none, or no gradient.
+        exact: logits of those rows in float32; None if `logits` are exact enough themselves.
+        slope: derivative of the soft-cap for those rows; None without a soft-cap or without a gradient.
     """
 
     logits: Tensor
@@ -116,7 +255,7 @@ class _Workspace:
 
     @classmethod
     def of(cls, states: Tensor, head: LinearHead, wanted: Wanted) -> _Workspace:
-        device_type, vocab_size, exact = device_kind(states), len(head.weight), _exact_dtype(states.dtype)
+        device_type, vocab_size, exact = device_kind(states), len(head.weight), exact_dtype(states.dtype)
         rows = max(1, min(len(states), rows_per_chunk(device_type, vocab_size)))
         cached = max(1, _CPU_SOFTMAX // (vocab_size * exact.itemsize)) if device_type == "cpu" else rows
         shape = min(rows, cached), vocab_size
@@ -128,42 +267,6 @@ class _Workspace:
         )
 
 
-def _cast_as_autocast_would(states: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
-    """The operands in autocast's dtype where it is on; like autocast itself, this leaves float64 alone."""
-    device_type = states.device.type
-    if not torch.is_autocast_enabled(device_type) or states.dtype == torch.float64:
-        return states, head
-    dtype = torch.get_autocast_dtype(device_type)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return states.to(dtype), LinearHead(head.weight.to(dtype), bias, head.softcap)
-
-
-def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax, losses and sums over chunks, for products in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _allocate(states: Tensor, head: LinearHead, wanted: Wanted) -> Sweep:
-    exact = _exact_dtype(states.dtype)
-    # The first chunk overwrites the weight gradient, where there is one.
-    fill = torch.empty_like if len(states) else torch.zeros_like
-    return Sweep(
-        losses=states.new_empty(len(states), dtype=exact),
-        states=torch.empty_like(states) if wanted.states else None,
-        weight=fill(head.weight, dtype=exact) if wanted.weight else None,
-        bias=torch.zeros_like(head.bias, dtype=exact) if wanted.bias and head.bias is not None else None,
-        greedy=states.new_empty(len(states), dtype=torch.bool) if wanted.greedy else None,
-    )
-
-
-def _project(states: Tensor, head: LinearHead, logits: Tensor) -> None:
-    """`W h + b` into `logits` (R, V)."""
-    if head.bias is None:
-        torch.mm(states, head.weight.T, out=logits)
-    else:
-        torch.addmm(head.bias, states, head.weight.T, out=logits)
-
-
 def _score_chunk(
     logits: Tensor,
     labels: Tensor,
@@ -171,31 +274,30 @@ def _score_chunk(
     head: LinearHead,
     workspace: _Workspace,
     wanted: Wanted,
-    result: Sweep,
+    outputs: HeadOutputs,
 ) -> None:
-    """Write losses and greedy choices of the chunk `rows`; the gradient replaces its logits where one is wanted."""
+    """Write losses and greedy choices of the chunk `rows`; a wanted gradient replaces its logits."""
     for part in even_chunks(len(logits), workspace.softmax_rows):
         place = slice(rows.start + part.start, rows.start + part.stop)
         count = part.stop - part.start
         exact = logits[part] if workspace.exact is None else workspace.exact[:count].copy_(logits[part])
         slope = None if workspace.slope is None else workspace.slope[:count]
         if head.softcap:
-            _softcap_in_place(exact, head.softcap, slope)
-        if result.greedy is not None:
-            result.greedy[place] = exact.argmax(dim=1) == labels[place]
-        result.losses[place] = _softmax_in_place(exact, labels[place])
+            exact.div_(head.softcap).tanh_()
+            if slope is not None:
+                # The derivative of c tanh(z / c) is 1 - tanh^2.
+                torch.mul(exact, exact, out=slope).neg_().add_(1)
+            exact.mul_(head.softcap)
+        if outputs.greedy is not None:
+            outputs.greedy[place] = exact.argmax(dim=1) == labels[place]
+        outputs.losses[place] = _softmax_in_place(exact, labels[place])
         if wanted.gradient:
-            _gradient_in_place(exact, labels[place], slope)
+            minus_one = exact.new_full((1, 1), -1.0).expand(count, 1)
+            exact.scatter_add_(1, labels[place][:, None], minus_one)
+            if slope is not None:
+                exact.mul_(slope)
             if workspace.exact is not None:
                 logits[part].copy_(exact)
-
-
-def _softcap_in_place(logits: Tensor, softcap: float, slope: Tensor | None) -> None:
-    """`c tanh(z / c)`, whose derivative 1 - tanh^2 goes to `slope`."""
-    logits.div_(softcap).tanh_()
-    if slope is not None:
-        torch.mul(logits, logits, out=slope).neg_().add_(1)
-    logits.mul_(softcap)
 
 
 def _softmax_in_place(logits: Tensor, labels: Tensor) -> Tensor:
@@ -208,26 +310,8 @@ def _softmax_in_place(logits: Tensor, labels: Tensor) -> Tensor:
     return (highest - chosen) - logits.amax(dim=1).log()
 
 
-def _gradient_in_place(probabilities: Tensor, labels: Tensor, slope: Tensor | None) -> None:
-    """Turn probabilities (R, V) into the gradient of the summed losses with respect to the projections."""
-    minus_one = probabilities.new_full((1, 1), -1.0).expand(len(labels), 1)
-    probabilities.scatter_add_(1, labels[:, None], minus_one)
-    if slope is not None:
-        probabilities.mul_(slope)
-
-
-def _multiply_back(gradient: Tensor, states: Tensor, rows: slice, head: LinearHead, result: Sweep) -> None:
-    """Gradients of a chunk's states, and what it adds to those of weight and bias."""
-    if result.states is not None:
-        torch.mm(gradient, head.weight, out=result.states[rows])
-    if result.weight is not None:
-        _add_product(result.weight, gradient, states, first=rows.start == 0)
-    if result.bias is not None:
-        result.bias += gradient.sum(dim=0, dtype=result.bias.dtype)
-
-
 def _add_product(total: Tensor, gradient: Tensor, states: Tensor, *, first: bool) -> None:
-    """`total += gradient^T states` (V, width); the first time `total` holds nothing yet."""
+    """Compute `total += gradient^T states` (V, width); the first time `total` is uninitialized."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.T, states, beta=0 if first else 1)
         return

@@ -1,50 +1,74 @@
 """Next-token cross-entropy from hidden states, on labelled positions only.
 
-The place where every vocabulary-sized tensor of training and scoring is made, a chunk of rows at a time. Which way the
-head goes:
+Every vocabulary-sized tensor of training and scoring is made here, a chunk of rows at a time. There are three ways
+through the head:
 
-- a plain linear layer: `pivotune.kernels.linear_cross_entropy`, or Liger's fused loss on CUDA for the trained head;
-- anything else (quantized, with adapters or hooks, wrapped): called as the module it is, by
-  `pivotune.kernels.module_cross_entropy`.
+- a plain linear layer: `pivotune.kernels.chunked_linear_head`;
+- the same on CUDA, trained, with Liger installed: Liger's fused loss;
+- any other head (quantized, with adapters or hooks, wrapped): called as a module, so that its own forward decides. Each
+  chunk goes through the module and autograd, and its logits are dropped before the next chunk. This takes the same
+  memory, and for a trained head more time: its projection is computed twice.
 
-Under ZeRO-3 either way runs in the place of the head's own forward, where its weights are gathered: once for each loss,
-since all ranks have to gather equally often, whatever the number of their rows.
+Under ZeRO-3 each of them runs in place of the head's own forward, inside which its weights are gathered. That is one
+gather for each loss, for any number of rows, because all ranks must gather equally often.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from functools import partial
-from typing import TypeVar, cast
+from functools import cache, partial, wraps
+from typing import Any, TypeVar, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
-from pivotune.kernels.chunked_linear_head import LinearHead
-from pivotune.kernels.fused_cross_entropy import fused_cross_entropy_sum, fused_loss_fits
-from pivotune.kernels.linear_cross_entropy import (
+from pivotune.kernels.chunked_linear_head import (
     LabelScores,
+    LinearHead,
+    even_chunks,
+    exact_dtype,
     linear_cross_entropies,
     linear_cross_entropy_sum,
     linear_label_scores,
-)
-from pivotune.kernels.module_cross_entropy import (
-    module_cross_entropies,
-    module_cross_entropy_sum,
-    module_label_scores,
+    refuse_second_derivative,
+    rows_per_chunk,
 )
 from pivotune.models.architecture import Architecture
 from pivotune.models.head import is_plain_linear, is_plain_matrix
-from pivotune.models.sharding import in_place_of_forward, is_partitioned, whole
+from pivotune.models.sharding import call_gathered, device_kind, in_place_of_forward, is_partitioned, whole
 
 IGNORED = -100
 _Result = TypeVar("_Result")
+_HeadFunction = Callable[[Architecture, Tensor, Tensor], _Result]
 
 
+def _with_gathered_head(function: _HeadFunction[_Result]) -> _HeadFunction[_Result]:
+    """Check the shapes, then run `function(architecture, normed, labels)` with the head's weights gathered."""
+
+    @wraps(function)
+    def run(architecture: Architecture, normed: Tensor, labels: Tensor) -> _Result:
+        if normed.ndim != 2 or normed.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}"
+            )
+        if not is_partitioned(architecture.lm_head):
+            return function(architecture, normed, labels)
+        return in_place_of_forward(architecture.lm_head, partial(function, architecture), normed, labels)
+
+    return run
+
+
+@_with_gathered_head
 def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of N positions, with the model's soft-cap and logit scale; the head is frozen.
+    """Return -log softmax(logits)[label] of N positions, with the model's soft-cap and logit scale; the head is frozen.
 
-    The gradient of the states is computed in this forward pass, and only where one is wanted: under `no_grad` this is
-    how likelihoods are scored.
+    The gradient of the states is computed in this forward pass, if they need one. Under `no_grad` this scores
+    likelihoods.
 
     Args:
         normed: states after the final norm, (N, width); position n predicts `labels[n]`.
@@ -56,27 +80,21 @@ def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) 
     Raises:
         ValueError: states and labels do not match.
     """
-    _check(normed, labels)
-    return _with_head(architecture, partial(_cross_entropies, architecture), normed, labels)
-
-
-def _cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
     head = _linear_head(architecture, frozen=True)
     if head is None:
-        return module_cross_entropies(architecture, normed, labels)
+        return _module_cross_entropies(architecture, normed, labels)
     return linear_cross_entropies(_scaled(architecture, normed), head, labels)
 
 
 def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor, *, frozen_head: bool) -> Tensor:
-    """Sum over N positions of -log softmax(logits)[label], with the model's soft-cap and logit scale.
+    """Return the sum over N positions of -log softmax(logits)[label], with the model's soft-cap and logit scale.
 
     Args:
-        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
-        labels: token ids, (N,).
+        normed, labels: as for `cross_entropies`.
         frozen_head: the head takes part in the forward pass and gets no gradient (inner losses).
 
     Returns:
-        Scalar float32; float64 for a model in float64; 0 with a gradient history where N is 0. Differentiable once, and
+        Scalar float32; float64 for a model in float64; 0 with a gradient history for N = 0. Differentiable once, and
         with a trained head backward runs once.
 
     Raises:
@@ -84,38 +102,29 @@ def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor
     """
     if frozen_head:
         return cross_entropies(architecture, normed, labels).sum()
-    _check(normed, labels)
-    return _with_head(architecture, partial(_trained_head_sum, architecture), normed, labels)
+    return _trained_head_sum(architecture, normed, labels)
 
 
+@_with_gathered_head
 def _trained_head_sum(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
     head = _linear_head(architecture, frozen=False)
     if head is None:
-        return module_cross_entropy_sum(architecture, normed, labels)
+        return _module_cross_entropy_sum(architecture, normed, labels)
     states = _scaled(architecture, normed)
     if fused_loss_fits(states, head):
         return fused_cross_entropy_sum(states, head, labels)
     return linear_cross_entropy_sum(states, head, labels)
 
 
+@_with_gathered_head
 def score_labels(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
-    """Log-probability of every label in nats (N,), and whether greedy decoding would choose it (N,) bool. No gradient.
+    """Return every label's log-probability in nats (N,), and True for labels that greedy decoding would choose (N,).
 
-    Args:
-        normed: states after the final norm, (N, width); position n predicts `labels[n]`.
-        labels: token ids, (N,).
-
-    Raises:
-        ValueError: states and labels do not match.
+    Arguments and errors as for `cross_entropies`. No gradient.
     """
-    _check(normed, labels)
-    return _with_head(architecture, partial(_label_scores, architecture), normed, labels)
-
-
-def _label_scores(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
     head = _linear_head(architecture, frozen=True)
     if head is None:
-        return module_label_scores(architecture, normed, labels)
+        return _module_label_scores(architecture, normed, labels)
     return linear_label_scores(_scaled(architecture, normed), head, labels)
 
 
@@ -124,7 +133,7 @@ def shifted(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         hidden_states: (B, T, width).
-        labels: (B, T), -100 where nothing is predicted; not shifted.
+        labels: (B, T), not shifted; -100 marks tokens that are not predicted.
 
     Returns:
         States (N, width) and their labels (N,), row by row.
@@ -133,23 +142,8 @@ def shifted(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states[:, :-1][wanted], labels[:, 1:][wanted]
 
 
-def _check(normed: Tensor, labels: Tensor) -> None:
-    if normed.ndim != 2 or normed.shape[:-1] != labels.shape:
-        raise ValueError(f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}")
-
-
-def _with_head(
-    architecture: Architecture, function: Callable[[Tensor, Tensor], _Result], normed: Tensor, labels: Tensor
-) -> _Result:
-    """`function(normed, labels)` where the head's weights are whole."""
-    head = architecture.lm_head
-    if not is_partitioned(head):
-        return function(normed, labels)
-    return in_place_of_forward(head, function, normed, labels)
-
-
 def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | None:
-    """The head as plain tensors; None where it has to be called as a module."""
+    """Return the head as plain tensors, or None if it must be called as a module."""
     head = architecture.lm_head
     if not is_plain_linear(head):
         return None
@@ -164,5 +158,132 @@ def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | No
 
 
 def _scaled(architecture: Architecture, normed: Tensor) -> Tensor:
-    """A linear head's logit scale applied to its states, which are smaller than its logits."""
+    """Apply a linear head's logit scale to its states, which are smaller than its logits."""
     return normed if architecture.logit_scale == 1.0 else normed * architecture.logit_scale
+
+
+# --- Liger's fused loss --------------------------------------------------------------------------------------------
+# It fuses the softmax, its gradient and the soft-cap into one GPU kernel, for which `linear_cross_entropy_sum` launches
+# one each. Its speed beside ours has not been measured by this project: `python -m benchmarks.cross_entropy --device cuda`
+# does that.
+#
+# Torch's `F.linear_cross_entropy` (2.13) is not used. On a CPU (width 576, V = 49,152, float32, 256 rows a chunk) its time
+# for a trained head is 0.91 of naive's for 1,024 rows and 1.00 for 300; ours is 0.87 and 0.92. With the chunk it chooses
+# itself it takes 2.2 and 8.8 times naive's. It has no soft-cap, and its losses of single rows compute the logits twice.
+
+
+def fused_loss_fits(states: Tensor, head: LinearHead) -> bool:
+    """Return True if `fused_cross_entropy_sum` can be used: CUDA, a trained weight, one dtype, some rows.
+
+    Not under autocast, which would cast the weight once for every chunk.
+    """
+    device_type = states.device.type
+    return (
+        device_type == "cuda"
+        and len(states) > 0
+        and torch.is_grad_enabled()
+        and head.weight.requires_grad
+        and states.dtype == head.weight.dtype != torch.float64
+        and not torch.is_autocast_enabled(device_type)
+        and _liger_installed()
+    )
+
+
+@cache
+def _liger_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def fused_cross_entropy_sum(states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
+    """Return the sum of all rows' cross-entropies in nats, float32; arguments as for `linear_cross_entropy_sum`."""
+    # Imported by name: it needs Triton and is no dependency.
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
+    # Sums over chunks in float32, as ours are.
+    fused = loss(reduction="sum", softcap=head.softcap, accum_dtype=torch.float32)
+    return fused(head.weight, states, labels, head.bias).float()
+
+
+# --- heads that are called as modules ------------------------------------------------------------------------------
+
+
+def _module_cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
+    """Return `cross_entropies`; neither the head nor adapters in it get a gradient."""
+    if torch.is_grad_enabled() and normed.requires_grad:
+        losses = _FrozenModule.apply(normed, architecture, labels)
+        assert isinstance(losses, Tensor)
+        return losses
+    with torch.no_grad():
+        losses = [_module_losses(architecture, normed[rows], labels[rows]) for rows in _chunks(architecture, normed)]
+    return torch.cat([_no_losses(normed), *losses])
+
+
+def _module_cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies, with gradient to the states and to the head's trained parameters.
+
+    Each chunk's logits are computed again in the backward pass.
+    """
+    if not any(parameter.requires_grad for parameter in architecture.lm_head.parameters()):
+        return _module_cross_entropies(architecture, normed, labels).sum()
+    if not len(normed):
+        # Trained parameters get a gradient of zeros: in distributed training other ranks wait for every gradient.
+        nothing = _module_losses(architecture, normed.new_zeros(1, normed.shape[1]), labels.new_zeros(1))
+        return nothing.sum() * 0 + normed.sum()
+    total = normed.new_zeros((), dtype=exact_dtype(normed.dtype))
+    for rows in _chunks(architecture, normed):
+        losses = checkpoint(_module_losses, architecture, normed[rows], labels[rows], use_reentrant=False)
+        assert isinstance(losses, Tensor)
+        total = total + losses.sum()
+    return total
+
+
+@torch.no_grad()
+def _module_label_scores(architecture: Architecture, normed: Tensor, labels: Tensor) -> LabelScores:
+    scores = [_no_losses(normed)]
+    greedy = [labels.new_empty(0, dtype=torch.bool)]
+    for rows in _chunks(architecture, normed):
+        logits = _module_logits(architecture, normed[rows])
+        scores.append(-F.cross_entropy(logits, labels[rows], reduction="none"))
+        greedy.append(logits.argmax(dim=1) == labels[rows])
+    return LabelScores(torch.cat(scores), torch.cat(greedy))
+
+
+class _FrozenModule(Function):
+    """Gradients of the rows, taken chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, normed: Tensor, architecture: Architecture, labels: Tensor) -> Tensor:
+        gradient, losses = torch.empty_like(normed), [_no_losses(normed)]
+        for rows in _chunks(architecture, normed):
+            chunk = normed[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                chunk_losses = _module_losses(architecture, chunk, labels[rows])
+                # Asked for the states alone, autograd computes nothing for the head's own parameters.
+                (gradient[rows],) = torch.autograd.grad(chunk_losses.sum(), chunk)
+            losses.append(chunk_losses.detach())
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None
+
+
+def _chunks(architecture: Architecture, normed: Tensor) -> list[slice]:
+    # The first dimension of a packed 4-bit weight is not the vocabulary.
+    vocab_size = getattr(architecture.lm_head, "out_features", None) or architecture.vocab_size
+    return list(even_chunks(len(normed), rows_per_chunk(device_kind(normed), vocab_size)))
+
+
+def _module_logits(architecture: Architecture, states: Tensor) -> Tensor:
+    logits = architecture.transform_logits(call_gathered(architecture.lm_head, states))
+    return logits.to(exact_dtype(logits.dtype))
+
+
+def _module_losses(architecture: Architecture, states: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_module_logits(architecture, states), labels, reduction="none")
+
+
+def _no_losses(normed: Tensor) -> Tensor:
+    return normed.new_empty(0, dtype=exact_dtype(normed.dtype))

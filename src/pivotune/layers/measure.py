@@ -1,18 +1,22 @@
-"""Measure a model's layers on parallel rows and choose where the inner losses go."""
+"""Measure a model's layers on parallel rows and choose the layers of the inner losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
-from pivotune.layers.analysis import LayerAnalysis, analysis_to_json
-from pivotune.layers.profile import english_looking_tokens, profile_layers
-from pivotune.layers.selection import select_layers
+from pivotune.layers.profile import LayerProfile, profile_layers
+from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_layers
+from pivotune.lenses.base import Lens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # With 64 rows the standard error of the mean entropy is then a few hundredths of a nat.
 TOKENS_PER_ROW = 32
@@ -23,21 +27,23 @@ def analyze_layers(
     tokenizer: Any,
     pairs: Sequence[Pair],
     *,
+    lens: Lens | None = None,
     model_name: str = "",
     language: str | None = None,
     batch_size: int = 8,
     tokens_per_row: int | None = TOKENS_PER_ROW,
     progress: Callable[[int], None] | None = None,
 ) -> LayerAnalysis:
-    """Entropy profile on the target side and, where rows have one, the English side; and the layers that follow.
+    """Return entropy profiles of the target side and, if rows have one, the English side; and the chosen layers.
 
-    Counted are tokens of query and answer; the template's own words are the same in both languages and are not.
+    Tokens of query and answer are counted; the template's own words, the same in both languages, are not.
 
     Args:
         pairs: encoded rows; all of them are measured.
+        lens: called as `lens(hidden_states, layer)` on raw states; None for the logit lens (see `profile_layers`).
         tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. Tokens of
-            one text are alike, so more rows tell more than more tokens, and the lens costs a head product per token and
-            layer.
+            one text are alike, so more rows add more information than more tokens, and the lens costs a head product per
+            token and layer.
         progress: called with the number of sequences done so far, both languages together.
 
     Raises:
@@ -47,14 +53,16 @@ def analyze_layers(
     english = [pair.english for pair in pairs if pair.english is not None]
     if not target:
         raise UsageError("the analysis needs rows with a target-language prompt and completion")
-    texts = [tokenizer.decode(_counted(side), skip_special_tokens=True) for side in target]
-    vocabulary, how = english_looking_tokens(tokenizer, texts)
+    counted = ([*side.ids[slice(*side.query)].tolist(), *side.ids[side.answer :].tolist()] for side in target)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
+    vocabulary, reason = english_looking_tokens(tokenizer, texts)
+    device = next(model.parameters()).device
 
-    def profile(sides: Sequence[Side], done: int) -> Any:
-        batches = _batches(sides, batch_size, _device(model), tokenizer.pad_token_id or 0)
+    def profile(sides: Sequence[Side], done: int) -> LayerProfile:
         return profile_layers(
             model,
-            batches,
+            _batches(sides, batch_size, device, tokenizer.pad_token_id or 0),
+            lens=lens,
             english_tokens=vocabulary,
             tokens_per_sequence=tokens_per_row,
             progress=lambda count: progress(done + count) if progress else None,
@@ -68,21 +76,13 @@ def analyze_layers(
         english_profile,
         model=model_name,
         language=language,
-        english_tokens=how,
+        english_tokens=reason,
     )
 
 
 def num_sequences(pairs: Sequence[Pair]) -> int:
-    """How many sequences `analyze_layers` will report as done."""
+    """Return the number of sequences that `analyze_layers` reports as done at the end."""
     return sum((pair.target is not None) + (pair.english is not None) for pair in pairs)
-
-
-def _counted(side: Side) -> list[int]:
-    return [*side.ids[slice(*side.query)].tolist(), *side.ids[side.answer :].tolist()]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _batches(
@@ -103,3 +103,45 @@ def _batches(
             token_mask[index, side.answer : len(side.ids)] = True
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_mask": token_mask}
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# --- English-looking tokens ----------------------------------------------------------------------------------------
+
+
+def english_looking_tokens(
+    tokenizer: PreTrainedTokenizerBase, target_texts: Iterable[str]
+) -> tuple[Tensor | None, str]:
+    """Mark the tokens that look English, if the target language can be told from it, and give the reason.
+
+    This works if most letters of the target language are not Latin. A token then looks English if its own decoded text
+    has at least two ASCII letters and no other letter or part of one. Special and added tokens never do.
+
+    Args:
+        target_texts: sample of the target-language texts, to find their script.
+
+    Returns:
+        A boolean vector over the tokenizer's ids, or None, and the reason as a sentence.
+    """
+    letters = [character for text in target_texts for character in text if character.isalpha()]
+    latin = {character for character in set(letters) if "LATIN" in unicodedata.name(character, "")}
+    if not letters:
+        return None, "the target texts have no letters, so English-looking tokens cannot be told"
+    latin_share = sum(character in latin for character in letters) / len(letters)
+    if latin_share >= 0.5:
+        return None, (
+            f"{latin_share:.0%} of the target language's letters are Latin, so English-looking tokens cannot be told"
+        )
+    vocabulary = tokenizer.get_vocab()
+    looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
+    added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    for token, index in vocabulary.items():
+        if index not in added:
+            looks_english[index] = _looks_english(tokenizer.convert_tokens_to_string([token]))
+    share = f"{1 - latin_share:.0%} of the target language's letters are not Latin"
+    return looks_english, f"{share}; {int(looks_english.sum())} tokens of ASCII letters count as English-looking"
+
+
+def _looks_english(text: str) -> bool:
+    ascii_letters = sum(character.isascii() and character.isalpha() for character in text)
+    foreign = any(not c.isascii() and (c == "�" or unicodedata.category(c)[0] in "LM") for c in text)
+    return ascii_letters >= 2 and not foreign

@@ -1,21 +1,30 @@
-"""Where conversion to English ends and thinking in English ends, read from the entropy curve of the layers.
+"""Choose the layers at which conversion to English and thinking in English end; write and read them as `layers.json`.
 
-Needs no torch: the curve comes from `pivotune.layers.profile`, or from a `layers.json` written earlier.
+They are read from the entropy curve of the layers, which `pivotune.layers.profile` measures. Needs no torch.
 Layer k means "after k decoder blocks"; 0 = embeddings, L = after the last block.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pivotune.errors import UsageError
+from pivotune.text.files import finite, write_json
 
-Method = Literal["entropy-falls", "relative-depth", "explicit"]
-Term = Literal["conversion", "thinking"]
+if TYPE_CHECKING:
+    from pivotune.layers.profile import LayerProfile
+
+SelectionMethod = Literal["entropy-falls", "relative-depth", "explicit"]
+TermName = Literal["conversion", "thinking"]
+
+LAYERS_JSON_VERSION = 1
 
 # The paper's own layers on LLaMA-2-7B (arXiv 2503.01275, "Critical layers"): 2 and about 15 of 32.
 PAPER_DEPTH = 32
@@ -26,7 +35,7 @@ PAPER_THINKING = 15
 # layer falls at least half as fast: slower is the slight slope of a plateau, and twice this margin still lets a fall
 # that takes half of the range spread over the whole upper half of the model.
 FALLING_STEP = 0.5
-# A fall is clear from a tenth of the range on: below that it cannot be told from the unevenness of a plateau.
+# A fall is clear from a tenth of the range on; smaller ones look like the unevenness of a plateau.
 CLEAR_SHARE = 0.1
 # Nats. The standard error of a mean entropy over a few dozen sequences is about half of this.
 CLEAR_NATS = 0.1
@@ -37,7 +46,7 @@ LARGEST_RISE = 0.25
 # The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
 CONVERSION_BY = 0.5
 LAST_LAYERS = 2
-# i, j and the layer above each: fewer layers have no place for both.
+# i, j and the last layer above them: fewer layers have no place for both.
 SMALLEST_DEPTH = 3
 
 
@@ -51,34 +60,34 @@ class Fall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The critical layers of a model and why these.
+class LayerSelection:
+    """The critical layers of a model and the reason for them.
 
     Attributes:
         conversion: i, the layer where conversion to English ends; 1 <= i < j.
         thinking: j, the layer where thinking in English ends; i < j < L.
         method: `entropy-falls` (read from the curve), `relative-depth` (the paper's 2/32 and 15/32 of the depth) or
-            `explicit` (both asked for by the user).
+            `explicit` (both set by the user).
         reason: one sentence for a person, with numbers.
         falls: every clear fall that was found, from the bottom up.
     """
 
     conversion: int
     thinking: int
-    method: Method
+    method: SelectionMethod
     reason: str
     falls: tuple[Fall, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return {**asdict(self), "falls": [asdict(fall) for fall in self.falls]}
 
 
-def select_layers(entropy: Sequence[float]) -> Selection:
+def select_layers(entropy: Sequence[float]) -> LayerSelection:
     """Choose the conversion layer i and the thinking layer j from the mean entropies H_0..H_L (nats).
 
-    The paper's definition (section "Critical layers"): the entropy falls twice; i is where the first fall ends, j
-    where the second begins. The rule that decides whether it does, for L layers and range R = max H - min H:
+    The paper's definition (section "Critical layers"): the entropy falls twice; i is the end of the first fall, j the
+    start of the second. The rule for L layers and range R = max H - min H:
 
     1. Layers 2..L-1 are replaced by the median of themselves and their two neighbours, so that a spike or dip of one
        layer is no fall. Layers 0 and 1 stay as measured, because the first fall may be over at layer 2.
@@ -90,7 +99,7 @@ def select_layers(entropy: Sequence[float]) -> Selection:
        to where the fall began when the next one begins, or at the output); and the curve rises in all by no more
        than `LARGEST_RISE` of the two drops.
 
-    Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason says what was found.
+    Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason names the falls.
     Multiplying a curve with R >= 1 nat by a factor >= 1, or adding a constant, does not change the choice.
 
     Raises:
@@ -101,7 +110,8 @@ def select_layers(entropy: Sequence[float]) -> Selection:
     broken = [layer for layer, value in enumerate(entropy) if not math.isfinite(value)]
     if broken:
         return _fall_back(num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number")
-    curve = _without_spikes(entropy)
+    medians = [sorted(entropy[k - 1 : k + 2])[1] for k in range(2, num_layers)]
+    curve = [*entropy[:2], *medians, entropy[num_layers]]
     falls = find_falls(curve)
     objection = _objection(curve, falls)
     if objection:
@@ -112,34 +122,41 @@ def select_layers(entropy: Sequence[float]) -> Selection:
         f"where the first fall ends (layer {first.end} of {num_layers}), thinking where the second begins "
         f"(layer {second.start})"
     )
-    return Selection(
+    return LayerSelection(
         conversion=first.end, thinking=second.start, method="entropy-falls", reason=reason, falls=(first, second)
     )
 
 
 def find_falls(curve: Sequence[float]) -> list[Fall]:
-    """Clear falls of a finite curve H_0..H_L, from the bottom up (steps 2 and 3 of `select_layers`)."""
+    """Return the clear falls of a finite curve H_0..H_L, from the bottom up (steps 2 and 3 of `select_layers`)."""
     height = max(curve) - min(curve)
     falling_step = FALLING_STEP * height / (len(curve) - 1)
     falling = [k for k in range(1, len(curve)) if curve[k - 1] - curve[k] > falling_step]
-    falls = [Fall(start, end, curve[start] - curve[end]) for start, end in _runs(falling)]
+    # (start, end) of each run of falling layers; start is the layer before the first one that falls.
+    runs: list[tuple[int, int]] = []
+    for layer in falling:
+        if runs and layer - runs[-1][1] <= 1 + INTERRUPTION:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer - 1, layer))
+    falls = [Fall(start, end, curve[start] - curve[end]) for start, end in runs]
     return [fall for fall in falls if fall.drop >= max(CLEAR_SHARE * height, CLEAR_NATS)]
 
 
 def relative_depth(num_layers: int) -> tuple[int, int]:
-    """The paper's layers at another depth: 2/32 and 15/32 of L, rounded half up, with 1 <= i < j < L.
+    """Return the paper's layers at another depth: 2/32 and 15/32 of L, rounded half up, with 1 <= i < j < L.
 
     Raises:
-        UsageError: `num_layers` < 3, where no two inner layers exist.
+        UsageError: `num_layers` < 3, which leaves no two inner layers.
     """
     check_depth(num_layers)
-    conversion = max(1, _round(num_layers * PAPER_CONVERSION / PAPER_DEPTH))
-    thinking = max(conversion + 1, _round(num_layers * PAPER_THINKING / PAPER_DEPTH))
+    conversion = max(1, math.floor(num_layers * PAPER_CONVERSION / PAPER_DEPTH + 0.5))
+    thinking = max(conversion + 1, math.floor(num_layers * PAPER_THINKING / PAPER_DEPTH + 0.5))
     return conversion, thinking
 
 
 def check_depth(num_layers: int) -> None:
-    """Refuse a model in which 1 <= i < j < L has no solution."""
+    """Refuse a model with too few layers for 1 <= i < j < L."""
     if num_layers < SMALLEST_DEPTH:
         raise UsageError(
             f"the model has {num_layers} layers; a conversion layer and a thinking layer below the last one need at "
@@ -147,31 +164,16 @@ def check_depth(num_layers: int) -> None:
         )
 
 
-def _round(value: float) -> int:
-    return math.floor(value + 0.5)
-
-
-def _without_spikes(entropy: Sequence[float]) -> list[float]:
-    last = len(entropy) - 1
-    inner = [sorted(entropy[k - 1 : k + 2])[1] for k in range(2, last)]
-    return [*entropy[:2], *inner, entropy[last]]
-
-
-def _runs(falling: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, end) of each run of falling layers; start is the layer before the first one that falls."""
-    runs: list[tuple[int, int]] = []
-    for layer in falling:
-        if runs and layer - runs[-1][1] <= 1 + INTERRUPTION:
-            runs[-1] = (runs[-1][0], layer)
-        else:
-            runs.append((layer - 1, layer))
-    return runs
-
-
 def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
-    """What is wrong with these falls (step 4 of `select_layers`); None if they are the paper's two."""
+    """Return why these falls are not the paper's two (step 4 of `select_layers`); None if they are."""
     if len(falls) != 2:
-        return _wrong_count(curve, falls)
+        lowest, highest = min(curve), max(curve)
+        if highest - lowest < CLEAR_NATS:
+            return f"the entropy is flat (from {lowest:.2f} to {highest:.2f} nats over all layers)"
+        count = {0: "no clear fall", 1: "only one clear fall"}.get(len(falls), f"{len(falls)} clear falls")
+        found = f" ({'; '.join(map(_describe, falls))})" if falls else ""
+        output = f"from {curve[0]:.2f} nats at layer 0 to {curve[-1]:.2f} at layer {len(curve) - 1}"
+        return f"the entropy has {count}{found} where two are needed; it goes {output}"
     first, second = falls
     num_layers = len(curve) - 1
     if first.end > CONVERSION_BY * num_layers:
@@ -183,37 +185,23 @@ def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
             return (
                 f"a fall ({_describe(fall)}) is undone by layer {until}, where the entropy is {curve[until]:.2f} nats"
             )
-    rise = _total_rise(curve[first.start :])
+    rise = sum(max(0.0, above - below) for below, above in pairwise(curve[first.start :]))
     if rise > LARGEST_RISE * (first.drop + second.drop):
         return f"beside two falls ({_describe(first)}; {_describe(second)}) the entropy rises by {rise:.2f} nats in all"
     return None
-
-
-def _wrong_count(curve: Sequence[float], falls: Sequence[Fall]) -> str:
-    lowest, highest = min(curve), max(curve)
-    if highest - lowest < CLEAR_NATS:
-        return f"the entropy is flat (from {lowest:.2f} to {highest:.2f} nats over all layers)"
-    count = {0: "no clear fall", 1: "only one clear fall"}.get(len(falls), f"{len(falls)} clear falls")
-    found = f" ({'; '.join(map(_describe, falls))})" if falls else ""
-    output = f"from {curve[0]:.2f} nats at layer 0 to {curve[-1]:.2f} at layer {len(curve) - 1}"
-    return f"the entropy has {count}{found} where two are needed; it goes {output}"
-
-
-def _total_rise(curve: Sequence[float]) -> float:
-    return sum(max(0.0, above - below) for below, above in pairwise(curve))
 
 
 def _describe(fall: Fall) -> str:
     return f"by {fall.drop:.2f} nats from layer {fall.start} to {fall.end}"
 
 
-def _fall_back(num_layers: int, objection: str, falls: Sequence[Fall] = ()) -> Selection:
+def _fall_back(num_layers: int, objection: str, falls: Sequence[Fall] = ()) -> LayerSelection:
     conversion, thinking = relative_depth(num_layers)
     reason = (
         f"{objection}; fell back to the paper's relative depths {PAPER_CONVERSION}/{PAPER_DEPTH} and "
         f"{PAPER_THINKING}/{PAPER_DEPTH} of {num_layers} layers: {conversion} and {thinking}"
     )
-    return Selection(
+    return LayerSelection(
         conversion=conversion, thinking=thinking, method="relative-depth", reason=reason, falls=tuple(falls)
     )
 
@@ -222,9 +210,9 @@ def resolve_layers(
     requested_conversion: int | Literal["auto"],
     requested_thinking: int | Literal["auto"],
     num_layers: int,
-    selection: Selection | None = None,
-) -> Selection:
-    """The layers to supervise: what the user asked for, with `auto` taken from `selection`.
+    selection: LayerSelection | None = None,
+) -> LayerSelection:
+    """Return the layers to supervise: those that the user set, with `auto` taken from `selection`.
 
     Without a selection `auto` is the paper's relative depth. An `auto` layer that does not fit the requested one
     (1 <= i < j < L) is replaced by its relative depth, and if that does not fit either by the requested layer's
@@ -232,7 +220,7 @@ def resolve_layers(
 
     Raises:
         UsageError: a requested layer is not among 1..L-1, the conversion layer is not below the thinking layer, a
-            requested layer leaves no room for the other one, or the selection is one of a deeper model.
+            requested layer leaves no room for the other one, or the selection was made for a deeper model.
     """
     check_depth(num_layers)
     conversion = _check_requested("conversion", requested_conversion, 1, num_layers - 1, num_layers)
@@ -244,7 +232,13 @@ def resolve_layers(
             "it was made for another model, run `pivotune analyze` on this one"
         )
     if conversion is not None and thinking is not None:
-        return _explicit(conversion, thinking)
+        if conversion >= thinking:
+            raise UsageError(
+                f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
+                f"supervision.thinking.layer, which is {thinking}"
+            )
+        reason = f"layers {conversion} and {thinking} were asked for"
+        return LayerSelection(conversion=conversion, thinking=thinking, method="explicit", reason=reason)
     if conversion is not None:
         _check_requested("conversion", conversion, 1, num_layers - 2, num_layers)
         thinking, how = _fit("thinking", automatic.thinking, range(conversion + 1, num_layers), num_layers)
@@ -258,13 +252,13 @@ def resolve_layers(
     return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}; {automatic.reason}")
 
 
-def check_layer(term: Term, layer: int | Literal["auto"], num_layers: int) -> None:
-    """Refuse a layer that is not among 1..L-1; `auto` passes."""
+def check_layer(term: TermName, layer: int | Literal["auto"], num_layers: int) -> None:
+    """Refuse a layer that is not among 1..L-1; accept `auto`."""
     _check_requested(term, layer, 1, num_layers - 1, num_layers)
 
 
-def _check_requested(term: Term, layer: int | str | None, lowest: int, highest: int, num_layers: int) -> int | None:
-    """The layer, or None for `auto`. Bounds narrower than 1..L-1 are those that leave room for the other layer."""
+def _check_requested(term: TermName, layer: int | str | None, lowest: int, highest: int, num_layers: int) -> int | None:
+    """Return the layer, or None for `auto`. Bounds narrower than 1..L-1 leave room for the other layer."""
     if layer is None or isinstance(layer, str):
         return None
     if lowest <= layer <= highest:
@@ -276,18 +270,8 @@ def _check_requested(term: Term, layer: int | str | None, lowest: int, highest: 
     )
 
 
-def _explicit(conversion: int, thinking: int) -> Selection:
-    if conversion >= thinking:
-        raise UsageError(
-            f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
-            f"supervision.thinking.layer, which is {thinking}"
-        )
-    reason = f"layers {conversion} and {thinking} were asked for"
-    return Selection(conversion=conversion, thinking=thinking, method="explicit", reason=reason)
-
-
-def _fit(term: Term, chosen: int, allowed: range, num_layers: int) -> tuple[int, str]:
-    """An automatic layer among `allowed` (nearest to the requested layer first), and how it was found."""
+def _fit(term: TermName, chosen: int, allowed: range, num_layers: int) -> tuple[int, str]:
+    """Return an automatic layer among `allowed` (nearest to the requested layer first), and the reason."""
     if chosen in allowed:
         return chosen, f"{term} layer {chosen} was chosen automatically"
     misfit = f"the automatic {term} layer {chosen} is not {'above' if term == 'thinking' else 'below'} it"
@@ -295,3 +279,109 @@ def _fit(term: Term, chosen: int, allowed: range, num_layers: int) -> tuple[int,
     if relative in allowed:
         return relative, f"{misfit}, so relative depth gave {relative}"
     return allowed[0], f"{misfit}, so its neighbour {allowed[0]} was taken"
+
+
+# --- layers.json ---------------------------------------------------------------------------------------------------
+
+
+class ProfileRecord(TypedDict):
+    """Type of `LayerProfile.to_dict()`; a value that is not finite is null."""
+
+    num_layers: int
+    tokens: int
+    sequences: int
+    entropy: list[float | None]
+    entropy_stderr: list[float | None] | None
+    agreement: list[float | None]
+    english_share: list[float | None] | None
+
+
+class LayerAnalysis(TypedDict):
+    """Content of `layers.json`.
+
+    `target` and `english` are the profiles on the two languages (`english` is null if only the target language was
+    measured); `english_tokens` is the reason given by `english_looking_tokens`.
+    """
+
+    version: int
+    model: str
+    language: str | None
+    num_layers: int
+    conversion: int
+    thinking: int
+    method: SelectionMethod
+    reason: str
+    falls: list[dict[str, Any]]
+    target: ProfileRecord
+    english: ProfileRecord | None
+    english_tokens: str | None
+
+
+def analysis_to_json(
+    selection: LayerSelection,
+    target_profile: LayerProfile,
+    english_profile: LayerProfile | None = None,
+    *,
+    model: str,
+    language: str | None = None,
+    english_tokens: str | None = None,
+) -> LayerAnalysis:
+    """Return the content of `layers.json`.
+
+    Args:
+        model: name or folder, as the user wrote it.
+        language: code of the target language.
+        english_tokens: the reason given by `english_looking_tokens`.
+    """
+    analysis = {
+        "version": LAYERS_JSON_VERSION,
+        "model": model,
+        "language": language,
+        "num_layers": target_profile.num_layers,
+        **selection.to_dict(),
+        "target": target_profile.to_dict(),
+        "english": english_profile and english_profile.to_dict(),
+        "english_tokens": english_tokens,
+    }
+    return finite(analysis)
+
+
+def write_layers_json(path: str | os.PathLike[str], analysis: LayerAnalysis) -> None:
+    """Write `layers.json` atomically, making missing folders."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, analysis)
+
+
+def read_layers_json(path: str | os.PathLike[str]) -> LayerAnalysis:
+    """Read a `layers.json`.
+
+    Raises:
+        UsageError: no such file, not JSON, not a layer analysis, or one of another version.
+    """
+    try:
+        analysis: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); `pivotune analyze` writes it") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(analysis, dict) or "version" not in analysis:
+        raise UsageError(f"{path}: not a layer analysis; `pivotune analyze` writes one")
+    if analysis["version"] != LAYERS_JSON_VERSION:
+        raise UsageError(
+            f"{path}: version {analysis['version']!r} is not known; this Pivotune reads version {LAYERS_JSON_VERSION}"
+        )
+    if missing := sorted(LayerAnalysis.__required_keys__ - analysis.keys()):
+        raise UsageError(f"{path}: not a complete layer analysis; missing: {', '.join(missing)}")
+    return cast(LayerAnalysis, analysis)
+
+
+def selection_from_json(analysis: LayerAnalysis) -> LayerSelection:
+    """Return the selection in an analysis."""
+    return LayerSelection(
+        conversion=analysis["conversion"],
+        thinking=analysis["thinking"],
+        method=analysis["method"],
+        reason=analysis["reason"],
+        falls=tuple(Fall(**fall) for fall in analysis["falls"]),
+    )

@@ -1,4 +1,4 @@
-"""LoRA: which adapters are refused, and how they end up in a plain model folder."""
+"""LoRA: refuse adapters that cannot be merged, add the others, and merge them into a plain model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pivotune.models.architecture import find_architecture
 
 
 def build_lora_config(settings: LoraSettings, model: PreTrainedModel) -> Any:
-    """A `peft.LoraConfig` from the `lora:` section of a run configuration."""
+    """Return a `peft.LoraConfig` from the `lora:` section of a run configuration."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -31,7 +31,7 @@ def build_lora_config(settings: LoraSettings, model: PreTrainedModel) -> Any:
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
-    """Wrap a model with adapters after refusing those that would not survive merging.
+    """Wrap a model with adapters after refusing those that cannot be merged.
 
     Raises:
         UsageError: an adapter on a tied head or embedding (merging changes both uses of the one matrix), or modules
@@ -50,19 +50,19 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
 
 def check_adapters(settings: LoraSettings, model_config: Any, *, trust_remote_code: bool = False) -> None:
-    """Raise what `add_adapters` would raise, from the configuration alone: no weight is loaded or made."""
+    """Raise the errors of `add_adapters` from the configuration alone: no weight is loaded or made."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         add_adapters(model, build_lora_config(settings, model))
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether head and input embedding are one matrix."""
+    """Return True if head and input embedding are one matrix."""
     return find_architecture(model).head_weight is cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """A loaded adapter as part of the model, which trains like any other: PEFT has frozen all of it for inference."""
+    """Merge a loaded adapter into its model and make all of it trainable: PEFT freezes it for inference."""
     if not hasattr(model, "peft_config"):
         return model
     merged: PreTrainedModel = cast(Any, model).merge_and_unload()
@@ -73,7 +73,8 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
-    names = {name: module for name, module in model.named_modules() if module in _both_ends(model)}
+    ends = find_architecture(model).lm_head, cast(nn.Module, model.get_input_embeddings())
+    names = [name for name, module in model.named_modules() if module in ends]
     for option, matches in _MATCHES.items():
         wanted = getattr(peft_config, option, None)
         for name in names:
@@ -85,20 +86,16 @@ def _refuse_tied(model: PreTrainedModel, peft_config: Any) -> None:
 
 
 def _targets(wanted: Any, name: str) -> bool:
-    """A list holds names or their last parts; text is a pattern for whole names, or `all-linear`: all but the head."""
+    """Match PEFT's `target_modules`: names or their last parts, a pattern, or `all-linear` (all but the head)."""
     if isinstance(wanted, str):
         return wanted != "all-linear" and re.fullmatch(wanted, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 
-# How PEFT decides, option by option, which modules are meant.
+# PEFT's rules, option by option, for the modules that an option selects.
 _MATCHES: dict[str, Callable[[Any, str], bool]] = {
     "target_modules": _targets,
     "target_parameters": lambda wanted, name: _targets(wanted, f"{name}.weight"),
     "modules_to_save": lambda wanted, name: any(name.endswith(item) for item in wanted),
     "trainable_token_indices": lambda wanted, name: True,
 }
-
-
-def _both_ends(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    return find_architecture(model).lm_head, cast(nn.Module, model.get_input_embeddings())

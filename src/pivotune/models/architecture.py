@@ -1,7 +1,7 @@
-"""The only file that knows where an architecture keeps its parts.
+"""The only file that knows the module names of an architecture.
 
-Everything else asks `find_architecture(model)` and gets the blocks, the final norm, the LM head and what the model does
-to its logits afterwards. A new family is one entry in `ARCHITECTURES`, or a call of `register_architecture`.
+All other code calls `find_architecture(model)` and gets the blocks, the final norm, the LM head and the transformation of
+the logits. A new family is one entry in `ARCHITECTURES`, or a call of `register_architecture`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pivotune.models.sharding import compute_device
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
-    """Where a model class keeps its parts: attribute paths, and functions of its configuration.
+    """Module paths of a model class, and functions of its configuration.
 
     Attributes:
         decoder: path from the causal LM to the module that owns the blocks.
@@ -29,9 +29,9 @@ class ArchitectureSpec:
         lm_head: path from the causal LM to the output projection.
         softcap: reads the cap c of `c * tanh(logits / c)` from the text configuration; None for no cap.
         logit_scale: reads the factor by which the model multiplies `lm_head(h)`; 1.0 for none.
-        shared_prefix: whether a packed batch gives the same states (`pivotune.forward.passes.check_shared_passes` tells):
-            causal attention through Transformers' attention interface, positions only from `position_ids`, and nothing
-            else between tokens.
+        shared_prefix: True if a packed batch gives the same states (test it with
+            `pivotune.forward.passes.check_shared_passes`): causal attention through Transformers' attention interface,
+            positions only from `position_ids`, and no other operation between tokens.
     """
 
     decoder: str = "model"
@@ -66,12 +66,12 @@ class Architecture:
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head's matrix, (vocabulary, width); the input embedding itself where they are tied."""
+        """The LM head's matrix, (vocabulary, width); with tied embeddings the input embedding itself."""
         return cast(Tensor, self.lm_head.weight)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes; a shard that waits on the CPU for its turn (FSDP2's offloading) computes elsewhere."""
+        """The device that the model computes on, even if its shards are kept on the CPU (FSDP2's off-loading)."""
         return compute_device(self.head_weight)
 
     @property
@@ -79,7 +79,7 @@ class Architecture:
         return self.head_weight.shape[0]
 
     def transform_logits(self, projected: Tensor) -> Tensor:
-        """What the model does to `lm_head(h)`: logit scale, then soft-cap. Any shape; same shape back."""
+        """Apply the model's logit scale, then its soft-cap, to `lm_head(h)`. Any shape; same shape back."""
         if self.logit_scale != 1.0:
             projected = projected * self.logit_scale
         if self.softcap is not None:
@@ -87,12 +87,8 @@ class Architecture:
         return projected
 
 
-def _softcap(config: Any) -> float | None:
-    return getattr(config, "final_logit_softcapping", None)
-
-
 _LLAMA_LIKE = ArchitectureSpec(shared_prefix=True)
-_GEMMA = replace(_LLAMA_LIKE, softcap=_softcap)
+_GEMMA = replace(_LLAMA_LIKE, softcap=lambda config: getattr(config, "final_logit_softcapping", None))
 
 # `model_type` of the configuration -> spec. The tests run every invariant on a tiny model of each entry.
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
@@ -108,7 +104,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
 
 
 def register_architecture(model_type: str, spec: ArchitectureSpec) -> None:
-    """Teach Pivotune a new family; `model_type` as in the model's `config.json`.
+    """Register a new family; `model_type` as in the model's `config.json`.
 
     Check it with `pivotune.lenses.logit.check_lens(model)`, which compares the lens at the last layer with the
     model's own logits.
@@ -117,7 +113,7 @@ def register_architecture(model_type: str, spec: ArchitectureSpec) -> None:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The causal LM inside DDP, `torch.compile` and PEFT wrappers (adapters stay active: they live in the blocks)."""
+    """Return the causal LM inside DDP, `torch.compile` and PEFT wrappers; adapters in its blocks stay active."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if isinstance(inner, nn.Module):
@@ -132,23 +128,32 @@ def find_architecture(model: nn.Module) -> Architecture:
     """Find the parts of a Hugging Face causal LM, wrapped or not.
 
     Raises:
-        UsageError: the family is unknown (the message says what to implement) or the model lacks a named part.
+        UsageError: the family is unknown (the message names the function to call) or the model lacks a named part.
     """
     model = unwrap_model(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    spec = ARCHITECTURES.get(model_type)
-    if spec is None:
-        raise UsageError(unknown_architecture(model_type))
+    check_architecture(model_type)
+    spec = ARCHITECTURES[model_type]
     text_config = config.get_text_config()
-    decoder = _submodule(model, spec.decoder, model_type, "decoder")
-    _submodule(decoder, spec.blocks, model_type, "blocks")
+
+    def find(module: nn.Module, path: str, part: str) -> nn.Module:
+        try:
+            return module.get_submodule(path)
+        except AttributeError as error:
+            raise UsageError(
+                f"model type {model_type!r}: no module {path!r} in {type(module).__name__} for its {part}; register the "
+                "right path with pivotune.models.architecture.register_architecture"
+            ) from error
+
+    decoder = find(model, spec.decoder, "decoder")
+    find(decoder, spec.blocks, "blocks")
     return Architecture(
         model_type=model_type,
         decoder=decoder,
         blocks_name=spec.blocks,
-        final_norm=_submodule(decoder, spec.final_norm, model_type, "final_norm"),
-        lm_head=_submodule(model, spec.lm_head, model_type, "lm_head"),
+        final_norm=find(decoder, spec.final_norm, "final_norm"),
+        lm_head=find(model, spec.lm_head, "lm_head"),
         softcap=spec.softcap(text_config),
         logit_scale=float(spec.logit_scale(text_config)),
         shared_prefix=spec.shared_prefix,
@@ -157,25 +162,12 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 def check_architecture(model_type: str) -> None:
     """Refuse an unsupported `model_type` before any weight is loaded."""
-    if model_type not in ARCHITECTURES:
-        raise UsageError(unknown_architecture(model_type))
-
-
-def unknown_architecture(model_type: str) -> str:
+    if model_type in ARCHITECTURES:
+        return
     nearest = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
     hint = f" (nearest known: {nearest[0]})" if nearest else ""
-    return (
+    raise UsageError(
         f"model type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(ARCHITECTURES))}. To add it, call "
         "pivotune.models.architecture.register_architecture(model_type, ArchitectureSpec(decoder=, blocks=, final_norm=, "
         "lm_head=, softcap=, logit_scale=))"
     )
-
-
-def _submodule(module: nn.Module, path: str, model_type: str, part: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError as error:
-        raise UsageError(
-            f"model type {model_type!r}: no module {path!r} in {type(module).__name__} for its {part}; register the right "
-            "path with pivotune.models.architecture.register_architecture"
-        ) from error

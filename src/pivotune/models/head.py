@@ -1,4 +1,4 @@
-"""The final norm and the LM head as inner losses use them: with their weights detached."""
+"""The final norm and the LM head with their weights detached, as inner losses and the lens use them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _MIB = 2**20
 
 
 def frozen_norm(architecture: Architecture, hidden_states: Tensor) -> Tensor:
-    """Final norm with its weights detached: gradient reaches `hidden_states`, never the norm. Any shape (..., width)."""
+    """Apply the final norm; gradient reaches `hidden_states` (..., width), never the norm's weights."""
     return _call_frozen(architecture.final_norm, hidden_states)
 
 
 def readout(architecture: Architecture, normed: Tensor, *, frozen: bool) -> Tensor:
-    """Logits (..., vocabulary) of states that are already normed (..., width).
+    """Return logits (..., vocabulary) of normed states (..., width).
 
-    With `frozen` the head takes part in the forward pass and gets no gradient, also when it is the embedding matrix.
+    With `frozen` the head takes part in the forward pass and gets no gradient, even if it is the embedding matrix.
     """
     head = architecture.lm_head
     return architecture.transform_logits(_call_frozen(head, normed) if frozen else head(normed))
 
 
 def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
-    """Logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
+    """Yield logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
 
     Blocks are rows of the head's matrix, so products of a few hundred rows run at full speed while the logits fit into
-    the cache. All share one buffer: a block may be overwritten and is gone when the next one comes. A head that can only
-    be called as a module (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
+    the cache. All share one buffer: a block may be overwritten, and the next one replaces it. A head that must be called
+    as a module (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
     """
     head = plain_head(architecture)
     if head is None:
@@ -56,20 +56,16 @@ def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> It
         torch.mm(normed, weight.T, out=logits)
         if head.bias is not None:
             logits += head.bias.detach()[start : start + columns]
-        yield start, _transform_in_place(architecture, logits)
-
-
-def _transform_in_place(architecture: Architecture, logits: Tensor) -> Tensor:
-    """`Architecture.transform_logits` without fresh memory."""
-    if architecture.logit_scale != 1.0:
-        logits *= architecture.logit_scale
-    if architecture.softcap is not None:
-        logits.div_(architecture.softcap).tanh_().mul_(architecture.softcap)
-    return logits
+        # `Architecture.transform_logits` without fresh memory.
+        if architecture.logit_scale != 1.0:
+            logits *= architecture.logit_scale
+        if architecture.softcap is not None:
+            logits.div_(architecture.softcap).tanh_().mul_(architecture.softcap)
+        yield start, logits
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """How many rows of logits (rows, vocabulary) to make at once where all of a row is needed.
+    """Return how many rows of logits (rows, vocabulary) to make at once, for uses that need whole rows.
 
     On a CPU 24 MiB of float32: at 576 x 49,152 chunks of 128 rows were faster than 64 (the head is read once for each
     chunk) and than 256 (fresh pages cost more than the product saves). At least 64 rows, for large vocabularies. On a
@@ -80,30 +76,31 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 
 def plain_head(architecture: Architecture) -> nn.Linear | None:
-    """The LM head where it is exactly `lm_head.weight @ h + bias` with an ordinary floating-point matrix.
+    """Return the LM head if it is exactly `lm_head.weight @ h + bias` with an ordinary floating-point matrix.
 
-    None where a wrapper, adapter, quantization, hook or sharded tensor stands in between: call the module then.
+    None for a head with a wrapper, adapter, quantization, hook or sharded tensor in between, which must be called as a
+    module.
     """
     head = architecture.lm_head
     return cast(nn.Linear, head) if is_plain_linear(head) and is_plain_matrix(cast(Tensor, head.weight)) else None
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly `nn.Linear`: subclasses compute something else, and so may hooks.
+    """Return True if a module computes exactly `nn.Linear`, which subclasses, hooks and a replaced forward may not.
 
-    Accelerate's hooks replace `forward` on the instance. FSDP2's and ZeRO-3's compute nothing.
+    FSDP2's and ZeRO-3's hooks only gather weights; Accelerate's replace `forward` on the instance.
     """
     return class_of(module) is nn.Linear and not foreign_hooks(module) and not has_replaced_forward(module)
 
 
 def is_plain_matrix(weight: Tensor) -> bool:
-    """Neither quantized (a subclass, or integers) nor partitioned away (empty, ZeRO-3) nor off-loaded (meta)."""
+    """Return False for a weight that is quantized (a subclass, or integers), partitioned (empty) or off-loaded (meta)."""
     ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2
     return ordinary and weight.numel() > 0 and weight.device.type != "meta"
 
 
 def _call_frozen(module: nn.Module, states: Tensor) -> Tensor:
-    """Call a module with all its parameters detached; the module itself is left as it is (also one with adapters)."""
+    """Call a module (which may hold adapters) with all its parameters detached; the module itself is not changed."""
     if is_partitioned(module):
         return in_place_of_forward(module, partial(_call_copy, module), states)
     if is_fsdp(module):
@@ -113,13 +110,13 @@ def _call_frozen(module: nn.Module, states: Tensor) -> Tensor:
 
 
 def _call_copy(module: nn.Module, states: Tensor) -> Tensor:
-    """`_call_frozen` with copies of weights that are gathered now and may be gone before the backward pass is here."""
+    """Same as `_call_frozen` on copies: weights that are gathered now may be gone in the backward pass."""
     copies = {f"module.{name}": parameter.detach().clone() for name, parameter in module.named_parameters()}
     return functional_call(_Unhooked(module), copies, (states,))
 
 
 class _Unhooked(nn.Module):
-    """A module's own forward, without the hooks that gather its weights: they count on the model's own order of calls."""
+    """A module's own forward without the hooks that gather its weights, which expect the model's own order of calls."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

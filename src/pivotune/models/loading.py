@@ -1,9 +1,8 @@
 """Find, check and load models and tokenizers by name.
 
 A name is one of: `bundled:smollm2-135m-instruct`; a folder in Hugging Face form; a PEFT adapter folder
-(`adapter_config.json`), which stands for its base model with the adapter on top; a run folder, of which `model/` is
-meant; a Hugging Face Hub name. Only safetensors are read. Everything that can be known without loading weights is
-checked first, and every mistake is one line.
+(`adapter_config.json`), loaded as its base model with the adapter on top; a run folder, for its `model/`; a Hugging Face
+Hub name. Only safetensors are read. All checks that need no weights come first, and every mistake is one line.
 """
 
 from __future__ import annotations
@@ -15,28 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pivotune.errors import UsageError
-from pivotune.models.loading_errors import OFFLINE_MODEL, about_base_of, one_line_errors
-from pivotune.models.locating import ModelFiles, base_of, check_index, locate, resolve_model, tokenizer_files
+from pivotune.models.locating import (
+    ModelFiles,
+    about_base_of,
+    base_of,
+    check_index,
+    locate,
+    one_line_errors,
+    tokenizer_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "DTYPES",
-    "OFFLINE_MODEL",
-    "check_model",
-    "load_model",
-    "load_tokenizer",
-    "read_config",
-    "resolve_model",
-]
 
 DTYPES = ("auto", "float32", "bfloat16")
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
 def read_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
-    """Configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
+    """Read the configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
 
     Raises:
         UsageError: no such folder or Hub name, Hub out of reach and model not in its cache, gated repository, no
@@ -58,10 +54,10 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
-    """Raise what loading `name` would raise, as far as it shows without reading weights or the tokenizer.
+    """Raise the errors of loading `name` that can be found without reading weights or the tokenizer.
 
     Raises:
-        UsageError: as `read_config`; also when no tokenizer is beside the model.
+        UsageError: as `read_config`; no tokenizer beside the model.
     """
     read_config(name, trust_remote_code=trust_remote_code, revision=revision)
     tokenizer_files(name, revision)
@@ -70,11 +66,11 @@ def check_model(name: str, *, trust_remote_code: bool = False, revision: str | N
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model (of an adapter without one: of its base), padding on the right.
+    """Load the tokenizer of a model (of an adapter without one: of its base), padding on the right.
 
-    A tokenizer without a padding token pads with its end-of-text token. So the padding id never says what is padding:
-    masks and labels must be built from lengths, as the collator does, or the model would not learn to stop. A chat
-    template that ends turns with another token than `eos_token` is left as it is.
+    A tokenizer without a padding token pads with its end-of-text token. So padding cannot be recognized by its id: masks
+    and labels must be built from lengths, as the collator does, or the model would not learn to stop. A chat template
+    that ends turns with another token than `eos_token` is left as it is.
 
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files.
@@ -109,17 +105,26 @@ def load_model(
     """Load a causal language model in evaluation mode; an adapter as a frozen `PeftModel` on its base.
 
     Args:
-        name: any form the module docstring names.
-        dtype: of the weights; `auto` keeps the one they are stored in.
-        revision: branch, tag or commit on the Hub; without meaning for folders.
+        name: any form that the module docstring lists.
+        dtype: of the weights; `auto` keeps the stored one.
+        revision: branch, tag or commit on the Hub; ignored for folders.
         attn_implementation: Transformers' option of that name (`sdpa`, `eager`, `flash_attention_2`...).
         quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, on CUDA or a CPU.
 
     Raises:
         UsageError: as `check_model`; unknown option values; weights that are damaged, missing or of another shape.
     """
-    options = _loading_options(dtype, attn_implementation, quantize)
-    return _load(name, revision, {"trust_remote_code": trust_remote_code, **options})
+    import torch
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: {dtype!r} found; allowed: {', '.join(DTYPES)}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantize is not None:
+        options["quantization_config"] = _quantization_config(quantize)
+    return _load(name, revision, options)
 
 
 def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
@@ -127,7 +132,13 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
 
     files = locate(name, revision)
     if files.is_adapter:
-        return _load_adapter(name, files, options)
+        from peft import PeftModel
+
+        base, base_revision = base_of(name, files)
+        with about_base_of(name):
+            model = _load(base, base_revision, options)
+        with one_line_errors(name, "adapter"):
+            return PeftModel.from_pretrained(model, files.location, is_trainable=False, **files.arguments)
     config = read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
     check_index(files, getattr(config, "transformers_weights", None))
     with one_line_errors(name, "model"), _quiet_transformers(files):
@@ -142,31 +153,15 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
             **files.arguments,
         )
     model, report = loaded
-    _check_complete(name, report)
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(f"{name}: {len(missing)} weights are not in the files, first {missing[0]}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, stored, expected = mismatched[0]
+        raise UsageError(
+            f"{name}: {len(mismatched)} weights have another shape than config.json says, first {key}: "
+            f"{tuple(stored)} found, {tuple(expected)} expected"
+        )
     return model
-
-
-def _load_adapter(name: str, files: ModelFiles, options: dict[str, Any]) -> Any:
-    from peft import PeftModel
-
-    base, base_revision = base_of(name, files)
-    with about_base_of(name):
-        model = _load(base, base_revision, options)
-    with one_line_errors(name, "adapter"):
-        return PeftModel.from_pretrained(model, files.location, is_trainable=False, **files.arguments)
-
-
-def _loading_options(dtype: str, attn_implementation: str | None, quantize: str | None) -> dict[str, Any]:
-    import torch
-
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: {dtype!r} found; allowed: {', '.join(DTYPES)}")
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantize is not None:
-        options["quantization_config"] = _quantization_config(quantize)
-    return options
 
 
 def _quantization_config(quantize: str) -> Any:
@@ -203,7 +198,7 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def _check_no_kernel(name: str, config: PretrainedConfig) -> None:
-    """A configuration may name an attention kernel on the Hub, which Transformers would fetch and run."""
+    """Refuse a configuration that names an attention kernel on the Hub: Transformers would fetch and run it."""
     for part in (config, config.get_text_config()):
         for key in ("_attn_implementation", "_experts_implementation"):
             wanted = getattr(part, key, None)
@@ -214,21 +209,9 @@ def _check_no_kernel(name: str, config: PretrainedConfig) -> None:
                 )
 
 
-def _check_complete(name: str, report: dict[str, Any]) -> None:
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if missing:
-        raise UsageError(f"{name}: {len(missing)} weights are not in the files, first {missing[0]}")
-    if mismatched:
-        key, stored, expected = mismatched[0]
-        raise UsageError(
-            f"{name}: {len(mismatched)} weights have another shape than config.json says, first {key}: "
-            f"{tuple(stored)} found, {tuple(expected)} expected"
-        )
-
-
 @contextmanager
 def _quiet_transformers(files: ModelFiles) -> Iterator[None]:
-    """Silence Transformers' bars and remarks on local files; a download from the Hub keeps its progress bar."""
+    """Silence Transformers' progress bars and warnings for local files; a download keeps its progress bar."""
     from transformers.utils import logging
 
     if not Path(files.location).is_dir():

@@ -1,31 +1,37 @@
-"""Where a model's files are: a folder, a run folder, the Hub or its cache; and whether they are all there."""
+"""Find a model's files in a folder, a run folder, the Hub or its cache, and check that none is missing.
+
+Errors of Transformers, PEFT and the Hub client about unusable files become one line here.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.models.bundled import PREFIX, bundled_model_folder
-from pivotune.models.loading_errors import OFFLINE_MODEL, about_base_of, explain, one_line_errors
+from pivotune.models.bundled import BUNDLED_MODELS, PREFIX, bundled_model_folder
 
+OFFLINE_MODEL = f"{PREFIX}{next(iter(BUNDLED_MODELS))}"
+# Written by a run beside the files of a folder (pivotune.training.resilience.checksums): name -> size and SHA-256.
+CHECKSUMS = "checksums.json"
 _CONFIG = "config.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What a run writes beside the files of a folder (pivotune.training.resilience.checksums): name -> size and SHA-256.
-CHECKSUMS = "checksums.json"
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 _HUB_TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model is, the names of its files, and what `from_pretrained` must be told to read them there."""
+    """A model's location (folder or Hub name), the names of its files, and arguments of `from_pretrained` to read them."""
 
     location: str
     names: frozenset[str]
@@ -41,7 +47,7 @@ class ModelFiles:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` takes for `name`: a folder path, or the Hub name itself (not looked up here).
+    """Return a folder path or Hub name for `from_pretrained`; a Hub name is not looked up here.
 
     Bundled models become their cached folder (converted on first use), run folders their `model/`; other existing
     folders are checked for a configuration and weights.
@@ -49,27 +55,31 @@ def resolve_model(name: str) -> str:
     Raises:
         UsageError: unknown bundled name; a file; a folder without a model; neither a folder nor a possible Hub name.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if name.startswith(PREFIX):
         return str(bundled_model_folder(name))
     path = Path(name).expanduser()
     if name and path.is_dir():
         folder = _folder_in_run(path)
         _check_files(str(folder), _file_names(folder))
-        _check_shards(folder)
-        _check_sizes(folder)
+        _check_weights(folder)
         return str(folder)
     if path.is_file():
         raise UsageError(f"{name}: this is a file; allowed: a model folder, a run folder, a Hub name, {OFFLINE_MODEL}")
-    if not _is_possible_hub_name(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
         raise UsageError(
             f"{name or '(empty model name)'}: no such folder; "
             f"allowed: a model folder, a run folder, a Hub name (owner/model), {OFFLINE_MODEL}"
-        )
+        ) from error
     return name
 
 
 def locate(name: str, revision: str | None) -> ModelFiles:
-    """Find a model's files, looking a Hub name up; an adapter is found itself, not its base.
+    """Find a model's files, looking a Hub name up; of an adapter its own files, not its base model's.
 
     Raises:
         UsageError: as `resolve_model`; no such Hub name or revision, Hub out of reach and model not in its cache, no
@@ -89,7 +99,7 @@ def locate(name: str, revision: str | None) -> ModelFiles:
 
 
 def tokenizer_files(name: str, revision: str | None) -> ModelFiles:
-    """Where a model's tokenizer is; of an adapter without one, its base model's.
+    """Find a model's tokenizer; of an adapter without one, its base model's.
 
     Raises:
         UsageError: as `locate`; no tokenizer beside the model.
@@ -105,7 +115,7 @@ def tokenizer_files(name: str, revision: str | None) -> ModelFiles:
 
 
 def base_of(name: str, files: ModelFiles) -> tuple[str, str | None]:
-    """Name and revision of an adapter's base model."""
+    """Return name and revision of an adapter's base model."""
     from huggingface_hub import hf_hub_download
 
     with one_line_errors(name, _ADAPTER_CONFIG):
@@ -119,8 +129,11 @@ def base_of(name: str, files: ModelFiles) -> tuple[str, str | None]:
     return base, adapter.get("revision")
 
 
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
 def _folder_in_run(path: Path) -> Path:
-    """`model/` of a run folder, else the folder itself."""
+    """Return `model/` of a run folder, else the folder itself."""
     if not (path / "config.yaml").is_file() or (path / _CONFIG).is_file():
         return path
     if (path / "model").is_dir():
@@ -133,27 +146,16 @@ def _file_names(folder: Path) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir())
 
 
-def _is_possible_hub_name(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return bool(name)
-
-
 @lru_cache(maxsize=32)
 def _names_on_hub(name: str, revision: str | None) -> frozenset[str] | None:
-    """Names of a Hub model's files, or None when the Hub is out of reach. One request, remembered for the process."""
+    """Return the names of a Hub model's files, or None if the Hub is out of reach. One request for each process."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UsageError(explain(name, error)) from error
+        raise UsageError(_explain(name, error, "model")) from error
     except Exception:  # the errors of the Hub client's HTTP library have no public type
         return None
     return frozenset(file.rfilename for file in info.siblings or ())
@@ -172,6 +174,9 @@ def _names_in_hub_cache(name: str, revision: str | None) -> frozenset[str]:
     )
 
 
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
 def _check_files(location: str, names: frozenset[str]) -> None:
     if _CONFIG not in names and _ADAPTER_CONFIG not in names:
         raise UsageError(f"{location}: not a model: neither {_CONFIG} nor {_ADAPTER_CONFIG} is there")
@@ -187,21 +192,17 @@ def _check_files(location: str, names: frozenset[str]) -> None:
     raise UsageError(f"{location}: no weights; looked for {' or '.join(wanted)}")
 
 
-def _check_shards(folder: Path) -> None:
-    index = folder / _WEIGHTS[1]
-    if (folder / _WEIGHTS[0]).is_file() or not index.is_file():
-        return
-    shards = read_shards(index)
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
-
-
-def _check_sizes(folder: Path) -> None:
-    """What a run has saved knows how long its weights are; configuration and tokenizer may be edited."""
-    path = folder / CHECKSUMS
+def _check_weights(folder: Path) -> None:
+    """Check that no shard is missing, and the sizes that a run recorded; configuration and tokenizer may be edited."""
+    single, index = (folder / name for name in _WEIGHTS)
+    if index.is_file() and not single.is_file():
+        shards = read_shards(index)
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
     try:
-        sizes = {str(name): entry["size"] for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sizes = {str(name): entry["size"] for name, entry in recorded.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
     for entry in folder.glob("*.safetensors"):
@@ -214,7 +215,7 @@ def _check_sizes(folder: Path) -> None:
 
 
 def read_shards(index: Path) -> set[str]:
-    """Names of the weight files that an index lists: Safetensors beside it, nothing elsewhere.
+    """Return the names of the weight files that an index lists: safetensors files beside it.
 
     Raises:
         UsageError: no readable index, or a shard that is a path, or of another format.
@@ -232,7 +233,7 @@ def read_shards(index: Path) -> set[str]:
 
 
 def check_index(files: ModelFiles, named: str | None) -> None:
-    """What `resolve_model` has checked of a folder also for the Hub, and for an index that `config.json` names.
+    """Check the list of shards of a Hub model, or of an index that `config.json` names, as `resolve_model` does.
 
     Args:
         named: `transformers_weights` of the configuration.
@@ -246,3 +247,60 @@ def check_index(files: ModelFiles, named: str | None) -> None:
     folder = Path(files.location)
     with one_line_errors(files.location, name):
         read_shards(folder / name if folder.is_dir() else Path(hf_hub_download(str(folder), name, **files.arguments)))
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_line_errors(name: str, part: str) -> Iterator[None]:
+    """Turn errors of Transformers, PEFT and the Hub client about unusable files or options into one line.
+
+    Args:
+        part: the part that cannot be loaded, for the message: `model`, `tokenizer`...
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise UsageError(_explain(name, error, part)) from error
+    except Exception as error:
+        # `tokenizers` raises bare `Exception` for a damaged tokenizer.json; any subclass has another cause.
+        if type(error) is not Exception:
+            raise
+        raise UsageError(_explain(name, error, part)) from error
+
+
+@contextmanager
+def about_base_of(name: str) -> Iterator[None]:
+    """Add the adapter's name to errors about its base model."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{name}: its base model: {error}") from error
+
+
+def _explain(name: str, error: BaseException, part: str) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{name}: a gated model: accept its terms on its Hub page, then log in with `hf auth login`"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"{name}: no such folder, and no such model on the Hugging Face Hub (a private one needs "
+            f"`hf auth login`); {OFFLINE_MODEL} needs neither"
+        )
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{name}: the Hugging Face Hub has no such revision of this model"
+    if "trust_remote_code" in str(error):
+        return f"{name}: it needs code of its own to be run; set trust_remote_code to true if you trust its author"
+    reason = shorten(str(error), width=300) or type(error).__name__
+    return f"{name}: the {part} cannot be loaded: {reason}"

@@ -1,16 +1,20 @@
-"""Weights that several processes share out among them: how the losses, which run outside the model's forward, read them.
+"""The place of a model's weights: devices, and shards that several processes share out among them.
+
+The losses read the head's and the norm's weights outside the model's forward.
 
 - FSDP2 keeps every parameter as a shard and gathers a module's parameters around its forward. Accelerate puts the head,
-  the embedding that it may be tied to and the final norm (where it finds one; it does not below adapters) into a group
+  the embedding that it may be tied to and the final norm (if it finds one; it does not below adapters) into a group
   that stays gathered from the forward to the backward pass, as the root's own parameters do. So both are plain tensors
-  when the losses read them.
-- ZeRO-3 replaces parameters by empty tensors and gathers a module's own around its call. What reads them runs in the
+  for the losses.
+- ZeRO-3 replaces parameters by empty tensors and gathers a module's own around its call. Code that reads them runs in
   place of the module's forward (`in_place_of_forward`), one call for each loss, the same on all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,19 +22,57 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _Result = TypeVar("_Result")
+_assumed_kind: ContextVar[str | None] = ContextVar("assumed_device_kind", default=None)
+
+
+def device_kind(tensor: Tensor) -> str:
+    """Return the device type (`cpu`, `cuda`...) by which kernels and chunk sizes are chosen."""
+    return _assumed_kind.get() or tensor.device.type
+
+
+@contextmanager
+def assumed_device_kind(kind: str) -> Iterator[None]:
+    """Inside the context `device_kind` returns `kind`: for an estimate made on another machine."""
+    token = _assumed_kind.set(kind)
+    try:
+        yield
+    finally:
+        _assumed_kind.reset(token)
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move the model to `device` inside the context; one on an accelerator already (quantized, say) stays there."""
+    own = next(model.parameters()).device
+    if own.type != "cpu" or device.type == "cpu":
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(own)
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Return the device that a parameter is computed with: for a shard, that of its mesh, even if it is off-loaded."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.device_type == "cpu":
+        return parameter.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def in_lockstep() -> bool:
-    """Whether other ranks run beside this one, so that all have to run the same forward passes.
+    """Return True in distributed training, where every rank must run the same forward passes.
 
-    Sharded models gather weights in every pass and DDP sends buffers: a rank that leaves out a pass, because no row of its
+    Sharded models gather weights in every pass and DDP sends buffers: a rank that skipped a pass, because no row of its
     batch needs it, would leave the others waiting.
     """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 manages this module (`torch.distributed.fsdp.fully_shard`)."""
+    """Return True if FSDP2 manages this module (`torch.distributed.fsdp.fully_shard`)."""
     if not dist.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -39,46 +81,44 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def is_partitioned(module: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps parameters of this module in parts; they may happen to be gathered just now."""
+    """Return True if DeepSpeed ZeRO-3 partitions this module's parameters, gathered at the moment or not."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def compute_device(parameter: Tensor) -> torch.device:
-    """Where a parameter is computed with: the device of its mesh for a shard, wherever the shard itself is kept."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None or mesh.device_type == "cpu":
-        return parameter.device
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-
-
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class as its author wrote it: FSDP2 puts a class of its own in front."""
+    """Return the module's class without the one that FSDP2 puts in front."""
     # FSDP2 makes (FSDP<Name>, FSDPModule, <Name>, ...).
     return cast(type[nn.Module], type(module).__mro__[2]) if is_fsdp(module) else type(module)
 
 
 def foreign_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The module's hooks but for those that only bring its weights there (FSDP2, ZeRO-3)."""
+    """Return the module's hooks, except those of FSDP2 and ZeRO-3, which only gather its weights."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     hooks = [hook for hooks in kinds for hook in hooks.values()]
-    return [hook for hook in hooks if not _module_of(hook).startswith(("torch.distributed.fsdp", "deepspeed."))]
+    return [hook for hook in hooks if not _defining_module(hook).startswith(("torch.distributed.fsdp", "deepspeed."))]
+
+
+def _defining_module(hook: Callable[..., Any]) -> str:
+    """Return the name of the Python module that defines a hook, inside `functools.partial` and decorators."""
+    inner = getattr(hook, "func", None) or getattr(hook, "__wrapped__", None)
+    return _defining_module(inner) if inner is not None else getattr(hook, "__module__", None) or ""
 
 
 def has_replaced_forward(module: nn.Module) -> bool:
-    """Whether somebody else put a forward of their own on this very module, as Accelerate's hooks do."""
+    """Return True if another library has set a `forward` on this instance, as Accelerate's hooks do."""
     own = vars(module).get("forward")
     return own is not None and not isinstance(own, _InPlace)
 
 
 def call_gathered(module: nn.Module, states: Tensor) -> Tensor:
-    """Call a module whose weights are gathered now, without FSDP2's hooks: they count on the model's own order of calls."""
+    """Call a module whose weights are gathered, without FSDP2's hooks: they expect the model's own order of calls."""
     return class_of(module).forward(module, states) if is_fsdp(module) else module(states)
 
 
 def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *tensors: Tensor) -> _Result:
-    """Call `module(*tensors)` with `function` in the place of its forward, so that its hooks gather its weights around it.
+    """Call `module(*tensors)` with `function` as its forward, so that its hooks gather its weights around the call.
 
-    The gradients of what `function` returns find the weights gathered too.
+    They gather them again for the gradients of the result.
     """
     before = vars(module).get("forward")
     module.forward = _InPlace(function)
@@ -91,8 +131,18 @@ def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *te
             module.forward = before
 
 
+class _InPlace:
+    """A forward set by `in_place_of_forward`, recognized by its class."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return self._function(*tensors)
+
+
 def whole(tensor: Tensor, *, frozen: bool) -> Tensor:
-    """A parameter as a plain tensor: a shard (`DTensor`) that nothing has gathered is gathered here.
+    """Return a parameter as a plain tensor; a shard (`DTensor`) that is not gathered yet is gathered here.
 
     Its gradient goes back to the shards as FSDP2's does, as the mean over all ranks; none with `frozen`.
     """
@@ -106,19 +156,3 @@ def whole(tensor: Tensor, *, frozen: bool) -> Tensor:
     if gathered.requires_grad:
         gathered.register_hook(lambda gradient: gradient / sharded.device_mesh.size())
     return gathered
-
-
-class _InPlace:
-    """A forward of ours on a module, known by its class."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        return self._function(*tensors)
-
-
-def _module_of(hook: Callable[..., Any]) -> str:
-    """Where a hook was written; what wraps it (`functools.partial`, decorators) counts as what it wraps."""
-    inner = getattr(hook, "func", None) or getattr(hook, "__wrapped__", None)
-    return _module_of(inner) if inner is not None else getattr(hook, "__module__", None) or ""

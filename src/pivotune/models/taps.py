@@ -1,8 +1,8 @@
 """Hidden states by layer, and passes that stop early.
 
-The index convention of the whole project: `h_k` is the hidden state after k decoder blocks. `h_0` is what enters the
-first block (the embeddings), `h_L` what leaves the last block *before* the final norm. Hugging Face's own list of
-hidden states ends with the *normed* last state; nobody else in this project indexes such a list.
+The index convention of the whole project: `h_k` is the hidden state after k decoder blocks. `h_0` is the input of the
+first block (the embeddings), `h_L` the output of the last block *before* the final norm. Hugging Face's own list of
+hidden states ends with the *normed* last state; nothing else in this project indexes such a list.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,10 +19,10 @@ from pivotune.models.architecture import Architecture
 
 @dataclass
 class Taps:
-    """What a pass left behind.
+    """Hidden states recorded during a pass.
 
     Attributes:
-        hidden_states: k -> `h_k`, shape (batch, tokens, width), for the layers asked for.
+        hidden_states: k -> `h_k`, shape (batch, tokens, width), for the requested layers.
         final: the output of the final norm, shape (batch, tokens, width); None until the pass has run.
     """
 
@@ -37,21 +38,32 @@ def tap(architecture: Architecture, layers: Iterable[int]) -> Iterator[Taps]:
     and that copy has no gradient history of ours. Hooks are removed when the context ends, also by an exception.
     """
     taps = Taps()
+
+    def record_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        taps.hidden_states.setdefault(0, args[0] if args else kwargs["hidden_states"])
+
+    def record_output(layer: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        taps.hidden_states.setdefault(layer, output[0] if isinstance(output, tuple) else output)
+
+    def record_final(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if taps.final is None:
+            taps.final = output
+
     blocks = architecture.blocks
     with ExitStack() as stack:
         for layer in sorted(set(layers)):
             if layer == 0:
-                handle = blocks[0].register_forward_pre_hook(_first_input(taps), with_kwargs=True)
+                handle = blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)
             else:
-                handle = blocks[layer - 1].register_forward_hook(_output_of(taps, layer))
+                handle = blocks[layer - 1].register_forward_hook(partial(record_output, layer))
             stack.callback(handle.remove)
-        stack.callback(architecture.final_norm.register_forward_hook(_final(taps)).remove)
+        stack.callback(architecture.final_norm.register_forward_hook(record_final).remove)
         yield taps
 
 
 @contextmanager
 def truncated(architecture: Architecture, num_layers: int) -> Iterator[None]:
-    """Inside the context the model runs its first `num_layers` blocks only; the final norm then sees `h_{num_layers}`."""
+    """Run only the model's first `num_layers` blocks inside the context; the final norm then reads `h_{num_layers}`."""
     blocks = architecture.blocks
     if not 1 <= num_layers <= len(blocks):
         raise ValueError(f"cannot stop after {num_layers} of {len(blocks)} blocks")
@@ -67,7 +79,7 @@ def truncated(architecture: Architecture, num_layers: int) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module's own mode as before afterwards (some may have been frozen in evaluation)."""
+    """Turn dropout off inside the context; afterwards every module has its own mode back (some may be frozen in eval)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -75,25 +87,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _first_input(taps: Taps):
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        taps.hidden_states.setdefault(0, args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
-def _output_of(taps: Taps, layer: int):
-    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        taps.hidden_states.setdefault(layer, output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
-def _final(taps: Taps):
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if taps.final is None:
-            taps.final = output
-
-    return hook

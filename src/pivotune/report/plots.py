@@ -57,7 +57,7 @@ def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
     """Draw the mean entropy of every layer with the chosen layers i and j; below it agreement and English share.
 
     Args:
-        layers: content of `layers.json` (`pivotune.layers.analysis.LayerAnalysis`).
+        layers: content of `layers.json` (`pivotune.layers.selection.LayerAnalysis`).
     """
     languages = {layers.get("language") or "target": layers["target"]}
     if layers.get("english"):

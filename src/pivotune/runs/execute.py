@@ -19,7 +19,7 @@ from pivotune.config.settings import RunConfig
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.estimate.out_of_memory import explained_out_of_memory
-from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
+from pivotune.layers.selection import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.models.sharding import is_partitioned

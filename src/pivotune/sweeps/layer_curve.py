@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from pivotune.layers.analysis import read_layers_json
-from pivotune.layers.selection import Term
+from pivotune.layers.selection import TermName, read_layers_json
 from pivotune.results.files import read_entries
 from pivotune.sweeps.plan import Cell
 from pivotune.sweeps.run import Sweep
@@ -15,14 +14,14 @@ from pivotune.sweeps.run import Sweep
 _CONFIDENCE = 1.96  # standard errors on either side: 95 %
 
 
-def swept_term(cells: Iterable[Cell]) -> Term | None:
+def swept_term(cells: Iterable[Cell]) -> TermName | None:
     """Return the term whose layer the grid varies; the thinking term if it varies both, None if neither."""
     keys = {key for cell in cells for option in cell.options for key in option.keys}
-    terms: tuple[Term, ...] = ("thinking", "conversion")
+    terms: tuple[TermName, ...] = ("thinking", "conversion")
     return next((term for term in terms if f"supervision.{term}.layer" in keys), None)
 
 
-def layer_curve(sweep: Sweep, term: Term) -> dict[str, Any]:
+def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
     """Return the data of `plot_layer_sweep` from the finished cells.
 
     Returns:

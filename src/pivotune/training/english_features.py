@@ -31,8 +31,7 @@ from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.models.architecture import find_architecture
-from pivotune.models.placement import placed
-from pivotune.models.sharding import is_partitioned
+from pivotune.models.sharding import is_partitioned, placed
 from pivotune.models.taps import evaluation_mode, truncated
 from pivotune.objectives.cosine import english_layer, english_states, frozen_losses, pool, span_masks
 from pivotune.training.arguments import DeepSupervisionConfig

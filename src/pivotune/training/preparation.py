@@ -24,13 +24,11 @@ from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
-from pivotune.layers.analysis import LayerAnalysis, selection_from_json
 from pivotune.layers.measure import analyze_layers, num_sequences
-from pivotune.layers.selection import check_layer, resolve_layers
+from pivotune.layers.selection import LayerAnalysis, check_layer, resolve_layers, selection_from_json
 from pivotune.methods.base import required_sides
 from pivotune.models.architecture import find_architecture
-from pivotune.models.placement import placed
-from pivotune.models.sharding import is_partitioned
+from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.progress import Progress, silent

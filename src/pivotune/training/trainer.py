@@ -25,7 +25,7 @@ from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
-from pivotune.layers.analysis import LayerAnalysis
+from pivotune.layers.selection import LayerAnalysis
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer

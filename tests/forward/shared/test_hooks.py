@@ -1,4 +1,4 @@
-"""The shared forward against separate passes: same states, same gradients, nothing seen that should not be."""
+"""The shared forward against separate passes: same states, same gradients, no row reads another."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_states_equal_those_of_separate_passes(family):
         )
 
 
-# --- nothing sees what it should not -------------------------------------------------------------------------------
+# --- tokens see their own row only ---------------------------------------------------------------------------------
 
 
 def changed_states(family: str, change) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def test_an_answer_changes_no_branch_and_a_prompt_changes_both(family):
         assert moved[name][of_row == 2].any()
 
 
-# --- what it costs -------------------------------------------------------------------------------------------------
+# --- cost ----------------------------------------------------------------------------------------------------------
 
 
 def tokens_by_block(model: nn.Module, batch: dict[str, Tensor], request: PassRequest) -> list[int]:
@@ -273,9 +273,9 @@ def test_attention_dropout_is_applied_and_drawn_anew():
 
 @pytest.fixture
 def plain_llama(monkeypatch):
-    """Llama as a family that was registered without a word about the shared forward."""
+    """Llama registered without `shared_prefix`."""
     monkeypatch.setitem(ARCHITECTURES, "llama", ArchitectureSpec())
-    branches._say_once.cache_clear()
+    branches._warn_once.cache_clear()
     return build_tiny_model("llama")
 
 
@@ -311,7 +311,7 @@ def test_models_that_cannot_share(caplog):
 
 
 def test_blocks_wrapped_for_checkpointing_from_outside_share():
-    """As FSDP's own activation checkpointing wraps them; what a wrapper runs again brings the attention along."""
+    """FSDP's own activation checkpointing wraps them so; the second run of a block needs the packing too."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
     model, batch = build_tiny_model("llama"), make_batch()
@@ -340,7 +340,7 @@ def test_check_for_a_new_family(family):
 
 
 def test_check_finds_what_cannot_share():
-    """Attention that also sees what follows mixes the rows of a packed batch differently than separate rows."""
+    """Attention to later tokens mixes the rows of a packed batch differently than separate rows."""
     model = build_tiny_model("gemma3_text", use_bidirectional_attention=True)
     assert tiny_config("gemma3_text").use_bidirectional_attention is False
     assert check_shared_passes(model) > 1e-2
@@ -348,8 +348,8 @@ def test_check_finds_what_cannot_share():
 
 def test_replay_rows_alone_have_no_branch():
     batch = make_batch(8)
-    replay = {name: tensor[batch["is_english"]] for name, tensor in batch.items()}
-    assert len(replay["labels"]) == len([example for example in make_examples(8) if example.english]) > 0
+    replay = {name: tensor[batch["english_answer"]] for name, tensor in batch.items()}
+    assert len(replay["labels"]) == len([example for example in make_examples(8) if example.english_answer]) > 0
     passes = shared_passes(build_tiny_model(), replay, REQUEST)
     assert passes.branches == {}
     assert passes.main.final is not None
@@ -387,7 +387,7 @@ def test_padding_alone_gives_what_separate_passes_give():
 
 @pytest.mark.parametrize("limit", [8, 12, 200])
 def test_rotary_embeddings_that_depend_on_the_longest_sequence(limit):
-    """Some branches are longer than the main rows; they may not change what the main rows read."""
+    """Some branches are longer than the main rows; they must not change the embeddings of the main rows."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     weights = {"tft": 1.0, "conversion": 0.5, "thinking": 0.5}
     results = []
@@ -399,7 +399,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_sequence(limit):
 
 
 class Wrapper(nn.Module):
-    """Passes attributes on to the block inside, but not what is set on it, as FSDP does."""
+    """Reads attributes from the block inside, but sets them on itself, as FSDP does."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

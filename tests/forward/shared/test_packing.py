@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivotune.forward.shared.packing import Branch, Packing, pack
-from pivotune.forward.shared.scatter import give, pick, take
+from pivotune.forward.shared.packing import Branch, Packing, pack, pick
 
 # Two rows of 6 and 3 tokens; prompts of 4 and 2.
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15], [20, 21, 22, 0, 0, 0]])
@@ -69,7 +68,7 @@ def test_a_sliding_window_counts_positions_of_the_text(packing):
 def test_there_and_back(packing):
     states = torch.randn(15, 2, 3)
     for segment in packing.segments:
-        assert torch.equal(give(take(states, segment.queries), segment.queries), states[segment.start : segment.stop])
+        assert torch.equal(segment.queries.unpad(segment.queries.pad(states)), states[segment.start : segment.stop])
     padded = packing.padded(states[None])
     assert torch.equal(padded[MASK.bool()], states[:9])
 
@@ -85,7 +84,7 @@ def test_gradients_of_the_way(packing):
             real = torch.zeros(scatter.rows * scatter.length, 1, dtype=torch.double)
             real[scatter.padded] = 1
             # What stands at padding is not read, so it has no gradient either.
-            assert grad_of(lambda x, s=scatter, r=real: take(x, s).flatten(0, 1) * r, states)
+            assert grad_of(lambda x, s=scatter, r=real: s.pad(x).flatten(0, 1) * r, states)
     assert grad_of(lambda x: pick(x, packing.predicting[1][:4]), states)
 
 
@@ -98,7 +97,7 @@ def test_a_row_without_any_token_takes_no_place():
 def test_rows_of_one_length_are_not_moved():
     packed = pack(IDS[:1], MASK[:1])
     states = torch.randn(6, 2)
-    assert take(states, packed.segments[0].queries).data_ptr() == states.data_ptr()
+    assert packed.segments[0].queries.pad(states).data_ptr() == states.data_ptr()
 
 
 def test_a_branch_whose_rows_have_one_token_each_is_only_predicted():

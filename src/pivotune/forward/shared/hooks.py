@@ -1,8 +1,8 @@
 """Run a Hugging Face decoder over a packed batch, through its public extension points only.
 
 Inside `packed` the model reads a `Packing` in one ordinary forward: a registered attention function keeps the sequences
-apart, and forward pre-hooks on the blocks cut off the branches that have reached their layer. Nothing of it stays in
-the model afterwards; what activation checkpoints compute again in the backward pass carries it along.
+apart, and forward pre-hooks on the blocks cut off the branches that have reached their layer. The model is unchanged
+afterwards; activation checkpoints keep the packing for their second run in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pivotune.models.architecture import Architecture, find_architecture, unwrap
 
 ATTENTION = "pivotune_packed"
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
-# What a block reads that is as long as its hidden states.
+# Arguments of a block that are as long as its hidden states.
 _PER_TOKEN = ("hidden_states", "position_ids", "position_embeddings")
 
 
-def why_not_packed(model: nn.Module) -> str | None:
-    """Why this model cannot read packed batches, in words for a message; None where it can."""
+def packing_unsupported_reason(model: nn.Module) -> str | None:
+    """Return the reason why this model cannot read packed batches, for a message; None if it can."""
     model = unwrap_model(model)
     architecture = find_architecture(model)
     if not architecture.shared_prefix:
@@ -44,9 +44,9 @@ def why_not_packed(model: nn.Module) -> str | None:
 
 
 def longest_packed(model: nn.Module) -> int | None:
-    """How many positions a packed batch may have; None for any number.
+    """Return how many positions a packed batch may have; None for any number.
 
-    Some rotary embeddings (`dynamic`, `longrope`) change for all tokens of a forward when its longest sequence passes the
+    Some rotary embeddings (`dynamic`, `longrope`) change for all tokens of a forward if its longest sequence passes the
     length that the model was first trained on. Branches in the same forward could then change it for the main rows.
     """
     lengths = []
@@ -71,12 +71,21 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
             if count < packing.num_tokens:
                 stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
             if (wrapper := _checkpoint_wrapper(block)) is not None:
-                stack.enter_context(_wrapper_carries(wrapper, configs, packing))
+                stack.enter_context(_wrapper_keeps_packing(wrapper, configs, packing))
             elif getattr(block, "gradient_checkpointing", False) and block.training:
-                stack.enter_context(_checkpoint_carries(_checkpointed(block), configs, packing, count))
+                stack.enter_context(_checkpoint_keeps_packing(block, configs, packing, count))
         lengthen = partial(_lengthen, packing.num_tokens)
         stack.callback(architecture.final_norm.register_forward_hook(lengthen).remove)
         yield
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Return every configuration from which some module reads its attention, each once; the model's own first."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -94,92 +103,15 @@ def _attention_installed(configs: Sequence[Any], packing: Packing) -> Iterator[N
         _packing.reset(token)
 
 
-@contextmanager
-def _checkpoint_carries(block: nn.Module, configs: Sequence[Any], packing: Packing, count: int) -> Iterator[None]:
-    """Activation checkpoints run a block again in the backward pass, when this context is long over.
-
-    So the function that they keep brings the attention with it, and reads what is narrow already.
-    """
-    owner: Any = block
-    checkpoint = owner._gradient_checkpointing_func
-
-    def carrying(function: partial, *args: Any) -> Any:
-        args, keywords = _narrow(count, block, args, function.keywords)
-        run = partial(function.func, *function.args, **keywords)
-        return checkpoint(_with_attention(run, configs, packing), *args)
-
-    owner._gradient_checkpointing_func = carrying
-    try:
-        yield
-    finally:
-        owner._gradient_checkpointing_func = checkpoint
-
-
-def _checkpoint_wrapper(block: nn.Module) -> Any:
-    """torch's `checkpoint_wrapper` around a block, which FSDP's own activation checkpointing puts there; or None."""
-    while hasattr(block, "_checkpoint_wrapped_module"):
-        # Not `hasattr`: torch's wrappers answer for what they wrap.
-        if "checkpoint_fn" in vars(block):
-            return block
-        block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
-    return None
-
-
-@contextmanager
-def _wrapper_carries(owner: Any, configs: Sequence[Any], packing: Packing) -> Iterator[None]:
-    """As `_checkpoint_carries`; a wrapper's hooks are outside of what is run again, which is narrow already."""
-    checkpoint = owner.checkpoint_fn
-
-    def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(_with_attention(function, configs, packing), *args, **kwargs)
-
-    owner.checkpoint_fn = carrying
-    try:
-        yield
-    finally:
-        owner.checkpoint_fn = checkpoint
-
-
-def _checkpointed(block: nn.Module) -> nn.Module:
-    """The block itself where it is wrapped: what is set on an FSDP wrapper does not reach the module inside."""
-    return next((module for module in block.modules() if "_gradient_checkpointing_func" in vars(module)), block)
-
-
-def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _attention_installed(configs, packing):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def _narrow(count: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A block's arguments with the first `count` tokens only."""
-    args = tuple(_first(value, count) if index == 0 else value for index, value in enumerate(args))
-    return args, {name: _first(value, count) if name in _PER_TOKEN else value for name, value in kwargs.items()}
-
-
-def _lengthen(length: int, norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Zeros where branches have left: a decoder may give its output the shape of its input (GPT-2)."""
-    missing = length - output.shape[1]
-    return F.pad(output, (0, 0, 0, missing)) if missing else output
-
-
-def _first(value: Any, count: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:, :count]
-    return tuple(_first(item, count) for item in value) if isinstance(value, (tuple, list)) else value
-
-
 @cache
 def _register_attention() -> None:
     from transformers import AttentionInterface
 
-    # No mask function beside it: Transformers then makes no mask.
+    # Registered without a mask function, so that Transformers makes no mask.
     AttentionInterface.register(ATTENTION, _attention)
 
 
-# Not traced by torch.compile: what it reads changes with every batch, and would be compiled anew each time.
+# Not traced by torch.compile: the packing changes with every batch, and each would be compiled anew.
 @torch.compiler.disable
 def _attention(
     module: nn.Module,
@@ -201,7 +133,78 @@ def _attention(
     ), None
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Every configuration that some module reads its attention from, each once; the model's own first."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+# --- branches that leave -------------------------------------------------------------------------------------------
+
+
+def _narrow(count: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return a block's arguments with the first `count` tokens only."""
+    args = tuple(_first(value, count) if index == 0 else value for index, value in enumerate(args))
+    return args, {name: _first(value, count) if name in _PER_TOKEN else value for name, value in kwargs.items()}
+
+
+def _first(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:, :count]
+    return tuple(_first(item, count) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _lengthen(length: int, norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Fill up with zeros in place of the branches that left: a decoder may give its output its input's shape (GPT-2)."""
+    missing = length - output.shape[1]
+    return F.pad(output, (0, 0, 0, missing)) if missing else output
+
+
+# --- activation checkpoints: they run a block again in the backward pass, after `packed` has ended -----------------
+
+
+@contextmanager
+def _checkpoint_keeps_packing(block: nn.Module, configs: Sequence[Any], packing: Packing, count: int) -> Iterator[None]:
+    """Make the function that Transformers' checkpoint keeps install the attention, and read truncated inputs."""
+    # Set on the module inside: attributes set on an FSDP wrapper do not reach it.
+    inside = (module for module in block.modules() if "_gradient_checkpointing_func" in vars(module))
+    owner: Any = next(inside, block)
+    checkpoint = owner._gradient_checkpointing_func
+
+    def keeping(function: partial, *args: Any) -> Any:
+        args, keywords = _narrow(count, owner, args, function.keywords)
+        run = partial(function.func, *function.args, **keywords)
+        return checkpoint(_with_attention(run, configs, packing), *args)
+
+    owner._gradient_checkpointing_func = keeping
+    try:
+        yield
+    finally:
+        owner._gradient_checkpointing_func = checkpoint
+
+
+@contextmanager
+def _wrapper_keeps_packing(owner: Any, configs: Sequence[Any], packing: Packing) -> Iterator[None]:
+    """Same for torch's `checkpoint_wrapper`. Inputs are already truncated, because its hooks do not rerun."""
+    checkpoint = owner.checkpoint_fn
+
+    def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(_with_attention(function, configs, packing), *args, **kwargs)
+
+    owner.checkpoint_fn = keeping
+    try:
+        yield
+    finally:
+        owner.checkpoint_fn = checkpoint
+
+
+def _checkpoint_wrapper(block: nn.Module) -> Any:
+    """Return torch's `checkpoint_wrapper` around a block (FSDP's own activation checkpointing adds it), or None."""
+    while hasattr(block, "_checkpoint_wrapped_module"):
+        # Not `hasattr`: torch's wrappers pass attributes of the wrapped module on.
+        if "checkpoint_fn" in vars(block):
+            return block
+        block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
+    return None
+
+
+def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _attention_installed(configs, packing):
+            return function(*args, **kwargs)
+
+    return run

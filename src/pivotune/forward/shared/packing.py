@@ -1,9 +1,9 @@
 """Many sequences in one forward pass without padding, and branches that leave it early.
 
 All tokens of a batch lie behind each other in one row of length N: first the main sequences, then the tokens of the
-branches, the branch that stays longest first. A branch continues the prompt of its row: its positions go on from the
-prompt's last token, and its tokens see the prompt and themselves. Because the branches lie at the end, one that has
-reached its layer leaves by cutting the end off, and nothing else moves.
+branches, the branch with the highest layer first. A branch continues the prompt of its row: its positions go on from the
+prompt's last token, and its tokens see the prompt and themselves. The branches lie at the end, so one that has reached
+its layer leaves by cutting the end off, and nothing else moves.
 
 Shapes: B rows, T tokens of the longest main sequence, N packed tokens, n tokens of one segment, R rows of one segment,
 Q its longest row, K the longest row of keys (prompt and branch).
@@ -13,25 +13,116 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from pivotune.forward.shared.scatter import Scatter, moved, take
-
-# Rows that are padded this little stay padded: taking padding out costs four copies of the attention's inputs and
+# Rows with no more padding than this stay padded: taking padding out costs four copies of the attention's inputs and
 # outputs in every block, about as much as computing this share of the tokens in vain (docs/performance.md).
 PADDING_LEFT_IN = 0.02
 
 
+# --- from packed tokens to padded rows and back --------------------------------------------------------------------
+
+
+class _Pad(torch.autograd.Function):
+    """Packed (N, ...) to padded (rows * length, ...). Each packed token is taken at most once: its gradient is a copy."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, packed: Tensor, gather: Tensor, sources: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(sources, places)
+        ctx.num_tokens = len(packed)  # type: ignore[attr-defined]
+        return packed.index_select(0, gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        sources, places = ctx.saved_tensors  # type: ignore[attr-defined]
+        result = gradient.new_zeros((ctx.num_tokens, *gradient.shape[1:]))  # type: ignore[attr-defined]
+        return result.index_copy_(0, sources, gradient.index_select(0, places)), None, None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Rows (m, ...) of a tensor at distinct places; indexing would add gradients up one by one, this copies them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, source: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(source)  # type: ignore[attr-defined]
+        return source.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (places,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient.new_zeros((ctx.size, *gradient.shape[1:])).index_copy_(0, places, gradient), None  # type: ignore[attr-defined]
+
+
+def pick(packed: Tensor, positions: Tensor) -> Tensor:
+    """Return the tokens (m, ...) of `packed` (N, ...) at `positions` (m,), which must be distinct."""
+    return _Pick.apply(packed, positions)
+
+
+def leading(lengths: Tensor, size: int) -> Tensor:
+    """Return (rows, size) bool: True at the first `lengths[row]` places of every row."""
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class Scatter:
+    """Map between packed tokens and a padded tensor of shape (rows, length).
+
+    Attributes:
+        gather: (rows * length,) the packed position that fills each padded place. Padding repeats some token: it is not
+            attended to and not read.
+        padded: (m,) places that are no padding, flattened; each holds a packed token of its own.
+        contiguous: (start, stop) of the packed tokens if they are the padded tensor, so that no copy is needed.
+    """
+
+    rows: int
+    length: int
+    gather: Tensor
+    padded: Tensor
+    contiguous: tuple[int, int] | None = None
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """(m,) packed positions of the places that are no padding."""
+        return self.gather[self.padded]
+
+    def to(self, device: torch.device) -> Scatter:
+        """Copy to `device`, without waiting for it."""
+        gather, padded = (tensor.to(device, non_blocking=True) for tensor in (self.gather, self.padded))
+        return replace(self, gather=gather, padded=padded)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Return packed tokens (N, ...) as a padded tensor (rows, length, ...)."""
+        if self.contiguous is not None:
+            start, stop = self.contiguous
+            result = packed[start:stop]
+        else:
+            result = _Pad.apply(packed, self.gather, self.packed, self.padded)
+        return result.unflatten(0, (self.rows, self.length))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Return the tokens of a padded tensor (rows, length, ...) as packed ones (m, ...), in packed order."""
+        flat = padded.flatten(0, 1)
+        return flat if self.contiguous is not None else _Pick.apply(flat, self.padded)
+
+
+# --- the packed batch ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSegment:
     """The main sequences, or the tokens of one branch: packed positions `start` to `stop`.
 
     Attributes:
         start: packed position of its first token.
         layer: the last layer k that the segment runs through; None for all.
-        queries, keys: where its tokens, and the tokens that these may see, go for attention.
+        queries, keys: maps to padded rows for attention, of its tokens and of the tokens that these may see.
         prompt_lengths: (R,) tokens of the prompt before each row of a branch; None for main sequences.
     """
 
@@ -47,19 +138,19 @@ class Segment:
         """The packed position after its last token."""
         return self.start + len(self.queries.padded)
 
-    def to(self, device: torch.device) -> Segment:
-        """The same on `device`."""
-        prompts = None if self.prompt_lengths is None else moved(self.prompt_lengths, device)
+    def to(self, device: torch.device) -> PackedSegment:
+        """Copy to `device`, without waiting for it."""
+        prompts = None if self.prompt_lengths is None else self.prompt_lengths.to(device, non_blocking=True)
         queries = self.queries.to(device)
         keys = queries if self.keys is self.queries else self.keys.to(device)
         return replace(self, queries=queries, keys=keys, prompt_lengths=prompts, masks={})
 
     def mask(self, window: int | None, *, explicit: bool = False) -> Tensor | None:
-        """Which key each query sees, (R or 1, 1, Q, K) bool; made once for all blocks.
+        """Return the keys that each query sees, (R or 1, 1, Q, K) bool; made once for all blocks.
 
         Args:
             window: how far back a query sees, itself included (sliding-window attention); None for no limit.
-            explicit: give a mask also where plain causal attention does, instead of None.
+            explicit: return a mask for plain causal attention too, instead of None.
         """
         if window is not None and window >= self.keys.length:
             window = None
@@ -69,18 +160,15 @@ class Segment:
         return self.masks[window, explicit]
 
     def _mask(self, window: int | None) -> Tensor:
-        device = self.keys.gather.device
-        # Queries stand at the end of the keys, prompts are laid against the branch, so distances are those of the text.
+        keys = torch.arange(self.keys.length, device=self.keys.gather.device)[None, :]
+        queries = torch.arange(self.queries.length, device=self.keys.gather.device)[:, None]
+        # Queries stand at the end of the keys and prompts are aligned right, so distances are those of the text.
         offset = self.keys.length - self.queries.length
-        distance = (
-            torch.arange(self.queries.length, device=device)[:, None]
-            + offset
-            - torch.arange(self.keys.length, device=device)[None, :]
-        )
+        distance = queries + offset - keys
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         if self.prompt_lengths is None:
             return seen[None, None]
-        in_row = torch.arange(self.keys.length, device=device)[None, :] >= offset - self.prompt_lengths[:, None]
+        in_row = keys >= offset - self.prompt_lengths[:, None]
         return seen[None, None] & in_row[:, None, None, :]
 
 
@@ -90,7 +178,7 @@ class Branch:
 
     Attributes:
         rows: (R,) rows of the batch that have this branch.
-        tokens: (R, U) ids, padded right. A token that predicts nothing (the last one) is not among them.
+        tokens: (R, U) ids, padded right, without each row's last token, which predicts nothing.
         lengths: (R,) tokens of each row, 0 or more.
     """
 
@@ -113,17 +201,16 @@ class Packing:
 
     input_ids: Tensor
     position_ids: Tensor
-    segments: Sequence[Segment]
+    segments: Sequence[PackedSegment]
     predicting: Sequence[Tensor]
 
     def to(self, device: torch.device) -> Packing:
-        """The same on `device`."""
-        segments = [segment.to(device) for segment in self.segments]
+        """Copy to `device`, without waiting for it."""
         return Packing(
-            input_ids=moved(self.input_ids, device),
-            position_ids=moved(self.position_ids, device),
-            segments=segments,
-            predicting=[moved(positions, device) for positions in self.predicting],
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            segments=[segment.to(device) for segment in self.segments],
+            predicting=[positions.to(device, non_blocking=True) for positions in self.predicting],
         )
 
     @property
@@ -131,17 +218,17 @@ class Packing:
         """N, of all segments."""
         return self.input_ids.shape[1]
 
-    def present(self, num_tokens: int) -> Sequence[Segment]:
-        """The segments that are still there when `num_tokens` packed tokens are left."""
+    def present(self, num_tokens: int) -> Sequence[PackedSegment]:
+        """Return the segments among the first `num_tokens` packed tokens."""
         return [segment for segment in self.segments if segment.stop <= num_tokens and segment.stop > segment.start]
 
     def tokens_left(self, layer: int) -> int:
-        """How many packed tokens block number `layer` (from 0) reads: those of segments that run beyond h_layer."""
+        """Return how many packed tokens block number `layer` (from 0) reads: segments that run beyond h_layer."""
         return max(s.stop for s in self.segments if s.layer is None or s.layer > layer)
 
     def padded(self, states: Tensor) -> Tensor:
-        """Main states (B, T, width) from packed ones (1, N or fewer, width); what stands at padding is not to be read."""
-        return take(states[0], self.segments[0].queries)
+        """Return main states (B, T, width) from packed ones (1, N or fewer, width); padding must not be read."""
+        return self.segments[0].queries.pad(states[0])
 
 
 def pack(
@@ -149,7 +236,7 @@ def pack(
 ) -> Packing:
     """Lay the rows of a batch, and branches that continue their prompts, behind each other.
 
-    Everything is small integers and counted here, so give it on the CPU and move the result.
+    Pack small integers on the CPU and move the result to the device.
 
     Args:
         input_ids, attention_mask: (B, T), padded right.
@@ -162,18 +249,21 @@ def pack(
     if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError("attention_mask: rows must be padded on the right")
     main, tokens, positions = _pack_main(input_ids, attention_mask)
-    # Where each row starts in the packed tokens.
+    # Packed position of each row's first token.
     starts = main.gather.view(main.rows, main.length)[:, 0]
-    segments = [Segment(start=0, layer=None, queries=main, keys=main)]
+    segments = [PackedSegment(start=0, layer=None, queries=main, keys=main)]
     all_tokens, all_positions, predicting = [tokens], [positions], [torch.empty(0)] * len(branches)
     for index in sorted(range(len(branches)), key=lambda index: -branches[index].layer):
         branch = branches[index]
         assert prompt_lengths is not None
         segment, own_positions = _pack_branch(branch, segments[-1].stop, starts, prompt_lengths)
         segments.append(segment)
-        all_tokens.append(branch.tokens[leading(branch.lengths, branch.tokens.shape[1])])
+        rows, length = branch.tokens.shape
+        all_tokens.append(branch.tokens[leading(branch.lengths, length)])
         all_positions.append(own_positions)
-        predicting[index] = _predicting(branch, segment, starts, prompt_lengths)
+        last_of_prompt = starts[branch.rows] + prompt_lengths[branch.rows] - 1
+        candidates = torch.cat([last_of_prompt[:, None], segment.queries.gather.view(rows, length)], dim=1)
+        predicting[index] = candidates[leading(branch.lengths + 1, length + 1)]
     return Packing(
         input_ids=torch.cat(all_tokens)[None],
         position_ids=torch.cat(all_positions)[None],
@@ -183,7 +273,7 @@ def pack(
 
 
 def _pack_main(input_ids: Tensor, attention_mask: Tensor) -> tuple[Scatter, Tensor, Tensor]:
-    """Where the main sequences lie, their tokens (n,) and positions (n,)."""
+    """Return the map of the main sequences, their tokens (n,) and positions (n,)."""
     rows, length = input_ids.shape
     places = attention_mask.bool()
     packed = int(places.sum())
@@ -194,7 +284,7 @@ def _pack_main(input_ids: Tensor, attention_mask: Tensor) -> tuple[Scatter, Tens
     padded = places.flatten().nonzero()[:, 0]
     own = torch.arange(packed, device=input_ids.device)
     counts = places.sum(1)
-    # Padding repeats the row's first token; a row without any (all padding) points at another row's.
+    # Padding repeats the row's first token; a row of padding alone repeats another row's.
     starts = (counts.cumsum(0) - counts).clamp(max=max(packed - 1, 0))
     gather = starts[:, None].repeat(1, length).flatten().index_copy(0, padded, own)
     contiguous = (0, packed) if packed == places.numel() else None
@@ -202,8 +292,8 @@ def _pack_main(input_ids: Tensor, attention_mask: Tensor) -> tuple[Scatter, Tens
     return scatter, input_ids[places], positions[places]
 
 
-def _pack_branch(branch: Branch, start: int, starts: Tensor, prompt_lengths: Tensor) -> tuple[Segment, Tensor]:
-    """The segment of one branch that begins at packed position `start`, and the positions (n,) of its tokens."""
+def _pack_branch(branch: Branch, start: int, starts: Tensor, prompt_lengths: Tensor) -> tuple[PackedSegment, Tensor]:
+    """Return the segment of a branch that begins at packed position `start`, and the positions (n,) of its tokens."""
     device = branch.tokens.device
     rows, length = branch.tokens.shape
     prompts = prompt_lengths[branch.rows]
@@ -218,32 +308,15 @@ def _pack_branch(branch: Branch, start: int, starts: Tensor, prompt_lengths: Ten
         padded=padded,
         contiguous=(start, start + len(padded)) if len(padded) == places.numel() else None,
     )
-    # Prompts are laid against the right, so that key p of row r stands `prompts[r] - p` before the branch.
+    # Prompts are aligned right, so that key p of row r stands `prompts[r] - p` before the branch.
     columns = torch.arange(longest, device=device)[None, :] - (longest - prompts[:, None])
-    in_prompt = columns >= 0
     prompt_positions = starts[branch.rows][:, None] + columns.clamp(min=0)
-    gather = torch.cat([prompt_positions, queries.gather.view(rows, length)], dim=1)
-    taken = torch.cat([in_prompt, places], dim=1).flatten().nonzero()[:, 0]
-    gather = gather.flatten()
-    keys = Scatter(rows=rows, length=longest + length, gather=gather, padded=taken)
-    positions = prompts[:, None] + torch.arange(length, device=device)[None, :]
-    segment = Segment(
-        start=start,
-        layer=branch.layer,
-        queries=queries,
-        keys=keys,
-        prompt_lengths=prompts,
+    keys = Scatter(
+        rows=rows,
+        length=longest + length,
+        gather=torch.cat([prompt_positions, queries.gather.view(rows, length)], dim=1).flatten(),
+        padded=torch.cat([columns >= 0, places], dim=1).flatten().nonzero()[:, 0],
     )
+    positions = prompts[:, None] + torch.arange(length, device=device)[None, :]
+    segment = PackedSegment(start=start, layer=branch.layer, queries=queries, keys=keys, prompt_lengths=prompts)
     return segment, positions[places]
-
-
-def _predicting(branch: Branch, segment: Segment, starts: Tensor, prompt_lengths: Tensor) -> Tensor:
-    last_of_prompt = starts[branch.rows] + prompt_lengths[branch.rows] - 1
-    rows, length = branch.tokens.shape
-    candidates = torch.cat([last_of_prompt[:, None], segment.queries.gather.view(rows, length)], dim=1)
-    return candidates[leading(branch.lengths + 1, length + 1)]
-
-
-def leading(lengths: Tensor, size: int) -> Tensor:
-    """(rows, size) bool: the first `lengths[row]` places of every row."""
-    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pivotune.kernels import chunked_linear_head as head_sweep
-from pivotune.kernels.chunked_linear_head import LinearHead, even_chunks, rows_per_chunk
-from pivotune.kernels.linear_cross_entropy import (
+from pivotune.kernels import chunked_linear_head
+from pivotune.kernels.chunked_linear_head import (
+    LinearHead,
+    even_chunks,
     linear_cross_entropies,
     linear_cross_entropy_sum,
     linear_label_scores,
+    rows_per_chunk,
 )
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 50
@@ -56,9 +58,9 @@ def difference(one: Tensor, other: Tensor) -> float:
 @pytest.fixture(params=CHUNKS, ids=str)
 def chunks(request, monkeypatch):
     rows, softmax_rows = request.param
-    monkeypatch.setattr(head_sweep, "rows_per_chunk", lambda *_: rows)
-    monkeypatch.setattr(head_sweep, "_CPU_SOFTMAX", softmax_rows * VOCABULARY * 4)
-    monkeypatch.setattr(head_sweep, "_CPU_GRADIENT_PART", 7 * WIDTH * 2)
+    monkeypatch.setattr(chunked_linear_head, "rows_per_chunk", lambda *_: rows)
+    monkeypatch.setattr(chunked_linear_head, "_CPU_SOFTMAX", softmax_rows * VOCABULARY * 4)
+    monkeypatch.setattr(chunked_linear_head, "_CPU_GRADIENT_PART", 7 * WIDTH * 2)
 
 
 OPTIONS = [{}, {"softcap": 2.0}, {"bias": True}, {"bias": True, "softcap": 2.0}]
@@ -178,7 +180,7 @@ class Calls(TorchDispatchMode):
 )
 def test_only_wanted_products_are_computed(monkeypatch, loss, needs, products):
     """And all of them in the forward pass, for each of 3 chunks."""
-    monkeypatch.setattr(head_sweep, "rows_per_chunk", lambda *_: 4)
+    monkeypatch.setattr(chunked_linear_head, "rows_per_chunk", lambda *_: 4)
     states, head, labels = problem()
     states.requires_grad_("states" in needs)
     head.weight.requires_grad_("weight" in needs)
@@ -197,7 +199,7 @@ def test_only_wanted_products_are_computed(monkeypatch, loss, needs, products):
 @pytest.mark.parametrize("loss", [linear_cross_entropies, linear_cross_entropy_sum])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_nothing_larger_than_a_chunk_or_the_head_is_made_or_kept(monkeypatch, loss, softcap):
-    monkeypatch.setattr(head_sweep, "rows_per_chunk", lambda *_: 4)
+    monkeypatch.setattr(chunked_linear_head, "rows_per_chunk", lambda *_: 4)
     states, head, labels = problem(rows=40, softcap=softcap)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):

@@ -1,4 +1,4 @@
-"""When Liger's fused loss is chosen, and what it is given; the kernel itself needs CUDA and Triton."""
+"""The choice of Liger's fused loss and its arguments; the kernel itself needs CUDA and Triton."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, build_tiny_model
 
-from pivotune.kernels import cross_entropy, fused_cross_entropy
+from pivotune.kernels import cross_entropy
 from pivotune.kernels.chunked_linear_head import LinearHead
-from pivotune.kernels.cross_entropy import cross_entropy_sum
-from pivotune.kernels.fused_cross_entropy import fused_loss_fits
+from pivotune.kernels.cross_entropy import cross_entropy_sum, fused_loss_fits
 from pivotune.models.architecture import find_architecture
 
 
 class FakeLoss:
-    """Takes what Liger's class takes, and computes the same."""
+    """Takes the arguments of Liger's class and computes the same."""
 
     made_with: dict | None = None
 
@@ -39,12 +38,12 @@ def liger(monkeypatch):
     module.LigerFusedLinearCrossEntropyLoss = FakeLoss
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
-    monkeypatch.setattr(fused_cross_entropy, "_installed", lambda: True)
+    monkeypatch.setattr(cross_entropy, "_liger_installed", lambda: True)
     monkeypatch.setattr(FakeLoss, "made_with", None)
 
 
 def states_like(device="cuda", dtype=torch.float32, rows=3) -> SimpleNamespace:
-    """What the choice reads of a tensor: there need not be a GPU."""
+    """The attributes of a tensor that the choice reads, so that no GPU is needed."""
 
     class Rows(SimpleNamespace):
         def __len__(self):
@@ -66,7 +65,7 @@ def test_the_choice(liger, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
         assert not fused_loss_fits(states_like(), head)
-    monkeypatch.setattr(fused_cross_entropy, "_installed", lambda: False)
+    monkeypatch.setattr(cross_entropy, "_liger_installed", lambda: False)
     assert not fused_loss_fits(states_like(), head)
 
 

@@ -1,4 +1,4 @@
-"""Heads that are no plain linear layer are called as they are, a chunk at a time."""
+"""Heads other than plain linear layers are called as modules, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import VOCABULARY, build_tiny_model
 from torch import Tensor, nn
 
-from pivotune.kernels import cross_entropy, module_cross_entropy
+from pivotune.kernels import cross_entropy
 from pivotune.kernels.cross_entropy import cross_entropies, cross_entropy_sum, score_labels
 from pivotune.models.architecture import Architecture, find_architecture
 
@@ -18,7 +18,7 @@ ROWS = 7
 
 
 class RoundedLinear(nn.Linear):
-    """Like a quantized layer: a subclass that computes with other numbers than its weight says."""
+    """Like a quantized layer: a subclass that computes with other numbers than those of its weight."""
 
     def forward(self, states: Tensor) -> Tensor:
         return F.linear(states, self.weight + ((32 * self.weight).round() / 32 - self.weight).detach())
@@ -66,7 +66,7 @@ HEADS = [with_hook, with_forward, quantized, saved_by_peft, with_adapter]
 @pytest.fixture(params=HEADS, ids=lambda make: make.__name__)
 def architecture(request, monkeypatch) -> Architecture:
     """With a soft-cap, in chunks of 3 rows; the route for linear layers must not be taken."""
-    monkeypatch.setattr(module_cross_entropy, "rows_per_chunk", lambda *_: 3)
+    monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda *_: 3)
     for name in ("linear_cross_entropies", "linear_cross_entropy_sum", "linear_label_scores"):
         monkeypatch.setattr(cross_entropy, name, None)
     return find_architecture(request.param(build_tiny_model("gemma2", tie_word_embeddings=False)))
@@ -99,7 +99,7 @@ def test_frozen_head(architecture):
 
 
 def test_trained_head(architecture):
-    """Whatever it trains gets its gradient: the weight, the saved copy or the adapters."""
+    """All its trained parameters get their gradients: the weight, the saved copy or the adapters."""
     states, labels = problem()
     parameters = trained(architecture)
     expected = torch.autograd.grad(0.37 * naive(architecture, states, labels).sum(), [states, *parameters.values()])

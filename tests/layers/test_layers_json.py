@@ -1,18 +1,25 @@
-"""`layers.json`: round trip, atomic writing, and what is refused."""
+"""`layers.json`: round trip, atomic writing, and refused files."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.layers.analysis import analysis_to_json, read_layers_json, selection_from_json, write_layers_json
 from pivotune.layers.profile import LayerProfile
-from pivotune.layers.selection import Fall, Selection
+from pivotune.layers.selection import (
+    Fall,
+    LayerSelection,
+    analysis_to_json,
+    read_layers_json,
+    selection_from_json,
+    write_layers_json,
+)
 
-SELECTION = Selection(
+SELECTION = LayerSelection(
     conversion=1, thinking=2, method="entropy-falls", reason="fällt zweimal", falls=(Fall(0, 1, 2.0), Fall(2, 3, 1.0))
 )
 
@@ -64,10 +71,10 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, mon
     path = tmp_path / "layers.json"
     write_layers_json(path, analysis_to_json(SELECTION, profile(), model="old"))
 
-    def full_disk(*args):
+    def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pivotune.text.files.os.replace", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_layers_json(path, analysis_to_json(SELECTION, profile(), model="new"))
     assert read_layers_json(path)["model"] == "old"

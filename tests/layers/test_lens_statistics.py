@@ -9,8 +9,7 @@ import torch
 from conftest import VOCABULARY, build_tiny_model
 from peak_bytes import peak
 
-from pivotune.layers.profile import profile_layers
-from pivotune.layers.statistics import BlockSize, default_block, lens_statistics
+from pivotune.layers.profile import BlockSize, default_block, lens_statistics, profile_layers
 from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
 from pivotune.models.head import chunk_rows, plain_head
@@ -87,7 +86,7 @@ def test_no_gradient_is_recorded():
 
 
 class OtherLinear(torch.nn.Linear):
-    """Stands for a quantized or adapted head: what it computes is its own business."""
+    """Stands for a quantized or adapted head, which computes something else than its weight."""
 
     def forward(self, states):
         return 2.0 * super().forward(states)
@@ -142,7 +141,7 @@ def test_a_large_vocabulary_costs_one_block_whatever_the_layers_and_tokens(num_l
     ones = torch.ones_like(input_ids)
     batch = {"input_ids": input_ids, "attention_mask": ones, "token_mask": ones}
     few = {**batch, "token_mask": ones.cumsum(1) == 1}
-    profile_layers(model, [few])  # what is made once
+    profile_layers(model, [few])  # caches
     tokens_seen = []
     taken = peak(lambda: tokens_seen.append(profile_layers(model, [batch]).tokens))
     assert tokens_seen == [2 * tokens]
