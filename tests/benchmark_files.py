@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks.base import Benchmark, TaskData
+from pivotune.evaluation.tasks.tables import Source
 
 
 def read_task(benchmark: Benchmark, language: str, folder: Path | None, split: str | None = None) -> TaskData:

@@ -122,8 +122,8 @@ OWN_BEGIN = (
 @pytest.mark.parametrize(("template", "changes"), [("alpaca", {}), (None, {}), ("chat", {"chat_template": OWN_BEGIN})])
 def test_generation_and_likelihood_read_the_same_tokens(template, changes):
     """One begin-of-text token, whoever writes it: the tokenizer, or the chat template itself."""
+    from pivotune.evaluation.cache import Generation, Likelihood
     from pivotune.evaluation.engine import transformers_engine
-    from pivotune.evaluation.requests import Generation, Likelihood
 
     pytest.importorskip("lm_eval")
     tokenizer = begin_tokenizer(**changes)

@@ -19,10 +19,10 @@ from pivotune.errors import UsageError
 pytest.importorskip("lm_eval")
 
 from pivotune.evaluation import run as module
+from pivotune.evaluation.cache import Generation, Likelihood, LogProbability
 from pivotune.evaluation.engine import Engine
-from pivotune.evaluation.requests import Generation, Likelihood, LogProbability
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
-from pivotune.evaluation.settings import EvaluationSettings
 
 WORDS = ["một", "hai", "ba", "bốn", "năm", "sáu", "bảy", "tám", "chín", "mười"]
 
@@ -108,7 +108,7 @@ class Copying(Engine):
 def test_a_model_that_copies_the_gold_answer_scores_100(model, data, tmp_path, monkeypatch):
     settings = EvaluationSettings(data_dir=data)
     prepared = prepare_evaluation(model, ["xquad_vi", "xquad_en", "xcopa_vi", "flores_vi"], settings)
-    monkeypatch.setattr(module._Session, "_engine", property(lambda self: Copying(prepared)))
+    monkeypatch.setattr(module.Evaluator, "engine", property(lambda self: Copying(prepared)))
     tasks = execute_evaluation(prepared, tmp_path)["tasks"]
     assert tasks["xquad_vi"]["value"] == tasks["xquad_en"]["value"] == 100
     assert tasks["xquad_vi"]["metrics"]["exact_match"]["value"] == 100
@@ -344,7 +344,8 @@ def test_alignment_is_measured_kept_and_written(model, data, tmp_path, monkeypat
         (["xquad_vi"], {"split": "train"}, "split 'train'"),
         (["xquad_vi"], {"template": "missing.jinja"}, "missing.jinja"),
         (["xquad_vi"], {"limit": 0}, "--limit: 0 found"),
-        (["xquad_vi"], {"backend": "tgi"}, "--backend"),
+        (["xquad_vi"], {"backend": "tgi"}, "--backend: 'tgi' found; allowed: hf, vllm"),
+        (["xquad_vi"], {"backend": "vllm"}, "--backend: vllm is not installed"),
         (["flores_vi-zh"], {}, "no task flores_vi-zh; allowed: flores_en-vi, flores_vi-en"),
     ],
 )

@@ -15,12 +15,11 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not
 from datasets import Dataset
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import harness
 from pivotune.evaluation.tasks.base import Item
 from pivotune.evaluation.tasks.harness import harness_items, harness_task
-from pivotune.evaluation.tasks.xcopa import XCOPA
-from pivotune.evaluation.tasks.xnli import XNLI
+from pivotune.evaluation.tasks.tables import Source
+from pivotune.evaluation.tasks.understanding import XCOPA, XNLI
 
 _MMLU = {"instruction": " Was? ", "option_a": "1", "option_b": "2", "option_c": "3", "option_d": "4", "answer": "C"}
 _STORY = {f"input_sentence_{number}": f"Satz {number}." for number in range(1, 5)} | {

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
-from pivotune.evaluation.tasks import mkqa
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Item, TaskData
-from pivotune.evaluation.tasks.mkqa import MKQA
+from pivotune.evaluation.tasks.question_answering import MKQA
+from pivotune.evaluation.tasks.tables import Source
 
 
 def answer(answer_type: Any = "entity", text: Any = "Hà Nội", **more: Any) -> dict:
@@ -204,7 +204,7 @@ def test_malformed_rows(tmp_path, row, message):
 
 def test_a_file_with_nothing_to_ask(tmp_path):
     write(tmp_path, record(answer("unanswerable", None)))
-    with pytest.raises(UsageError, match=r"mkqa_vi: no questions that can be asked in mkqa\.jsonl$"):
+    with pytest.raises(UsageError, match=r"mkqa_vi: no questions in mkqa\.jsonl$"):
         read(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_hub_has_types_as_numbers(monkeypatch, tmp_path):
         asked.append(names)
         return enumerate(rows, start=1)
 
-    monkeypatch.setattr(mkqa, "read_hub_records", read_hub)
+    monkeypatch.setattr(tables, "read_hub_records", read_hub)
     data = read(None)
     assert asked == [("mkqa_vi", "apple/mkqa", "mkqa", "train")]
     assert (data.origin, data.left_out) == (["apple/mkqa/mkqa"], {"unanswerable": 1})

@@ -11,9 +11,9 @@ import pytest
 from benchmark_files import read_task
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.tasks import squad
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Item, TaskData
-from pivotune.evaluation.tasks.squad import MLQA, XQUAD
+from pivotune.evaluation.tasks.question_answering import MLQA, XQUAD
 
 PASSAGE = "Der Rhein fließt durch Köln."
 
@@ -181,7 +181,7 @@ def test_malformed_files(tmp_path, content, message):
 @pytest.mark.parametrize("content", [{"data": []}, squad_file()])
 def test_a_file_without_questions(tmp_path, content):
     write(tmp_path / "deep" / "xquad.de.json", content)
-    with pytest.raises(UsageError, match=r"xquad_de: no questions that can be asked in deep/xquad\.de\.json$"):
+    with pytest.raises(UsageError, match=r"xquad_de: no questions in deep/xquad\.de\.json$"):
         read_task(XQUAD, "de", tmp_path)
 
 
@@ -209,7 +209,7 @@ def hub(monkeypatch):
             return enumerate(self.records, start=1)
 
     fake = Hub()
-    monkeypatch.setattr(squad, "read_hub_records", fake.read)
+    monkeypatch.setattr(tables, "read_hub_records", fake.read)
     return fake
 
 
@@ -245,5 +245,5 @@ def test_hub_has_only_the_published_languages(hub):
 )
 def test_malformed_hub_records(hub, changes, message):
     hub.records = (hub_record(), hub_record(id="h2", **changes))
-    with pytest.raises(UsageError, match=rf"^google/xquad/xquad\.de, validation, row 2.*{message}"):
+    with pytest.raises(UsageError, match=rf"^google/xquad/xquad\.de, row 2.*{message}"):
         read_task(XQUAD, "de", None)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.tables import (
+    Source,
     Split,
+    by_id,
     choose_split,
-    index_by_id,
     only_file,
     origin_of,
     read_hub,
@@ -125,7 +125,7 @@ def test_labels_in_any_case_or_as_numbers(tmp_path):
 def test_hub_rows_are_named_by_dataset_and_number(monkeypatch):
     rows = [(1, {"question": "a", "answer": "b"}), (2, {"question": "a"})]
     monkeypatch.setattr(tables, "read_hub_records", lambda *_: iter(rows))
-    records = read_hub("x_vi", "owner/x", "vi", "test", COLUMNS)
+    records = read_hub("x_vi", ("owner/x", "vi"), "test", COLUMNS)
     assert next(records).text("given") == "b"
     with pytest.raises(UsageError, match="owner/x/vi, row 2: no 'Answer'"):
         next(records)
@@ -164,10 +164,10 @@ def test_two_files_of_a_name_are_no_choice_of_ours(tmp_path):
         only_file("x_vi", [tmp_path / "a/x.tsv", tmp_path / "b/x.tsv"])
 
 
-def test_ids_are_distinct_and_there_is_something(tmp_path):
-    first, second = read_table(write(tmp_path / "a.tsv", "a\tb\nc\td\n"), COLUMNS)
-    assert index_by_id("x", ["a.tsv"], [("1", first, 5), ("2", second, 6)]) == {"1": 5, "2": 6}
-    with pytest.raises(UsageError, match=r"a\.tsv, line 2: the id '1' stands here for the second time"):
-        index_by_id("x", ["a.tsv"], [("1", first, 5), ("1", second, 6)])
+def test_ids_are_distinct_and_there_is_something():
+    rows = [("1", "a.tsv, line 1", 5), ("2", "a.tsv, line 2", 6)]
+    assert by_id("x", ["a.tsv"], rows) == {"1": 5, "2": 6}
+    with pytest.raises(UsageError, match=r"^a\.tsv, line 2: the id '1' is that of a\.tsv, line 1 too"):
+        by_id("x", ["a.tsv"], [rows[0], ("1", "a.tsv, line 2", 6)])
     with pytest.raises(UsageError, match=r"x: no questions in a\.tsv"):
-        index_by_id("x", ["a.tsv"], [])
+        by_id("x", ["a.tsv"], [])

@@ -12,7 +12,7 @@ from benchmark_files import read_task
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.xcopa import XCOPA
+from pivotune.evaluation.tasks.understanding import XCOPA
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
 
@@ -105,7 +105,7 @@ def test_hub_rows(monkeypatch):
         (row(question="reason"), "line 2: question is 'reason'; allowed: cause, effect"),
         (row(choice2=...), "line 2: no 'choice2'; found: premise, choice1"),
         (row(label=...), "line 2: no 'label'"),
-        (row(), "line 2: the id '5' stands here for the second time"),
+        (row(), "line 2: the id '5' is that of"),
         ("{'premise'", "line 2, column 2: broken JSON"),
         ([1], "line 2: list [1]; allowed: an object"),
     ],

@@ -12,7 +12,7 @@ from benchmark_files import read_task
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.xnli import XNLI
+from pivotune.evaluation.tasks.understanding import XNLI
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
 
@@ -119,4 +119,4 @@ def test_malformed_official_file(tmp_path):
     path = write(tmp_path / "xnli.dev.tsv", OFFICIAL + "de\tneutral\t(x)\ta\tb\t1\t7\nde\tneutral\t(x)\ta\tb\t1\t7\n")
     with pytest.raises(UsageError) as caught:
         read("de", tmp_path)
-    assert str(caught.value) == f"{path}, line 3: the id '7' stands here for the second time"
+    assert str(caught.value) == f"{path}, line 3: the id '7' is that of {path}, line 2 too; ids must be distinct"

@@ -10,7 +10,7 @@ from benchmark_files import read_task
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
-from pivotune.evaluation.tasks.xstorycloze import XSTORYCLOZE
+from pivotune.evaluation.tasks.understanding import XSTORYCLOZE
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not installed")
 
@@ -83,7 +83,7 @@ def test_missing_set_and_split(tmp_path):
         (HEADER + ROWS + "c\tа.\tб.\n", "line 4: 3 columns; expected 8 (InputStoryid, InputSentence1"),
         (HEADER + ROWS + "c\tа.\tб.\tв.\tг.\tд.\te.\t3\n", "line 4: answer_right_ending is '3'; allowed: 1, 2"),
         (HEADER + ROWS + 'c\tа.\tб.\tв.\tг.\t""\te.\t1\n', "line 4: 'sentence_quiz1' is empty"),
-        (HEADER + ROWS + "a-1\tа.\tб.\tв.\tг.\tд.\te.\t1\n", "line 4: the id 'a-1' stands here for the second time"),
+        (HEADER + ROWS + "a-1\tа.\tб.\tв.\tг.\tд.\te.\t1\n", "line 4: the id 'a-1' is that of"),
         (
             HEADER.replace("AnswerRightEnding", "Answer") + ROWS,
             "line 1: no 'AnswerRightEnding' or 'answer_right_ending'",

@@ -1,9 +1,8 @@
-"""Alignment by layer against a naive computation, its extremes, and which set a task reads."""
+"""Alignment by layer against a naive computation, its extremes, and retrieval against hand-made neighbours."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +11,135 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.alignment import METRICS, alignment_tasks, measure_alignment
-from pivotune.evaluation.parallel import Pair
-from pivotune.evaluation.sources import MissingDataError, Source
+from pivotune.evaluation.metrics import alignment
+from pivotune.evaluation.metrics.alignment import (
+    mean_of_non_pairs,
+    measure_alignment,
+    pooled_states,
+    retrieval_success,
+    unit_vectors,
+    without_mean,
+)
+from pivotune.evaluation.tasks.tables import Source
+from pivotune.evaluation.tasks.translation import ALIGNMENT_METRICS, SentencePair, alignment_task
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
 
+IDS = [[5, 9, 40, 41, 7, 200, 201, 99], [17], [30, 31, 32], [8, 9], [77, 5, 6, 300, 12]]
 
-def tiny_pairs(count: int) -> list[Pair]:
-    return [Pair(row["id"], row["prompt"], row["prompt_en"]) for row in tiny_rows(count)]
+
+@torch.no_grad()
+def naive_states(model, ids):
+    """(L + 1, D) of one sentence: the model's own list, which ends normed, so the top comes from a tap."""
+    architecture = find_architecture(model)
+    with tap(architecture, [architecture.num_layers]) as taps:
+        output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    states = (*output.hidden_states[:-1], taps.hidden_states[architecture.num_layers])
+    return torch.stack([state[0, min(1, len(ids) - 1) :].float().mean(0) for state in states])
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_pooled_states_are_the_means_of_the_models_own(family, batch_size):
+    model = build_tiny_model(family)
+    pooled = pooled_states(model, IDS, batch_size=batch_size)
+    expected = torch.stack([naive_states(model, ids) for ids in IDS])
+    assert pooled.shape == (len(IDS), NUM_LAYERS + 1, expected.shape[-1])
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_lm_head_is_never_run_and_modes_and_hooks_are_as_before():
+    model = build_tiny_model("gpt2").train()
+    model.transformer.h[1].eval()
+
+    def refuse(*args):
+        raise AssertionError("the LM head ran")
+
+    handle = model.lm_head.register_forward_hook(refuse)
+    modes = [module.training for module in model.modules()]
+    with torch.random.fork_rng():
+        pooled_states(model, IDS, batch_size=2)
+    handle.remove()
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_dropout_is_off_inside():
+    model = build_tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    assert torch.equal(pooled_states(model, IDS, batch_size=2), pooled_states(model, IDS, batch_size=2))
+
+
+def test_a_half_precision_model_is_pooled_in_full_precision():
+    model = build_tiny_model().to(torch.bfloat16)
+    pooled = pooled_states(model, IDS, batch_size=1)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, torch.stack([naive_states(model, ids) for ids in IDS]))
+    assert not torch.equal(pooled[0], pooled[0].bfloat16().float())
+
+
+def test_a_sentence_without_tokens_is_zero_and_harms_no_other():
+    model = build_tiny_model()
+    pooled = pooled_states(model, [[], *IDS], batch_size=3)
+    assert not pooled[0].any()
+    torch.testing.assert_close(pooled[1:], pooled_states(model, IDS, batch_size=6), rtol=1e-5, atol=1e-5)
+
+
+def test_progress_counts_sentences():
+    done = []
+    pooled_states(build_tiny_model(), IDS, batch_size=2, progress=done.append)
+    assert done == [2, 4, 5]
+
+
+def test_the_nearest_is_found_and_ties_are_shared():
+    queries = unit_vectors(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [1.0, 0.1]]))
+    # The first key is the first query's and as near to the fourth as the last; the third query's own key is far.
+    keys = unit_vectors(torch.tensor([[3.0, 0.0], [0.1, 1.0], [-1.0, -1.0], [5.0, 0.0]]))
+    assert retrieval_success(queries, keys).tolist() == [0.5, 1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_chunks_change_nothing(chunk, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    keys = unit_vectors(torch.randn(20, 4, generator=generator))
+    queries = unit_vectors(keys + 0.5 * torch.randn(20, 4, generator=generator))
+    expected = (queries @ keys.T).argmax(1) == torch.arange(20)
+    monkeypatch.setattr(alignment, "_CHUNK", chunk)
+    assert 0 < expected.sum() < 20
+    assert retrieval_success(queries, keys).tolist() == expected.double().tolist()
+
+
+def test_one_vector_for_everything_is_at_chance():
+    vectors = unit_vectors(torch.randn(7, generator=torch.Generator().manual_seed(0)).repeat(1000, 1))
+    noisy = unit_vectors(vectors.float() * torch.rand(1000, 1, generator=torch.Generator().manual_seed(1)))
+    assert retrieval_success(vectors, noisy).mean().item() == pytest.approx(1 / 1000)
+    assert retrieval_success(unit_vectors(torch.zeros(9, 4)), unit_vectors(torch.zeros(9, 4))).tolist() == [1 / 9] * 9
+
+
+def test_near_duplicates_are_told_apart():
+    """Cosines that differ by 1e-9, as in layers where all sentences are close together."""
+    base = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(3, 1)
+    vectors = unit_vectors(base + 1e-4 * torch.eye(3, dtype=torch.float64))
+    assert retrieval_success(vectors, vectors).tolist() == [1, 1, 1]
+
+
+def test_without_mean_leaves_no_noise():
+    vectors = torch.tensor([[1.0, 2.0], [3.0, 2.0]], dtype=torch.float64)
+    assert without_mean(vectors).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    same = torch.full((3, 2), 1000.0, dtype=torch.float64)
+    same[0, 0] += 1e-4
+    assert not without_mean(same).any()
+
+
+def test_mean_of_non_pairs():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (unit_vectors(torch.randn(6, 3, generator=generator)) for _ in range(2))
+    similarities = a @ b.T
+    expected = similarities[~torch.eye(6, dtype=torch.bool)].mean().item()
+    assert mean_of_non_pairs(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def tiny_pairs(count: int) -> list[SentencePair]:
+    return [SentencePair(row["id"], row["prompt"], row["prompt_en"]) for row in tiny_rows(count)]
 
 
 @torch.no_grad()
@@ -96,7 +215,7 @@ def test_the_begin_token_is_there_where_the_tokenizer_adds_one():
 
 
 def test_identical_sentences_are_all_found(tokenizer):
-    pairs = [Pair(row["id"], row["completion_en"], row["completion_en"]) for row in tiny_rows(20)]
+    pairs = [SentencePair(row["id"], row["completion_en"], row["completion_en"]) for row in tiny_rows(20)]
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=3)
     assert found.retrieval == found.centered_retrieval == [1.0] * (NUM_LAYERS + 1)
     assert found.cosine == pytest.approx([1.0] * (NUM_LAYERS + 1), abs=1e-12)
@@ -107,7 +226,7 @@ def test_sentences_that_do_not_belong_together_are_found_by_chance(tokenizer):
     generator = random.Random(0)
     alphabet = "abcdefghijklmnop "
     texts = ["".join(generator.choices(alphabet, k=generator.randint(8, 40))) for _ in range(400)]
-    pairs = [Pair(str(n), texts[n], texts[200 + n]) for n in range(200)]
+    pairs = [SentencePair(str(n), texts[n], texts[200 + n]) for n in range(200)]
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=64)
     # Each layer and direction: 200 draws of probability 1/200; five or more hits have a chance of 0.4 %.
     assert all(value * 200 < 5 for value in (*found.retrieval, *found.centered_retrieval))
@@ -125,7 +244,11 @@ def test_a_model_that_says_the_same_of_everything_is_at_chance(tokenizer):
 
 
 def test_a_sentence_that_stands_twice_ties_with_itself(tokenizer):
-    pairs = [Pair("0", "abc", "abc"), Pair("1", "abc", "abc"), Pair("2", "Ni kumi.", "Ni kumi.")]
+    pairs = [
+        SentencePair("0", "abc", "abc"),
+        SentencePair("1", "abc", "abc"),
+        SentencePair("2", "Ni kumi.", "Ni kumi."),
+    ]
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=1)
     assert found.item_retrieval == pytest.approx([0.5, 0.5, 1.0])
 
@@ -136,7 +259,7 @@ def test_what_is_written_to_the_results(tokenizer):
     found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=4, max_tokens=5, progress=done.append)
     records = found.records()
     assert [record["item"] for record in records] == [pair.id for pair in pairs]
-    for metric in METRICS:
+    for metric in ALIGNMENT_METRICS:
         assert metric.form == "mean"
         assert all(isinstance(record[metric.fields[0]], float) for record in records)
     mean = sum(record["retrieval"] for record in records) / 6
@@ -156,66 +279,11 @@ def test_one_pair_is_too_few(tokenizer):
         measure_alignment(build_tiny_model(), tokenizer, tiny_pairs(1))
 
 
-@pytest.mark.parametrize(
-    ("set_name", "name"), [(None, "alignment_vi"), ("flores", "alignment_flores_vi"), ("pairs", "alignment_pairs_vi")]
-)
-def test_names_of_tasks(set_name, name):
-    (task,) = alignment_tasks(set_name, "vie_Latn")
-    assert (task.name, task.language, task.benchmark) == (name, "vi", "alignment")
-    assert [metric.name for metric in task.metrics] == ["retrieval_accuracy", "centered_retrieval_accuracy", "cosine"]
-
-
-@pytest.mark.parametrize(("code", "part"), [("en", "English is one side already"), ("vn", "Vietnamese is vi")])
-def test_a_language_that_cannot_be_is_refused(code, part):
-    with pytest.raises(UsageError, match=part):
-        alignment_tasks(None, code)
-
-
-def write(folder: Path, target: str, english: str, text: str) -> None:
-    for name in (target, english):
-        (folder / name).write_text(f"{text}\n", encoding="utf-8")
-
-
-def test_the_first_set_that_is_there_is_read(tmp_path):
-    (task,) = alignment_tasks(None, "de")
-    (tatoeba_task,) = alignment_tasks("tatoeba", "de")
-    with pytest.raises(MissingDataError, match=r"no parallel text in German \(FLORES-200, NTREX-128, Tatoeba\)"):
-        task.read(Source(tmp_path))
-    sets = [
-        ("tatoeba.deu-eng.deu", "tatoeba.deu-eng.eng", "tatoeba"),
-        ("newstest2019-ref.deu.txt", "newstest2019-src.eng.txt", "ntrex"),
-        ("deu_Latn.dev", "eng_Latn.dev", "flores"),
-    ]
-    for target, english, text in sets:
-        write(tmp_path, target, english, text)
-        assert task.read(Source(tmp_path)).pairs[0].target == text
-        assert tatoeba_task.read(Source(tmp_path)).pairs[0].target == "tatoeba"
-
-
-def test_a_malformed_set_is_refused_and_not_passed_over(tmp_path):
-    write(tmp_path, "tatoeba.deu-eng.deu", "tatoeba.deu-eng.eng", "tatoeba")
-    write(tmp_path, "deu_Latn.devtest", "eng_Latn.devtest", "flores")
-    (tmp_path / "deu_Latn.devtest").write_text("a\nb\n")
-    with pytest.raises(UsageError, match="has 2 lines"):
-        alignment_tasks(None, "de")[0].read(Source(tmp_path))
-
-
-def test_own_pairs_come_first(tmp_path):
-    write(tmp_path, "deu_Latn.devtest", "eng_Latn.devtest", "flores")
-    write(tmp_path, "x.txt", "y.txt", "own")
-    source = Source(tmp_path, pairs=(tmp_path / "x.txt", tmp_path / "y.txt"))
-    assert alignment_tasks(None, "de")[0].read(source).pairs[0].target == "own"
-    assert alignment_tasks("flores", "de")[0].read(source).pairs[0].target == "flores"
-    with pytest.raises(UsageError, match="alignment_pairs_de: needs the option --pairs FILE"):
-        alignment_tasks("pairs", "de")[0].read(Source(tmp_path))
-
-
 @pytest.mark.slow
 def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     from pivotune.models.loading import load_model, load_tokenizer
 
-    (task,) = alignment_tasks("tatoeba", "zh")
-    pairs = task.read(Source(shared_data / "eval")).pairs[:100]
+    pairs = alignment_task("tatoeba", "zh").read(Source(shared_data / "eval")).pairs[:100]
     found = measure_alignment(load_model(smollm2), load_tokenizer(smollm2), pairs)
     assert len(found.retrieval) == 31
     assert found.truncated == 0
