@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pivotune.data.templates import Turn, load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.prompts import ItemRequests, Prompter, item_requests
-from pivotune.evaluation.registry import AnyTask, find_tasks
+from pivotune.evaluation.registry import find_tasks
+from pivotune.evaluation.tasks.base import Task
 from pivotune.evaluation.tasks.tables import MissingDataError, Source
-from pivotune.evaluation.tasks.translation import AlignmentTask, SentencePair
+from pivotune.evaluation.tasks.translation import SentencePair
 from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
 from pivotune.runs.folder import read_run_config
 
@@ -64,7 +65,7 @@ class EvaluationSettings:
 class PreparedTask:
     """A task with its data: `requests` of its items, or `pairs` of an alignment task."""
 
-    task: AnyTask
+    task: Task
     split: str
     origin: tuple[str, ...]
     requests: tuple[ItemRequests, ...] = ()
@@ -110,7 +111,7 @@ def prepare_evaluation(
     folder = Path(name).expanduser()
     run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
     wanted = find_tasks(tasks, languages, run.data.language if run else None)
-    if settings.backend != "hf" and any(isinstance(task, AlignmentTask) for task in wanted):
+    if settings.backend != "hf" and any(task.kind == "alignment" for task in wanted):
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     check_model(name, **options)
@@ -165,7 +166,7 @@ def _check_settings(settings: EvaluationSettings) -> None:
 
 
 def _read_tasks(
-    wanted: Sequence[AnyTask], settings: EvaluationSettings, prompter: Prompter
+    wanted: Sequence[Task], settings: EvaluationSettings, prompter: Prompter
 ) -> tuple[list[PreparedTask], list[str]]:
     source = Source(settings.data_dir, settings.split, settings.pairs)
     prepared, missing = [], []
@@ -181,24 +182,23 @@ def _read_tasks(
     return prepared, missing
 
 
-def _read_task(task: AnyTask, source: Source, settings: EvaluationSettings, prompter: Prompter) -> PreparedTask:
-    if isinstance(task, AlignmentTask):
-        text = task.read(source)
-        pairs = _sample(text.pairs, settings, lambda pair: pair.id)
-        return PreparedTask(task, text.split, tuple(text.origin), pairs=pairs, left_out=text.left_out)
+def _read_task(task: Task, source: Source, settings: EvaluationSettings, prompter: Prompter) -> PreparedTask:
     data = task.read(source)
-    items = _sample(data.items, settings, lambda item: item.id)
+    items = _sample(data.items, settings)
     if not items:
         raise UsageError(f"{task.name}: {', '.join(data.origin)} holds no items")
+    origin = tuple(data.origin)
+    if task.kind == "alignment":
+        return PreparedTask(task, data.split, origin, pairs=items, left_out=data.left_out)
     requests = tuple(item_requests(task, item, prompter, settings.max_new_tokens) for item in items)
-    return PreparedTask(task, data.split, tuple(data.origin), requests, left_out=data.left_out)
+    return PreparedTask(task, data.split, origin, requests, left_out=data.left_out)
 
 
-def _sample(items: Sequence[Any], settings: EvaluationSettings, key: Callable[[Any], str]) -> list[Any]:
+def _sample(items: Sequence[Any], settings: EvaluationSettings) -> list[Any]:
     """Return all items, the first `limit`, or `limit` random ones: a smaller sample is part of a larger one."""
     if settings.limit is None or settings.limit >= len(items):
         return list(items)
     if settings.seed is None:
         return list(items[: settings.limit])
-    order = sorted(range(len(items)), key=lambda index: random.Random(f"{settings.seed}:{key(items[index])}").random())
+    order = sorted(range(len(items)), key=lambda index: random.Random(f"{settings.seed}:{items[index].id}").random())
     return [items[index] for index in sorted(order[: settings.limit])]

@@ -9,10 +9,8 @@ from functools import lru_cache
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks.base import Benchmark, Task
-from pivotune.evaluation.tasks.translation import ALIGNMENT, PARALLEL_SETS, AlignmentTask, alignment_task
+from pivotune.evaluation.tasks.translation import ALIGNMENT, PARALLEL_READERS, alignment_task
 from pivotune.text.languages import find_language
-
-AnyTask = Task | AlignmentTask
 
 # The paper's eight benchmarks and FLORES (arXiv 2503.01275, section "Settings").
 _QA = ("xquad", "mlqa", "mkqa")
@@ -44,7 +42,7 @@ def benchmarks() -> dict[str, Benchmark]:
     return {benchmark.name: benchmark for benchmark in known}
 
 
-def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[AnyTask]:
+def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[Task]:
     """Return the tasks of these names, in order, each once.
 
     Args:
@@ -56,7 +54,7 @@ def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | N
     Raises:
         UsageError: unknown name, a language that a set does not have, or a set without any language.
     """
-    tasks: dict[str, AnyTask] = {}
+    tasks: dict[str, Task] = {}
     for name in names:
         chosen = [own] if own and not languages and name.strip() != "paper" else languages
         for task in _expand(name.strip(), chosen):
@@ -66,14 +64,14 @@ def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | N
     return list(tasks.values())
 
 
-def _expand(name: str, languages: Sequence[str]) -> Sequence[AnyTask]:
+def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
     known = benchmarks()
     head, _, tail = name.partition("_")
     if head in GROUPS:
         return _group(head, [tail] if tail else languages)
     if head == ALIGNMENT:
         set_name, _, rest = tail.partition("_")
-        if set_name not in PARALLEL_SETS:
+        if set_name not in PARALLEL_READERS:
             return [alignment_task(None, language) for language in _needed(head, [tail] if tail else languages)]
         return [alignment_task(set_name, language) for language in _needed(tail, [rest] if rest else languages)]
     if name in known:
@@ -89,7 +87,7 @@ def _expand(name: str, languages: Sequence[str]) -> Sequence[AnyTask]:
     return [_harness(name)]
 
 
-def _group(group: str, languages: Sequence[str]) -> Sequence[AnyTask]:
+def _group(group: str, languages: Sequence[str]) -> Sequence[Task]:
     """Return a group's published tasks, and English ones too: harm to English is always shown."""
     if group == "english":
         languages = ("en",)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,6 @@ from pivotune.evaluation.metrics.comet import CometUnavailableError, comet_score
 from pivotune.evaluation.prepare import EvaluationSettings, PreparedEvaluation, PreparedTask, prepare_evaluation
 from pivotune.evaluation.prompts import ItemRequests
 from pivotune.evaluation.tasks.base import Task
-from pivotune.evaluation.tasks.translation import AlignmentTask
 from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import load_model, resolve_model
 from pivotune.results.aggregate import summarize
@@ -140,8 +139,8 @@ class Evaluator:
     def evaluate(self, task: PreparedTask) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return a task's entry in `results.json` and the records of its items."""
         definition, settings = task.task, self._prepared.settings
-        if isinstance(definition, AlignmentTask):
-            metrics: Sequence[Metric] = definition.metrics
+        if definition.kind == "alignment":
+            metrics = list(definition.metrics)
             records, more = self._measure_alignment(task)
         else:
             records = self._answer_items(definition, task.requests)
@@ -165,13 +164,9 @@ class Evaluator:
             "model_fingerprint": self._fingerprint,
             "versions": self._versions,
             "settings": {
-                "limit": settings.limit,
-                "seed": settings.seed,
-                "split": settings.split,
+                **{name: getattr(settings, name) for name in ("limit", "seed", "split")},
                 "template": self._prepared.prompter.name,
-                "max_new_tokens": settings.max_new_tokens,
-                "backend": settings.backend,
-                "dtype": settings.dtype,
+                **{name: getattr(settings, name) for name in ("max_new_tokens", "backend", "dtype")},
             },
             **more,
         }
@@ -225,12 +220,7 @@ class Evaluator:
                         done += len(batch)
                         advance(min(done, len(requests)))
 
-        def answer_to(request: Request) -> Answer:
-            answer = self._cache.get(request)
-            assert answer is not None
-            return answer
-
-        return [score_item(task, asked, answer_to) for asked in items]
+        return [score_item(task, asked, self._cache.get) for asked in items]
 
     def _measure_alignment(self, task: PreparedTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the records of the sentence pairs, and the entry's further keys."""
@@ -242,7 +232,7 @@ class Evaluator:
             with self._progress(task.task.name, 2 * len(task.pairs)) as advance:
                 tokenizer = self._prepared.prompter.tokenizer
                 alignment = measure_alignment(self.model, tokenizer, task.pairs, progress=advance)
-            measured = json.dumps({"records": alignment.records(), "by_layer": alignment.by_layer()})
+            measured = json.dumps(alignment._asdict())
             self._cache.add({request: measured})
         kept = json.loads(str(measured))
         records = [{"task": task.task.name, **record} for record in kept["records"]]
@@ -250,14 +240,10 @@ class Evaluator:
         return records, {"by_layer": by_layer, "truncated": by_layer["truncated"], "prompt_hash": content_hash[:16]}
 
 
-def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], Answer]) -> dict[str, Any]:
+def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], Answer | None]) -> dict[str, Any]:
     """Return the item's record in `results.items.jsonl.gz`."""
     item = asked.item
-    scores: list[LogProbability] = []
-    for request in asked.likelihoods:
-        score = answer_to(request)
-        assert isinstance(score, LogProbability)
-        scores.append(score)
+    scores = [cast(LogProbability, answer_to(request)) for request in asked.likelihoods]
     record: dict[str, Any] = {"task": task.name, "item": item.id}
     if asked.generation is None:
         # A NaN of a broken model is never the likeliest.
@@ -270,8 +256,8 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
         }
         record |= {"choice": chosen, "correct": int(chosen == item.gold), **details}
     else:
+        text = cast(str, answer_to(asked.generation)).strip()
         assert task.score is not None
-        text = str(answer_to(asked.generation)).strip()
         is_right = in_language(text, task.answer_language) if task.answer_language and text else None
         record |= {
             **task.score(text, item),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_mean_of_non_pairs():
     assert mean_of_non_pairs(a, b) == pytest.approx(expected, abs=1e-12)
 
 
+def measure(*args, **options) -> SimpleNamespace:
+    """Lists over layers and over items, with retrieval in 0..1."""
+    records, by_layer = measure_alignment(*args, **options)
+    return SimpleNamespace(
+        records=records,
+        by_layer=by_layer,
+        retrieval=[value / 100 for value in by_layer["retrieval_accuracy"]],
+        centered_retrieval=[value / 100 for value in by_layer["centered_retrieval_accuracy"]],
+        cosine=by_layer["cosine"],
+        cosine_of_non_pairs=by_layer["cosine_of_non_pairs"],
+        **{
+            f"item_{name}": [record[name] for record in records]
+            for name in ("retrieval", "centered_retrieval", "cosine")
+        },
+    )
+
+
 def tiny_pairs(count: int) -> list[SentencePair]:
     return [SentencePair(row["id"], row["prompt"], row["prompt_en"]) for row in tiny_rows(count)]
 
@@ -172,7 +190,7 @@ def success(similarities):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
 def test_equals_a_naive_computation(model_type, tokenizer):
     model, pairs = build_tiny_model(model_type), tiny_pairs(12)
-    found = measure_alignment(model, tokenizer, pairs, batch_size=5)
+    found = measure(model, tokenizer, pairs, batch_size=5)
     items = []
     for layer in range(NUM_LAYERS + 1):
         raw, centered = naive_alignment(model, tokenizer, pairs, layer)
@@ -194,8 +212,8 @@ def test_equals_a_naive_computation(model_type, tokenizer):
 @pytest.mark.parametrize("changes", [{"padding_side": "left"}, {"pad_token": None}])
 def test_padding_and_batch_size_do_not_matter(changes):
     model, pairs = build_tiny_model(), tiny_pairs(12)
-    one = measure_alignment(model, build_tiny_tokenizer(**changes), pairs, batch_size=1)
-    all_at_once = measure_alignment(model, build_tiny_tokenizer(), pairs, batch_size=64)
+    one = measure(model, build_tiny_tokenizer(**changes), pairs, batch_size=1)
+    all_at_once = measure(model, build_tiny_tokenizer(), pairs, batch_size=64)
     assert one.cosine == pytest.approx(all_at_once.cosine, abs=1e-5)
     assert one.item_cosine == pytest.approx(all_at_once.item_cosine, abs=1e-5)
     assert one.retrieval == all_at_once.retrieval
@@ -203,12 +221,12 @@ def test_padding_and_batch_size_do_not_matter(changes):
 
 def test_the_begin_token_is_there_where_the_tokenizer_adds_one():
     model, pairs, tokenizer = build_tiny_model(), tiny_pairs(4), build_tiny_tokenizer(bos_token="<|begin|>")
-    without = measure_alignment(model, tokenizer, pairs)
+    without = measure(model, tokenizer, pairs)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
     )
     assert tokenizer("Ni")["input_ids"][0] == tokenizer.bos_token_id
-    found = measure_alignment(model, tokenizer, pairs)
+    found = measure(model, tokenizer, pairs)
     expected = naive_alignment(model, tokenizer, pairs, 2)[0].diagonal().mean().item()
     assert found.cosine[2] == pytest.approx(expected, abs=1e-5)
     assert found.cosine[2] != pytest.approx(without.cosine[2], abs=1e-3)
@@ -216,7 +234,7 @@ def test_the_begin_token_is_there_where_the_tokenizer_adds_one():
 
 def test_identical_sentences_are_all_found(tokenizer):
     pairs = [SentencePair(row["id"], row["completion_en"], row["completion_en"]) for row in tiny_rows(20)]
-    found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=3)
+    found = measure(build_tiny_model(), tokenizer, pairs, batch_size=3)
     assert found.retrieval == found.centered_retrieval == [1.0] * (NUM_LAYERS + 1)
     assert found.cosine == pytest.approx([1.0] * (NUM_LAYERS + 1), abs=1e-12)
     assert max(found.cosine_of_non_pairs) < 0.999
@@ -227,7 +245,7 @@ def test_sentences_that_do_not_belong_together_are_found_by_chance(tokenizer):
     alphabet = "abcdefghijklmnop "
     texts = ["".join(generator.choices(alphabet, k=generator.randint(8, 40))) for _ in range(400)]
     pairs = [SentencePair(str(n), texts[n], texts[200 + n]) for n in range(200)]
-    found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=64)
+    found = measure(build_tiny_model(), tokenizer, pairs, batch_size=64)
     # Each layer and direction: 200 draws of probability 1/200; five or more hits have a chance of 0.4 %.
     assert all(value * 200 < 5 for value in (*found.retrieval, *found.centered_retrieval))
     assert found.cosine == pytest.approx(found.cosine_of_non_pairs, abs=0.05)
@@ -238,7 +256,7 @@ def test_a_model_that_says_the_same_of_everything_is_at_chance(tokenizer):
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding.copy_(embedding[5].clone().expand_as(embedding))
-    found = measure_alignment(model, tokenizer, tiny_pairs(10), batch_size=3)
+    found = measure(model, tokenizer, tiny_pairs(10), batch_size=3)
     assert found.retrieval == found.centered_retrieval == pytest.approx([1 / 10] * (NUM_LAYERS + 1))
     assert found.cosine == pytest.approx([1.0] * (NUM_LAYERS + 1), abs=1e-6)
 
@@ -249,23 +267,22 @@ def test_a_sentence_that_stands_twice_ties_with_itself(tokenizer):
         SentencePair("1", "abc", "abc"),
         SentencePair("2", "Ni kumi.", "Ni kumi."),
     ]
-    found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=1)
+    found = measure(build_tiny_model(), tokenizer, pairs, batch_size=1)
     assert found.item_retrieval == pytest.approx([0.5, 0.5, 1.0])
 
 
 def test_what_is_written_to_the_results(tokenizer):
     pairs = tiny_pairs(6)
     done = []
-    found = measure_alignment(build_tiny_model(), tokenizer, pairs, batch_size=4, max_tokens=5, progress=done.append)
-    records = found.records()
+    found = measure(build_tiny_model(), tokenizer, pairs, batch_size=4, max_tokens=5, progress=done.append)
+    records = found.records
     assert [record["item"] for record in records] == [pair.id for pair in pairs]
     for metric in ALIGNMENT_METRICS:
         assert metric.form == "mean"
         assert all(isinstance(record[metric.fields[0]], float) for record in records)
     mean = sum(record["retrieval"] for record in records) / 6
     assert mean == pytest.approx(sum(found.retrieval[1:]) / NUM_LAYERS)
-    by_layer = found.by_layer()
-    assert by_layer["retrieval_accuracy"] == [100 * value for value in found.retrieval]
+    by_layer = found.by_layer
     assert len(by_layer["cosine"]) == len(by_layer["cosine_of_non_pairs"]) == NUM_LAYERS + 1
     assert by_layer["chance"] == pytest.approx(100 / 6)
     sentences = {text for pair in pairs for text in (pair.target, pair.english)}
@@ -284,9 +301,9 @@ def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     from pivotune.models.loading import load_model, load_tokenizer
 
     pairs = alignment_task("tatoeba", "zh").read(Source(shared_data / "eval")).pairs[:100]
-    found = measure_alignment(load_model(smollm2), load_tokenizer(smollm2), pairs)
+    found = measure(load_model(smollm2), load_tokenizer(smollm2), pairs)
     assert len(found.retrieval) == 31
-    assert found.truncated == 0
+    assert found.by_layer["truncated"] == 0
     # Measured: 13.5 % in the embeddings, 57 % after 20 blocks, 19 % at the top; chance is 1 %.
     middle = max(found.centered_retrieval[10:25])
     assert middle > 0.4

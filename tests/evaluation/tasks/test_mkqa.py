@@ -169,7 +169,7 @@ def test_a_set_or_split_that_is_not_there(tmp_path):
 
 MALFORMED = [
     ("{", "line 2, column 2: broken JSON"),
-    ("[]", "line 2: found a list, where an object with 'queries' is needed"),
+    ("[]", "line 2: list []; allowed: an object"),
     ({"answers": {}}, "line 2: no 'queries'; found 'answers'"),
     ({"queries": {"vi": "?"}}, "line 2: no 'answers'; found 'queries'"),
     (record(answer(), key="de"), "line 2, 'queries': no 'vi'; found 'de'"),

@@ -239,7 +239,7 @@ def test_hub_has_only_the_published_languages(hub):
     ("changes", "message"),
     [
         ({"answers": {"text": []}}, "'answers' is empty"),
-        ({"answers": [{"text": "a"}]}, "'answers' is a list; an object is needed"),
+        ({"answers": "a"}, "'answers' is text; a list is needed"),
         ({"context": None}, "'context' is null"),
     ],
 )

@@ -53,7 +53,7 @@ def flores(tmp_path):
 
 def test_flores_reads_devtest(flores, tmp_path):
     text = read_parallel("flores", "flores_de", Source(tmp_path), "de")
-    assert text.pairs == [SentencePair("devtest-1", "Eins.", "One."), SentencePair("devtest-2", "Zwei.", "Two.")]
+    assert text.items == [SentencePair("devtest-1", "Eins.", "One."), SentencePair("devtest-2", "Zwei.", "Two.")]
     assert text.split == "devtest"
     below = "any/flores200_dataset/devtest"
     assert text.origin == [f"{below}/deu_Latn.devtest", f"{below}/eng_Latn.devtest"]
@@ -63,7 +63,7 @@ def test_flores_reads_devtest(flores, tmp_path):
 @pytest.mark.parametrize(("asked", "split"), [("dev", "dev"), ("validation", "dev"), ("test", "devtest")])
 def test_flores_reads_the_split_asked_for(flores, tmp_path, asked, split):
     text = read_parallel("flores", "flores_de", Source(tmp_path, split=asked), "de")
-    assert (text.split, len(text.pairs)) == (split, 3 if split == "dev" else 2)
+    assert (text.split, len(text.items)) == (split, 3 if split == "dev" else 2)
 
 
 def test_flores_falls_back_to_dev_only_where_no_split_was_asked_for(flores, tmp_path):
@@ -101,14 +101,14 @@ def test_ntrex_finds_its_own_codes(tmp_path, language, name):
     write(tmp_path / f"NTREX-128/newstest2019-ref.{name}.txt", "x y\nz\n")
     write(tmp_path / "NTREX-128/newstest2019-src.eng.txt", "X Y\nZ\n")
     text = read_parallel("ntrex", "ntrex", Source(tmp_path), language)
-    assert text.pairs == [SentencePair("test-1", "x y", "X Y"), SentencePair("test-2", "z", "Z")]
+    assert text.items == [SentencePair("test-1", "x y", "X Y"), SentencePair("test-2", "z", "Z")]
 
 
 def test_ntrex_prefers_the_language_to_a_region(tmp_path):
     for name in ("por", "por-BR"):
         write(tmp_path / f"newstest2019-ref.{name}.txt", f"{name}\n")
     write(tmp_path / "newstest2019-src.eng.txt", "X\n")
-    assert read_parallel("ntrex", "ntrex_pt", Source(tmp_path), "pt").pairs[0].target == "por"
+    assert read_parallel("ntrex", "ntrex_pt", Source(tmp_path), "pt").items[0].target == "por"
 
 
 def test_ntrex_is_never_looked_for_on_the_hub(tmp_path):
@@ -125,7 +125,7 @@ def test_ntrex_is_never_looked_for_on_the_hub(tmp_path):
 def test_tatoeba_finds_its_own_codes(tmp_path, language, code):
     write(tmp_path / f"v1/tatoeba.{code}-eng.{code}", "x\n")
     write(tmp_path / f"v1/tatoeba.{code}-eng.eng", "X\n")
-    assert read_parallel("tatoeba", "tatoeba", Source(tmp_path), language).pairs == [SentencePair("test-1", "x", "X")]
+    assert read_parallel("tatoeba", "tatoeba", Source(tmp_path), language).items == [SentencePair("test-1", "x", "X")]
 
 
 def test_tatoeba_names_what_is_missing(tmp_path):
@@ -155,17 +155,17 @@ def own(tmp_path, target: str | bytes, english: str | bytes) -> Source:
 )
 def test_text_files_as_different_programs_write_them(tmp_path, target):
     text = read_parallel("pairs", "pairs_de", own(tmp_path, target, "One.\nTwo.\n"), "de")
-    assert text.pairs == [SentencePair("all-1", "Eins.", "One."), SentencePair("all-2", "Zwei.", "Two.")]
+    assert text.items == [SentencePair("all-1", "Eins.", "One."), SentencePair("all-2", "Zwei.", "Two.")]
 
 
 def test_only_a_newline_ends_a_line(tmp_path):
     text = read_parallel("pairs", "pairs_de", own(tmp_path, "a\u2028b\x0cc\n", "d\x85e\n"), "de")
-    assert text.pairs == [SentencePair("all-1", "a\u2028b\x0cc", "d\x85e")]
+    assert text.items == [SentencePair("all-1", "a\u2028b\x0cc", "d\x85e")]
 
 
 def test_lines_that_are_empty_on_both_sides_are_left_out_and_counted(tmp_path):
     text = read_parallel("pairs", "pairs_de", own(tmp_path, "Eins.\n\n \nZwei.\n", "One.\n\n\nTwo.\n"), "de")
-    assert [pair.id for pair in text.pairs] == ["all-1", "all-4"]
+    assert [pair.id for pair in text.items] == ["all-1", "all-4"]
     assert text.left_out == {"both sides are empty": 2}
 
 
@@ -220,7 +220,7 @@ def jsonl(path: Path, records: list[dict[str, str]]) -> Path:
 def test_own_pairs_from_training_data(tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl.gz", rows(1, 2))
     text = read_parallel("pairs", "pairs_de", Source(pairs=(path, None)), "de")
-    assert text.pairs == [SentencePair("1", "Frage 1", "Question 1"), SentencePair("2", "Frage 2", "Question 2")]
+    assert text.items == [SentencePair("1", "Frage 1", "Question 1"), SentencePair("2", "Frage 2", "Question 2")]
     assert text.origin == [str(path)]
 
 
@@ -228,7 +228,7 @@ def test_own_pairs_from_two_data_files_joined_by_id(tmp_path):
     target = jsonl(tmp_path / "de.jsonl", [{"id": i, "prompt": f"{i}\n x", "completion": "."} for i in "ab"])
     english = jsonl(tmp_path / "en.jsonl", [{"id": i, "prompt": i.upper(), "completion": "."} for i in "ba"])
     text = read_parallel("pairs", "pairs_de", Source(pairs=(target, english)), "de")
-    assert text.pairs == [SentencePair("a", "a x", "A"), SentencePair("b", "b x", "B")]
+    assert text.items == [SentencePair("a", "a x", "A"), SentencePair("b", "b x", "B")]
     assert text.origin == [str(target), str(english)]
 
 
@@ -256,7 +256,7 @@ def test_flores_plus_on_the_hub(monkeypatch):
     text = read_parallel("flores", "flores_zh", Source(), "zh")
     hub = "openlanguagedata/flores_plus"
     assert asked == [(hub, "cmn_Hans", "devtest"), (hub, "eng_Latn", "devtest")]
-    assert text.pairs[1] == SentencePair("devtest-2", "cmn_Hans 1", "eng_Latn 1")
+    assert text.items[1] == SentencePair("devtest-2", "cmn_Hans 1", "eng_Latn 1")
     assert text.origin == [f"{hub}/cmn_Hans", f"{hub}/eng_Latn"]
 
 
@@ -271,7 +271,7 @@ def test_tatoeba_on_the_hub_is_turned_so_that_english_comes_second(monkeypatch, 
         "target_sentence": target,
     }
     monkeypatch.setattr(tables, "read_hub_records", lambda *names: enumerate([record], start=1))
-    assert read_parallel("tatoeba", "tatoeba_de", Source(), "de").pairs == [SentencePair("test-1", "Eins.", "One.")]
+    assert read_parallel("tatoeba", "tatoeba_de", Source(), "de").items == [SentencePair("test-1", "Eins.", "One.")]
 
 
 def test_tatoeba_on_the_hub_has_36_languages():
@@ -291,11 +291,11 @@ def test_an_unknown_language_is_refused():
 def test_real_files(shared_data):
     source = Source(shared_data / "eval")
     chinese = read_parallel("flores", "flores_zh", source, "zh")
-    assert (len(chinese.pairs), chinese.split, chinese.left_out) == (1012, "devtest", {})
-    assert chinese.pairs[0].english.startswith('"We now have 4-month-old mice')
-    assert len(read_parallel("flores", "flores_zh", Source(shared_data / "eval", split="dev"), "zh").pairs) == 997
+    assert (len(chinese.items), chinese.split, chinese.left_out) == (1012, "devtest", {})
+    assert chinese.items[0].english.startswith('"We now have 4-month-old mice')
+    assert len(read_parallel("flores", "flores_zh", Source(shared_data / "eval", split="dev"), "zh").items) == 997
     for language in ("vi", "zh", "ar"):
-        assert len(read_parallel("tatoeba", "tatoeba", source, language).pairs) == 1000
+        assert len(read_parallel("tatoeba", "tatoeba", source, language).items) == 1000
 
 
 @pytest.fixture
@@ -404,8 +404,8 @@ def test_the_first_set_that_is_there_is_read(tmp_path):
     ]
     for target, english, text in sets:
         write_sides(tmp_path, target, english, text)
-        assert task.read(Source(tmp_path)).pairs[0].target == text
-        assert tatoeba_task.read(Source(tmp_path)).pairs[0].target == "tatoeba"
+        assert task.read(Source(tmp_path)).items[0].target == text
+        assert tatoeba_task.read(Source(tmp_path)).items[0].target == "tatoeba"
 
 
 def test_a_malformed_set_is_refused_and_not_passed_over(tmp_path):
@@ -420,7 +420,7 @@ def test_own_pairs_come_first(tmp_path):
     write_sides(tmp_path, "deu_Latn.devtest", "eng_Latn.devtest", "flores")
     write_sides(tmp_path, "x.txt", "y.txt", "own")
     source = Source(tmp_path, pairs=(tmp_path / "x.txt", tmp_path / "y.txt"))
-    assert alignment_task(None, "de").read(source).pairs[0].target == "own"
-    assert alignment_task("flores", "de").read(source).pairs[0].target == "flores"
+    assert alignment_task(None, "de").read(source).items[0].target == "own"
+    assert alignment_task("flores", "de").read(source).items[0].target == "flores"
     with pytest.raises(UsageError, match="alignment_pairs_de: needs the option --pairs FILE"):
         alignment_task("pairs", "de").read(Source(tmp_path))

@@ -15,8 +15,7 @@ Shapes: B sentences of a batch, T tokens, D width, L layers, N pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,48 +36,17 @@ _TIE = 1e-12
 _NOISE = 1e-5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alignment:
-    """Alignment of N pairs. Lists by layer have L + 1 values, k = 0 (embeddings) .. L (before the final norm).
+class Alignment(NamedTuple):
+    """Alignment of N pairs.
 
     Attributes:
-        ids: the pairs' ids.
-        retrieval: retrieval accuracy in 0..1; chance is 1/N.
-        centered_retrieval: centered retrieval accuracy in 0..1.
-        cosine: mean cosine of the pairs.
-        cosine_of_non_pairs: mean cosine of sentences that are no translations.
-        item_retrieval: each pair's retrieval, mean over the layers 1..L.
-        item_centered_retrieval: each pair's centered retrieval, mean over the layers 1..L.
-        item_cosine: each pair's cosine, mean over the layers 1..L.
-        truncated: sentences longer than the limit.
+        records: one per pair, with the fields of `ALIGNMENT_METRICS`, means over the layers 1..L; retrieval in 0..1.
+        by_layer: for `results.json`. Lists have L + 1 values, k = 0 (embeddings) .. L (before the final norm),
+            retrieval in percent; `chance` is 100/N, `truncated` counts sentences longer than the limit.
     """
 
-    ids: Sequence[str]
-    retrieval: Sequence[float]
-    centered_retrieval: Sequence[float]
-    cosine: Sequence[float]
-    cosine_of_non_pairs: Sequence[float]
-    item_retrieval: Sequence[float]
-    item_centered_retrieval: Sequence[float]
-    item_cosine: Sequence[float]
-    truncated: int
-
-    def records(self) -> list[dict[str, Any]]:
-        """Return one record per pair, with the fields of `ALIGNMENT_METRICS`."""
-        names = ("item", "retrieval", "centered_retrieval", "cosine")
-        columns = (self.ids, self.item_retrieval, self.item_centered_retrieval, self.item_cosine)
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-    def by_layer(self) -> dict[str, Any]:
-        """Return lists over k = 0..L for `results.json`, with retrieval in percent; and `chance`, `truncated`."""
-        return {
-            "retrieval_accuracy": [100 * value for value in self.retrieval],
-            "centered_retrieval_accuracy": [100 * value for value in self.centered_retrieval],
-            "cosine": list(self.cosine),
-            "cosine_of_non_pairs": list(self.cosine_of_non_pairs),
-            "chance": 100 / len(self.ids),
-            "truncated": self.truncated,
-        }
+    records: list[dict[str, Any]]
+    by_layer: dict[str, Any]
 
 
 def measure_alignment(
@@ -125,19 +93,18 @@ def measure_alignment(
         layers.append(torch.stack([both_directions(target, english), centered, (target * english).sum(-1)]).cpu())
         non_pairs.append(mean_of_non_pairs(target, english))
     figures = torch.stack(layers)  # (L + 1, 3, N)
+    names = ("retrieval", "centered_retrieval", "cosine")
+    items = zip(pairs, figures[1:].mean(0).T.tolist(), strict=True)
     retrieval, centered_retrieval, cosine = figures.mean(2).T.tolist()
-    item_retrieval, item_centered_retrieval, item_cosine = figures[1:].mean(0).tolist()
-    return Alignment(
-        ids=tuple(pair.id for pair in pairs),
-        retrieval=retrieval,
-        centered_retrieval=centered_retrieval,
-        cosine=cosine,
-        cosine_of_non_pairs=non_pairs,
-        item_retrieval=item_retrieval,
-        item_centered_retrieval=item_centered_retrieval,
-        item_cosine=item_cosine,
-        truncated=sum(len(ids) > max_tokens for ids in token_ids),
-    )
+    by_layer = {
+        "retrieval_accuracy": [100 * value for value in retrieval],
+        "centered_retrieval_accuracy": [100 * value for value in centered_retrieval],
+        "cosine": cosine,
+        "cosine_of_non_pairs": non_pairs,
+        "chance": 100 / len(pairs),
+        "truncated": sum(len(ids) > max_tokens for ids in token_ids),
+    }
+    return Alignment([{"item": pair.id, **dict(zip(names, values, strict=True))} for pair, values in items], by_layer)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pivotune.evaluation.tasks.tables import Source
 from pivotune.results.metrics import Metric
 
-Kind = Literal["answer", "choice", "translation"]
+Kind = Literal["answer", "choice", "translation", "alignment"]
 
 ACCURACY = Metric("accuracy", "mean", ("correct",), 100.0)
 
@@ -51,16 +51,16 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """Items of one task.
+    """Items of one task, or sentence pairs of an alignment task.
 
     Attributes:
-        items: the questions that count.
+        items: `Item`s or `SentencePair`s that count; both have an `id`.
         split: their split.
         origin: file names or a Hub name.
         left_out: number of skipped records by reason (MKQA's questions without a short answer).
     """
 
-    items: Sequence[Item]
+    items: Sequence[Any]
     split: str
     origin: Sequence[str]
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -74,7 +74,8 @@ class Task:
         name: as after `--tasks` and in results (`xquad_vi`, `flores_en-vi`).
         benchmark: the set's name (`xquad`).
         language: code of the measured language, as in `data.language`.
-        kind: `answer` and `translation` are generated greedily; `choice` takes the likeliest continuation.
+        kind: `answer` and `translation` are generated greedily; `choice` takes the likeliest continuation; `alignment`
+            compares hidden states.
         metrics: the first is the primary one.
         read: returns the items; raises `UsageError` with file and row, or with the source of a missing set.
         answer_language: language of right answers; None for answers without one (numbers, names).

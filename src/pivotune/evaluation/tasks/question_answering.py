@@ -22,23 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivotune.data.formats import numbered_by, read_file
+from pivotune.data.formats import read_file
 from pivotune.errors import UsageError
 from pivotune.evaluation.metrics.answers import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
 from pivotune.evaluation.tasks.tables import (
     Hub,
+    Record,
     Source,
     Split,
     by_id,
     check_published,
-    choose_split,
-    hub_name,
     id_member,
     member,
-    only_file,
-    origin_of,
-    read_hub,
+    open_set,
+    read_objects,
     text_member,
 )
 
@@ -59,41 +57,18 @@ _LABELS = {
 }
 # MKQA's languages with their words for yes and no, the commonest first.
 _YES_NO = {
-    "ar": ("نعم", "لا"),
-    "da": ("ja", "nej"),
-    "de": ("ja", "nein"),
-    "en": ("yes", "no"),
-    "es": ("sí si", "no"),
-    "fi": ("kyllä joo", "ei"),
-    "fr": ("oui", "non"),
-    "he": ("כן", "לא"),
-    "hu": ("igen", "nem"),
-    "it": ("sì si", "no"),
-    "ja": ("はい", "いいえ"),
-    "km": ("បាទ ចាស", "ទេ"),
-    "ko": ("네 예", "아니요 아니오"),
-    "ms": ("ya", "tidak"),
-    "nl": ("ja", "nee"),
-    "no": ("ja", "nei"),
-    "pl": ("tak", "nie"),
-    "pt": ("sim", "não"),
-    "ru": ("да", "нет"),
-    "sv": ("ja", "nej"),
-    "th": ("ใช่", "ไม่ใช่ ไม่"),
-    "tr": ("evet", "hayır"),
-    "vi": ("có đúng phải vâng", "không"),
-    "zh": ("是 是的 对", "不是 不 否"),
-    "zh_hk": ("是 係 是的 對", "不是 唔係 不 否"),
+    "ar": ("نعم", "لا"), "da": ("ja", "nej"), "de": ("ja", "nein"), "en": ("yes", "no"), "es": ("sí si", "no"),
+    "fi": ("kyllä joo", "ei"), "fr": ("oui", "non"), "he": ("כן", "לא"), "hu": ("igen", "nem"),
+    "it": ("sì si", "no"), "ja": ("はい", "いいえ"), "km": ("បាទ ចាស", "ទេ"), "ko": ("네 예", "아니요 아니오"),
+    "ms": ("ya", "tidak"), "nl": ("ja", "nee"), "no": ("ja", "nei"), "pl": ("tak", "nie"), "pt": ("sim", "não"),
+    "ru": ("да", "нет"), "sv": ("ja", "nej"), "th": ("ใช่", "ไม่ใช่ ไม่"), "tr": ("evet", "hayır"),
+    "vi": ("có đúng phải vâng", "không"), "zh": ("是 是的 对", "不是 不 否"), "zh_hk": ("是 係 是的 對", "不是 唔係 不 否"),
     "zh_tw": ("是 是的 對", "不是 不 否"),
-}
+}  # fmt: skip
 # In the order of the Hub's class labels.
 _MKQA_TYPES = (
     "entity", "long_answer", "unanswerable", "date", "number", "number_with_unit", "short_phrase", "binary",
 )  # fmt: skip
-_MKQA_HUB = ("apple/mkqa", "mkqa")
-
-# The place of an item's record for messages, and the item.
-PlacedItem = tuple[str, Item]
 
 
 def _answer_benchmark(
@@ -145,44 +120,42 @@ def _read_mlqa(language: str, source: Source) -> TaskData:
 
 def _read_squad(benchmark: Benchmark, language: str, splits: Sequence[Split], hub: Hub, source: Source) -> TaskData:
     task = f"{benchmark.name}_{language}"
-    split, files = choose_split(task, source, splits, benchmark.homepage)
     check_published(task, source, language, benchmark.languages)
-    if files:
-        placed, origin = _squad_file(only_file(task, files), language), origin_of(source, files)
-    else:
-        placed, origin = _squad_hub(task, hub, split.hub_name, language), [hub_name(*hub)]
-    items = by_id(task, origin, ((item.id, place, item) for place, item in placed))
-    return TaskData(list(items.values()), split.name, origin)
+    opened = open_set(task, source, splits, benchmark.homepage, read=_squad_questions, hub=hub)
+    placed = (_squad_item(record, language) for record in opened.records)
+    items = by_id(task, opened.origin, ((item.id, place, item) for place, item in placed))
+    return TaskData(list(items.values()), opened.split, opened.origin)
 
 
-def _squad_file(path: Path, language: str) -> Iterator[PlacedItem]:
+def _squad_questions(path: Path) -> Iterator[Record]:
+    """Yield the questions of a file, each with its passage as `context`, as on the Hub."""
     for article_number, article in read_file(path):
         in_article = f"{path}, article {article_number}"
         for paragraph_number, paragraph in enumerate(member(article, "paragraphs", list, in_article), start=1):
             in_paragraph = f"{in_article}, paragraph {paragraph_number}"
-            passage = text_member(paragraph, "context", in_paragraph)
+            context = text_member(paragraph, "context", in_paragraph)
             for number, question in enumerate(member(paragraph, "qas", list, in_paragraph), start=1):
-                yield _squad_item(question, passage, f"{in_paragraph}, question {number}", language)
+                place = f"{in_paragraph}, question {number}"
+                id_member(question, "id", place)  # refuses a question that is no object
+                yield Record({**question, "context": context}, number, place)
 
 
-def _squad_hub(task: str, hub: Hub, split: str, language: str) -> Iterator[PlacedItem]:
-    for record in read_hub(task, hub, split, {}):
-        # The Hub has one record a question, with the texts of its answers in one list.
-        texts = member(member(record.values, "answers", dict, record.place), "text", list, record.place)
-        question = {**record.values, "answers": [{"text": text} for text in texts]}
-        yield _squad_item(question, record.text("context"), record.place, language)
-
-
-def _squad_item(question: Any, passage: str, place: str, language: str) -> PlacedItem:
-    question_id = id_member(question, "id", place)
-    place = f"{place} (id {question_id})"
-    passage_label, question_label, answer_label = _LABELS.get(language, _LABELS["en"])
-    asked = text_member(question, "question", place)
-    answers = member(question, "answers", list, place)
+def _squad_item(record: Record, language: str) -> tuple[str, Item]:
+    """Return the question's place, for messages, and its item."""
+    question_id = id_member(record.values, "id", record.place)
+    place = f"{record.place} (id {question_id})"
+    asked, passage = (text_member(record.values, name, place) for name in ("question", "context"))
+    answers = record.values.get("answers")
+    if isinstance(answers, Mapping):
+        # The Hub has the texts of all answers in one list.
+        answers = [{"text": text} for text in member(answers, "text", list, place)]
+    else:
+        answers = member(record.values, "answers", list, place)
     if not answers:
         raise UsageError(f"{place}: 'answers' is empty; at least one gold answer is needed")
     numbered = enumerate(answers, start=1)
     texts = [text_member(answer, "text", f"{place}, answer {number}").strip() for number, answer in numbered]
+    passage_label, question_label, answer_label = _LABELS.get(language, _LABELS["en"])
     query = f"{passage_label}: {passage}\n\n{question_label}: {asked}\n\n{answer_label}:"
     start = len(passage_label) + len(": ")
     return place, Item(question_id, query, tuple(dict.fromkeys(texts)), cuttable=(start, start + len(passage)))
@@ -190,30 +163,23 @@ def _squad_item(question: Any, passage: str, place: str, language: str) -> Place
 
 def _read_mkqa(language: str, source: Source) -> TaskData:
     task = f"mkqa_{language}"
+    check_published(task, source, language, MKQA.languages)
     # "train" is the Hub's name for the only split; the publisher's repository has a second, tiny file.
     splits = [Split("train", ["mkqa.jsonl", "*mkqa*.jsonl"])]
-    split, files = choose_split(task, source, splits, MKQA.homepage)
-    check_published(task, source, language, MKQA.languages)
-    if files:
-        path, origin = only_file(task, files), origin_of(source, files)
-        records = ((number, f"{path}, {numbered_by(path)} {number}", record) for number, record in read_file(path))
-    else:
-        origin = [hub_name(*_MKQA_HUB)]
-        hub_records = read_hub(task, _MKQA_HUB, split.hub_name, {})
-        records = ((record.number, record.place, record.values) for record in hub_records)
+    opened = open_set(task, source, splits, MKQA.homepage, read=read_objects, hub=("apple/mkqa", "mkqa"))
     left_out: Counter[str] = Counter()
 
     def questions() -> Iterator[tuple[str, str, Item]]:
-        for number, place, record in records:
-            item = _mkqa_item(record, number, place, language)
+        for record in opened.records:
+            item = _mkqa_item(record.values, record.number, record.place, language)
             if item.references:
-                yield item.id, place, item
+                yield item.id, record.place, item
             else:
                 named = [name for name in item.details["types"] if name in ("unanswerable", "long_answer")]
                 left_out[named[0] if named else "no answer text"] += 1
 
-    items = by_id(task, origin, questions())
-    return TaskData(list(items.values()), split.name, origin, dict(left_out))
+    items = by_id(task, opened.origin, questions())
+    return TaskData(list(items.values()), opened.split, opened.origin, dict(left_out))
 
 
 def _mkqa_item(record: Any, number: int, place: str, language: str) -> Item:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 from pivotune.data.formats import numbered_by, read_file, read_lines
 from pivotune.errors import UsageError
@@ -178,9 +179,8 @@ class Record:
         return UsageError(f"{self.place}: {problem}")
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedSet:
-    """Records of a split, with its name and its origin (file names or a Hub name)."""
+class OpenedSet(NamedTuple):
+    """A split's name, its origin (file names or a Hub name) and its records."""
 
     split: str
     origin: list[str]
@@ -195,7 +195,7 @@ def open_set(
     *,
     read: Callable[[Path], Iterator[Record]],
     hub: Hub,
-    columns: Columns,
+    columns: Columns = MappingProxyType({}),
     keep: Callable[[Path], bool] = lambda path: True,
 ) -> OpenedSet:
     """Open a set with one file per split, or the Hub's data set with the fields `columns`."""
@@ -260,21 +260,24 @@ def read_table(
         yield Record(dict(zip(fields, cells, strict=True)), line, place)
 
 
-def read_objects(path: Path, columns: Columns) -> Iterator[Record]:
+def read_objects(path: Path, columns: Columns = MappingProxyType({})) -> Iterator[Record]:
     """Yield the records of a JSON or JSON Lines file."""
     word = numbered_by(path)
     for number, value in read_file(path):
         place = f"{path}, {word} {number}"
         if not isinstance(value, dict):
             raise UsageError(f"{place}: {type(value).__name__} {value!r:.40}; allowed: an object")
-        yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
+        yield _record(value, columns, number, place)
 
 
 def read_hub(task: str, hub: Hub, split: str, columns: Columns) -> Iterator[Record]:
     """Yield the records of a Hub dataset's split."""
     for number, value in read_hub_records(task, *hub, split):
-        place = f"{hub_name(*hub)}, row {number}"
-        yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
+        yield _record(value, columns, number, f"{hub_name(*hub)}, row {number}")
+
+
+def _record(values: Mapping[str, Any], columns: Columns, number: int, place: str) -> Record:
+    return Record(dict(zip(_fields(values, columns, place), values.values(), strict=True)), number, place)
 
 
 def read_hub_records(task: str, path: str, config: str | None, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -11,8 +11,8 @@ measured by `pivotune.evaluation.metrics.alignment`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,6 @@ ALIGNMENT_METRICS = (
     Metric("cosine", "mean", ("cosine",)),
 )
 ALIGNMENT = "alignment"
-# For an alignment task without a set's name: the first one in the folder.
-_PREFERRED = ("flores", "ntrex", "tatoeba")
 # A sentence of FLORES has 40 tokens in English and up to five times that in a script unknown to the tokenizer.
 _MAX_NEW_TOKENS = 256
 
@@ -71,47 +69,11 @@ class SentencePair(NamedTuple):
     english: str
 
 
-@dataclass(frozen=True, slots=True)
-class ParallelText:
-    """Sentence pairs of one set.
-
-    Attributes:
-        pairs: in the files' order.
-        split: their split.
-        origin: file or Hub names: the target side, then a separate English side.
-        left_out: number of skipped pairs by reason.
-    """
-
-    pairs: Sequence[SentencePair]
-    split: str
-    origin: Sequence[str]
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelSet:
-    """A published set of parallel text, or the user's own.
-
-    Attributes:
-        name: as in task names (`flores`).
-        title: for tables and messages.
-        homepage: source of its files.
-        languages: codes of the published languages; empty for files of any language.
-        read: (task's name, source, language) -> text; raises `UsageError`, or `MissingDataError` for an absent set.
-    """
-
-    name: str
-    title: str
-    homepage: str
-    languages: Sequence[str]
-    read: Callable[[str, Source, Language], ParallelText]
-
-
-def read_parallel(set_name: str, task: str, source: Source, language: str) -> ParallelText:
-    """Read the sentences of one set in a language and English.
+def read_parallel(set_name: str, task: str, source: Source, language: str) -> TaskData:
+    """Read the sentence pairs of one set in a language and English.
 
     Args:
-        set_name: `flores`, `ntrex`, `tatoeba` or `pairs`.
+        set_name: a key of `PARALLEL_READERS`: `flores`, `ntrex`, `tatoeba` or `pairs`.
         task: its name, for messages.
         language: any code of `find_language`.
 
@@ -119,10 +81,10 @@ def read_parallel(set_name: str, task: str, source: Source, language: str) -> Pa
         MissingDataError: the set is absent from the source.
         UsageError: malformed files, unknown language or split; one line.
     """
-    return PARALLEL_SETS[set_name].read(task, source, find_language(language))
+    return PARALLEL_READERS[set_name](task, source, find_language(language))
 
 
-def _read_flores(task: str, source: Source, language: Language) -> ParallelText:
+def _read_flores(task: str, source: Source, language: Language) -> TaskData:
     splits = [
         Split(name, [f"{language.flores}.{name}"], [alias], files=f"{language.flores}.{name} with eng_Latn.{name}")
         for name, alias in (("devtest", "test"), ("dev", "validation"))
@@ -138,7 +100,7 @@ def _read_flores(task: str, source: Source, language: Language) -> ParallelText:
     return _align(target, english, [hub_name(*hub) for hub in hubs], split.name, "row")
 
 
-def _read_ntrex(task: str, source: Source, language: Language) -> ParallelText:
+def _read_ntrex(task: str, source: Source, language: Language) -> TaskData:
     names, english = [f"newstest2019-ref.{code}.txt" for code in language.ntrex], "newstest2019-src.eng.txt"
     problem = "NTREX-128 is read from the publisher's files"
     try:
@@ -149,7 +111,7 @@ def _read_ntrex(task: str, source: Source, language: Language) -> ParallelText:
     raise MissingDataError(f"{task}: {problem}; get {_NTREX_HOMEPAGE} and give its folder as --data-dir")
 
 
-def _read_tatoeba(task: str, source: Source, language: Language) -> ParallelText:
+def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
     if not language.iso639_3:
         raise UsageError(f"{task}: Tatoeba has no code for {language.name}")
     names = [f"tatoeba.{code}-eng.{code}" for code in language.iso639_3]
@@ -177,7 +139,7 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> ParallelText
     return _align(target, english, [hub_name(*hub)] * 2, split.name, "row")
 
 
-def _read_own(task: str, source: Source, language: Language) -> ParallelText:
+def _read_own(task: str, source: Source, language: Language) -> TaskData:
     if source.pairs is None:
         raise UsageError(f"{task}: needs the option --pairs FILE (and --english FILE, where the English side is apart)")
     target, english = source.pairs
@@ -195,7 +157,7 @@ def _read_own(task: str, source: Source, language: Language) -> ParallelText:
     return _align(_read_lines(target), _read_lines(english), [str(target), str(english)], "all", "line")
 
 
-def _read_own_rows(target: Path, english: Path | None) -> ParallelText:
+def _read_own_rows(target: Path, english: Path | None) -> TaskData:
     try:
         rows = load_rows(target, english=english, needed_by="parallel text")
     except UsageError as error:
@@ -210,12 +172,12 @@ def _read_own_rows(target: Path, english: Path | None) -> ParallelText:
         ids = [str(row.number) for row in rows]
     texts = ((one_line(row.prompt), one_line(row.prompt_en)) for row in rows)
     pairs = [SentencePair(id, *sides) for id, sides in zip(ids, texts, strict=True)]
-    return ParallelText(pairs, "all", [str(path) for path in (target, english) if path is not None])
+    return TaskData(pairs, "all", [str(path) for path in (target, english) if path is not None])
 
 
 def _read_files(
     task: str, source: Source, splits: Sequence[Split], homepage: str, english_name: Callable[[list[str]], str]
-) -> ParallelText:
+) -> TaskData:
     """Read the first split with both sides; `english_name` makes the English file's name from the target name's parts."""
 
     def english_files(target: Path) -> list[Path]:
@@ -232,7 +194,7 @@ def _read_lines(path: Path) -> list[str]:
     return [line.strip() for line in read_lines(path)]
 
 
-def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], split: str, unit: str) -> ParallelText:
+def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], split: str, unit: str) -> TaskData:
     """Join two sides in order; `names` (of both sides) and `unit` are for messages."""
     if len(target) != len(english):
         raise UsageError(
@@ -252,23 +214,43 @@ def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], 
     if not pairs:
         raise UsageError(f"{names[0]}: holds no sentence")
     left_out = {"both sides are empty": len(target) - len(pairs)} if len(pairs) < len(target) else {}
-    return ParallelText(pairs, split, list(dict.fromkeys(names)), left_out)
+    return TaskData(pairs, split, list(dict.fromkeys(names)), left_out)
 
 
-PARALLEL_SETS = {
-    known.name: known
-    for known in (
-        ParallelSet("flores", "FLORES-200", _FLORES_HOMEPAGE, flores_languages(), _read_flores),
-        ParallelSet("ntrex", "NTREX-128", _NTREX_HOMEPAGE, (), _read_ntrex),
-        ParallelSet(
-            "tatoeba", "Tatoeba", _TATOEBA_HOMEPAGE, [find_language(code).code for code in _XTREME_CODES], _read_tatoeba
-        ),
-        ParallelSet("pairs", "own pairs", "the option --pairs", (), _read_own),
-    )
+PARALLEL_READERS: dict[str, Callable[[str, Source, Language], TaskData]] = {
+    "flores": _read_flores,
+    "ntrex": _read_ntrex,
+    "tatoeba": _read_tatoeba,
+    "pairs": _read_own,
 }
 
 
-def _not_english(prefix: str, language: str) -> str:
+def _parallel_benchmark(name: str, title: str, homepage: str, languages: Sequence[str] = ()) -> Benchmark:
+    """Return translation in both directions; empty `languages` for files of any language."""
+
+    def tasks(language: str) -> list[Task]:
+        code = _code_beside_english(name, language)
+        return [task("en", code, code), task(code, "en", code)]
+
+    def task(source: str, target: str, language: str) -> Task:
+        task_name = f"{name}_{source}-{target}"
+        return Task(
+            name=task_name,
+            benchmark=name,
+            language=language,
+            kind="translation",
+            metrics=TRANSLATION_METRICS,
+            read=partial(_read_translation, name, task_name, source, target),
+            answer_language=target,
+            score=partial(score_translation, target),
+            max_new_tokens=_MAX_NEW_TOKENS,
+        )
+
+    # File names are made from a language's codes, so files of any language can be read.
+    return Benchmark(name, title, languages, tasks, homepage, open_ended=True)
+
+
+def _code_beside_english(prefix: str, language: str) -> str:
     """Return the language's code; raise UsageError for an unknown one and for English."""
     code = find_language(language).code
     if code == "en":
@@ -276,47 +258,20 @@ def _not_english(prefix: str, language: str) -> str:
     return code
 
 
-def _translation_tasks(parallel: ParallelSet, language: str) -> list[Task]:
-    """Return both directions: English into the language, then the language into English."""
-    code = _not_english(parallel.name, language)
-
-    def task(source: str, target: str) -> Task:
-        name = f"{parallel.name}_{source}-{target}"
-        return Task(
-            name=name,
-            benchmark=parallel.name,
-            language=code,
-            kind="translation",
-            metrics=TRANSLATION_METRICS,
-            read=partial(_read_translation, parallel.name, name, source, target),
-            answer_language=target,
-            score=partial(score_translation, target),
-            max_new_tokens=_MAX_NEW_TOKENS,
-        )
-
-    return [task("en", code), task(code, "en")]
-
-
 def _read_translation(set_name: str, task: str, source_code: str, target_code: str, source: Source) -> TaskData:
     check_sacrebleu(task)
     into_english = target_code == "en"
-    text = read_parallel(set_name, task, source, source_code if into_english else target_code)
+    data = read_parallel(set_name, task, source, source_code if into_english else target_code)
     source_name, target_name = map(language_name, (source_code, target_code))
     instruction = f"Translate the following sentence from {source_name} into {target_name}.\n"
     items = []
-    for pair in text.pairs:
+    for pair in data.items:
         sentence, reference = (pair.target, pair.english) if into_english else (pair.english, pair.target)
-        items.append(
-            Item(
-                id=pair.id,
-                query=f"{instruction}{sentence}",
-                references=(reference,),
-                delimiter="\n",
-                cuttable=(len(instruction), len(instruction) + len(sentence)),
-                details={"source": sentence},
-            )
-        )
-    return TaskData(items, text.split, text.origin, text.left_out)
+        cuttable = (len(instruction), len(instruction) + len(sentence))
+        details = {"source": sentence}
+        query = f"{instruction}{sentence}"
+        items.append(Item(pair.id, query, (reference,), delimiter="\n", cuttable=cuttable, details=details))
+    return replace(data, items=items)
 
 
 def score_translation(language: str, hypothesis: str, item: Item) -> dict[str, float | list[int]]:
@@ -334,58 +289,41 @@ def score_translation(language: str, hypothesis: str, item: Item) -> dict[str, f
     }
 
 
-# File names are made from a language's codes, so files of any language can be read.
-FLORES, NTREX, TATOEBA, PAIRS = (
-    Benchmark(
-        known.name, known.title, known.languages, partial(_translation_tasks, known), known.homepage, open_ended=True
-    )
-    for known in PARALLEL_SETS.values()
+FLORES = _parallel_benchmark("flores", "FLORES-200", _FLORES_HOMEPAGE, flores_languages())
+NTREX = _parallel_benchmark("ntrex", "NTREX-128", _NTREX_HOMEPAGE)
+TATOEBA = _parallel_benchmark(
+    "tatoeba", "Tatoeba", _TATOEBA_HOMEPAGE, [find_language(code).code for code in _XTREME_CODES]
 )
+PAIRS = _parallel_benchmark("pairs", "own pairs", "the option --pairs")
 
 
-@dataclass(frozen=True, slots=True)
-class AlignmentTask:
-    """Alignment of a language and English on one set of parallel text.
-
-    Attributes:
-        name: `alignment_flores_vi`, or `alignment_vi` for the first set in the folder.
-        language: code of the language beside English.
-        read: returns the sentences; raises `UsageError` with one line.
-    """
-
-    name: str
-    language: str
-    read: Callable[[Source], ParallelText]
-    benchmark: str = ALIGNMENT
-    metrics: Sequence[Metric] = ALIGNMENT_METRICS
-
-
-def alignment_task(set_name: str | None, language: str) -> AlignmentTask:
-    """Return the task of a language on one set.
+def alignment_task(set_name: str | None, language: str) -> Task:
+    """Return the alignment of a language with English on one set: `alignment_flores_vi`, or `alignment_vi`.
 
     Args:
-        set_name: `flores`, `ntrex`, `tatoeba` or `pairs`; None for the user's own pairs if given, else for the first
-            published set in the source's folder (FLORES from the Hub).
+        set_name: a key of `PARALLEL_READERS`; None for the user's own pairs if given, else for the first published set
+            in the source's folder (FLORES from the Hub).
         language: any code of `find_language`.
 
     Raises:
         UsageError: unknown language, or English.
     """
-    code = _not_english(ALIGNMENT, language)
+    code = _code_beside_english(ALIGNMENT, language)
     name = "_".join(part for part in (ALIGNMENT, set_name, code) if part)
-    return AlignmentTask(name, code, partial(_read_alignment, set_name, name, code))
+    read = partial(_read_alignment, set_name, name, code)
+    return Task(name, ALIGNMENT, code, "alignment", ALIGNMENT_METRICS, read)
 
 
-def _read_alignment(set_name: str | None, task: str, code: str, source: Source) -> ParallelText:
+def _read_alignment(set_name: str | None, task: str, code: str, source: Source) -> TaskData:
     if set_name is not None or source.pairs:
         return read_parallel(set_name or "pairs", task, source, code)
     if source.data_dir is None:
-        return read_parallel(_PREFERRED[0], task, source, code)
-    for name in _PREFERRED:
+        return read_parallel("flores", task, source, code)
+    published = (FLORES, NTREX, TATOEBA)
+    for benchmark in published:
         try:
-            return read_parallel(name, task, source, code)
+            return read_parallel(benchmark.name, task, source, code)
         except MissingDataError:
             continue
-    titles = ", ".join(PARALLEL_SETS[name].title for name in _PREFERRED)
-    wanted = f"parallel text in {language_name(code)} ({titles})"
-    raise missing_data(task, source, wanted, _FLORES_HOMEPAGE)
+    titles = ", ".join(benchmark.title for benchmark in published)
+    raise missing_data(task, source, f"parallel text in {language_name(code)} ({titles})", _FLORES_HOMEPAGE)
