@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -82,13 +82,10 @@ class Engine:
 
     def _answer(self, batch: Sequence[Question]) -> dict[Request, Answer]:
         self.lm.batch_size_per_gpu = len(batch)
-        likelihoods = [request for request in batch if isinstance(request, Likelihood)]
-        generations = [request for request in batch if isinstance(request, Generation)]
-        return {**self._score(likelihoods), **self._generate(generations)}
+        is_scored = isinstance(batch[0], Likelihood)
+        return self._score(cast(Any, batch)) if is_scored else self._generate(cast(Any, batch))
 
     def _score(self, requests: Sequence[Likelihood]) -> dict[Request, Answer]:
-        if not requests:
-            return {}
         pairs = [self.prompter.encode_pair(request.context, request.continuation) for request in requests]
         encoded = [
             ((request.context, request.continuation), *ids) for request, ids in zip(requests, pairs, strict=True)
@@ -101,8 +98,6 @@ class Engine:
         }
 
     def _generate(self, requests: Sequence[Generation]) -> dict[Request, Answer]:
-        if not requests:
-            return {}
         from lm_eval.api.instance import Instance
 
         stop = self.lm.stop_strings = requests[0].stop
@@ -167,10 +162,7 @@ def transformers_engine(
 
 
 def _generation_tokens(model: Any) -> int:
-    """Return how many tokens' keys and values fit beside the weights.
-
-    Computed from the device's total memory, which is constant, in contrast to its free memory.
-    """
+    """Return how many tokens' keys and values fit beside the weights, from the GPU's total memory, which is constant."""
     if model.device.type != "cuda":
         return _CPU_GENERATION_TOKENS
     config = model.config.get_text_config()
@@ -187,11 +179,10 @@ def vllm_engine(
     *,
     batch_size: int | Literal["auto"],
     end_token_ids: Sequence[int],
-    dtype: str = "auto",
     revision: str | None = None,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Engine:
-    """Return an engine on vLLM; the harness loads the model. Arguments as in `transformers_engine`."""
+    """Return an engine on vLLM; the harness loads the model with `options` (dtype, trust_remote_code)."""
     from lm_eval.api.registry import get_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -201,17 +192,16 @@ def vllm_engine(
         tokenizer=location,
         revision=revision,
         tokenizer_revision=revision,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
         batch_size="auto",
         max_length=prompter.max_length,
         add_bos_token=bool(prompter.begin_ids),
+        **options,
     )
     # vLLM makes its own batches; ours only set how often answers are cached.
     size = 1024 if batch_size == "auto" else batch_size
     # An end token other than the tokenizer's own would otherwise stand in the answer.
-    options = {"stop_token_ids": list(end_token_ids), "skip_special_tokens": True}
-    return Engine(lm, prompter, size, "cuda", generation_options=options)
+    generation_options = {"stop_token_ids": list(end_token_ids), "skip_special_tokens": True}
+    return Engine(lm, prompter, size, "cuda", generation_options=generation_options)
 
 
 def _language_model_class(model_type: str) -> Any:

@@ -67,8 +67,8 @@ class PreparedTask:
 
     task: Task
     split: str
-    origin: tuple[str, ...]
-    requests: tuple[ItemRequests, ...] = ()
+    origin: Sequence[str]
+    requests: Sequence[ItemRequests] = ()
     pairs: Sequence[SentencePair] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -168,30 +168,28 @@ def _check_settings(settings: EvaluationSettings) -> None:
 def _read_tasks(
     wanted: Sequence[Task], settings: EvaluationSettings, prompter: Prompter
 ) -> tuple[list[PreparedTask], list[str]]:
+    """Return the tasks with their data, and a message for every task without data."""
     source = Source(settings.data_dir, settings.split, settings.pairs)
     prepared, missing = [], []
     for task in wanted:
         try:
-            prepared.append(_read_task(task, source, settings, prompter))
+            data = task.read(source)
         except MissingDataError as error:
             missing.append(str(error))
+            continue
+        items = _sample(data.items, settings)
+        if not items:
+            raise UsageError(f"{task.name}: {', '.join(data.origin)} holds no items")
+        if task.kind == "alignment":
+            content: dict[str, Any] = {"pairs": items}
+        else:
+            content = {"requests": [item_requests(task, item, prompter, settings.max_new_tokens) for item in items]}
+        prepared.append(PreparedTask(task, data.split, data.origin, left_out=data.left_out, **content))
     if missing and (not settings.skip_missing or not prepared):
         hint = "; --skip-missing evaluates the others" if prepared else ""
         count = f"{len(missing)} of {len(wanted)} tasks have no data: " if len(missing) > 1 else ""
         raise UsageError(count + "; ".join(missing) + hint)
     return prepared, missing
-
-
-def _read_task(task: Task, source: Source, settings: EvaluationSettings, prompter: Prompter) -> PreparedTask:
-    data = task.read(source)
-    items = _sample(data.items, settings)
-    if not items:
-        raise UsageError(f"{task.name}: {', '.join(data.origin)} holds no items")
-    origin = tuple(data.origin)
-    if task.kind == "alignment":
-        return PreparedTask(task, data.split, origin, pairs=items, left_out=data.left_out)
-    requests = tuple(item_requests(task, item, prompter, settings.max_new_tokens) for item in items)
-    return PreparedTask(task, data.split, origin, requests, left_out=data.left_out)
 
 
 def _sample(items: Sequence[Any], settings: EvaluationSettings) -> list[Any]:

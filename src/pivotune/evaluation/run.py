@@ -67,10 +67,8 @@ def evaluate_model(
     """Evaluate a model by name: `evaluate_model("runs/vi", ["xquad_vi"], data_dir=Path("eval"), limit=100)`.
 
     Args:
-        model: run folder, model folder, Hub name or bundled model.
-        tasks: names as after `pivotune evaluate --tasks`.
+        model, tasks, languages: as in `prepare_evaluation`.
         out: folder or file for `results.json` and its items; None writes nothing.
-        languages: for sets and groups without a language; if empty, the run's own language.
         settings: fields of `EvaluationSettings`.
 
     Returns:
@@ -175,15 +173,13 @@ class Evaluator:
     @cached_property
     def model(self) -> Any:
         """Load the weights, with merged adapters, onto the GPU if there is one."""
-        prepared, settings = self._prepared, self._prepared.settings
-        model: Any = load_model(
-            prepared.model,
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
-        )
-        model = merge_adapters(model)
+        model: Any = merge_adapters(load_model(self._prepared.model, **self._loading_options))
         return model.to("cuda") if torch.cuda.is_available() else model
+
+    @property
+    def _loading_options(self) -> dict[str, Any]:
+        settings = self._prepared.settings
+        return {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "revision")}
 
     @cached_property
     def engine(self) -> Engine:
@@ -194,9 +190,7 @@ class Evaluator:
                 prepared.prompter,
                 batch_size=settings.batch_size,
                 end_token_ids=prepared.end_token_ids,
-                dtype=settings.dtype,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
+                **self._loading_options,
             )
         ends = {*end_token_ids(self.model, prepared.prompter.tokenizer), *prepared.end_token_ids}
         return transformers_engine(
@@ -219,7 +213,6 @@ class Evaluator:
                         self._cache.add(engine.answer(batch))
                         done += len(batch)
                         advance(min(done, len(requests)))
-
         return [score_item(task, asked, self._cache.get) for asked in items]
 
     def _measure_alignment(self, task: PreparedTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:

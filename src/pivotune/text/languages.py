@@ -1,16 +1,8 @@
 """Languages and their codes in published data sets.
 
-`languages.csv` has one row per language and script:
-
-| column | content |
-|---|---|
-| flores | FLORES-200 code, from the README of facebookresearch/flores (`flores200`) |
-| iso639_1 | two-letter code, where the language has one and the row is its first script |
-| iso639_3 | three-letter codes in file names, likeliest first; empty for a second script |
-| aliases | retired and other codes for lookup |
-| ntrex_regions | codes with a region in NTREX-128's file names |
-| set | `flores` for FLORES-200; `other` for languages of NTREX-128, Tatoeba and users |
-| name | English name |
+`languages.csv` has one row per language and script, with the fields of `Language`: FLORES-200 (`set` is `flores`; codes
+from the README of facebookresearch/flores, `flores200`), then languages of NTREX-128, Tatoeba and users (`other`).
+`aliases` are retired and other codes for lookup, `ntrex_regions` the codes with a region in NTREX-128's file names.
 """
 
 from __future__ import annotations
@@ -42,8 +34,8 @@ class Language:
         iso639_3: three-letter codes in file names, likeliest first (`arb`, `ara`; `cmn` for Chinese); empty for a
             second script.
         ntrex: codes in NTREX-128's file names, likeliest first: `vie`, `zho-CN`, `srp-Cyrl`; regional ones last.
-        aliases: other codes for lookup.
-        name: English name.
+        aliases: further codes for lookup.
+        name: in English.
         in_flores: True for a language of FLORES-200.
     """
 
@@ -87,11 +79,6 @@ def find_language(code: str) -> Language:
             f"language {code!r} is unknown: {language.name} is {language.flores} here; {_nearest_codes(code)}"
         )
     return language
-
-
-def language_name(code: str) -> str:
-    """Return the English name (`vi` -> `Vietnamese`); errors as in `find_language`."""
-    return find_language(code).name
 
 
 @cache

@@ -118,17 +118,20 @@ class Benchmark:
     open_ended: bool = False
 
 
+# (language, source) -> items
+Reader = Callable[[str, Source], TaskData]
+
+
 def choice_benchmark(
     name: str,
     title: str,
     languages: Sequence[str],
     homepage: str,
-    read: Callable[[str, Source], TaskData],
-    *,
+    read: Reader,
     metric: Metric = ACCURACY,
     open_ended: bool = False,
 ) -> Benchmark:
-    """Return a benchmark with one multiple-choice task per language; `read` takes a language and a source."""
+    """Return a benchmark with one multiple-choice task per language."""
 
     def tasks(language: str) -> list[Task]:
         return [Task(f"{name}_{language}", name, language, "choice", (metric,), partial(read, language))]

@@ -9,27 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pivotune.data.formats import file_type
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import TaskData, choice_benchmark
 from pivotune.evaluation.tasks.harness import OKAPI_LANGUAGES, harness_items
-from pivotune.evaluation.tasks.tables import (
-    Record,
-    Source,
-    Split,
-    by_id,
-    check_published,
-    choose_split,
-    hub_name,
-    only_file,
-    origin_of,
-    read_hub,
-    read_objects,
-    read_table,
-)
+from pivotune.evaluation.tasks.tables import Record, Source, Split
 
 _HOMEPAGE = "https://huggingface.co/datasets/alexandrainst/m_mmlu or https://huggingface.co/datasets/openai/MMMLU"
 _HARNESS_LANGUAGES = (*OKAPI_LANGUAGES, "en", "is", "nb")
@@ -72,17 +59,22 @@ def _patterns(language: str, *parts: str) -> list[str]:
 def _read(language: str, source: Source) -> TaskData:
     task = f"mmlu_{language}"
     hub = ("openai/MMMLU", _OPENAI_ONLY[language]) if language in _OPENAI_ONLY else ("alexandrainst/m_mmlu", language)
-    check_published(task, source, language, _LANGUAGES)
-    split, files = choose_split(task, source, _splits(language), _HOMEPAGE)
+    tables.check_published(task, source, language, _LANGUAGES)
+    split, files = tables.choose_split(task, source, _splits(language), _HOMEPAGE)
     if files:
         records = _file_records(task, files)
     else:
-        records = ((_subject(record, _ANY_SUBJECT), record) for record in read_hub(task, hub, split.hub_name, _COLUMNS))
-    origin = origin_of(source, files) or [hub_name(*hub)]
-    docs = _alternate(by_id(task, origin, _docs(records)))
-    subjects = {identifier: {"subject": identifier.rpartition("/")[0]} for identifier in docs}
+        hub_records = tables.read_hub(task, hub, split.hub_name, _COLUMNS)
+        records = ((_subject(record, _ANY_SUBJECT), record) for record in hub_records)
+    origin = tables.origin_of(source, files) or [tables.hub_name(*hub)]
+    docs = tables.by_id(task, origin, _docs(records))
+    details = {identifier: {"subject": identifier.rpartition("/")[0]} for identifier in docs}
+    # The first question of every subject, then the second ones, and so on.
+    place = {subject: index for index, subject in enumerate(dict.fromkeys(d["subject"] for d in details.values()))}
+    ids = sorted(docs, key=lambda name: (int(name.rpartition("/")[2]), place[details[name]["subject"]]))
     harness_name = f"m_mmlu_{language}" if language in _HARNESS_LANGUAGES else "m_mmlu_en"
-    return TaskData(harness_items(harness_name, docs, subjects), split.name, origin)
+    items = harness_items(harness_name, {identifier: docs[identifier] for identifier in ids}, details)
+    return TaskData(items, split.name, origin)
 
 
 def _file_records(task: str, files: Sequence[Path]) -> Iterator[tuple[str, Record]]:
@@ -94,9 +86,11 @@ def _file_records(task: str, files: Sequence[Path]) -> Iterator[tuple[str, Recor
         subject = re.sub(rf"_({'|'.join(_FOLDERS)})$", "", path.name.split(".")[0]) if has_one else _ANY_SUBJECT
         by_subject[subject].append(path)
     for subject, paths in by_subject.items():
-        path = only_file(task, paths)
+        path = tables.only_file(task, paths)
         is_csv = file_type(path) == ".csv"
-        for record in read_table(path, _COLUMNS, delimiter=",") if is_csv else read_objects(path, _COLUMNS):
+        for record in (
+            tables.read_table(path, _COLUMNS, delimiter=",") if is_csv else tables.read_objects(path, _COLUMNS)
+        ):
             yield _subject(record, subject), record
 
 
@@ -113,15 +107,6 @@ def _docs(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, str, dic
         numbers[subject] += 1
         texts = {name: record.text(name) for name in ("instruction", *_OPTIONS)}
         yield f"{subject}/{numbers[subject]}", record.place, {**texts, "answer": record.label("answer", _ANSWERS)}
-
-
-def _alternate(docs: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Order the first question of every subject before the second ones, and so on."""
-    by_subject: defaultdict[str, list[str]] = defaultdict(list)
-    for identifier in docs:
-        by_subject[identifier.rpartition("/")[0]].append(identifier)
-    rounds = zip_longest(*by_subject.values())
-    return {identifier: docs[identifier] for ids in rounds for identifier in ids if identifier is not None}
 
 
 MMLU = choice_benchmark("mmlu", "MMLU", _LANGUAGES, _HOMEPAGE, _read, open_ended=True)

@@ -17,7 +17,7 @@ and aliases counts. Differences to the official figures:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,9 @@ from typing import Any
 from pivotune.data.formats import read_file
 from pivotune.errors import UsageError
 from pivotune.evaluation.metrics.answers import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
-from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
-from pivotune.evaluation.tasks.tables import (
-    Hub,
-    Record,
-    Source,
-    Split,
-    by_id,
-    check_published,
-    id_member,
-    member,
-    open_set,
-    read_objects,
-    text_member,
-)
+from pivotune.evaluation.tasks import tables
+from pivotune.evaluation.tasks.base import Benchmark, Item, Reader, Task, TaskData
+from pivotune.evaluation.tasks.tables import Hub, Record, Source, Split
 
 # Passage, question, answer, as the harness's XQuAD tasks word them (its Arabic word for the passage lacks a letter).
 _LABELS = {
@@ -77,8 +66,7 @@ def _answer_benchmark(
     languages: Sequence[str],
     homepage: str,
     rules: RuleName,
-    read: Callable[[str, Source], TaskData],
-    *,
+    read: Reader,
     open_ended: bool = False,
 ) -> Benchmark:
     """Return a benchmark with greedy answers, scored by token F1 and exact match."""
@@ -120,10 +108,10 @@ def _read_mlqa(language: str, source: Source) -> TaskData:
 
 def _read_squad(benchmark: Benchmark, language: str, splits: Sequence[Split], hub: Hub, source: Source) -> TaskData:
     task = f"{benchmark.name}_{language}"
-    check_published(task, source, language, benchmark.languages)
-    opened = open_set(task, source, splits, benchmark.homepage, read=_squad_questions, hub=hub)
+    tables.check_published(task, source, language, benchmark.languages)
+    opened = tables.open_set(task, source, splits, benchmark.homepage, read=_squad_questions, hub=hub)
     placed = (_squad_item(record, language) for record in opened.records)
-    items = by_id(task, opened.origin, ((item.id, place, item) for place, item in placed))
+    items = tables.by_id(task, opened.origin, ((item.id, place, item) for place, item in placed))
     return TaskData(list(items.values()), opened.split, opened.origin)
 
 
@@ -131,30 +119,30 @@ def _squad_questions(path: Path) -> Iterator[Record]:
     """Yield the questions of a file, each with its passage as `context`, as on the Hub."""
     for article_number, article in read_file(path):
         in_article = f"{path}, article {article_number}"
-        for paragraph_number, paragraph in enumerate(member(article, "paragraphs", list, in_article), start=1):
+        for paragraph_number, paragraph in enumerate(tables.member(article, "paragraphs", list, in_article), start=1):
             in_paragraph = f"{in_article}, paragraph {paragraph_number}"
-            context = text_member(paragraph, "context", in_paragraph)
-            for number, question in enumerate(member(paragraph, "qas", list, in_paragraph), start=1):
+            context = tables.text_member(paragraph, "context", in_paragraph)
+            for number, question in enumerate(tables.member(paragraph, "qas", list, in_paragraph), start=1):
                 place = f"{in_paragraph}, question {number}"
-                id_member(question, "id", place)  # refuses a question that is no object
+                tables.id_member(question, "id", place)  # refuses a question that is no object
                 yield Record({**question, "context": context}, number, place)
 
 
 def _squad_item(record: Record, language: str) -> tuple[str, Item]:
     """Return the question's place, for messages, and its item."""
-    question_id = id_member(record.values, "id", record.place)
+    question_id = tables.id_member(record.values, "id", record.place)
     place = f"{record.place} (id {question_id})"
-    asked, passage = (text_member(record.values, name, place) for name in ("question", "context"))
+    asked, passage = (tables.text_member(record.values, name, place) for name in ("question", "context"))
     answers = record.values.get("answers")
-    if isinstance(answers, Mapping):
+    if isinstance(answers, Mapping) and "text" in answers:
         # The Hub has the texts of all answers in one list.
-        answers = [{"text": text} for text in member(answers, "text", list, place)]
+        answers = [{"text": text} for text in tables.member(answers, "text", list, place)]
     else:
-        answers = member(record.values, "answers", list, place)
+        answers = tables.member(record.values, "answers", list, place)
     if not answers:
         raise UsageError(f"{place}: 'answers' is empty; at least one gold answer is needed")
     numbered = enumerate(answers, start=1)
-    texts = [text_member(answer, "text", f"{place}, answer {number}").strip() for number, answer in numbered]
+    texts = [tables.text_member(answer, "text", f"{place}, answer {number}").strip() for number, answer in numbered]
     passage_label, question_label, answer_label = _LABELS.get(language, _LABELS["en"])
     query = f"{passage_label}: {passage}\n\n{question_label}: {asked}\n\n{answer_label}:"
     start = len(passage_label) + len(": ")
@@ -163,10 +151,10 @@ def _squad_item(record: Record, language: str) -> tuple[str, Item]:
 
 def _read_mkqa(language: str, source: Source) -> TaskData:
     task = f"mkqa_{language}"
-    check_published(task, source, language, MKQA.languages)
+    tables.check_published(task, source, language, MKQA.languages)
     # "train" is the Hub's name for the only split; the publisher's repository has a second, tiny file.
     splits = [Split("train", ["mkqa.jsonl", "*mkqa*.jsonl"])]
-    opened = open_set(task, source, splits, MKQA.homepage, read=read_objects, hub=("apple/mkqa", "mkqa"))
+    opened = tables.open_set(task, source, splits, MKQA.homepage, read=tables.read_objects, hub=("apple/mkqa", "mkqa"))
     left_out: Counter[str] = Counter()
 
     def questions() -> Iterator[tuple[str, str, Item]]:
@@ -178,16 +166,16 @@ def _read_mkqa(language: str, source: Source) -> TaskData:
                 named = [name for name in item.details["types"] if name in ("unanswerable", "long_answer")]
                 left_out[named[0] if named else "no answer text"] += 1
 
-    items = by_id(task, opened.origin, questions())
+    items = tables.by_id(task, opened.origin, questions())
     return TaskData(list(items.values()), opened.split, opened.origin, dict(left_out))
 
 
 def _mkqa_item(record: Any, number: int, place: str, language: str) -> Item:
     """Return the question of a record, without references for a question without a short answer."""
     key = "zh_cn" if language == "zh" else language
-    item_id = id_member(record, "example_id", place) if "example_id" in record else str(number)
-    query = text_member(member(record, "queries", dict, place), key, f"{place}, 'queries'")
-    answers = member(member(record, "answers", dict, place), key, list, f"{place}, 'answers'")
+    item_id = tables.id_member(record, "example_id", place) if "example_id" in record else str(number)
+    query = tables.text_member(tables.member(record, "queries", dict, place), key, f"{place}, 'queries'")
+    answers = tables.member(tables.member(record, "answers", dict, place), key, list, f"{place}, 'answers'")
     if not answers:
         raise UsageError(f"{place}, 'answers': {key!r} is empty; at least one answer is needed")
     types: list[str] = []
@@ -207,7 +195,7 @@ def _mkqa_type(answer: Any, place: str) -> str:
     value = answer.get("type") if isinstance(answer, Mapping) else None
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(_MKQA_TYPES):
         return _MKQA_TYPES[value]
-    name = member(answer, "type", str, place)
+    name = tables.member(answer, "type", str, place)
     if name not in _MKQA_TYPES:
         raise UsageError(f"{place}: unknown type {name!r}; allowed: {', '.join(_MKQA_TYPES)}")
     return name
@@ -215,32 +203,22 @@ def _mkqa_type(answer: Any, place: str) -> str:
 
 def _mkqa_golds(answer: Mapping[str, Any], answer_type: str, place: str, language: str) -> list[str]:
     """Return the text, then aliases; for yes and no the language's words first. A null text is the empty answer."""
-    text = "" if answer.get("text", "") is None else text_member(answer, "text", place, may_be_blank=True).strip()
-    aliases = [] if answer.get("aliases") is None else member(answer, "aliases", list, place)
+    text = (
+        "" if answer.get("text", "") is None else tables.text_member(answer, "text", place, may_be_blank=True).strip()
+    )
+    aliases = [] if answer.get("aliases") is None else tables.member(answer, "aliases", list, place)
     named = {f"alias {number}": alias for number, alias in enumerate(aliases, start=1)}
-    texts = [text, *(text_member(named, name, place, may_be_blank=True).strip() for name in named)]
+    texts = [text, *(tables.text_member(named, name, place, may_be_blank=True).strip() for name in named)]
     if answer_type != "binary":
         return texts
     yes, no = _YES_NO.get(language, ("", ""))
     return [*{"yes": yes, "no": no}.get(text.lower(), "").split(), *texts]
 
 
-XQUAD = _answer_benchmark(
-    "xquad",
-    "XQuAD",
-    ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh"),
-    "https://github.com/google-deepmind/xquad",
-    "mlqa",
-    _read_xquad,
-    open_ended=True,
-)
-MLQA = _answer_benchmark(
-    "mlqa",
-    "MLQA",
-    ("ar", "de", "en", "es", "hi", "vi", "zh"),
-    "https://github.com/facebookresearch/MLQA",
-    "mlqa",
-    _read_mlqa,
-    open_ended=True,
-)
+_XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+_XQUAD_HOMEPAGE = "https://github.com/google-deepmind/xquad"
+XQUAD = _answer_benchmark("xquad", "XQuAD", _XQUAD_LANGUAGES, _XQUAD_HOMEPAGE, "mlqa", _read_xquad, open_ended=True)
+_MLQA_LANGUAGES = ("ar", "de", "en", "es", "hi", "vi", "zh")
+_MLQA_HOMEPAGE = "https://github.com/facebookresearch/MLQA"
+MLQA = _answer_benchmark("mlqa", "MLQA", _MLQA_LANGUAGES, _MLQA_HOMEPAGE, "mlqa", _read_mlqa, open_ended=True)
 MKQA = _answer_benchmark("mkqa", "MKQA", tuple(_YES_NO), "https://github.com/apple/ml-mkqa", "mkqa", _read_mkqa)

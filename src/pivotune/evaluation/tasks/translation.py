@@ -20,21 +20,12 @@ from typing import NamedTuple
 from pivotune.data.formats import describe_file_types, is_data_file_name, read_lines
 from pivotune.data.sources import load_rows
 from pivotune.errors import UsageError
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
-from pivotune.evaluation.tasks.tables import (
-    MissingDataError,
-    Source,
-    Split,
-    choose_split,
-    hub_name,
-    missing_data,
-    only_file,
-    origin_of,
-    read_hub,
-)
+from pivotune.evaluation.tasks.tables import MissingDataError, Source, Split
 from pivotune.results.corpus_metrics import bleu_statistics, check_sacrebleu, chrf_from_statistics, chrf_statistics
 from pivotune.results.metrics import Metric
-from pivotune.text.languages import Language, find_language, flores_languages, language_name
+from pivotune.text.languages import Language, find_language, flores_languages
 
 TRANSLATION_METRICS = (Metric("chrf++", "chrf", ("chrf_stats",)), Metric("bleu", "bleu", ("bleu_stats",)))
 # Means over the layers 1..L.
@@ -47,7 +38,6 @@ ALIGNMENT = "alignment"
 # A sentence of FLORES has 40 tokens in English and up to five times that in a script unknown to the tokenizer.
 _MAX_NEW_TOKENS = 256
 
-_FLORES_HUB, _XTREME_HUB = "openlanguagedata/flores_plus", "google/xtreme"
 # FLORES+ renamed some languages of FLORES-200.
 _FLORES_PLUS = {"zho_Hans": "cmn_Hans", "zho_Hant": "cmn_Hant", "tgl_Latn": "fil_Latn", "tzm_Tfng": "zgh_Tfng"}
 _FLORES_HOMEPAGE = "https://github.com/facebookresearch/flores/tree/main/flores200"
@@ -73,9 +63,8 @@ def read_parallel(set_name: str, task: str, source: Source, language: str) -> Ta
     """Read the sentence pairs of one set in a language and English.
 
     Args:
-        set_name: a key of `PARALLEL_READERS`: `flores`, `ntrex`, `tatoeba` or `pairs`.
+        set_name: a key of `PARALLEL_READERS`.
         task: its name, for messages.
-        language: any code of `find_language`.
 
     Raises:
         MissingDataError: the set is absent from the source.
@@ -91,13 +80,13 @@ def _read_flores(task: str, source: Source, language: Language) -> TaskData:
     ]
     if source.data_dir is not None:
         return _read_files(task, source, splits, _FLORES_HOMEPAGE, lambda parts: f"eng_Latn.{parts[-1]}")
-    split, _ = choose_split(task, source, splits, _FLORES_HOMEPAGE)
+    split, _ = tables.choose_split(task, source, splits, _FLORES_HOMEPAGE)
     # FLORES+ is FLORES-200 with corrections; the Hub asks for agreement to its terms.
-    hubs = [(_FLORES_HUB, _FLORES_PLUS.get(code, code)) for code in (language.flores, "eng_Latn")]
+    hubs = [("openlanguagedata/flores_plus", _FLORES_PLUS.get(code, code)) for code in (language.flores, "eng_Latn")]
     target, english = (
-        [record.text("text") for record in read_hub(task, hub, split.name, {"text": ["text"]})] for hub in hubs
+        [record.text("text") for record in tables.read_hub(task, hub, split.name, {"text": ["text"]})] for hub in hubs
     )
-    return _align(target, english, [hub_name(*hub) for hub in hubs], split.name, "row")
+    return _align(target, english, [tables.hub_name(*hub) for hub in hubs], split.name, "row")
 
 
 def _read_ntrex(task: str, source: Source, language: Language) -> TaskData:
@@ -119,7 +108,7 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
     splits = [Split("test", names, aliases=["validation"], hub="validation", files=files)]
     if source.data_dir is not None:
         return _read_files(task, source, splits, _TATOEBA_HOMEPAGE, lambda parts: ".".join([*parts[:-1], "eng"]))
-    split, _ = choose_split(task, source, splits, _TATOEBA_HOMEPAGE)
+    split, _ = tables.choose_split(task, source, splits, _TATOEBA_HOMEPAGE)
     code = next((code for code in language.iso639_3 if code in _XTREME_CODES), None)
     if code is None:
         raise MissingDataError(
@@ -127,16 +116,16 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
             "--data-dir"
         )
     # Part of XTREME, which names its only split validation.
-    hub = (_XTREME_HUB, f"tatoeba.{code}")
+    hub = ("google/xtreme", f"tatoeba.{code}")
     columns = {name: [name] for name in ("source_sentence", "target_sentence", "source_lang")}
     target, english = [], []
-    for record in read_hub(task, hub, split.hub_name, columns):
+    for record in tables.read_hub(task, hub, split.hub_name, columns):
         sides = [record.text("source_sentence"), record.text("target_sentence")]
         if record.text("source_lang") == "eng":
             sides.reverse()
         target.append(sides[0])
         english.append(sides[1])
-    return _align(target, english, [hub_name(*hub)] * 2, split.name, "row")
+    return _align(target, english, [tables.hub_name(*hub)] * 2, split.name, "row")
 
 
 def _read_own(task: str, source: Source, language: Language) -> TaskData:
@@ -183,10 +172,10 @@ def _read_files(
     def english_files(target: Path) -> list[Path]:
         return source.find(english_name(target.name.removesuffix(".gz").split(".")))
 
-    split, targets = choose_split(task, source, splits, homepage, lambda path: bool(english_files(path)))
-    target = only_file(task, targets)
-    english = only_file(task, english_files(target))
-    names = origin_of(source, (target, english))
+    split, targets = tables.choose_split(task, source, splits, homepage, lambda path: bool(english_files(path)))
+    target = tables.only_file(task, targets)
+    english = tables.only_file(task, english_files(target))
+    names = tables.origin_of(source, (target, english))
     return _align(_read_lines(target), _read_lines(english), names, split.name, "line")
 
 
@@ -262,7 +251,7 @@ def _read_translation(set_name: str, task: str, source_code: str, target_code: s
     check_sacrebleu(task)
     into_english = target_code == "en"
     data = read_parallel(set_name, task, source, source_code if into_english else target_code)
-    source_name, target_name = map(language_name, (source_code, target_code))
+    source_name, target_name = (find_language(code).name for code in (source_code, target_code))
     instruction = f"Translate the following sentence from {source_name} into {target_name}.\n"
     items = []
     for pair in data.items:
@@ -326,4 +315,5 @@ def _read_alignment(set_name: str | None, task: str, code: str, source: Source) 
         except MissingDataError:
             continue
     titles = ", ".join(benchmark.title for benchmark in published)
-    raise missing_data(task, source, f"parallel text in {language_name(code)} ({titles})", _FLORES_HOMEPAGE)
+    wanted = f"parallel text in {find_language(code).name} ({titles})"
+    raise tables.missing_data(task, source, wanted, _FLORES_HOMEPAGE)

@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.data.formats import file_type
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Item, TaskData, choice_benchmark
 from pivotune.evaluation.tasks.harness import OKAPI_LANGUAGES
-from pivotune.evaluation.tasks.tables import (
-    Record,
-    Source,
-    Split,
-    by_id,
-    check_published,
-    open_set,
-    read_objects,
-    read_table,
-)
+from pivotune.evaluation.tasks.tables import Record, Source, Split
 from pivotune.results.metrics import Metric
 
 _HOMEPAGE = (
@@ -38,7 +30,7 @@ _FULL_STOPS = {"zh": "。", "ja": "。", "hi": "।", "bn": "।", "mr": "।", 
 
 def _read(language: str, source: Source) -> TaskData:
     task, is_english = f"truthfulqa_{language}", language == "en"
-    check_published(task, source, language, _LANGUAGES)
+    tables.check_published(task, source, language, _LANGUAGES)
     name, kinds = "[Tt]ruthful[Qq][Aa]", ("csv", "json", "jsonl")
     patterns = [
         *(f"{name}[_-]{language}/*.{kind}" for kind in kinds),
@@ -56,7 +48,7 @@ def _read(language: str, source: Source) -> TaskData:
         folder = re.fullmatch(r"truthfulqa[_-]([a-z]{2})", path.parent.name.casefold())
         return folder is None or folder[1] == language
 
-    opened = open_set(
+    opened = tables.open_set(
         task,
         source,
         [Split("validation", patterns, ("val",), None if is_english else "val", files)],
@@ -67,15 +59,15 @@ def _read(language: str, source: Source) -> TaskData:
         keep=keep,
     )
     numbered = ((str(number), record.place, record) for number, record in enumerate(opened.records, start=1))
-    records = by_id(task, opened.origin, numbered)
+    records = tables.by_id(task, opened.origin, numbered)
     items = [_item(record, identifier, language) for identifier, record in records.items()]
     return TaskData(items, opened.split, opened.origin)
 
 
 def _file_records(path: Path) -> Iterator[Record]:
     if file_type(path) == ".csv":
-        return read_table(path, _CSV_COLUMNS, delimiter=",", header=True)
-    return read_objects(path, _JSON_COLUMNS)
+        return tables.read_table(path, _CSV_COLUMNS, delimiter=",", header=True)
+    return tables.read_objects(path, _JSON_COLUMNS)
 
 
 def _item(record: Record, identifier: str, language: str) -> Item:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import TaskData, choice_benchmark
 from pivotune.evaluation.tasks.harness import harness_items
-from pivotune.evaluation.tasks.tables import OpenedSet, Record, Source, Split, by_id, open_set, read_objects, read_table
+from pivotune.evaluation.tasks.tables import OpenedSet, Record, Source, Split
 
 # Id, place and the harness's fields of one question.
 HarnessDoc = tuple[str, str, Mapping[str, Any]]
@@ -27,11 +28,12 @@ HarnessDoc = tuple[str, str, Mapping[str, Any]]
 def _task_data(
     task: str, opened: OpenedSet, docs: Callable[[Record], Iterable[HarnessDoc]], harness_name: str | None = None
 ) -> TaskData:
-    found = by_id(task, opened.origin, (doc for record in opened.records for doc in docs(record)))
+    found = tables.by_id(task, opened.origin, (doc for record in opened.records for doc in docs(record)))
     return TaskData(harness_items(harness_name or task, found), opened.split, opened.origin)
 
 
 _XNLI_HOMEPAGE = "https://github.com/facebookresearch/XNLI"
+_XNLI_LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 _XNLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "contradictory": 2, "0": 0, "1": 1, "2": 2}
 _XNLI_COLUMNS = {
     "premise": ("premise", "sentence1"),
@@ -47,9 +49,9 @@ def _read_xnli(language: str, source: Source) -> TaskData:
         Split("validation", (f"dev-{language}.tsv", "xnli.dev.tsv"), ("val", "dev")),
         Split("test", (f"test-{language}.labelled.tsv", f"test-{language}.tsv", "xnli.test.tsv")),
     ]
-    read = partial(read_table, columns=_XNLI_COLUMNS)
+    read = partial(tables.read_table, columns=_XNLI_COLUMNS)
     hub = ("facebook/xnli", language)
-    opened = open_set(task, source, splits, _XNLI_HOMEPAGE, read=read, hub=hub, columns=_XNLI_COLUMNS)
+    opened = tables.open_set(task, source, splits, _XNLI_HOMEPAGE, read=read, hub=hub, columns=_XNLI_COLUMNS)
 
     def docs(record: Record) -> Iterator[HarnessDoc]:
         if record.values.get("language", language) == language:
@@ -62,6 +64,7 @@ def _read_xnli(language: str, source: Source) -> TaskData:
 
 _XCOPA_HOMEPAGE = "https://github.com/cambridgeltl/xcopa"
 _COPA_HOMEPAGE = "https://super.gluebenchmark.com/tasks"
+_XCOPA_LANGUAGES = ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh")
 _XCOPA_COLUMNS = {name: (name,) for name in ("premise", "choice1", "choice2", "question", "label")}
 
 
@@ -69,26 +72,22 @@ def _xcopa_splits(language: str) -> Sequence[Split]:
     """Return test first, the reported split; English COPA's test set has no answers, so validation comes first."""
     test, validation = (f"{part}.{language}.jsonl" for part in ("test", "val"))
     copa = ["COPA/val.jsonl"] if language == "en" else []
+    patterns = [*copa, f"data/{language}/{validation}", validation]
     splits = [
         Split("test", [f"data/{language}/{test}", test], files=test),
-        Split(
-            "validation",
-            [*copa, f"data/{language}/{validation}", validation],
-            ("val", "dev"),
-            files=" or ".join([*copa, validation]),
-        ),
+        Split("validation", patterns, ("val", "dev"), files=" or ".join([*copa, validation])),
     ]
     return splits[::-1] if language == "en" else splits
 
 
 def _read_xcopa(language: str, source: Source) -> TaskData:
     task, is_english = f"xcopa_{language}", language == "en"
-    opened = open_set(
+    opened = tables.open_set(
         task,
         source,
         _xcopa_splits(language),
         _COPA_HOMEPAGE if is_english else _XCOPA_HOMEPAGE,
-        read=partial(read_objects, columns=_XCOPA_COLUMNS),
+        read=partial(tables.read_objects, columns=_XCOPA_COLUMNS),
         hub=("aps/super_glue", "copa") if is_english else ("cambridgeltl/xcopa", language),
         columns=_XCOPA_COLUMNS,
         # `data-gmt` has the same file names with texts translated into English.
@@ -106,6 +105,7 @@ def _read_xcopa(language: str, source: Source) -> TaskData:
 
 
 _STORY_HOMEPAGE = "https://huggingface.co/datasets/juletxara/xstory_cloze"
+_STORY_LANGUAGES = ("ar", "en", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
 # Names of the publisher's release, then those of the files on the Hub.
 _STORY_TEXTS = {
     **{f"input_sentence_{number}": (f"InputSentence{number}", f"input_sentence_{number}") for number in range(1, 5)},
@@ -122,9 +122,9 @@ def _read_xstorycloze(language: str, source: Source) -> TaskData:
     task = f"xstorycloze_{language}"
     splits = [Split("eval", [f"spring2016.val.{language}.tsv.split_20_80_eval.tsv"], ("validation", "test"))]
     # Copies with and without CSV quoting are in use.
-    read = partial(read_table, columns=_STORY_COLUMNS, header=True, unquote=True)
+    read = partial(tables.read_table, columns=_STORY_COLUMNS, header=True, unquote=True)
     hub = ("juletxara/xstory_cloze", language)
-    opened = open_set(task, source, splits, _STORY_HOMEPAGE, read=read, hub=hub, columns=_STORY_COLUMNS)
+    opened = tables.open_set(task, source, splits, _STORY_HOMEPAGE, read=read, hub=hub, columns=_STORY_COLUMNS)
 
     def docs(record: Record) -> Iterator[HarnessDoc]:
         texts = {name: record.text(name) for name in _STORY_TEXTS}
@@ -134,24 +134,6 @@ def _read_xstorycloze(language: str, source: Source) -> TaskData:
     return _task_data(task, opened, docs)
 
 
-XNLI = choice_benchmark(
-    "xnli",
-    "XNLI",
-    ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"),
-    _XNLI_HOMEPAGE,
-    _read_xnli,
-)
-XCOPA = choice_benchmark(
-    "xcopa",
-    "XCOPA",
-    ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
-    _XCOPA_HOMEPAGE,
-    _read_xcopa,
-)
-XSTORYCLOZE = choice_benchmark(
-    "xstorycloze",
-    "XStoryCloze",
-    ("ar", "en", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh"),
-    _STORY_HOMEPAGE,
-    _read_xstorycloze,
-)
+XNLI = choice_benchmark("xnli", "XNLI", _XNLI_LANGUAGES, _XNLI_HOMEPAGE, _read_xnli)
+XCOPA = choice_benchmark("xcopa", "XCOPA", _XCOPA_LANGUAGES, _XCOPA_HOMEPAGE, _read_xcopa)
+XSTORYCLOZE = choice_benchmark("xstorycloze", "XStoryCloze", _STORY_LANGUAGES, _STORY_HOMEPAGE, _read_xstorycloze)
