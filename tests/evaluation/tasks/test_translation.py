@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import write_file
 
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
@@ -27,12 +28,6 @@ from pivotune.results.corpus_metrics import bleu_from_statistics, chrf_from_stat
 pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
 
 
-def write(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
 def refusal(set_name: str, source: Source, language: str = "de") -> str:
     with pytest.raises(UsageError) as error:
         read_parallel(set_name, f"{set_name}_{language}", source, language)
@@ -44,10 +39,10 @@ def refusal(set_name: str, source: Source, language: str = "de") -> str:
 def flores(tmp_path):
     """German and English, two sentences of devtest and three of dev, deep in a folder."""
     folder = tmp_path / "any" / "flores200_dataset"
-    write(folder / "devtest/deu_Latn.devtest", "Eins.\nZwei.\n")
-    write(folder / "devtest/eng_Latn.devtest", "One.\nTwo.\n")
-    write(folder / "dev/deu_Latn.dev", "A\nB\nC\n")
-    write(folder / "dev/eng_Latn.dev", "a\nb\nc\n")
+    write_file(folder / "devtest/deu_Latn.devtest", "Eins.\nZwei.\n")
+    write_file(folder / "devtest/eng_Latn.devtest", "One.\nTwo.\n")
+    write_file(folder / "dev/deu_Latn.dev", "A\nB\nC\n")
+    write_file(folder / "dev/eng_Latn.dev", "a\nb\nc\n")
     return folder
 
 
@@ -88,7 +83,7 @@ def test_flores_has_no_other_split(flores, tmp_path):
 
 
 def test_two_files_of_one_name_are_refused(flores, tmp_path):
-    write(tmp_path / "copy/deu_Latn.devtest", "Eins.\nZwei.\n")
+    write_file(tmp_path / "copy/deu_Latn.devtest", "Eins.\nZwei.\n")
     assert "are both there" in refusal("flores", Source(tmp_path))
 
 
@@ -98,16 +93,16 @@ def test_two_files_of_one_name_are_refused(flores, tmp_path):
      ("pt", "por-BR"), ("ar", "arb")],
 )  # fmt: skip
 def test_ntrex_finds_its_own_codes(tmp_path, language, name):
-    write(tmp_path / f"NTREX-128/newstest2019-ref.{name}.txt", "x y\nz\n")
-    write(tmp_path / "NTREX-128/newstest2019-src.eng.txt", "X Y\nZ\n")
+    write_file(tmp_path / f"NTREX-128/newstest2019-ref.{name}.txt", "x y\nz\n")
+    write_file(tmp_path / "NTREX-128/newstest2019-src.eng.txt", "X Y\nZ\n")
     text = read_parallel("ntrex", "ntrex", Source(tmp_path), language)
     assert text.items == [SentencePair("test-1", "x y", "X Y"), SentencePair("test-2", "z", "Z")]
 
 
 def test_ntrex_prefers_the_language_to_a_region(tmp_path):
     for name in ("por", "por-BR"):
-        write(tmp_path / f"newstest2019-ref.{name}.txt", f"{name}\n")
-    write(tmp_path / "newstest2019-src.eng.txt", "X\n")
+        write_file(tmp_path / f"newstest2019-ref.{name}.txt", f"{name}\n")
+    write_file(tmp_path / "newstest2019-src.eng.txt", "X\n")
     assert read_parallel("ntrex", "ntrex_pt", Source(tmp_path), "pt").items[0].target == "por"
 
 
@@ -123,15 +118,15 @@ def test_ntrex_is_never_looked_for_on_the_hub(tmp_path):
     ("language", "code"), [("vi", "vie"), ("zh", "cmn"), ("ar", "ara"), ("fa", "pes"), ("br", "bre")]
 )
 def test_tatoeba_finds_its_own_codes(tmp_path, language, code):
-    write(tmp_path / f"v1/tatoeba.{code}-eng.{code}", "x\n")
-    write(tmp_path / f"v1/tatoeba.{code}-eng.eng", "X\n")
+    write_file(tmp_path / f"v1/tatoeba.{code}-eng.{code}", "x\n")
+    write_file(tmp_path / f"v1/tatoeba.{code}-eng.eng", "X\n")
     assert read_parallel("tatoeba", "tatoeba", Source(tmp_path), language).items == [SentencePair("test-1", "x", "X")]
 
 
 def test_tatoeba_names_what_is_missing(tmp_path):
     for _ in range(2):
         assert "no tatoeba.deu-eng.deu, with the .eng file beside it below" in refusal("tatoeba", Source(tmp_path))
-        write(tmp_path / "tatoeba.deu-eng.deu", "x\n")
+        write_file(tmp_path / "tatoeba.deu-eng.deu", "x\n")
 
 
 def test_a_second_script_has_no_tatoeba(tmp_path):
@@ -139,7 +134,7 @@ def test_a_second_script_has_no_tatoeba(tmp_path):
 
 
 def own(tmp_path, target: str | bytes, english: str | bytes) -> Source:
-    return Source(pairs=(write(tmp_path / "x.txt", target), write(tmp_path / "y.txt", english)))
+    return Source(pairs=(write_file(tmp_path / "x.txt", target), write_file(tmp_path / "y.txt", english)))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +197,7 @@ def test_own_pairs_that_are_not_there(tmp_path):
         "pairs_de: needs the option --pairs FILE (and --english FILE, where the English side is apart)"
     )
     assert "x.txt: no such file" in refusal("pairs", Source(pairs=(tmp_path / "x.txt", tmp_path / "y.txt")))
-    lonely = write(tmp_path / "x.txt", "Eins.\n")
+    lonely = write_file(tmp_path / "x.txt", "Eins.\n")
     assert "holds one side only; give the other with --english FILE" in refusal("pairs", Source(pairs=(lonely, None)))
 
 
@@ -214,7 +209,7 @@ def rows(*numbers: int, suffix: str = "_en") -> list[dict[str, str]]:
 
 
 def jsonl(path: Path, records: list[dict[str, str]]) -> Path:
-    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+    return write_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_own_pairs_from_training_data(tmp_path):
@@ -240,7 +235,7 @@ def test_own_rows_without_english_are_refused_without_naming_a_training_option(t
 
 
 def test_two_files_of_different_form_are_refused(tmp_path):
-    data, plain = jsonl(tmp_path / "p.jsonl", rows(1)), write(tmp_path / "y.txt", "One.\n")
+    data, plain = jsonl(tmp_path / "p.jsonl", rows(1)), write_file(tmp_path / "y.txt", "One.\n")
     assert f"{plain} is plain text and {data} is not" in refusal("pairs", Source(pairs=(data, plain)))
     assert f"{plain} is plain text and {data} is not" in refusal("pairs", Source(pairs=(plain, data)))
 
@@ -389,7 +384,7 @@ def test_names_of_tasks(set_name, name):
 
 def write_sides(folder: Path, target: str, english: str, text: str) -> None:
     for name in (target, english):
-        write(folder / name, f"{text}\n")
+        write_file(folder / name, f"{text}\n")
 
 
 def test_the_first_set_that_is_there_is_read(tmp_path):
