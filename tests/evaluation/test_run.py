@@ -128,8 +128,9 @@ def test_a_random_model_is_at_chance(model, data, tmp_path):
 def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_path):
     """The harness runs its own task on the same file, and both must agree on every question."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.models.huggingface import HFLM
 
+    from pivotune.evaluation.tasks import harness
     from pivotune.models.loading import load_model, load_tokenizer
 
     overrides = {
@@ -140,13 +141,11 @@ def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_p
         "validation_split": None,
     }
     for template, is_chat in (("none", False), ("chat", True)):
-        from lm_eval.models.huggingface import HFLM
-
         lm = HFLM(pretrained=load_model(str(model)), tokenizer=load_tokenizer(str(model)), batch_size=8)
         expected = simple_evaluate(
             lm,
             tasks=[{"group": "own", "task": [overrides]}],
-            task_manager=TaskManager(),
+            task_manager=harness._task_manager(),
             apply_chat_template=is_chat,
             bootstrap_iters=0,
         )

@@ -39,9 +39,10 @@ def naive_states(model, ids):
     return torch.stack([state[0, min(1, len(ids) - 1) :].float().mean(0) for state in states])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "gpt2", "gpt_neox", "cohere"])
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_pooled_states_are_the_means_of_the_models_own(family, batch_size):
-    model = build_tiny_model(family)
+def test_pooled_states_are_the_means_of_the_models_own(model_type, batch_size):
+    model = build_tiny_model(model_type)
     pooled = pooled_states(model, IDS, batch_size=batch_size)
     expected = torch.stack([naive_states(model, ids) for ids in IDS])
     assert pooled.shape == (len(IDS), NUM_LAYERS + 1, expected.shape[-1])
