@@ -57,7 +57,7 @@ def test_likelihoods_equal_the_harness_in_every_family(tokenizer, family):
 
 
 def test_no_logits_are_made_for_prompt_tokens(tokenizer):
-    """The largest tensor of the head is as long as the continuations, however long the prompts are."""
+    """The largest tensor of the head is as long as the continuations, for prompts of any length."""
     ours = engine(tokenizer, batch_size=8)
     sizes = []
     head = ours.lm.model.lm_head
@@ -115,7 +115,7 @@ def test_generation_is_greedy_and_ends_at_stop_and_end_tokens(tokenizer):
 
 
 def test_a_line_break_before_the_first_word_ends_nothing(tokenizer, monkeypatch):
-    """Many base models begin with one; the harness would take their answer for empty."""
+    """Many base models begin with a line break; the harness would read an empty answer."""
     ours = engine(tokenizer)
     said = tokenizer("\n\n yes\nno more", add_special_tokens=False)["input_ids"]
     model = ours.lm.model
@@ -180,7 +180,7 @@ def test_a_prompt_longer_than_the_context_is_cut_on_the_left(tokenizer):
 
 
 class FakeVLLM:
-    """Takes what the harness's vLLM class takes, and answers with what it was asked."""
+    """Take the arguments of the harness's vLLM class, and answer with the request."""
 
     def __init__(self, **made_with):
         self.made_with = made_with

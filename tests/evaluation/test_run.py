@@ -86,7 +86,7 @@ def items(out: Path) -> list[dict]:
 
 
 class Copying(Engine):
-    """Answers with the gold answer of whatever it is asked."""
+    """Answer every request with its gold answer."""
 
     def __init__(self, prepared):
         asked = [item for task in prepared.tasks for item in task.requests]
@@ -174,7 +174,7 @@ def test_results_hold_what_the_contract_says(model, data, tmp_path):
 
 @pytest.mark.parametrize("template", [None, *LEADS])
 def test_gold_likelihood_is_that_of_training(data, tmp_path, template):
-    """The number that training's own scorer gives for the same row, without what the template writes behind it."""
+    """Equal to the training scorer's number for the same row, without the template's text after the answer."""
     from pivotune.data.examples import Encoder, Example
     from pivotune.data.rows import Row
     from pivotune.data.templates import Turn, load_template
@@ -296,7 +296,7 @@ def test_a_prompt_longer_than_the_model_is_cut_and_counted(tmp_path):
 
 
 def test_sentences_longer_than_the_model_are_cut_and_counted(tmp_path):
-    """XNLI scores whole sentences without a prompt: nothing but they themselves can be cut."""
+    """XNLI scores whole sentences without a prompt, so only the sentences can be cut."""
     name = save_tiny_model(tmp_path / "model", max_position_embeddings=64)
     long, short = "Có năm con mèo rất to. " * 20, "Có mèo."
     rows = [f"{long}\t{short}\tneutral\n", f"{short}\tMèo.\tentailment\n"]

@@ -1,4 +1,4 @@
-"""Codes of languages, and where each set's file names come from."""
+"""Codes of languages, and the codes in each set's file names."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_a_sentence_that_stands_twice_ties_with_itself(tokenizer):
     assert found.item_retrieval == pytest.approx([0.5, 0.5, 1.0])
 
 
-def test_what_is_written_to_the_results(tokenizer):
+def test_records_and_layers_of_the_results(tokenizer):
     pairs = tiny_pairs(6)
     done = []
     found = measure(build_tiny_model(), tokenizer, pairs, batch_size=4, max_tokens=5, progress=done.append)

@@ -119,7 +119,7 @@ def test_the_best_gold_answer_counts():
 def test_an_answer_without_tokens_scores_nothing_unless_none_is_right(prediction):
     assert f1_score(prediction, ["Berlin"], "en") == exact_match(prediction, ["Berlin"], "en") == 0.0
     assert f1_score(prediction, ["Berlin", ""], "en", "mkqa") == exact_match(prediction, ["", "x"], "en", "mkqa") == 1.0
-    # MLQA's script counts common tokens first and finds none, whatever the gold answer is.
+    # MLQA's script counts common tokens first and finds none, for any gold answer.
     assert f1_score(prediction, ["A."], "en") == 0.0
     assert exact_match(prediction, ["A."], "en") == 1.0
     assert f1_score("Berlin", [""], "en", "mkqa") == 0.0
@@ -269,11 +269,11 @@ def test_codes_of_the_sets(code, text):
     "text",
     ["", "   ", "1879", "¿?!…", "308", "Denver Broncos", "Đúng.", "北京大学", "```\nprint(1)\n``` xin chào các bạn"],
 )
-def test_what_is_too_short_or_has_no_language_is_not_told(text):
+def test_short_texts_and_texts_without_a_language_are_undecided(text):
     assert in_language(text, "vi") is None
 
 
-def test_the_shortest_text_that_is_told():
+def test_the_shortest_decided_text():
     text = "Tôi muốn đi ngủ ngay thôi"
     assert sum(map(str.isalpha, text)) == MIN_LETTERS
     assert in_language(text, "vi") is True
@@ -281,7 +281,7 @@ def test_the_shortest_text_that_is_told():
 
 
 @pytest.mark.parametrize("code", ["ace_Latn", "min_Arab", "arb_Latn", "tum_Latn", "klingon"])
-def test_languages_that_the_detector_does_not_know_are_not_told(code):
+def test_languages_unknown_to_the_detector_are_undecided(code):
     assert in_language(TEXTS["en"], code) is None
 
 

@@ -1,4 +1,4 @@
-"""The harness's texts are ours, character by character; other tasks of the harness by name."""
+"""Texts equal to the harness's, character by character; other tasks of the harness by name."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_several_inputs_are_not_scored(monkeypatch):
         task.read(Source())
 
 
-def test_what_cannot_be_loaded_is_one_line(monkeypatch):
+def test_a_failed_load_is_one_line(monkeypatch):
     class Broken(FakeHub):
         def load(self, name: str) -> Any:
             raise ConnectionError("no route\nto host")

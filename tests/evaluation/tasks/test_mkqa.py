@@ -1,4 +1,4 @@
-"""MKQA: the publisher's format, answer types and aliases, what is left out, yes and no, and malformed files."""
+"""MKQA: the publisher's format, answer types and aliases, left out questions, yes and no, and malformed files."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_questions_without_a_short_answer_are_left_out_and_counted(tmp_path, ans
     assert data.left_out == {reason: 2}
 
 
-def test_where_some_say_unanswerable_no_answer_is_right_too(tmp_path):
+def test_an_empty_answer_is_right_beside_an_unanswerable_gold_answer(tmp_path):
     item = read_one(tmp_path, answer("unanswerable", None), answer(text="Huế"))
     assert item.references == ("Huế", "")
     assert item.gold_answer == "Huế"

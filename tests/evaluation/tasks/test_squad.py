@@ -28,7 +28,7 @@ def squad_file(*questions: Any, context: Any = PASSAGE) -> dict:
 
 
 def score_of_copied_gold(benchmark, language: str, data: TaskData) -> list[float]:
-    """Sum of each metric's numbers where the first gold answer is given."""
+    """Sum each metric's numbers for predictions equal to the first gold answer."""
     (task,) = benchmark.tasks(language)
     scores = [task.score(item.gold_answer, item) for item in data.items]
     return [sum(score[name] for score in scores) for name in ("f1", "exact_match")]
@@ -191,7 +191,7 @@ def hub_record(**changes: Any) -> dict:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The Hub with `records` in every set; `asked` has what was loaded."""
+    """A Hub with `records` in every set; `asked` has the arguments of the last load."""
 
     class Hub:
         records = (hub_record(),)

@@ -194,7 +194,7 @@ def test_a_broken_text_file_is_refused_in_one_line(tmp_path, target, part):
 
 def test_own_pairs_that_are_not_there(tmp_path):
     assert refusal("pairs", Source()) == (
-        "pairs_de: needs the option --pairs FILE (and --english FILE, where the English side is apart)"
+        "pairs_de: needs the option --pairs FILE (and --english FILE for a separate English side)"
     )
     assert "x.txt: no such file" in refusal("pairs", Source(pairs=(tmp_path / "x.txt", tmp_path / "y.txt")))
     lonely = write_file(tmp_path / "x.txt", "Eins.\n")
@@ -325,7 +325,7 @@ def test_a_language_that_cannot_be_is_refused(code, part):
         alignment_task(None, code)
 
 
-def test_what_is_asked(source):
+def test_prompts_and_references(source):
     into, out_of = (task.read(source) for task in FLORES.tasks("zh"))
     item = into.items[0]
     assert item.query == "Translate the following sentence from English into Chinese.\nThe cat sits on the mat."

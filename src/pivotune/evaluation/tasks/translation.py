@@ -5,7 +5,7 @@ Sets: FLORES-200 (NLLB team 2022; devtest, as usual), NTREX-128 (Federmann et al
 with two empty lines are left out and counted. An empty line on one side only is refused: it usually shifts every
 following line.
 
-Translations are measured by chrF++ and BLEU, and by COMET (the paper's metric) where it is installed. Alignment is
+Translations are measured by chrF++ and BLEU, and by COMET (the paper's metric) if it is installed. Alignment is
 measured by `pivotune.evaluation.metrics.alignment`.
 """
 
@@ -130,7 +130,7 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
 
 def _read_own(task: str, source: Source, language: Language) -> TaskData:
     if source.pairs is None:
-        raise UsageError(f"{task}: needs the option --pairs FILE (and --english FILE, where the English side is apart)")
+        raise UsageError(f"{task}: needs the option --pairs FILE (and --english FILE for a separate English side)")
     target, english = source.pairs
     is_data = is_data_file_name(target)
     if english is not None and is_data_file_name(english) != is_data:
