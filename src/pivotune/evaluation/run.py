@@ -143,7 +143,11 @@ class Evaluator:
         else:
             records = self._answer_items(definition, task.requests)
             metrics = [*definition.metrics, *GOLD_METRICS, *(() if definition.kind == "choice" else ANSWER_METRICS)]
-            more: dict[str, Any] = {"prompt_hash": _prompt_hash(task.requests)}
+            prompts = [
+                [asked.item.id, asked.context.text, [request.continuation for request in asked.likelihoods]]
+                for asked in task.requests
+            ]
+            more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
             if definition.kind == "translation":
                 problem = _add_comet(task.requests, records, settings.comet)
                 if problem:
@@ -217,8 +221,7 @@ class Evaluator:
 
     def _measure_alignment(self, task: PreparedTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the records of the sentence pairs, and the entry's further keys."""
-        content = json.dumps([list(pair) for pair in task.pairs], ensure_ascii=True)
-        content_hash = hashlib.sha256(content.encode()).hexdigest()
+        content_hash = _digest([list(pair) for pair in task.pairs])
         request = Measurement(f"alignment {self._versions.get('pivotune')}", content_hash)
         measured = self._cache.get(request)
         if measured is None:
@@ -278,10 +281,8 @@ def _figures(metrics: Sequence[Metric], records: Sequence[Mapping[str, Any]]) ->
     return {"metric": primary, **top, "metrics": figures}
 
 
-def _prompt_hash(requests: Sequence[ItemRequests]) -> str:
-    """Return a digest of all questions and their wording."""
-    content = [[asked.item.id, asked.context.text, [r.continuation for r in asked.likelihoods]] for asked in requests]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
 def _add_comet(requests: Sequence[ItemRequests], records: list[dict[str, Any]], checkpoint: str | None) -> str:

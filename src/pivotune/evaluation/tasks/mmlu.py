@@ -34,17 +34,6 @@ _FOLDERS = ("test", "val", "validation", "dev")
 _ANY_SUBJECT = "mmlu"
 
 
-def _splits(language: str) -> list[Split]:
-    folder = f"mmlu_{language}"
-    test_files = f"{folder}/test/*.csv or mmlu_{language.upper()}-*.csv or {language}_test.json"
-    return [
-        Split("test", _patterns(language, "test"), files=test_files),
-        Split("validation", _patterns(language, "val", "validation"), ("val",), "val", f"{folder}/val/*.csv"),
-        # Five questions of each subject, for examples; the Hub calls them train.
-        Split("dev", _patterns(language, "dev"), (), "train", f"{folder}/dev/*.csv"),
-    ]
-
-
 def _patterns(language: str, *parts: str) -> list[str]:
     """Return patterns of a folder with one CSV per subject, of OpenAI's single CSV (test only) and of Okapi's JSON."""
     names = [f"{language}_{part}.{kind}" for part in parts for kind in ("json", "jsonl")]
@@ -60,7 +49,14 @@ def _read(language: str, source: Source) -> TaskData:
     task = f"mmlu_{language}"
     hub = ("openai/MMMLU", _OPENAI_ONLY[language]) if language in _OPENAI_ONLY else ("alexandrainst/m_mmlu", language)
     tables.check_published(task, source, language, _LANGUAGES)
-    split, files = tables.choose_split(task, source, _splits(language), _HOMEPAGE)
+    test_files = f"{task}/test/*.csv or mmlu_{language.upper()}-*.csv or {language}_test.json"
+    splits = [
+        Split("test", _patterns(language, "test"), files=test_files),
+        Split("validation", _patterns(language, "val", "validation"), ("val",), "val", f"{task}/val/*.csv"),
+        # Five questions of each subject, for examples; the Hub calls them train.
+        Split("dev", _patterns(language, "dev"), (), "train", f"{task}/dev/*.csv"),
+    ]
+    split, files = tables.choose_split(task, source, splits, _HOMEPAGE)
     if files:
         records = _file_records(task, files)
     else:

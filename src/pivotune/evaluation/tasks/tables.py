@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -246,13 +247,12 @@ def read_table(
     if header is None:
         header = all(any(name.casefold() in found for name in spellings) for spellings in columns.values())
     if header:
-        repeated = next((name for name in names if names.count(name) > 1), None)
         fields = _fields(names, columns, f"{path}, line {line}")
-        if repeated is not None:
-            raise UsageError(f"{path}, line {line}: the header names the column {repeated!r} more than once")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"{path}, line {line}: the header names the column {repeated[0]!r} more than once")
     else:
         names, fields = [spellings[0] for spellings in columns.values()], list(columns)
-        rows = (row for some in ([first], rows) for row in some)
+        rows = chain([first], rows)
     for line, cells in rows:
         place = f"{path}, line {line}"
         if len(cells) != len(names):

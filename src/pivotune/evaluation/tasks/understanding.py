@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,24 +68,20 @@ _XCOPA_LANGUAGES = ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", 
 _XCOPA_COLUMNS = {name: (name,) for name in ("premise", "choice1", "choice2", "question", "label")}
 
 
-def _xcopa_splits(language: str) -> Sequence[Split]:
-    """Return test first, the reported split; English COPA's test set has no answers, so validation comes first."""
+def _read_xcopa(language: str, source: Source) -> TaskData:
+    task, is_english = f"xcopa_{language}", language == "en"
     test, validation = (f"{part}.{language}.jsonl" for part in ("test", "val"))
-    copa = ["COPA/val.jsonl"] if language == "en" else []
+    copa = ["COPA/val.jsonl"] if is_english else []
     patterns = [*copa, f"data/{language}/{validation}", validation]
     splits = [
         Split("test", [f"data/{language}/{test}", test], files=test),
         Split("validation", patterns, ("val", "dev"), files=" or ".join([*copa, validation])),
     ]
-    return splits[::-1] if language == "en" else splits
-
-
-def _read_xcopa(language: str, source: Source) -> TaskData:
-    task, is_english = f"xcopa_{language}", language == "en"
     opened = tables.open_set(
         task,
         source,
-        _xcopa_splits(language),
+        # Test is the reported split; English COPA's test set has no answers.
+        splits[::-1] if is_english else splits,
         _COPA_HOMEPAGE if is_english else _XCOPA_HOMEPAGE,
         read=partial(tables.read_objects, columns=_XCOPA_COLUMNS),
         hub=("aps/super_glue", "copa") if is_english else ("cambridgeltl/xcopa", language),
