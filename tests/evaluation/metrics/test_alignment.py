@@ -301,7 +301,7 @@ def test_one_pair_is_too_few(tokenizer):
 def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     from pivotune.models.loading import load_model, load_tokenizer
 
-    pairs = alignment_task("tatoeba", "zh").read(Source(shared_data / "eval")).pairs[:100]
+    pairs = alignment_task("tatoeba", "zh").read(Source(shared_data / "eval")).items[:100]
     found = measure(load_model(smollm2), load_tokenizer(smollm2), pairs)
     assert len(found.retrieval) == 31
     assert found.by_layer["truncated"] == 0
