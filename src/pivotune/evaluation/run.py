@@ -34,9 +34,8 @@ from pivotune.evaluation.prompts import ItemRequests
 from pivotune.evaluation.tasks.base import Task
 from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import load_model, resolve_model
-from pivotune.results.aggregate import summarize
 from pivotune.results.files import check_target, write_results
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, summarize
 from pivotune.training.heldout import end_token_ids
 from pivotune.training.progress import Progress, silent
 
