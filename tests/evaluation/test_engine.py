@@ -11,9 +11,9 @@ import torch
 from conftest import build_tiny_model
 
 from pivotune.data.templates import load_template
-from pivotune.evaluation.engine import Engine, check_backend, transformers_engine
+from pivotune.evaluation.cache import Generation, Likelihood, LogProbability
+from pivotune.evaluation.engine import Engine, transformers_engine, vllm_engine
 from pivotune.evaluation.prompts import Prompter
-from pivotune.evaluation.requests import Generation, Likelihood, LogProbability
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -57,7 +57,7 @@ def test_likelihoods_equal_the_harness_in_every_family(tokenizer, distinct_famil
 
 
 def test_no_logits_are_made_for_prompt_tokens(tokenizer):
-    """The largest tensor of the head is as long as the continuations, however long the prompts are."""
+    """The largest tensor of the head is as long as the continuations, for prompts of any length."""
     ours = engine(tokenizer, batch_size=8)
     sizes = []
     head = ours.lm.model.lm_head
@@ -115,7 +115,7 @@ def test_generation_is_greedy_and_ends_at_stop_and_end_tokens(tokenizer):
 
 
 def test_a_line_break_before_the_first_word_ends_nothing(tokenizer, monkeypatch):
-    """Many base models begin with one; the harness would take their answer for empty."""
+    """Many base models begin with a line break; the harness would read an empty answer."""
     ours = engine(tokenizer)
     said = tokenizer("\n\n yes\nno more", add_special_tokens=False)["input_ids"]
     model = ours.lm.model
@@ -179,16 +179,8 @@ def test_a_prompt_longer_than_the_context_is_cut_on_the_left(tokenizer):
     assert answers(ours, [request])[0].logprob == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "message"), [("vllm", "vllm is not installed"), ("tgi", "allowed: hf, vllm")])
-def test_a_backend_that_is_not_there_is_one_line(backend, message):
-    from pivotune.errors import UsageError
-
-    with pytest.raises(UsageError, match=message):
-        check_backend(backend)
-
-
 class FakeVLLM:
-    """Takes what the harness's vLLM class takes, and answers with what it was asked."""
+    """Take the arguments of the harness's vLLM class, and answer with the request."""
 
     def __init__(self, **made_with):
         self.made_with = made_with
@@ -204,8 +196,6 @@ def test_vllm_is_made_and_asked_through_the_harness(tokenizer, monkeypatch):
     """vLLM itself needs a GPU: here its class in the harness is replaced by one with the same methods."""
     from lm_eval import models
     from lm_eval.api import registry
-
-    from pivotune.evaluation.engine import vllm_engine
 
     monkeypatch.setattr(registry, "get_model", lambda name: {"vllm": FakeVLLM}[name])
     made = vllm_engine("folder", Prompter(tokenizer, None, 99), batch_size="auto", dtype="bfloat16", end_token_ids=[2])

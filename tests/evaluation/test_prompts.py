@@ -78,8 +78,8 @@ def test_an_empty_query_goes_through_templates(tokenizer):
 
 
 @pytest.mark.parametrize("name", LEADS)
-def test_what_a_template_writes_before_the_answer_is_there(name):
-    """Training learns it, so likelihoods must be of answers behind it, and generation must not have to write it."""
+def test_a_templates_text_before_the_answer_is_in_the_prompt(name):
+    """Training learns this text, so it precedes both scored and generated answers."""
     template, fixed, space = LEADS[name]
     tokenizer = build_tiny_tokenizer(chat_template=template)
     loaded = load_template("chat", tokenizer)
@@ -121,9 +121,9 @@ OWN_BEGIN = (
 
 @pytest.mark.parametrize(("template", "changes"), [("alpaca", {}), (None, {}), ("chat", {"chat_template": OWN_BEGIN})])
 def test_generation_and_likelihood_read_the_same_tokens(template, changes):
-    """One begin-of-text token, whoever writes it: the tokenizer, or the chat template itself."""
+    """One begin-of-text token, from the tokenizer or from the chat template."""
+    from pivotune.evaluation.cache import Generation, Likelihood
     from pivotune.evaluation.engine import transformers_engine
-    from pivotune.evaluation.requests import Generation, Likelihood
 
     pytest.importorskip("lm_eval")
     tokenizer = begin_tokenizer(**changes)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
-from pivotune.evaluation.settings import EvaluationSettings
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval")

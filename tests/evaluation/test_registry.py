@@ -1,4 +1,4 @@
-"""What names after `--tasks` stand for."""
+"""Tasks of the names after `--tasks`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_alignment_tasks():
         (["flores_en"], "en"),
     ],
 )
-def test_what_is_not_there_is_one_line(words, message):
+def test_unknown_names_are_refused_in_one_line(words, message):
     with pytest.raises(UsageError, match=message) as caught:
         find_tasks(words)
     assert "\n" not in str(caught.value)

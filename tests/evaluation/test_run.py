@@ -19,10 +19,10 @@ from pivotune.errors import UsageError
 pytest.importorskip("lm_eval")
 
 from pivotune.evaluation import run as module
+from pivotune.evaluation.cache import Generation, Likelihood, LogProbability
 from pivotune.evaluation.engine import Engine
-from pivotune.evaluation.requests import Generation, Likelihood, LogProbability
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
-from pivotune.evaluation.settings import EvaluationSettings
 
 WORDS = ["một", "hai", "ba", "bốn", "năm", "sáu", "bảy", "tám", "chín", "mười"]
 
@@ -86,7 +86,7 @@ def items(out: Path) -> list[dict]:
 
 
 class Copying(Engine):
-    """Answers with the gold answer of whatever it is asked."""
+    """Answer every request with its gold answer."""
 
     def __init__(self, prepared):
         asked = [item for task in prepared.tasks for item in task.requests]
@@ -108,7 +108,7 @@ class Copying(Engine):
 def test_a_model_that_copies_the_gold_answer_scores_100(model, data, tmp_path, monkeypatch):
     settings = EvaluationSettings(data_dir=data)
     prepared = prepare_evaluation(model, ["xquad_vi", "xquad_en", "xcopa_vi", "flores_vi"], settings)
-    monkeypatch.setattr(module._Session, "_engine", property(lambda self: Copying(prepared)))
+    monkeypatch.setattr(module.Evaluator, "engine", property(lambda self: Copying(prepared)))
     tasks = execute_evaluation(prepared, tmp_path)["tasks"]
     assert tasks["xquad_vi"]["value"] == tasks["xquad_en"]["value"] == 100
     assert tasks["xquad_vi"]["metrics"]["exact_match"]["value"] == 100
@@ -128,8 +128,9 @@ def test_a_random_model_is_at_chance(model, data, tmp_path):
 def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_path):
     """The harness runs its own task on the same file, and both must agree on every question."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.models.huggingface import HFLM
 
+    from pivotune.evaluation.tasks import harness
     from pivotune.models.loading import load_model, load_tokenizer
 
     overrides = {
@@ -140,13 +141,11 @@ def test_xcopa_equals_the_harness_with_and_without_a_template(model, data, tmp_p
         "validation_split": None,
     }
     for template, is_chat in (("none", False), ("chat", True)):
-        from lm_eval.models.huggingface import HFLM
-
         lm = HFLM(pretrained=load_model(str(model)), tokenizer=load_tokenizer(str(model)), batch_size=8)
         expected = simple_evaluate(
             lm,
             tasks=[{"group": "own", "task": [overrides]}],
-            task_manager=TaskManager(),
+            task_manager=harness._task_manager(),
             apply_chat_template=is_chat,
             bootstrap_iters=0,
         )
@@ -175,7 +174,7 @@ def test_results_hold_what_the_contract_says(model, data, tmp_path):
 
 @pytest.mark.parametrize("template", [None, *LEADS])
 def test_gold_likelihood_is_that_of_training(data, tmp_path, template):
-    """The number that training's own scorer gives for the same row, without what the template writes behind it."""
+    """Equal to the training scorer's number for the same row, without the template's text after the answer."""
     from pivotune.data.examples import Encoder, Example
     from pivotune.data.rows import Row
     from pivotune.data.templates import Turn, load_template
@@ -297,7 +296,7 @@ def test_a_prompt_longer_than_the_model_is_cut_and_counted(tmp_path):
 
 
 def test_sentences_longer_than_the_model_are_cut_and_counted(tmp_path):
-    """XNLI scores whole sentences without a prompt: nothing but they themselves can be cut."""
+    """XNLI scores whole sentences without a prompt, so only the sentences can be cut."""
     name = save_tiny_model(tmp_path / "model", max_position_embeddings=64)
     long, short = "Có năm con mèo rất to. " * 20, "Có mèo."
     rows = [f"{long}\t{short}\tneutral\n", f"{short}\tMèo.\tentailment\n"]
@@ -344,7 +343,8 @@ def test_alignment_is_measured_kept_and_written(model, data, tmp_path, monkeypat
         (["xquad_vi"], {"split": "train"}, "split 'train'"),
         (["xquad_vi"], {"template": "missing.jinja"}, "missing.jinja"),
         (["xquad_vi"], {"limit": 0}, "--limit: 0 found"),
-        (["xquad_vi"], {"backend": "tgi"}, "--backend"),
+        (["xquad_vi"], {"backend": "tgi"}, "--backend: 'tgi' found; allowed: hf, vllm"),
+        (["xquad_vi"], {"backend": "vllm"}, "--backend: vllm is not installed"),
         (["flores_vi-zh"], {}, "no task flores_vi-zh; allowed: flores_en-vi, flores_vi-en"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import dynamic_module_utils
 from pivotune.data.sources import parse_hub_name, read_hub
 from pivotune.data.templates import Turn, load_template
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import read_hub_records
+from pivotune.evaluation.tasks.tables import read_hub_records
 from pivotune.models.loading import load_tokenizer, read_config
 
 ESCAPES = [

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import yaml
 
-from pivotune.evaluation.settings import EvaluationSettings
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.sweeps.layer_curve import layer_curve, swept_term
 from pivotune.sweeps.plan import parse_grid, plan_cells
 from pivotune.sweeps.run import Sweep

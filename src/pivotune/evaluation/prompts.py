@@ -1,4 +1,4 @@
-"""From an item to the exact text and tokens a model is asked with: the run's own template, cut to the model's context."""
+"""Exact texts and tokens of requests: an item in the run's template, cut to the model's context."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import Any
 from pivotune.data.examples import begin_ids
 from pivotune.data.templates import Template, Turn
 from pivotune.errors import UsageError
+from pivotune.evaluation.cache import Generation, Likelihood, Question
+from pivotune.evaluation.tasks.base import Item, Task
 
 _ANSWER = "answer"
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What stands before an answer, and whether the query lost its beginning to fit the model's context."""
+    """Text before an answer; truncated if the query lost its beginning to fit the model's context."""
 
     text: str
     truncated: bool = False
 
 
 class Prompter:
-    """Puts the template around queries and tokenizes prompt and answer as training did.
+    """Put the template around queries and tokenize prompt and answer as training did.
 
     Without a template (`--template none`) texts and tokens are those of lm-evaluation-harness without a chat template:
-    white space at the end of a context goes to the continuation, and an empty context is the begin-of-text token.
+    white space at the end of a context belongs to the continuation, and an empty context is the begin-of-text token.
 
     Args:
         tokenizer: a fast tokenizer.
         template: the run's template, or None for plain text.
-        max_length: tokens that the model reads at once; None for no limit.
+        max_length: limit of the model's context in tokens; None for no limit.
     """
 
     def __init__(self, tokenizer: Any, template: Template | None, max_length: int | None) -> None:
@@ -44,38 +46,49 @@ class Prompter:
         return "none" if self.template is None else self.template.name
 
     def delimiter(self, wanted: str) -> str:
-        """What stands between the context and an answer: where there is a template, the spaces that it writes there."""
+        """Return the text between context and answer: `wanted`, or the template's spaces there."""
         return wanted if self.template is None else self._lead[1]
 
     def context(self, query: str, reserve: int, cuttable: tuple[int, int] | None = None) -> Context:
-        """The prompt of a query that leaves room for `reserve` more tokens.
+        """Return the prompt of a query that leaves room for `reserve` more tokens.
 
         Args:
-            cuttable: characters of the query whose beginning is left out where the prompt is too long; None for all of it.
-                The rest of the query and the template's words stay.
+            cuttable: span of the query that loses its beginning in a too long prompt; None for the whole query. The
+                rest of the query and the template's words stay.
 
         Raises:
-            UsageError: not even the rest fits.
+            UsageError: the rest alone does not fit.
         """
-        text = self._around(query)
+        text = self._rendered(query)
         if self.max_length is None:
             return Context(text)
         excess = len(self.encode_context(text)) + reserve - self.max_length
         if excess <= 0:
             return Context(text)
+        # Drop the first `excess` tokens of the span; a few more if the rest takes more tokens than before.
         start, end = cuttable or (0, len(query))
-        return Context(self._shortened(query, start, end, excess, reserve), truncated=True)
+        encoded = self.tokenizer(query[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        for dropped in range(excess, len(offsets) + 1):
+            kept = query[start + offsets[dropped][0] : end].lstrip() if dropped < len(offsets) else ""
+            text = self._rendered(query[:start] + kept + query[end:])
+            if len(self.encode_context(text)) + reserve <= self.max_length:
+                return Context(text, truncated=True)
+        shortest = self._rendered(query[:start] + query[end:])
+        raise UsageError(
+            f"the prompt takes {len(self.encode_context(shortest))} tokens even without what may be cut, and the answer "
+            f"up to {reserve}; the model reads {self.max_length} (a smaller --max-new-tokens or a shorter template may fit)"
+        )
 
     def encode_context(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the begin-of-text token where the model expects one."""
-        if not text:
-            return [self._prefix_id]
-        return self.begin_ids + self._ids(text)
+        """Return the token ids of a prompt, with the begin-of-text token if the model expects one."""
+        return self.begin_ids + self._ids(text) if text else [self._prefix_id]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt and of what follows it.
+        """Return the token ids of a prompt and of its continuation.
 
-        Tokens that would merge across the border stay apart under a template, where generation begins at the border too.
+        Under a template, tokens that would merge across the border stay apart, because generation begins at the border
+        too.
         """
         if not context:
             ids = self._ids(continuation)
@@ -88,40 +101,66 @@ class Prompter:
             return prompt, whole[len(prompt) :]
         return prompt, self._ids(continuation)
 
-    def _around(self, query: str) -> str:
-        """The prompt, with what the template always writes before an answer (an empty thinking block, say)."""
+    def _rendered(self, query: str) -> str:
         return query if self.template is None else self.template.render(Turn(query)).prompt + self._lead[0]
 
     @cached_property
     def _lead(self) -> tuple[str, str]:
-        """What the template writes between prompt and answer, and spaces at its end, which share tokens with answers."""
+        """Return the template's text between prompt and answer (an empty thinking block), and the spaces at its end.
+
+        The spaces share tokens with answers.
+        """
         assert self.template is not None
         lead, found, _ = self.template.render(Turn("question", _ANSWER)).completion.partition(_ANSWER)
         fixed = lead.rstrip(" ") if found else ""
         return fixed, lead[len(fixed) :] if found else ""
-
-    def _shortened(self, query: str, start: int, end: int, excess: int, reserve: int) -> str:
-        """The prompt without the first `excess` tokens of the span; a few more where the rest tokenizes worse."""
-        offsets = self.tokenizer(query[start:end], add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        assert self.max_length is not None
-        for dropped in range(excess, len(offsets) + 1):
-            kept = query[start + offsets[dropped][0] : end].lstrip() if dropped < len(offsets) else ""
-            text = self._around(query[:start] + kept + query[end:])
-            if len(self.encode_context(text)) + reserve <= self.max_length:
-                return text
-        shortest = self._around(query[:start] + query[end:])
-        raise UsageError(
-            f"the prompt takes {len(self.encode_context(shortest))} tokens even without what may be cut, and the answer "
-            f"up to {reserve}; the model reads {self.max_length} (a smaller --max-new-tokens or a shorter template may fit)"
-        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
     def _prefix_id(self) -> int:
-        """What the harness puts before text without a context."""
+        """Return the harness's token before text without a context."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRequests:
+    """Requests of one item: the likelihoods of gold answer or choices, and the generated answer."""
+
+    item: Item
+    context: Context
+    likelihoods: tuple[Likelihood, ...]
+    generation: Generation | None = None
+
+    @property
+    def all(self) -> tuple[Question, ...]:
+        return self.likelihoods if self.generation is None else (*self.likelihoods, self.generation)
+
+
+def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: int | None = None) -> ItemRequests:
+    """Return the requests of one item under the run's template.
+
+    Raises:
+        UsageError: the model's context has no room for the prompt.
+    """
+    delimiter = prompter.delimiter(item.delimiter)
+    texts = item.choices if task.kind == "choice" else (item.gold_answer,)
+    continuations = [f"{delimiter}{text}" for text in texts]
+    max_new_tokens = max_new_tokens or task.max_new_tokens
+    reserve = max(len(prompter.encode_pair("\n", text)[1]) for text in continuations)
+    if task.kind != "choice":
+        reserve = max(reserve, max_new_tokens)
+    if not item.query and prompter.max_length is not None and reserve >= prompter.max_length:
+        # No part of the prompt can be cut: the continuations themselves lose their beginning, as in the harness.
+        context = Context(prompter.context("", 0).text, truncated=True)
+    else:
+        try:
+            context = prompter.context(item.query, reserve, item.cuttable)
+        except UsageError as error:
+            raise UsageError(f"{task.name}, item {item.id}: {error}") from error
+    likelihoods = tuple(Likelihood(context.text, text) for text in continuations)
+    if task.kind == "choice":
+        return ItemRequests(item, context, likelihoods)
+    return ItemRequests(item, context, likelihoods, Generation(context.text, max_new_tokens, tuple(task.stop)))

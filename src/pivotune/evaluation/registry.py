@@ -1,4 +1,4 @@
-"""Which tasks there are, and what a word after `--tasks` stands for."""
+"""All benchmarks, and the tasks of a name after `--tasks`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.alignment import AlignmentTask, alignment_tasks
 from pivotune.evaluation.tasks.base import Benchmark, Task
+from pivotune.evaluation.tasks.translation import ALIGNMENT, PARALLEL_READERS, alignment_task
 from pivotune.text.languages import find_language
-
-AnyTask = Task | AlignmentTask
 
 # The paper's eight benchmarks and FLORES (arXiv 2503.01275, section "Settings").
 _QA = ("xquad", "mlqa", "mkqa")
@@ -29,38 +27,34 @@ PAPER_LANGUAGES = ("vi", "ar", "zh")
 # A code of two or three letters, with a script or a region: `vi`, `zho_Hans`, `pt-BR`. `vi_en` is two languages.
 _DIRECTION = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?-[a-z]{2,3}(_[A-Z][a-z]{3})?")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?([-_][A-Z]{2})?")
-ALIGNMENT = "alignment"
 
 
 @lru_cache(maxsize=1)
 def benchmarks() -> dict[str, Benchmark]:
-    """All benchmarks by name."""
-    from pivotune.evaluation.tasks.mkqa import MKQA
+    """Return all benchmarks by name."""
     from pivotune.evaluation.tasks.mmlu import MMLU
-    from pivotune.evaluation.tasks.squad import MLQA, XQUAD
+    from pivotune.evaluation.tasks.question_answering import MKQA, MLQA, XQUAD
     from pivotune.evaluation.tasks.translation import FLORES, NTREX, PAIRS, TATOEBA
     from pivotune.evaluation.tasks.truthfulqa import TRUTHFULQA
-    from pivotune.evaluation.tasks.xcopa import XCOPA
-    from pivotune.evaluation.tasks.xnli import XNLI
-    from pivotune.evaluation.tasks.xstorycloze import XSTORYCLOZE
+    from pivotune.evaluation.tasks.understanding import XCOPA, XNLI, XSTORYCLOZE
 
     known = (XQUAD, MLQA, MKQA, TRUTHFULQA, XNLI, XCOPA, XSTORYCLOZE, MMLU, FLORES, NTREX, TATOEBA, PAIRS)
     return {benchmark.name: benchmark for benchmark in known}
 
 
-def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[AnyTask]:
-    """The tasks that these names stand for, in order, each once.
+def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[Task]:
+    """Return the tasks of these names, in order, each once.
 
     Args:
         names: tasks (`xquad_vi`, `flores_en-vi`), sets (`xquad`), groups (`qa`, `qa_vi`, `paper`, `english`), alignment
             (`alignment_vi`, `alignment_tatoeba_vi`) or any multiple-choice task of lm-evaluation-harness.
-        languages: what sets and groups without a language are evaluated in.
-        own: the run's language, where `languages` is empty; `paper` is vi, ar and zh all the same.
+        languages: for sets and groups without a language.
+        own: the run's language, in place of empty `languages`; `paper` stays vi, ar and zh.
 
     Raises:
-        UsageError: an unknown name, a language that a set does not have, or a set without any language.
+        UsageError: unknown name, a language that a set does not have, or a set without any language.
     """
-    tasks: dict[str, AnyTask] = {}
+    tasks: dict[str, Task] = {}
     for name in names:
         chosen = [own] if own and not languages and name.strip() != "paper" else languages
         for task in _expand(name.strip(), chosen):
@@ -70,59 +64,50 @@ def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | N
     return list(tasks.values())
 
 
-def _expand(name: str, languages: Sequence[str]) -> list[AnyTask]:
+def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
     known = benchmarks()
     head, _, tail = name.partition("_")
     if head in GROUPS:
         return _group(head, [tail] if tail else languages)
     if head == ALIGNMENT:
-        return _alignment(tail, languages)
+        set_name, _, rest = tail.partition("_")
+        if set_name not in PARALLEL_READERS:
+            return [alignment_task(None, language) for language in _needed(head, [tail] if tail else languages)]
+        return [alignment_task(set_name, language) for language in _needed(tail, [rest] if rest else languages)]
     if name in known:
-        return [task for language in _needed(name, languages) for task in _of(known[name], language)]
+        return [task for language in _needed(name, languages) for task in _in_language(known[name], language)]
+    if head in known and _DIRECTION.fullmatch(tail):
+        other = next((part for part in tail.split("-", 1) if part != "en"), "en")
+        tasks = _in_language(known[head], other)
+        if found := [task for task in tasks if task.name == name]:
+            return found
+        raise UsageError(f"--tasks: no task {name}; allowed: {', '.join(task.name for task in tasks)}")
     if head in known and (_LANGUAGE.fullmatch(tail) or tail in known[head].languages or "-" in tail):
-        return _task(known[head], tail)
+        return _in_language(known[head], tail)
     return [_harness(name)]
 
 
-def _group(group: str, languages: Sequence[str]) -> list[AnyTask]:
-    """A group leaves out sets that are not published in a language, and adds English: harm to it is always shown."""
-    known = benchmarks()
+def _group(group: str, languages: Sequence[str]) -> Sequence[Task]:
+    """Return a group's published tasks, and English ones too: harm to English is always shown."""
     if group == "english":
-        wanted: Sequence[str] = ("en",)
+        languages = ("en",)
+    elif group != "paper" or languages:
+        languages = _needed(group, languages)
     else:
-        wanted = PAPER_LANGUAGES if group == "paper" and not languages else _needed(group, languages)
-    tasks = [
-        task
-        for language in wanted
-        for name in GROUPS[group]
-        if _has(known[name], language)
-        for task in known[name].tasks(language)
-    ]
+        languages = PAPER_LANGUAGES
+
+    def published(language: str) -> list[Task]:
+        sets = [name for name in GROUPS[group] if not (language == "en" and name in _TRANSLATION)]
+        chosen = [benchmarks()[name] for name in sets]
+        return [task for benchmark in chosen if language in benchmark.languages for task in benchmark.tasks(language)]
+
+    tasks = [task for language in languages for task in published(language)]
     if not tasks:
-        raise UsageError(f"--tasks: no set of the group {group} is published in {', '.join(wanted)}")
-    if "en" in wanted or group == "translation":
-        return list(tasks)
-    english = [task for name in GROUPS[group] if _has(known[name], "en") for task in known[name].tasks("en")]
-    return [*tasks, *english]
+        raise UsageError(f"--tasks: no set of the group {group} is published in {', '.join(languages)}")
+    return tasks if "en" in languages or group == "translation" else [*tasks, *published("en")]
 
 
-def _has(benchmark: Benchmark, language: str) -> bool:
-    return language in benchmark.languages and not (language == "en" and benchmark.name in _TRANSLATION)
-
-
-def _task(benchmark: Benchmark, language: str) -> list[AnyTask]:
-    """`xquad_vi`, or one direction: `flores_en-vi`."""
-    if not _DIRECTION.fullmatch(language):
-        return list(_of(benchmark, language))
-    other = next((part for part in language.split("-", 1) if part != "en"), "en")
-    found = [task for task in _of(benchmark, other) if task.name == f"{benchmark.name}_{language}"]
-    if not found:
-        allowed = ", ".join(task.name for task in _of(benchmark, other))
-        raise UsageError(f"--tasks: no task {benchmark.name}_{language}; allowed: {allowed}")
-    return list(found)
-
-
-def _of(benchmark: Benchmark, language: str) -> Sequence[Task]:
+def _in_language(benchmark: Benchmark, language: str) -> Sequence[Task]:
     if language not in benchmark.languages:
         language = find_language(language).code
     if language in benchmark.languages or benchmark.open_ended:
@@ -130,21 +115,6 @@ def _of(benchmark: Benchmark, language: str) -> Sequence[Task]:
     raise UsageError(
         f"--tasks: {benchmark.title} has no language {language!r}; it has {', '.join(sorted(benchmark.languages))}"
     )
-
-
-def _alignment(tail: str, languages: Sequence[str]) -> list[AnyTask]:
-    head, _, rest = tail.partition("_")
-    if head in ("flores", "ntrex", "tatoeba", "pairs"):
-        return [
-            task
-            for language in _needed(tail, [rest] if rest else languages)
-            for task in alignment_tasks(head, language)
-        ]
-    return [
-        task
-        for language in _needed(ALIGNMENT, [tail] if tail else languages)
-        for task in alignment_tasks(None, language)
-    ]
 
 
 def _needed(name: str, languages: Sequence[str]) -> Sequence[str]:

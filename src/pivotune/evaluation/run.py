@@ -1,42 +1,58 @@
-"""Evaluate one model on any tasks: what `pivotune evaluate` does.
+"""Evaluate one model on any tasks, as `pivotune evaluate` does.
 
-`prepare_evaluation` finds everything that can be wrong and reads all data; `execute_evaluation` asks the model, task by
-task, and writes each task's results as soon as it is done.
+`prepare_evaluation` finds every mistake and reads all data; `execute_evaluation` runs the model task by task and writes
+the results of each finished task.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pivotune.evaluation.alignment import AlignmentTask, measure_alignment
-from pivotune.evaluation.cache import AnswerCache
-from pivotune.evaluation.engine import Engine, transformers_engine, vllm_engine
-from pivotune.evaluation.identity import model_fingerprint, versions
-from pivotune.evaluation.preparation import PreparedEvaluation, PreparedTask, prepare_evaluation
-from pivotune.evaluation.requests import Measurement, Question, Request
-from pivotune.evaluation.scoring import (
-    prompt_hash,
-    score_item,
-    task_entry,
-    task_metrics,
+import torch
+
+from pivotune.evaluation.cache import (
+    Answer,
+    AnswerCache,
+    LogProbability,
+    Measurement,
+    Request,
+    installed_versions,
+    model_fingerprint,
 )
-from pivotune.evaluation.settings import EvaluationSettings
+from pivotune.evaluation.engine import Engine, transformers_engine, vllm_engine
+from pivotune.evaluation.metrics.alignment import measure_alignment
+from pivotune.evaluation.metrics.answers import in_language
+from pivotune.evaluation.metrics.comet import CometUnavailableError, comet_scores
+from pivotune.evaluation.prepare import EvaluationSettings, PreparedEvaluation, PreparedTask, prepare_evaluation
+from pivotune.evaluation.prompts import ItemRequests
 from pivotune.evaluation.tasks.base import Task
 from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.models.locating import resolve_model
 from pivotune.results.files import check_target, write_results
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, summarize
 from pivotune.training.heldout import end_token_ids
+from pivotune.training.progress import Progress, silent
 
-__all__ = ["PreparedEvaluation", "PreparedTask", "evaluate_model", "execute_evaluation", "prepare_evaluation"]
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+# Beside accuracy, for every task: less noisy than F1 for small models.
+GOLD_METRICS = (
+    Metric("nll_per_token", "ratio", ("gold_nll", "gold_tokens"), higher_is_better=False),
+    Metric("nll_per_character", "ratio", ("gold_nll", "gold_characters"), higher_is_better=False),
+)
+ANSWER_METRICS = (
+    Metric("in_language", "mean", ("in_language",), 100.0),
+    Metric("answer_characters", "mean", ("answer_characters",), higher_is_better=None),
+    Metric("empty_answers", "mean", ("empty",), 100.0, higher_is_better=False),
+)
+COMET = Metric("comet", "mean", ("comet",), 100.0)
+# Longest detail of a choice in the items file (a subject): the question itself is in the data set.
+_DETAIL_CHARACTERS = 64
 
 
 def evaluate_model(
@@ -51,17 +67,15 @@ def evaluate_model(
     """Evaluate a model by name: `evaluate_model("runs/vi", ["xquad_vi"], data_dir=Path("eval"), limit=100)`.
 
     Args:
-        model: run folder, model folder, Hub name or bundled model.
-        tasks: names as `pivotune evaluate --tasks` takes them.
+        model, tasks, languages: as in `prepare_evaluation`.
         out: folder or file for `results.json` and its items; None writes nothing.
-        languages: for sets and groups without a language; a run's own language where this is empty.
         settings: fields of `EvaluationSettings`.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        UsageError: the first thing that is wrong, in one line, before any weight is loaded.
+        UsageError: the first mistake, in one line, before any weight is loaded.
     """
     prepared = prepare_evaluation(model, tasks, EvaluationSettings(**settings), languages)
     return execute_evaluation(prepared, None if out is None else Path(out), progress=progress)
@@ -77,130 +91,74 @@ def execute_evaluation(
     """Answer, score and write every task.
 
     Args:
-        out: a folder, or the result file itself; tasks that are in it already stay. None writes nothing.
-        on_task: called with each task's name and entry when it is written.
+        out: a folder, or the result file itself; other tasks in it stay. None writes nothing.
+        on_task: called with the name and the entry of each written task.
 
     Returns:
         The whole content of `results.json`.
     """
     if out is not None:
         check_target(out, prepared.model)
-    session = _Session(prepared, progress or _silent)
-    about: dict[str, Any] = {"model": prepared.model, "method": prepared.method}
-    results: dict[str, Any] = {**about, "tasks": {}}
+    evaluator = Evaluator(prepared, progress or silent)
+    run: dict[str, Any] = {"model": prepared.model, "method": prepared.method}
+    results: dict[str, Any] = {**run, "tasks": {}}
     for task in prepared.tasks:
-        entry, records = session.evaluate(task)
+        entry, records = evaluator.evaluate(task)
         if out is None:
             results["tasks"][task.task.name] = entry
         else:
-            results = write_results(out, **about, tasks={task.task.name: entry}, items=records)
+            results = write_results(out, **run, tasks={task.task.name: entry}, items=records)
         if on_task:
             on_task(task.task.name, entry)
     return results
 
 
-class _Session:
-    """One model over all tasks; its weights are loaded when the first answer is not in the cache."""
+class Evaluator:
+    """Evaluate tasks with one model; its weights are loaded for the first answer that is not in the cache."""
 
     def __init__(self, prepared: PreparedEvaluation, progress: Progress) -> None:
         self._prepared = prepared
         self._progress = progress
-        settings = prepared.settings
+        settings, prompter = prepared.settings, prepared.prompter
         self._fingerprint = model_fingerprint(prepared.model, settings.revision)
-        self._versions = versions()
-        self._cache = AnswerCache(settings.cache, self._identity())
+        self._versions = installed_versions()
+        identity = {
+            "model": self._fingerprint,
+            "dtype": settings.dtype,
+            "backend": settings.backend,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "max_length": prompter.max_length,
+            "begin": prompter.begin_ids,
+            "template": prompter.name,
+            "versions": {name: self._versions.get(name) for name in ("torch", "transformers", "lm_eval", "vllm")},
+        }
+        self._cache = AnswerCache(settings.cache, identity)
 
     def evaluate(self, task: PreparedTask) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """A task's entry in `results.json` and its items."""
-        if isinstance(task.task, AlignmentTask):
-            records, more = self._align(task, task.task)
-            metrics: Sequence[Metric] = task.task.metrics
+        """Return a task's entry in `results.json` and the records of its items."""
+        definition, settings = task.task, self._prepared.settings
+        if definition.kind == "alignment":
+            metrics = list(definition.metrics)
+            records, more = self._measure_alignment(task)
         else:
-            records, more = self._ask(task, task.task), {"prompt_hash": prompt_hash(task.requests)}
-            metrics, more["comet"] = self._with_comet(task, records)
-            if not more["comet"]:
-                del more["comet"]
-        entry = {**task_entry(metrics, records), **self._about(task), **more}
-        return entry, records
-
-    def _ask(self, task: PreparedTask, definition: Task) -> list[dict[str, Any]]:
-        requests = list(dict.fromkeys(request for asked in task.requests for request in asked.all))
-        todo = [request for request in requests if self._cache.get(request) is None]
-        if todo:
-            self._answer(definition.name, requests, len(requests) - len(todo))
-        return [score_item(definition, asked, self._answer_to) for asked in task.requests]
-
-    def _answer(self, name: str, requests: list[Question], done: int) -> None:
-        """Answer what is not in the cache; batches are made of all requests, so that resuming changes none of them."""
-        engine = self._engine
-        with self._progress(name, len(requests)) as advance:
-            advance(done)
-            for batch in engine.batches(requests):
-                if all(self._cache.get(request) is not None for request in batch):
-                    continue
-                self._cache.add(engine.answer(batch))
-                done += len(batch)
-                advance(min(done, len(requests)))
-
-    def _answer_to(self, request: Request) -> Any:
-        answer = self._cache.get(request)
-        assert answer is not None
-        return answer
-
-    def _align(self, task: PreparedTask, definition: AlignmentTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        import json
-
-        content = json.dumps([list(pair) for pair in task.pairs], ensure_ascii=True)
-        request = Measurement(
-            f"alignment {self._versions.get('pivotune')}", hashlib.sha256(content.encode()).hexdigest()
-        )
-        kept = self._cache.get(request)
-        if kept is None:
-            with self._progress(definition.name, 2 * len(task.pairs)) as advance:
-                measured = measure_alignment(
-                    self._model, self._prepared.prompter.tokenizer, task.pairs, progress=advance
-                )
-            kept = json.dumps({"records": measured.records(), "by_layer": measured.by_layer()})
-            self._cache.add({request: kept})
-        content = json.loads(str(kept))
-        records = [{"task": definition.name, **record} for record in content["records"]]
-        by_layer = content["by_layer"]
-        return records, {
-            "by_layer": by_layer,
-            "truncated": by_layer["truncated"],
-            "prompt_hash": request.content_hash[:16],
-        }
-
-    def _with_comet(self, task: PreparedTask, records: list[dict[str, Any]]) -> tuple[list[Metric], Any]:
-        """Adds COMET to translations where it is at hand; else says why not."""
-        from pivotune.evaluation.metrics.comet import CometUnavailableError, comet_scores
-
-        definition = task.task
-        assert isinstance(definition, Task)
-        metrics = task_metrics(definition)
-        if definition.kind != "translation":
-            return metrics, None
-        items = [asked.item for asked in task.requests]
-        try:
-            scores = comet_scores(
-                [str(item.details["source"]) for item in items],
-                [record["answer"] for record in records],
-                [item.gold_answer for item in items],
-                checkpoint=self._prepared.settings.comet,
-            )
-        except CometUnavailableError as error:
-            return metrics, f"left out: {error}"
-        for record, score in zip(records, scores, strict=True):
-            record["comet"] = score
-        metrics.insert(len(definition.metrics), Metric("comet", "mean", ("comet",), 100.0))
-        return metrics, None
-
-    def _about(self, task: PreparedTask) -> dict[str, Any]:
-        """Where an entry comes from, for readers and for `compare`, which warns where runs differ in it."""
-        settings = self._prepared.settings
-        return {
-            "benchmark": task.task.benchmark,
-            "language": task.task.language,
+            records = self._answer_items(definition, task.requests)
+            metrics = [*definition.metrics, *GOLD_METRICS, *(() if definition.kind == "choice" else ANSWER_METRICS)]
+            prompts = [
+                [asked.item.id, asked.context.text, [request.continuation for request in asked.likelihoods]]
+                for asked in task.requests
+            ]
+            more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
+            if definition.kind == "translation":
+                problem = _add_comet(task.requests, records, settings.comet)
+                if problem:
+                    more["comet"] = f"left out: {problem}"
+                else:
+                    metrics.insert(len(definition.metrics), COMET)
+        entry = {
+            **_figures(metrics, records),
+            # The origin of the figures, for readers and for `compare`, which warns about differences.
+            "benchmark": definition.benchmark,
+            "language": definition.language,
             "split": task.split,
             "origin": list(task.origin),
             "left_out": dict(task.left_out),
@@ -208,48 +166,27 @@ class _Session:
             "model_fingerprint": self._fingerprint,
             "versions": self._versions,
             "settings": {
-                "limit": settings.limit,
-                "seed": settings.seed,
-                "split": settings.split,
+                **{name: getattr(settings, name) for name in ("limit", "seed", "split")},
                 "template": self._prepared.prompter.name,
-                "max_new_tokens": settings.max_new_tokens,
-                "backend": settings.backend,
-                "dtype": settings.dtype,
+                **{name: getattr(settings, name) for name in ("max_new_tokens", "backend", "dtype")},
             },
+            **more,
         }
-
-    def _identity(self) -> dict[str, Any]:
-        import torch
-
-        prepared = self._prepared
-        needed = ("torch", "transformers", "lm_eval", "vllm")
-        return {
-            "model": self._fingerprint,
-            "dtype": prepared.settings.dtype,
-            "backend": prepared.settings.backend,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "max_length": prepared.prompter.max_length,
-            "begin": prepared.prompter.begin_ids,
-            "template": prepared.prompter.name,
-            "versions": {name: self._versions.get(name) for name in needed},
-        }
+        return entry, records
 
     @cached_property
-    def _model(self) -> Any:
-        import torch
-
-        prepared, settings = self._prepared, self._prepared.settings
-        model: Any = load_model(
-            prepared.model,
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
-        )
-        model = merge_adapters(model)
+    def model(self) -> Any:
+        """Load the weights, with merged adapters, onto the GPU if there is one."""
+        model: Any = merge_adapters(load_model(self._prepared.model, **self._loading_options))
         return model.to("cuda") if torch.cuda.is_available() else model
 
+    @property
+    def _loading_options(self) -> dict[str, Any]:
+        settings = self._prepared.settings
+        return {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "revision")}
+
     @cached_property
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
         prepared, settings = self._prepared, self._prepared.settings
         if settings.backend == "vllm":
             return vllm_engine(
@@ -257,15 +194,109 @@ class _Session:
                 prepared.prompter,
                 batch_size=settings.batch_size,
                 end_token_ids=prepared.end_token_ids,
-                dtype=settings.dtype,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
+                **self._loading_options,
             )
-        ends = {*end_token_ids(self._model, prepared.prompter.tokenizer), *prepared.end_token_ids}
+        ends = {*end_token_ids(self.model, prepared.prompter.tokenizer), *prepared.end_token_ids}
         return transformers_engine(
-            self._model, prepared.prompter, batch_size=settings.batch_size, end_token_ids=sorted(ends)
+            self.model, prepared.prompter, batch_size=settings.batch_size, end_token_ids=sorted(ends)
         )
 
+    def _answer_items(self, task: Task, items: Sequence[ItemRequests]) -> list[dict[str, Any]]:
+        """Answer the requests that are not in the cache, and score all items.
 
-def _silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda done: None)
+        Batches are made of all requests, so that resuming changes none of them.
+        """
+        requests = list(dict.fromkeys(request for asked in items for request in asked.all))
+        done = sum(self._cache.get(request) is not None for request in requests)
+        if done < len(requests):
+            engine = self.engine
+            with self._progress(task.name, len(requests)) as advance:
+                advance(done)
+                for batch in engine.batches(requests):
+                    if any(self._cache.get(request) is None for request in batch):
+                        self._cache.add(engine.answer(batch))
+                        done += len(batch)
+                        advance(min(done, len(requests)))
+        return [score_item(task, asked, self._cache.get) for asked in items]
+
+    def _measure_alignment(self, task: PreparedTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the records of the sentence pairs, and the entry's further keys."""
+        content_hash = _digest([list(pair) for pair in task.pairs])
+        request = Measurement(f"alignment {self._versions.get('pivotune')}", content_hash)
+        measured = self._cache.get(request)
+        if measured is None:
+            with self._progress(task.task.name, 2 * len(task.pairs)) as advance:
+                tokenizer = self._prepared.prompter.tokenizer
+                alignment = measure_alignment(self.model, tokenizer, task.pairs, progress=advance)
+            measured = json.dumps(alignment._asdict())
+            self._cache.add({request: measured})
+        kept = json.loads(str(measured))
+        records = [{"task": task.task.name, **record} for record in kept["records"]]
+        by_layer = kept["by_layer"]
+        return records, {"by_layer": by_layer, "truncated": by_layer["truncated"], "prompt_hash": content_hash[:16]}
+
+
+def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], Answer | None]) -> dict[str, Any]:
+    """Return the item's record in `results.items.jsonl.gz`."""
+    item = asked.item
+    scores = [cast(LogProbability, answer_to(request)) for request in asked.likelihoods]
+    record: dict[str, Any] = {"task": task.name, "item": item.id}
+    if asked.generation is None:
+        # A NaN of a broken model is never the likeliest.
+        values = [-math.inf if math.isnan(score.logprob) else score.logprob for score in scores]
+        chosen = max(range(len(values)), key=values.__getitem__)
+        details = {
+            key: value
+            for key, value in item.details.items()
+            if isinstance(value, (str, int)) and len(str(value)) <= _DETAIL_CHARACTERS
+        }
+        record |= {"choice": chosen, "correct": int(chosen == item.gold), **details}
+    else:
+        text = cast(str, answer_to(asked.generation)).strip()
+        assert task.score is not None
+        is_right = in_language(text, task.answer_language) if task.answer_language and text else None
+        record |= {
+            **task.score(text, item),
+            "answer": text,
+            "answer_characters": len(text),
+            "empty": int(not text),
+            "in_language": None if is_right is None else int(is_right),
+        }
+    gold = scores[0] if item.gold is None else scores[item.gold]
+    record |= {"gold_nll": -gold.logprob, "gold_tokens": gold.tokens, "gold_characters": len(item.gold_answer)}
+    if asked.context.truncated:
+        record["truncated"] = True
+    return record
+
+
+def _figures(metrics: Sequence[Metric], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return value, standard error and count of every metric; those of the first one at the top level too."""
+    figures: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        figure = summarize(metric, records)
+        if figure.n:
+            figures[metric.name] = {**figure.to_dict(), **metric.to_dict()}
+    primary = metrics[0].name
+    top = {key: figures[primary][key] for key in ("value", "stderr", "n", "higher_is_better")}
+    return {"metric": primary, **top, "metrics": figures}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def _add_comet(requests: Sequence[ItemRequests], records: list[dict[str, Any]], checkpoint: str | None) -> str:
+    """Add COMET to the records of translations, or return the reason why it is unavailable."""
+    items = [asked.item for asked in requests]
+    try:
+        scores = comet_scores(
+            [str(item.details["source"]) for item in items],
+            [record["answer"] for record in records],
+            [item.gold_answer for item in items],
+            checkpoint=checkpoint,
+        )
+    except CometUnavailableError as error:
+        return str(error)
+    for record, score in zip(records, scores, strict=True):
+        record["comet"] = score
+    return ""

@@ -22,8 +22,8 @@ from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.errors import UsageError
 from pivotune.evaluation.cache import CACHE_FOLDER
+from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
-from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.models.loading import read_config
 from pivotune.results.files import read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run

@@ -1,4 +1,4 @@
-"""COMET with a package that stands in for unbabel-comet: what it is asked, and why it is left out."""
+"""COMET with a fake of unbabel-comet: its arguments, and the reasons for leaving it out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = (["a", "bb"], ["A", "BB"], ["x", "xx"])
 
 @pytest.fixture
 def package(monkeypatch):
-    """A module `comet`; `asked` holds what it was asked."""
+    """A module `comet`; `asked` holds its arguments."""
     asked: dict = {}
 
     class Model:

@@ -1,4 +1,4 @@
-"""The harness's texts are ours, character by character; other tasks of the harness by name."""
+"""Texts equal to the harness's, character by character; other tasks of the harness by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra eval) is not
 from datasets import Dataset
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import harness
 from pivotune.evaluation.tasks.base import Item
 from pivotune.evaluation.tasks.harness import harness_items, harness_task
-from pivotune.evaluation.tasks.xcopa import XCOPA
-from pivotune.evaluation.tasks.xnli import XNLI
+from pivotune.evaluation.tasks.tables import Source
+from pivotune.evaluation.tasks.understanding import XCOPA, XNLI
 
 _MMLU = {"instruction": " Was? ", "option_a": "1", "option_b": "2", "option_c": "3", "option_d": "4", "answer": "C"}
 _STORY = {f"input_sentence_{number}": f"Satz {number}." for number in range(1, 5)} | {
@@ -202,7 +201,7 @@ def test_several_inputs_are_not_scored(monkeypatch):
         task.read(Source())
 
 
-def test_what_cannot_be_loaded_is_one_line(monkeypatch):
+def test_a_failed_load_is_one_line(monkeypatch):
     class Broken(FakeHub):
         def load(self, name: str) -> Any:
             raise ConnectionError("no route\nto host")

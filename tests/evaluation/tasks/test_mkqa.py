@@ -1,4 +1,4 @@
-"""MKQA: the publisher's format, answer types and aliases, what is left out, yes and no, and malformed files."""
+"""MKQA: the publisher's format, answer types and aliases, left out questions, yes and no, and malformed files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
-from pivotune.evaluation.tasks import mkqa
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Item, TaskData
-from pivotune.evaluation.tasks.mkqa import MKQA
+from pivotune.evaluation.tasks.question_answering import MKQA
+from pivotune.evaluation.tasks.tables import Source
 
 
 def answer(answer_type: Any = "entity", text: Any = "Hà Nội", **more: Any) -> dict:
@@ -122,7 +122,7 @@ def test_questions_without_a_short_answer_are_left_out_and_counted(tmp_path, ans
     assert data.left_out == {reason: 2}
 
 
-def test_where_some_say_unanswerable_no_answer_is_right_too(tmp_path):
+def test_an_empty_answer_is_right_beside_an_unanswerable_gold_answer(tmp_path):
     item = read_one(tmp_path, answer("unanswerable", None), answer(text="Huế"))
     assert item.references == ("Huế", "")
     assert item.gold_answer == "Huế"
@@ -169,7 +169,7 @@ def test_a_set_or_split_that_is_not_there(tmp_path):
 
 MALFORMED = [
     ("{", "line 2, column 2: broken JSON"),
-    ("[]", "line 2: found a list, where an object with 'queries' is needed"),
+    ("[]", "line 2: list []; allowed: an object"),
     ({"answers": {}}, "line 2: no 'queries'; found 'answers'"),
     ({"queries": {"vi": "?"}}, "line 2: no 'answers'; found 'queries'"),
     (record(answer(), key="de"), "line 2, 'queries': no 'vi'; found 'de'"),
@@ -204,7 +204,7 @@ def test_malformed_rows(tmp_path, row, message):
 
 def test_a_file_with_nothing_to_ask(tmp_path):
     write(tmp_path, record(answer("unanswerable", None)))
-    with pytest.raises(UsageError, match=r"mkqa_vi: no questions that can be asked in mkqa\.jsonl$"):
+    with pytest.raises(UsageError, match=r"mkqa_vi: no questions in mkqa\.jsonl$"):
         read(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_hub_has_types_as_numbers(monkeypatch, tmp_path):
         asked.append(names)
         return enumerate(rows, start=1)
 
-    monkeypatch.setattr(mkqa, "read_hub_records", read_hub)
+    monkeypatch.setattr(tables, "read_hub_records", read_hub)
     data = read(None)
     assert asked == [("mkqa_vi", "apple/mkqa", "mkqa", "train")]
     assert (data.origin, data.left_out) == (["apple/mkqa/mkqa"], {"unanswerable": 1})

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_files import read_task
+from benchmark_files import read_task, write_file
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.tasks import squad
+from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Item, TaskData
-from pivotune.evaluation.tasks.squad import MLQA, XQUAD
+from pivotune.evaluation.tasks.question_answering import MLQA, XQUAD
 
 PASSAGE = "Der Rhein fließt durch Köln."
 
@@ -28,14 +27,8 @@ def squad_file(*questions: Any, context: Any = PASSAGE) -> dict:
     return {"version": "1.1", "data": [{"title": "Rhein", "paragraphs": [paragraph]}]}
 
 
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
 def score_of_copied_gold(benchmark, language: str, data: TaskData) -> list[float]:
-    """Sum of each metric's numbers where the first gold answer is given."""
+    """Sum each metric's numbers for predictions equal to the first gold answer."""
     (task,) = benchmark.tasks(language)
     scores = [task.score(item.gold_answer, item) for item in data.items]
     return [sum(score[name] for score in scores) for name in ("f1", "exact_match")]
@@ -76,7 +69,7 @@ def test_task():
 
 
 def test_german_file(tmp_path):
-    write(tmp_path / "deep" / "xquad.de.json", squad_file(question(), question("q2", answers=["der Rhein"])))
+    write_file(tmp_path / "deep" / "xquad.de.json", squad_file(question(), question("q2", answers=["der Rhein"])))
     data = read_task(XQUAD, "de", tmp_path)
     expected = f"Kontext: {PASSAGE}\n\nFrage: Wo fließt der Rhein?\n\nAntwort:"
     assert data.items == [
@@ -91,7 +84,7 @@ def test_german_file(tmp_path):
 
 
 def test_a_language_that_is_not_published_is_read_with_english_labels(tmp_path):
-    write(tmp_path / "xquad.sw.json", squad_file(question()))
+    write_file(tmp_path / "xquad.sw.json", squad_file(question()))
     assert read_task(XQUAD, "sw", tmp_path).items[0].query.startswith("Context: Der Rhein")
 
 
@@ -105,12 +98,12 @@ def test_gzip_byte_order_mark_indentation_and_whole_number_ids(tmp_path, encodin
 
 
 def test_mlqa_reads_the_test_split_unless_another_is_asked_for_or_there_is_none(tmp_path):
-    write(tmp_path / "dev" / "dev-context-de-question-de.json", squad_file(question("from dev")))
-    write(tmp_path / "test" / "test-context-de-question-en.json", squad_file(question("of another pair")))
+    write_file(tmp_path / "dev" / "dev-context-de-question-de.json", squad_file(question("from dev")))
+    write_file(tmp_path / "test" / "test-context-de-question-en.json", squad_file(question("of another pair")))
     assert read_task(MLQA, "de", tmp_path).split == "validation"
     with pytest.raises(UsageError, match=r"mlqa_de: no test-context-de-question-de\.json below"):
         read_task(MLQA, "de", tmp_path, "test")
-    write(tmp_path / "test" / "test-context-de-question-de.json", squad_file(question("from test")))
+    write_file(tmp_path / "test" / "test-context-de-question-de.json", squad_file(question("from test")))
     for split, identity, name in [
         (None, "from test", "test"),
         ("test", "from test", "test"),
@@ -136,7 +129,7 @@ def test_a_set_that_is_not_there(tmp_path):
 
 def test_two_files_of_one_name(tmp_path):
     for folder in "ab":
-        write(tmp_path / folder / "xquad.de.json", squad_file(question()))
+        write_file(tmp_path / folder / "xquad.de.json", squad_file(question()))
     with pytest.raises(UsageError, match=r"a.xquad\.de\.json and .*b.xquad\.de\.json are both"):
         read_task(XQUAD, "de", tmp_path)
 
@@ -170,7 +163,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("content", "message"), MALFORMED)
 def test_malformed_files(tmp_path, content, message):
     # ASCII, so that half of a surrogate pair can be written as JSON spells it.
-    path = write(tmp_path / "xquad.de.json", content if isinstance(content, str) else json.dumps(content))
+    path = write_file(tmp_path / "xquad.de.json", content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UsageError) as caught:
         read_task(XQUAD, "de", tmp_path)
     assert str(caught.value).startswith(str(path))
@@ -180,13 +173,13 @@ def test_malformed_files(tmp_path, content, message):
 
 @pytest.mark.parametrize("content", [{"data": []}, squad_file()])
 def test_a_file_without_questions(tmp_path, content):
-    write(tmp_path / "deep" / "xquad.de.json", content)
-    with pytest.raises(UsageError, match=r"xquad_de: no questions that can be asked in deep/xquad\.de\.json$"):
+    write_file(tmp_path / "deep" / "xquad.de.json", content)
+    with pytest.raises(UsageError, match=r"xquad_de: no questions in deep/xquad\.de\.json$"):
         read_task(XQUAD, "de", tmp_path)
 
 
 def test_an_id_that_stands_twice(tmp_path):
-    write(tmp_path / "xquad.de.json", squad_file(question("q1"), question("q2"), question("q1")))
+    write_file(tmp_path / "xquad.de.json", squad_file(question("q1"), question("q2"), question("q1")))
     with pytest.raises(UsageError, match=r"question 3 \(id q1\): the id 'q1' is that of .* question 1 \(id q1\) too"):
         read_task(XQUAD, "de", tmp_path)
 
@@ -198,7 +191,7 @@ def hub_record(**changes: Any) -> dict:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The Hub with `records` in every set; `asked` has what was loaded."""
+    """A Hub with `records` in every set; `asked` has the arguments of the last load."""
 
     class Hub:
         records = (hub_record(),)
@@ -209,7 +202,7 @@ def hub(monkeypatch):
             return enumerate(self.records, start=1)
 
     fake = Hub()
-    monkeypatch.setattr(squad, "read_hub_records", fake.read)
+    monkeypatch.setattr(tables, "read_hub_records", fake.read)
     return fake
 
 
@@ -225,7 +218,7 @@ def test_hub(hub, tmp_path, benchmark, split, asked):
     data = read_task(benchmark, "de", None, split)
     assert hub.asked == asked
     assert (data.split, data.origin) == (asked[3], [f"{asked[1]}/{asked[2]}"])
-    write(tmp_path / "xquad.de.json", squad_file(question("h1", "Wo?", ["Köln"])))
+    write_file(tmp_path / "xquad.de.json", squad_file(question("h1", "Wo?", ["Köln"])))
     assert data.items == read_task(XQUAD, "de", tmp_path).items
 
 
@@ -239,11 +232,11 @@ def test_hub_has_only_the_published_languages(hub):
     ("changes", "message"),
     [
         ({"answers": {"text": []}}, "'answers' is empty"),
-        ({"answers": [{"text": "a"}]}, "'answers' is a list; an object is needed"),
+        ({"answers": "a"}, "'answers' is text; a list is needed"),
         ({"context": None}, "'context' is null"),
     ],
 )
 def test_malformed_hub_records(hub, changes, message):
     hub.records = (hub_record(), hub_record(id="h2", **changes))
-    with pytest.raises(UsageError, match=rf"^google/xquad/xquad\.de, validation, row 2.*{message}"):
+    with pytest.raises(UsageError, match=rf"^google/xquad/xquad\.de, row 2.*{message}"):
         read_task(XQUAD, "de", None)

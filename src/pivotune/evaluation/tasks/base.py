@@ -1,36 +1,38 @@
-"""What a benchmark is: a name, its languages, a reader that gives items, and how a model's answers to them are scored.
+"""Definitions of benchmarks: a name, languages, a reader of items, and the scoring of answers.
 
-A task is a benchmark in one language (`xquad_vi`). Its items are plain data, the same whether they were read from the
-publisher's own files or from the Hub; the runner turns them into requests, and `Metric`s say how the per-item numbers in
-`results.items.jsonl.gz` make the figures in `results.json`.
+A task is a benchmark in one language (`xquad_vi`). Its items are plain data, equal for the publisher's files and the
+Hub. `Metric`s define how the numbers of items in `results.items.jsonl.gz` give the figures in `results.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from pivotune.evaluation.sources import Source
+from pivotune.evaluation.tasks.tables import Source
 from pivotune.results.metrics import Metric
 
-Kind = Literal["answer", "choice", "translation"]
+Kind = Literal["answer", "choice", "translation", "alignment"]
+
+ACCURACY = Metric("accuracy", "mean", ("correct",), 100.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: the user's text, and either gold answers or choices with the right one.
+    """One question with gold answers, or with choices of which one is right.
 
     Attributes:
-        id: unique within the task and the same in every run; paired tests join on it.
-        query: what the user says; the run's template goes around it. May be empty (XNLI scores whole sentences).
-        references: gold answers, the likeliest to be given first: its likelihood is reported.
-        choices: continuations of which the likeliest is taken as the model's answer.
+        id: unique within the task and equal in every run; paired tests join on it.
+        query: the user's text, put into the run's template. May be empty (XNLI scores whole sentences).
+        references: gold answers, the likeliest first: its likelihood is reported.
+        choices: continuations; the likeliest is the model's answer.
         gold: index of the right choice.
-        delimiter: what stands between query and answer where no template does (`--template none`).
-        cuttable: characters of the query whose beginning may be left out where the model's context is too short (the
-            passage, the sentence to translate); None for all of it.
-        details: more that the scorer or a reader of the items needs (subject, answer types, source sentence).
+        delimiter: text between query and answer without a template (`--template none`).
+        cuttable: span of the query that loses its beginning in a too long prompt (the passage, the sentence to
+            translate); None for the whole query.
+        details: further data for the scorer and readers of the items (subject, answer types, source sentence).
     """
 
     id: str
@@ -49,22 +51,19 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """What was read for one task.
+    """Items of one task, or sentence pairs of an alignment task.
 
     Attributes:
-        items: the questions that count.
-        split: the split they are.
-        origin: where they come from: file names or a Hub name.
-        left_out: how many records of the split are no items, by reason (MKQA's questions that have no short answer).
+        items: `Item`s or `SentencePair`s that count; both have an `id`.
+        split: their split.
+        origin: file names or a Hub name.
+        left_out: number of skipped records by reason (MKQA's questions without a short answer).
     """
 
-    items: Sequence[Item]
+    items: Sequence[Any]
     split: str
     origin: Sequence[str]
     left_out: Mapping[str, int] = field(default_factory=dict)
-
-
-Score = Callable[[str, Item], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,18 @@ class Task:
     """One benchmark in one language.
 
     Attributes:
-        name: as typed after `--tasks` and as written in results (`xquad_vi`, `flores_en-vi`).
+        name: as after `--tasks` and in results (`xquad_vi`, `flores_en-vi`).
         benchmark: the set's name (`xquad`).
-        language: two-letter code of the language that is measured, as in `data.language`.
-        kind: `answer` and `translation` are generated greedily, `choice` is the likeliest continuation.
+        language: code of the measured language, as in `data.language`.
+        kind: `answer` and `translation` are generated greedily; `choice` takes the likeliest continuation; `alignment`
+            compares hidden states.
         metrics: the first is the primary one.
-        read: gives the items; raises `UsageError` with one line (which file, row; where to get a missing set).
-        answer_language: language that answers should be in; None where answers have no language (numbers, names).
-        score: for `answer` and `translation`: the item's numbers, from the generated text (may be empty) and the item; the
-            names that `metrics` refer to. Choice tasks are scored by the runner (`accuracy`).
-        max_new_tokens: longest answer that is generated.
-        stop: strings at which generation ends, once something other than white space has been said.
+        read: returns the items; raises `UsageError` with file and row, or with the source of a missing set.
+        answer_language: language of right answers; None for answers without one (numbers, names).
+        score: numbers of an item from a generated answer (may be empty), for `answer` and `translation`; `metrics`
+            refer to their names. Choices are scored by `run.score_item`.
+        max_new_tokens: limit of a generated answer.
+        stop: strings that end generation after the first word.
     """
 
     name: str
@@ -92,22 +92,22 @@ class Task:
     metrics: Sequence[Metric]
     read: Callable[[Source], TaskData]
     answer_language: str | None = None
-    score: Score | None = None
+    score: Callable[[str, Item], Mapping[str, Any]] | None = None
     max_new_tokens: int = 64
     stop: Sequence[str] = ("\n",)
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A set of tasks, one per language.
+    """A set of tasks, by language.
 
     Attributes:
         name: prefix of its tasks' names.
         title: for tables and messages.
-        languages: two-letter codes it is published in; other languages are read where files of its format are at hand
-            (`open_ended`).
-        tasks: the tasks of one language (translation has two: into and out of it).
-        homepage: where the publisher's files are.
+        languages: codes of the published languages.
+        tasks: tasks of one language (translation has two: into and out of it).
+        homepage: source of the publisher's files.
+        open_ended: True to read files of the same format in other languages too.
     """
 
     name: str
@@ -116,3 +116,24 @@ class Benchmark:
     tasks: Callable[[str], Sequence[Task]]
     homepage: str
     open_ended: bool = False
+
+
+# (language, source) -> items
+Reader = Callable[[str, Source], TaskData]
+
+
+def choice_benchmark(
+    name: str,
+    title: str,
+    languages: Sequence[str],
+    homepage: str,
+    read: Reader,
+    metric: Metric = ACCURACY,
+    open_ended: bool = False,
+) -> Benchmark:
+    """Return a benchmark with one multiple-choice task per language."""
+
+    def tasks(language: str) -> list[Task]:
+        return [Task(f"{name}_{language}", name, language, "choice", (metric,), partial(read, language))]
+
+    return Benchmark(name, title, languages, tasks, homepage, open_ended)

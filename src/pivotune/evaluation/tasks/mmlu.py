@@ -1,67 +1,41 @@
 """MMLU in other languages: questions of 57 subjects, four answers each (Hendrycks et al., 2021).
 
-Translated by Okapi, OpenAI and others. The prompt is lm-evaluation-harness's `m_mmlu_{language}`, which is the same in
-every language: the question, the answers after A. to D., and `Answer:`; the likeliest letter counts. Zero-shot, as in
-the paper. Subjects take turns, so that the first items (`--limit`) are of many subjects.
+Translated by Okapi, OpenAI and others. The prompt is lm-evaluation-harness's `m_mmlu_{language}`, equal in every
+language: the question, the answers after A. to D., and `Answer:`; the likeliest letter counts. Zero-shot, as in the
+paper. Subjects alternate, so that the first items (`--limit`) cover many subjects.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pivotune.data.formats import file_type
-from pivotune.evaluation.sources import Source, hub_name
-from pivotune.evaluation.tasks.base import Benchmark, Task, TaskData
-from pivotune.evaluation.tasks.harness import ACCURACY, OKAPI_LANGUAGES, harness_items
-from pivotune.evaluation.tasks.question_answering import check_published
-from pivotune.evaluation.tasks.tables import (
-    Record,
-    Split,
-    choose_split,
-    index_by_id,
-    only_file,
-    origin_of,
-    read_hub,
-    read_objects,
-    read_table,
-)
+from pivotune.evaluation.tasks import tables
+from pivotune.evaluation.tasks.base import TaskData, choice_benchmark
+from pivotune.evaluation.tasks.harness import OKAPI_LANGUAGES, harness_items
+from pivotune.evaluation.tasks.tables import Record, Source, Split
 
-HOMEPAGE = "https://huggingface.co/datasets/alexandrainst/m_mmlu or https://huggingface.co/datasets/openai/MMMLU"
-
+_HOMEPAGE = "https://huggingface.co/datasets/alexandrainst/m_mmlu or https://huggingface.co/datasets/openai/MMMLU"
 _HARNESS_LANGUAGES = (*OKAPI_LANGUAGES, "en", "is", "nb")
-# Languages that only OpenAI's translation has, with its configuration on the Hub.
+# Languages of OpenAI's translation alone, with its configuration on the Hub.
 _OPENAI_ONLY = {"ja": "JA_JP", "ko": "KO_KR", "sw": "SW_KE", "yo": "YO_NG"}
 _LANGUAGES = tuple(sorted((*_HARNESS_LANGUAGES, *_OPENAI_ONLY)))
-
 _OPTIONS = tuple(f"option_{letter}" for letter in "abcd")
 _COLUMNS = {
     "instruction": ("question", "instruction"),
     **{name: (name[-1].upper(), name) for name in _OPTIONS},
     "answer": ("answer",),
 }
-_ANY_SUBJECT = "mmlu"
-_FOLDERS = ("test", "val", "validation", "dev")
 _ANSWERS = {letter: letter for letter in "ABCD"}
-
-
-def _splits(language: str) -> list[Split]:
-    folder = f"mmlu_{language}"
-    test_files = f"{folder}/test/*.csv or mmlu_{language.upper()}-*.csv or {language}_test.json"
-    return [
-        Split("test", _patterns(language, "test"), files=test_files),
-        Split("validation", _patterns(language, "val", "validation"), ("val",), "val", f"{folder}/val/*.csv"),
-        # The five questions of a subject that examples are taken from; the Hub calls them train.
-        Split("dev", _patterns(language, "dev"), (), "train", f"{folder}/dev/*.csv"),
-    ]
+_FOLDERS = ("test", "val", "validation", "dev")
+_ANY_SUBJECT = "mmlu"
 
 
 def _patterns(language: str, *parts: str) -> list[str]:
-    """A folder of one CSV per subject; OpenAI's one CSV (test only); Okapi's JSON."""
+    """Return patterns of a folder with one CSV per subject, of OpenAI's single CSV (test only) and of Okapi's JSON."""
     names = [f"{language}_{part}.{kind}" for part in parts for kind in ("json", "jsonl")]
     patterns = [f"mmlu_{language}/{part}/*.csv" for part in parts]
     if language == "en":
@@ -71,82 +45,64 @@ def _patterns(language: str, *parts: str) -> list[str]:
     return [*patterns, *(f"*mmlu*/{name}" for name in names), *(f"*mmlu_{name}" for name in names), *names]
 
 
-def _hub(language: str) -> tuple[str, str]:
-    if language in _OPENAI_ONLY:
-        return "openai/MMMLU", _OPENAI_ONLY[language]
-    return "alexandrainst/m_mmlu", language
-
-
 def _read(language: str, source: Source) -> TaskData:
-    task, hub = f"mmlu_{language}", _hub(language)
-    if source.data_dir is None:
-        check_published(task, language, _LANGUAGES)
-    split, files = choose_split(task, source, _splits(language), HOMEPAGE)
-    records = _from_files(task, files) if files else _from_hub(task, hub, split.hub_name)
-    origin = origin_of(source, files) or [hub_name(*hub)]
-    docs = _taking_turns(index_by_id(task, origin, _docs(records)))
-    subjects = {identifier: {"subject": identifier.rpartition("/")[0]} for identifier in docs}
+    task = f"mmlu_{language}"
+    hub = ("openai/MMMLU", _OPENAI_ONLY[language]) if language in _OPENAI_ONLY else ("alexandrainst/m_mmlu", language)
+    tables.check_published(task, source, language, _LANGUAGES)
+    test_files = f"{task}/test/*.csv or mmlu_{language.upper()}-*.csv or {language}_test.json"
+    splits = [
+        Split("test", _patterns(language, "test"), files=test_files),
+        Split("validation", _patterns(language, "val", "validation"), ("val",), "val", f"{task}/val/*.csv"),
+        # Five questions of each subject, for examples; the Hub calls them train.
+        Split("dev", _patterns(language, "dev"), (), "train", f"{task}/dev/*.csv"),
+    ]
+    split, files = tables.choose_split(task, source, splits, _HOMEPAGE)
+    if files:
+        records = _file_records(task, files)
+    else:
+        hub_records = tables.read_hub(task, hub, split.hub_name, _COLUMNS)
+        records = ((_subject(record, _ANY_SUBJECT), record) for record in hub_records)
+    origin = tables.origin_of(source, files) or [tables.hub_name(*hub)]
+    docs = tables.by_id(task, origin, _docs(records))
+    details = {identifier: {"subject": identifier.rpartition("/")[0]} for identifier in docs}
+    # The first question of every subject, then the second ones, and so on.
+    place = {subject: index for index, subject in enumerate(dict.fromkeys(d["subject"] for d in details.values()))}
+    ids = sorted(docs, key=lambda name: (int(name.rpartition("/")[2]), place[details[name]["subject"]]))
     harness_name = f"m_mmlu_{language}" if language in _HARNESS_LANGUAGES else "m_mmlu_en"
-    return TaskData(harness_items(harness_name, docs, subjects), split.name, origin)
+    items = harness_items(harness_name, {identifier: docs[identifier] for identifier in ids}, details)
+    return TaskData(items, split.name, origin)
 
 
-def _from_hub(task: str, hub: tuple[str, str], split: str) -> Iterator[tuple[str, Record]]:
-    for record in read_hub(task, *hub, split, _COLUMNS):
-        yield _subject(record, _ANY_SUBJECT), record
-
-
-def _from_files(task: str, files: Sequence[Path]) -> Iterator[tuple[str, Record]]:
-    """(subject, record) of a folder's files one after the other, or of a single file."""
+def _file_records(task: str, files: Sequence[Path]) -> Iterator[tuple[str, Record]]:
+    """Yield (subject, record) of a folder's files one after the other, or of a single file."""
     by_subject: defaultdict[str, list[Path]] = defaultdict(list)
     for path in files:
-        by_subject[_subject_of_file(path)].append(path)
+        # Any other file holds all subjects (OpenAI's lie in `test/` too).
+        has_one = path.parent.name in _FOLDERS and file_type(path) == ".csv" and not path.name.startswith("mmlu_")
+        subject = re.sub(rf"_({'|'.join(_FOLDERS)})$", "", path.name.split(".")[0]) if has_one else _ANY_SUBJECT
+        by_subject[subject].append(path)
     for subject, paths in by_subject.items():
-        path = only_file(task, paths)
+        path = tables.only_file(task, paths)
         is_csv = file_type(path) == ".csv"
-        for record in read_table(path, _COLUMNS, delimiter=",") if is_csv else read_objects(path, _COLUMNS):
+        for record in (
+            tables.read_table(path, _COLUMNS, delimiter=",") if is_csv else tables.read_objects(path, _COLUMNS)
+        ):
             yield _subject(record, subject), record
 
 
-def _subject_of_file(path: Path) -> str:
-    """`anatomy` for `test/anatomy_test.csv`; any other file holds all subjects (OpenAI's lie in `test/` too)."""
-    if path.parent.name not in _FOLDERS or file_type(path) != ".csv" or path.name.startswith("mmlu_"):
-        return _ANY_SUBJECT
-    return re.sub(rf"_({'|'.join(_FOLDERS)})$", "", path.name.split(".")[0])
-
-
 def _subject(record: Record, default: str) -> str:
-    """As the record names it, or the first part of an id such as `anatomy/test/3`."""
+    """Return the record's subject, or the first part of an id such as `anatomy/test/3`."""
     named = record.values.get("Subject") or record.values.get("subject")
     in_id, slash, _ = str(record.values.get("id", "")).partition("/")
     return str(named or (in_id if slash else "") or default)
 
 
-def _docs(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record, dict[str, str]]]:
+def _docs(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, str, dict[str, str]]]:
     numbers: Counter[str] = Counter()
     for subject, record in records:
         numbers[subject] += 1
         texts = {name: record.text(name) for name in ("instruction", *_OPTIONS)}
-        yield f"{subject}/{numbers[subject]}", record, {**texts, "answer": record.label("answer", _ANSWERS)}
+        yield f"{subject}/{numbers[subject]}", record.place, {**texts, "answer": record.label("answer", _ANSWERS)}
 
 
-def _taking_turns(docs: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """The first of every subject, then the second, and so on."""
-    by_subject: defaultdict[str, list[str]] = defaultdict(list)
-    for identifier in docs:
-        by_subject[identifier.rpartition("/")[0]].append(identifier)
-    rounds = zip_longest(*by_subject.values())
-    return {identifier: docs[identifier] for ids in rounds for identifier in ids if identifier is not None}
-
-
-def _tasks(language: str) -> list[Task]:
-    return [Task(f"mmlu_{language}", "mmlu", language, "choice", (ACCURACY,), partial(_read, language))]
-
-
-MMLU = Benchmark(
-    name="mmlu",
-    title="MMLU",
-    languages=_LANGUAGES,
-    tasks=_tasks,
-    homepage=HOMEPAGE,
-    open_ended=True,
-)
+MMLU = choice_benchmark("mmlu", "MMLU", _LANGUAGES, _HOMEPAGE, _read, open_ended=True)

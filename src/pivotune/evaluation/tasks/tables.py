@@ -1,7 +1,7 @@
-"""Records of benchmark files: tables with or without a header, JSON, and the Hub's rows, each with its place for messages.
+"""Find and read benchmark data: publishers' files in a folder, or data sets of the Hugging Face Hub.
 
-A publisher's file is found by `choose_split` and read by `read_table`, `read_objects` or `read_hub`, which give the same
-`Record`s: fields under one set of names, whatever the file calls them, and errors that name file and line.
+`choose_split` finds files by name. `read_table`, `read_objects` and `read_hub` give `Record`s: fields under one set of
+names for all spellings of the publishers, and errors with file and line.
 """
 
 from __future__ import annotations
@@ -9,50 +9,62 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 from pivotune.data.formats import numbered_by, read_file, read_lines
 from pivotune.errors import UsageError
-from pivotune.evaluation.sources import Source, hub_name, missing, read_hub_records
-from pivotune.evaluation.tasks.question_answering import text_member
 
 Value = TypeVar("Value")
+# Field -> its spellings in files, in upper or lower case; every field is required.
 Columns = Mapping[str, Sequence[str]]
-"""Our name of a field -> the names publishers give it, upper or lower case; all of them are needed."""
+# Dataset and configuration on the Hub.
+Hub = tuple[str, str | None]
 
-_Row = tuple[int, list[str]]
+_KEYS_SHOWN = 8
+_KINDS = {str: "text", list: "a list", dict: "an object"}
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record of a file or of the Hub.
+class MissingDataError(UsageError):
+    """A benchmark's data is absent; other benchmarks may be there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files below `data_dir`, or the Hub for None.
 
     Attributes:
-        values: by the names in `Columns`; what else the record holds stands under its own name.
-        number: 1-based line or row.
-        place: file and line, or Hub name and row, for messages.
+        data_dir: folder with publishers' original files; they are found by name at any depth.
+        split: requested split (`test`, `validation`); None for the usual one of each benchmark.
+        pairs: the user's own parallel text (`--pairs`, `--english`): lines, or any form of training data.
     """
 
-    values: Mapping[str, Any]
-    number: int
-    place: str
+    data_dir: Path | None = None
+    split: str | None = None
+    pairs: tuple[Path, Path | None] | None = None
 
-    def text(self, name: str) -> str:
-        """The field as it stands; a `UsageError` where it is no text or blank."""
-        return text_member(self.values, name, self.place)
+    def find(self, *patterns: str) -> list[Path]:
+        """Return the files that match the first matching pattern.
 
-    def label(self, name: str, allowed: Mapping[str, Value]) -> Value:
-        """What `allowed` gives for the field, which may be a number or a text in upper or lower case."""
-        value = self.values[name]
-        found = str(value).strip().casefold()
-        for label, meaning in allowed.items():
-            if label.casefold() == found:
-                return meaning
-        raise self.error(f"{name} is {value!r:.60}; allowed: {', '.join(allowed)}")
+        Args:
+            patterns: `fnmatch` patterns of a file name (`xquad.vi.json`) or of the last folders and a name
+                (`mmlu_ar/test/*.csv`); gzipped files (`.gz` added) match too.
+        """
+        for pattern in patterns:
+            depth = pattern.count("/") + 1
+            tails = [(path, "/".join(path.parts[-depth:])) for path in self._files]
+            found = [path for path, tail in tails if fnmatchcase(tail, pattern) or fnmatchcase(tail, f"{pattern}.gz")]
+            if found:
+                return found
+        return []
 
-    def error(self, problem: str) -> UsageError:
-        return UsageError(f"{self.place}: {problem}")
+    @cached_property
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.data_dir.rglob("*") if path.is_file()) if self.data_dir else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +73,10 @@ class Split:
 
     Attributes:
         name: as in results.
-        patterns: its files, as for `Source.find`.
-        aliases: other words for it that `--split` takes.
-        hub: its name on the Hub, where that is another.
-        files: the patterns in words, for the message that none is there.
+        patterns: of its files, as for `Source.find`.
+        aliases: other values of `--split`.
+        hub: its name on the Hub, if different.
+        files: the patterns in words, for messages.
     """
 
     name: str
@@ -78,6 +90,13 @@ class Split:
         return self.hub or self.name
 
 
+def missing_data(task: str, source: Source, wanted: str, homepage: str) -> MissingDataError:
+    """Return the error for a set that is not in the folder."""
+    return MissingDataError(
+        f"{task}: no {wanted} below {source.data_dir}; get it from {homepage}, or leave out --data-dir to use the Hub"
+    )
+
+
 def choose_split(
     task: str,
     source: Source,
@@ -85,18 +104,16 @@ def choose_split(
     homepage: str,
     keep: Callable[[Path], bool] = lambda path: True,
 ) -> tuple[Split, list[Path]]:
-    """The split that was asked for, else the first that is in the folder, and its files (none where the Hub is read).
+    """Return the requested split, else the first one in the folder, and its files (none for the Hub).
 
     Args:
-        splits: in the order in which they are taken where none was asked for.
-        keep: says no to a file that has the right name and is something else.
+        splits: in order of preference.
+        keep: returns False for a file with the right name and other content.
 
     Raises:
-        UsageError: there is no such split, or none of its files is in the folder.
+        UsageError: unknown split, or no file of it in the folder.
     """
-    wanted = splits
-    if source.split is not None:
-        wanted = [split for split in splits if source.split in (split.name, *split.aliases)]
+    wanted = [split for split in splits if source.split in (None, split.name, *split.aliases)]
     if not wanted:
         raise UsageError(f"{task}: has no split {source.split!r}; allowed: {', '.join(split.name for split in splits)}")
     if source.data_dir is None:
@@ -106,12 +123,65 @@ def choose_split(
             if files := [path for path in source.find(pattern) if keep(path)]:
                 return split, files
     names = " or ".join(split.files or " or ".join(split.patterns) for split in wanted)
-    raise missing(task, source, names, homepage)
+    raise missing_data(task, source, names, homepage)
+
+
+def check_published(task: str, source: Source, language: str, languages: Sequence[str]) -> None:
+    """Raise UsageError for a language that the Hub does not have, before a download."""
+    if source.data_dir is None and language not in languages:
+        raise UsageError(
+            f"{task}: the Hub has this set in {', '.join(languages)}; another language needs its file and --data-dir"
+        )
+
+
+def only_file(task: str, files: Sequence[Path]) -> Path:
+    """Return the only file; refuse two files of one name (a copy, another version)."""
+    if len(files) > 1:
+        raise UsageError(f"{task}: {files[0]} and {files[1]} are both there; keep one of them below --data-dir")
+    return files[0]
+
+
+def origin_of(source: Source, files: Iterable[Path]) -> list[str]:
+    """Return file names relative to the data folder, equal on every machine."""
+    return [path.relative_to(source.data_dir or path.parent).as_posix() for path in files]
+
+
+def hub_name(path: str, config: str | None) -> str:
+    return path if config is None else f"{path}/{config}"
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A split that was found: its name, where it comes from (file names or a Hub name), and its records."""
+class Record:
+    """One record of a file or of the Hub.
+
+    Attributes:
+        values: by the names in `Columns`; further fields keep their own name.
+        number: 1-based line or row.
+        place: file and line, or Hub name and row, for messages.
+    """
+
+    values: Mapping[str, Any]
+    number: int
+    place: str
+
+    def text(self, name: str) -> str:
+        """Return the field unchanged; raise UsageError for a blank field or another type."""
+        return text_member(self.values, name, self.place)
+
+    def label(self, name: str, allowed: Mapping[str, Value]) -> Value:
+        """Return the value in `allowed` for the field: a number, or text in any case."""
+        found = str(self.values[name]).strip().casefold()
+        for label, meaning in allowed.items():
+            if label.casefold() == found:
+                return meaning
+        raise self.error(f"{name} is {self.values[name]!r:.60}; allowed: {', '.join(allowed)}")
+
+    def error(self, problem: str) -> UsageError:
+        return UsageError(f"{self.place}: {problem}")
+
+
+class OpenedSet(NamedTuple):
+    """A split's name, its origin (file names or a Hub name) and its records."""
 
     split: str
     origin: list[str]
@@ -125,61 +195,46 @@ def open_set(
     homepage: str,
     *,
     read: Callable[[Path], Iterator[Record]],
-    hub: tuple[str, str | None],
-    columns: Columns,
+    hub: Hub,
+    columns: Columns = MappingProxyType({}),
     keep: Callable[[Path], bool] = lambda path: True,
-) -> Opened:
-    """A set whose splits are one file each, or the Hub's (`hub`: dataset and configuration; `columns`: its fields)."""
+) -> OpenedSet:
+    """Open a set with one file per split, or the Hub's data set with the fields `columns`."""
     split, files = choose_split(task, source, splits, homepage, keep)
     if files:
-        return Opened(split.name, origin_of(source, files), read(only_file(task, files)))
-    return Opened(split.name, [hub_name(*hub)], read_hub(task, *hub, split.hub_name, columns))
+        return OpenedSet(split.name, origin_of(source, files), read(only_file(task, files)))
+    return OpenedSet(split.name, [hub_name(*hub)], read_hub(task, hub, split.hub_name, columns))
 
 
-def only_file(task: str, files: Sequence[Path]) -> Path:
-    """The one file; two of a name (a copy, another version) would have to be told apart by guessing."""
-    if len(files) > 1:
-        raise UsageError(f"{task}: {files[0]} and {files[1]} are both there; keep one of them below --data-dir")
-    return files[0]
-
-
-def origin_of(source: Source, files: Iterable[Path]) -> list[str]:
-    """File names relative to the data folder, the same on every machine."""
-    return [path.relative_to(source.data_dir or path.parent).as_posix() for path in files]
-
-
-def index_by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, Record, Value]]) -> dict[str, Value]:
-    """(id, record, value) as a mapping from id to value, in order.
+def by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, str, Value]]) -> dict[str, Value]:
+    """Map ids to values, in order, from (id, place, value); paired tests join on these ids.
 
     Raises:
-        UsageError: an id comes twice, or there is nothing at all.
+        UsageError: repeated id, or no rows.
     """
-    index: dict[str, Value] = {}
-    for identifier, record, value in rows:
-        if identifier in index:
-            raise record.error(f"the id {identifier!r} stands here for the second time")
-        index[identifier] = value
-    if not index:
+    values: dict[str, Value] = {}
+    places: dict[str, str] = {}
+    for identifier, place, value in rows:
+        if identifier in values:
+            raise UsageError(
+                f"{place}: the id {identifier!r} is that of {places[identifier]} too; ids must be distinct"
+            )
+        values[identifier], places[identifier] = value, place
+    if not values:
         raise UsageError(f"{task}: no questions in {', '.join(origin)}")
-    return index
+    return values
 
 
 def read_table(
-    path: Path,
-    columns: Columns,
-    *,
-    delimiter: str = "\t",
-    header: bool | None = None,
-    unquote: bool = False,
+    path: Path, columns: Columns, *, delimiter: str = "\t", header: bool | None = None, unquote: bool = False
 ) -> Iterator[Record]:
-    """Records of a table.
+    """Yield the records of a table.
 
-    Tab-separated files are taken as they stand (a `"` is part of the text); comma-separated ones are CSV as spreadsheets
-    write it.
+    Tab-separated files are read unchanged (`"` is text); comma-separated files are CSV as spreadsheets write it.
 
     Args:
-        header: whether the first row names the columns; None to see for oneself. Without one the cells are `columns` in
-            their order.
+        header: True for column names in the first row; None to detect them. Without a header the cells are `columns` in
+            order.
         unquote: undo CSV quoting of single cells of a tab-separated file.
     """
     rows = _tab_rows(path, unquote) if delimiter == "\t" else _csv_rows(path)
@@ -187,87 +242,99 @@ def read_table(
     if first is None:
         raise UsageError(f"{path}: no rows in it")
     line, cells = first
-    has_header = header or (header is None and not _absent(cells, columns))
-    names = [cell.strip() for cell in cells] if has_header else [spellings[0] for spellings in columns.values()]
-    if has_header:
-        _check_header(names, columns, f"{path}, line {line}")
+    names = [cell.strip() for cell in cells]
+    found = {name.casefold() for name in names}
+    if header is None:
+        header = all(any(name.casefold() in found for name in spellings) for spellings in columns.values())
+    if header:
+        fields = _fields(names, columns, f"{path}, line {line}")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"{path}, line {line}: the header names the column {repeated[0]!r} more than once")
     else:
-        yield _table_record(path, columns, names, first)
-    for row in rows:
-        yield _table_record(path, columns, names, row)
+        names, fields = [spellings[0] for spellings in columns.values()], list(columns)
+        rows = chain([first], rows)
+    for line, cells in rows:
+        place = f"{path}, line {line}"
+        if len(cells) != len(names):
+            raise UsageError(f"{place}: {len(cells)} columns; expected {len(names)} ({', '.join(names)})")
+        yield Record(dict(zip(fields, cells, strict=True)), line, place)
 
 
-def read_objects(path: Path, columns: Columns) -> Iterator[Record]:
-    """Records of a JSON or JSON Lines file."""
+def read_objects(path: Path, columns: Columns = MappingProxyType({})) -> Iterator[Record]:
+    """Yield the records of a JSON or JSON Lines file."""
     word = numbered_by(path)
     for number, value in read_file(path):
         place = f"{path}, {word} {number}"
         if not isinstance(value, dict):
             raise UsageError(f"{place}: {type(value).__name__} {value!r:.40}; allowed: an object")
-        yield Record(_renamed(value, columns, place), number, place)
+        yield _record(value, columns, number, place)
 
 
-def read_hub(task: str, path: str, config: str | None, split: str, columns: Columns) -> Iterator[Record]:
-    """Records of a Hub dataset's split."""
-    for number, value in read_hub_records(task, path, config, split):
-        place = f"{hub_name(path, config)}, row {number}"
-        yield Record(_renamed(value, columns, place), number, place)
+def read_hub(task: str, hub: Hub, split: str, columns: Columns) -> Iterator[Record]:
+    """Yield the records of a Hub dataset's split."""
+    for number, value in read_hub_records(task, *hub, split):
+        yield _record(value, columns, number, f"{hub_name(*hub)}, row {number}")
 
 
-def _check_header(names: Sequence[str], columns: Columns, place: str) -> None:
-    _our_names(names, columns, place)
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise UsageError(f"{place}: the header names the column {repeated!r} more than once")
+def _record(values: Mapping[str, Any], columns: Columns, number: int, place: str) -> Record:
+    return Record(dict(zip(_fields(values, columns, place), values.values(), strict=True)), number, place)
 
 
-def _our_names(found: Iterable[str], columns: Columns, place: str) -> dict[str, str]:
-    """Name in the file -> our name, for the needed columns; a `UsageError` where one is not there."""
-    in_file = {name.casefold(): name for name in found}
-    if absent := _absent(in_file, columns):
-        raise UsageError(f"{place}: no {absent[0]}; found: {', '.join(in_file.values())}")
-    first = {name: next(word for word in words if word.casefold() in in_file) for name, words in columns.items()}
-    return {in_file[word.casefold()]: name for name, word in first.items()}
+def read_hub_records(task: str, path: str, config: str | None, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (number, record) for every record of a Hub dataset's split.
+
+    Raises:
+        MissingDataError: the dataset cannot be loaded; the message names it and --data-dir.
+    """
+    from datasets import load_dataset
+
+    try:
+        try:
+            dataset: Any = load_dataset(path, config, split=split)
+        except RuntimeError as error:
+            # Older sets are loading scripts, which `datasets` no longer runs; the Hub keeps a converted copy of them.
+            if "script" not in str(error):
+                raise
+            dataset = load_dataset(path, config, split=split, revision="refs/convert/parquet")
+    except Exception as error:  # the Hub, the network, the builder: they share no narrower type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MissingDataError(
+            f"{task}: the Hub dataset {hub_name(path, config)} cannot be loaded ({reason[:200]}); "
+            "--data-dir reads local files"
+        ) from error
+    yield from enumerate(dataset, start=1)
 
 
-def _absent(found: Iterable[str], columns: Columns) -> list[str]:
-    """Needed columns that are not among the found, with all the names they may have."""
-    there = {name.strip().casefold() for name in found}
-    absent = [names for names in columns.values() if there.isdisjoint(name.casefold() for name in names)]
-    return [" or ".join(map(repr, names)) for names in absent]
+def _fields(found: Iterable[str], columns: Columns, place: str) -> list[str]:
+    """Return the field of every name in a file: its key in `columns`, else the name itself."""
+    names = list(found)
+    in_file = {name.strip().casefold(): name for name in names}
+    fields: dict[str, str] = {}
+    for field, spellings in columns.items():
+        name = next((in_file[word.casefold()] for word in spellings if word.casefold() in in_file), None)
+        if name is None:
+            raise UsageError(f"{place}: no {' or '.join(map(repr, spellings))}; found: {', '.join(names)}")
+        fields[name] = field
+    return [fields.get(name, name) for name in names]
 
 
-def _renamed(values: Mapping[str, Any], columns: Columns, place: str) -> dict[str, Any]:
-    ours = _our_names(values, columns, place)
-    return {ours.get(name, name): value for name, value in values.items()}
-
-
-def _table_record(path: Path, columns: Columns, names: Sequence[str], row: _Row) -> Record:
-    line, cells = row
-    place = f"{path}, line {line}"
-    if len(cells) != len(names):
-        raise UsageError(f"{place}: {len(cells)} columns; expected {len(names)} ({', '.join(names)})")
-    return Record(_renamed(dict(zip(names, cells, strict=True)), columns, place), line, place)
-
-
-def _tab_rows(path: Path, unquote: bool) -> Iterator[_Row]:
+def _tab_rows(path: Path, unquote: bool) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(read_lines(path), start=1):
-        text = line.rstrip("\r\n")
-        if text:
+        if text := line.rstrip("\r\n"):
             cells = text.split("\t")
             yield number, [_unquoted(cell) for cell in cells] if unquote else cells
 
 
 def _unquoted(cell: str) -> str:
-    """A quotation within the text is no quoting: what is inside may hold only doubled quotes."""
+    """Undo CSV quoting; a quotation inside the text holds single quotes and is left alone."""
     inner = cell[1:-1]
     is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if is_quoted else cell
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
-    """Rows with the line they begin in: a cell may hold line breaks."""
-    # strict: a quote left open is an error with its line, not half the file in one cell.
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows with their first line: a cell may hold line breaks."""
+    # strict: an open quote is an error with its line, not half the file in one cell.
     reader, begin = csv.reader(read_lines(path), strict=True), 1
     try:
         for cells in reader:
@@ -276,3 +343,46 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(f"{path}, line {begin}: broken CSV: {error}") from error
+
+
+def member(record: Any, key: str, kind: type[str] | type[list] | type[dict], place: str) -> Any:
+    """Return `record[key]`, an object's member of the given kind.
+
+    Raises:
+        UsageError: one line with place, found and required kind.
+    """
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{place}: found {_describe(record)}, where an object with {key!r} is needed")
+    if key not in record:
+        keys = ", ".join(repr(name) for name in list(record)[:_KEYS_SHOWN]) or "nothing"
+        raise UsageError(f"{place}: no {key!r}; found {keys}")
+    if not isinstance(record[key], kind):
+        raise UsageError(f"{place}: {key!r} is {_describe(record[key])}; {_KINDS[kind]} is needed")
+    return record[key]
+
+
+def text_member(record: Any, key: str, place: str, *, may_be_blank: bool = False) -> str:
+    """Return `record[key]` as text that a tokenizer can read; errors as `member`, also for blank text."""
+    text = member(record, key, str, place)
+    if not may_be_blank and not text.strip():
+        raise UsageError(f"{place}: {key!r} is empty; text is needed")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{place}: {key!r} holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def id_member(record: Any, key: str, place: str) -> str:
+    """Return `record[key]`, text or a whole number, as text; errors as `member`."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text_member(record, key, place)
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = ((bool, "a truth value"), ((int, float), "a number"), *_KINDS.items())
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
