@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pivotune.cli import demo as demo_verb
 from pivotune.cli.main import main
-from pivotune.cli.training_progress import TrainingProgress
+from pivotune.cli.training_display import TrainingProgress
 from pivotune.config.settings import load_config
 from pivotune.demo import run as demo_module
 from pivotune.demo.rows import SUPPORTED_LANGUAGES

@@ -423,13 +423,13 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
 
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
-    from pivotune.cli import training_progress
+    from pivotune.cli import training_display
     from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
     from pivotune.training.trainer import DeepSupervisionTrainer
 
     bars = []
-    made = training_progress.progress_bar
-    monkeypatch.setattr(training_progress, "progress_bar", lambda: bars.append(made()) or bars[-1])
+    made = training_display.progress_bar
+    monkeypatch.setattr(training_display, "progress_bar", lambda: bars.append(made()) or bars[-1])
 
     def diverge(*args, **kwargs):
         raise TrainingDivergedError("the loss is not a finite number at step 1")

@@ -45,7 +45,7 @@ training:                             # fields of transformers.TrainingArguments
   save_strategy: epoch
   save_total_limit: 2
 
-faults: {nonfinite: stop}             # stop | skip; what a loss or gradient that is not finite does
+faults: {nonfinite: stop}             # stop | skip; on a non-finite loss or gradient
 lora: null                            # or {r: 16, alpha: 32, dropout: 0.05, target_modules: all-linear}
 output_dir: runs/{run}
 seed: 0
@@ -69,19 +69,13 @@ def init(
 
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
-    """The configuration as YAML text with comments."""
+    """Return the configuration as YAML text with comments."""
     from pivotune.config.settings import to_yaml
 
     def scalar(value: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()
 
     ratio = 0 if method == "sft" else 0.25
-    words = {
-        "model": scalar(model),
-        "method": method,
-        "data": scalar(data),
-        "language": scalar(language),
-        "ratio": ratio,
-    }
+    head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
-    return _HEAD.format(**words) + (_SUPERVISION if method == "deep-supervision" else "") + tail
+    return head + (_SUPERVISION if method == "deep-supervision" else "") + tail

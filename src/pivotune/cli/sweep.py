@@ -125,7 +125,7 @@ def _plan(
 
 
 def _run(prepared: Sweep, say: Callable[[str], None], stop_signals: StopSignals) -> dict[str, str]:
-    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.cli.training_display import TrainingProgress
     from pivotune.sweeps.run import run_sweep
 
     return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals)

@@ -29,7 +29,7 @@ from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.distributed.liveness import Liveness, watched
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.runs.model_card import model_card
-from pivotune.estimate.out_of_memory import explained_out_of_memory
+from pivotune.estimate.memory_changes import explained_out_of_memory
 from pivotune.training.preparation import (
     heldout_examples,
     measure_layers,
