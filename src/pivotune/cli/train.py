@@ -84,13 +84,15 @@ def train(
 def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:
     """Prepare and train. A failure after a signal counts as the signal's, because data workers receive it too."""
     quiet_libraries()
-    from pivotune.cli.training_display import TrainingProgress, describe_run, describe_training
-    from pivotune.runs.execute import execute_run
     from pivotune.runs.prepare import prepare_run
 
     try:
         with reported_once():
             prepared = prepare_run(config, overwrite=overwrite, resume=resume)
+        # Imported after the checks: a mistake is reported before torch is loaded, as far as the checks need no torch.
+        from pivotune.cli.training_display import TrainingProgress, describe_run, describe_training
+        from pivotune.runs.execute import execute_run
+
         if resume:
             start = prepared.checkpoint or "no checkpoint yet, from the beginning"
             out.print(f"resuming: {safe(start)}", soft_wrap=True)
