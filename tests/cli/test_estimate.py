@@ -93,9 +93,9 @@ def test_sizes():
         parse_bytes("0GiB")
 
 
-def test_train_says_what_it_trains(tmp_path, capsys):
-    assert main(["train", run_file(tmp_path), "--set", "training.bf16=false"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
+def test_train_says_what_it_trains(finished):
+    printed = finished("tft", "method=tft").printed
+    line = next(line for line in printed.splitlines() if line.startswith("training"))
     assert "parameters (full fine-tuning)" in line
     assert "4 rows x 1 accumulated x 1 process = 4 rows a step, 2 steps" in line
 
