@@ -207,7 +207,7 @@ def to_json(
             {
                 "strategy": item.target.strategy,
                 "processes": item.target.processes,
-                "memory": item.memory.to_dict(),
+                "memory": {name: round(size) for name, size in asdict(item.memory).items()},
                 "fits": None if device.memory is None else item.fits(device.memory),
                 "schedule": None if item.schedule is None else asdict(item.schedule),
                 "operations": item.operations,

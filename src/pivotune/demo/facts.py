@@ -57,14 +57,13 @@ class Fact:
     """The content of one question and its answer.
 
     `entity` is the subject, such as 'territory:JP'; `variant` tells apart facts of one kind about one entity.
-    `target` and `english` hold the values of the template's slots.
+    `slots` holds the values of the template's slots.
     """
 
     kind: str
     entity: str
     variant: str
-    target: dict[str, str]
-    english: dict[str, str]
+    slots: dict[str, Bilingual]
 
     @property
     def name(self) -> str:
@@ -94,9 +93,15 @@ def collect_facts(language: str) -> Iterator[Fact]:
 def make_fact(kind: str, entity: str, variant: str = "", **slots: str | Bilingual) -> Fact:
     """Return a fact from slots that are the same in both languages (text) or differ (target, English)."""
     pairs = {name: (value, value) if isinstance(value, str) else value for name, value in slots.items()}
-    target = {name: pair[0] for name, pair in pairs.items()}
-    english = {name: pair[1] for name, pair in pairs.items()}
-    return Fact(kind, entity, variant, target, english)
+    return Fact(kind, entity, variant, pairs)
+
+
+def _coded_facts(entity: str, name: Bilingual) -> Iterator[Fact]:
+    """Yield the facts of an entity with a code and a name: each from the other, and the translations."""
+    kind, code = entity.split(":")
+    yield make_fact(f"{kind}_name", entity, code=code, name=name)
+    yield make_fact(f"{kind}_code", entity, code=code, name=name)
+    yield from _translation_facts(entity, name)
 
 
 def _translation_facts(entity: str, name: Bilingual) -> Iterator[Fact]:
@@ -111,9 +116,7 @@ def _territory_facts(locale: BilingualLocale) -> Iterator[Fact]:
     for code in _territory_codes(locale):
         name = locale.territories[code]
         entity = f"territory:{code}"
-        yield make_fact("territory_name", entity, code=code, name=name)
-        yield make_fact("territory_code", entity, code=code, name=name)
-        yield from _translation_facts(entity, name)
+        yield from _coded_facts(entity, name)
         # Only where there is one answer.
         currencies = [] if code in _OUTDATED_CURRENCY else _currencies_of(code)
         if len(currencies) == 1 and (currency := locale.currencies.get(currencies[0])):
@@ -149,9 +152,7 @@ def _currency_facts(locale: BilingualLocale) -> Iterator[Fact]:
     for code in sorted(in_use & locale.currencies.keys()):
         name = locale.currencies[code]
         entity = f"currency:{code}"
-        yield make_fact("currency_name", entity, code=code, name=name)
-        yield make_fact("currency_code", entity, code=code, name=name)
-        yield from _translation_facts(entity, name)
+        yield from _coded_facts(entity, name)
         symbol = locale.currency_symbol(code)
         # Symbols that CLDR words differently per language ("$", "US$") are no parallel fact.
         if symbol[0] == symbol[1] != code:
@@ -166,9 +167,7 @@ def _language_facts(locale: BilingualLocale) -> Iterator[Fact]:
     for code in (code for code in locale.languages if len(code) == 2 and code not in outdated):
         name = locale.languages[code]
         entity = f"language:{code}"
-        yield make_fact("language_name", entity, code=code, name=name)
-        yield make_fact("language_code", entity, code=code, name=name)
-        yield from _translation_facts(entity, name)
+        yield from _coded_facts(entity, name)
         script = locale.scripts.get(_likely_script(code) or "")
         if script:
             yield make_fact("language_script", entity, name=name, script=script)

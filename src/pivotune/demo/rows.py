@@ -138,9 +138,10 @@ class BilingualWording:
         """Return `prompt`, `completion` and their English twins."""
         number = stable_rank("prompt", fact.name) % len(self.english.kinds[fact.kind]["prompts"])
         row = {}
-        for suffix, wording, values in (("", self.target, fact.target), ("_en", self.english, fact.english)):
+        for side, (suffix, wording) in enumerate((("", self.target), ("_en", self.english))):
             templates = wording.kinds[fact.kind]
             category = wording.categories.get(fact.category, "")
+            values = {name: pair[side] for name, pair in fact.slots.items()}
             slots = {"category": category, "target_language": self.target.language_name, **values}
             row[f"prompt{suffix}"] = templates["prompts"][number].format_map(slots)
             row[f"completion{suffix}"] = templates["completion"].format_map(slots)

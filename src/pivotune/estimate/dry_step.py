@@ -37,33 +37,27 @@ _INDEXED = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.defaul
 ACTIVATIONS, GRADIENTS, WEIGHT_CASTS = range(3)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """Settings that determine a step's memory, apart from model and batch.
-
-    Attributes:
-        device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
-        autocast: matrix products run in bfloat16.
-        checkpointing: activations are recomputed in the backward pass, block by block.
-        accumulated: gradients of an earlier micro-batch exist already.
-        forward: as `supervision.logits.forward`.
-    """
-
-    device: str
-    autocast: bool
-    checkpointing: bool = False
-    accumulated: bool = False
-    forward: Forward = "auto"
-
-
 def dry_step(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, settings: StepSettings
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    supervision: Supervision,
+    *,
+    device: str,
+    autocast: bool,
+    checkpointing: bool = False,
+    accumulated: bool = False,
+    forward: Forward = "auto",
 ) -> Timeline:
     """Return the allocations of one micro-batch, forward and backward.
 
     Args:
         model: on the meta device, with its adapters; it is cut and changed, so build one for every call.
         batch: as `DeepSupervisionCollator` makes it, real tensors on the CPU.
+        device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
+        autocast: matrix products run in bfloat16.
+        checkpointing: activations are recomputed in the backward pass, block by block.
+        accumulated: gradients of an earlier micro-batch exist already.
+        forward: as `supervision.logits.forward`.
     """
     supervision, times = _cut(model, supervision)
     # Fake tensors on the CPU, whose kernels autograd and autocast choose as for real ones.
@@ -78,11 +72,11 @@ def dry_step(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(assumed_device_kind(settings.device))
-        if settings.checkpointing:
+        stack.enter_context(assumed_device_kind(device))
+        if checkpointing:
             # `Trainer` uses non-reentrant checkpoints by default; reentrant ones keep the same tensors.
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if settings.accumulated:
+        if accumulated:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -90,15 +84,15 @@ def dry_step(
         stack.enter_context(_parts(model, log))
         stack.enter_context(log)
         model.train()
-        run_passes = choose_passes(model, settings.forward)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
+        run_passes = choose_passes(model, forward)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
             loss = weighted_total(terms, dict.fromkeys(terms, 1.0), term_counts(batch, supervision))
         del terms
         log.begin_backward()
         loss.backward()
         del loss
-    gradients = [] if settings.accumulated else [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [] if accumulated else [p.grad for p in model.parameters() if p.grad is not None]
     return log.timeline(gradients, times)
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from pivotune.config.settings import RunConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Pair
-from pivotune.estimate.dry_step import StepSettings, dry_step
+from pivotune.estimate.dry_step import dry_step
 from pivotune.estimate.memory import Memory, ModelSize, measure_model, memory_of, meta_model, read_model_config
 from pivotune.estimate.memory_changes import MemoryChange, memory_changes
 from pivotune.estimate.operations import Device, find_device, measure_costs, row_operations
@@ -108,14 +108,16 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
         names = [name for name, signal in supervision.active().items() if signal.kind == "feature"]
         tensors |= {f"english_features_{name}": torch.zeros(len(batch), text.hidden_size) for name in names}
     accumulated = args.gradient_accumulation_steps > 1
-    settings = StepSettings(
+    timeline = dry_step(
+        meta_model(config, model_config),
+        tensors,
+        supervision,
         device=device,
         autocast=args.bf16,
         checkpointing=bool(args.gradient_checkpointing),
         accumulated=accumulated,
         forward=cast(Forward, args.logits_forward),
     )
-    timeline = dry_step(meta_model(config, model_config), tensors, supervision, settings)
 
     model = meta_model(config, model_config)
     optimizer = optimizer_name(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,6 @@ class Memory:
     activations: float
     communication: float
     peak: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: round(value) for name, value in asdict(self).items()}
 
 
 def memory_of(
