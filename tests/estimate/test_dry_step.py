@@ -50,6 +50,7 @@ def saved_bytes(model: nn.Module, supervision: Supervision) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_every_family_runs_dry(family):
     """Forward and backward, and at least what a real forward pass keeps for its backward is counted."""
     timeline = run_dry(meta(family), batch(), LOGITS)

@@ -18,6 +18,7 @@ def sizes(folder, family="llama", *, optimizer="adamw_torch", **changes):
     return measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
 
 
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_parameters_are_those_of_the_model(family, tmp_path):
     model = build_tiny_model(family)
     size = sizes(tmp_path, family)
