@@ -37,6 +37,7 @@ from benchmarks.common import (
     time_row,
 )
 from benchmarks.peers import trl_trainer
+from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
@@ -53,7 +54,7 @@ from pivotune.lenses.logit import lens_logits
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
 # Tokens of query, answer, English query and English answer: the mean of translated Alpaca rows (docs/performance.md).
 FIXED = (105, 165, 70, 110)
@@ -137,7 +138,8 @@ def make_batch(lengths: Sequence[Lengths], vocabulary: int, device: str, replay:
         Example(
             main=_side(random, vocabulary, row.query, row.answer),
             parallel=_side(random, vocabulary, row.english_query, row.english_answer) if index >= replay else None,
-            english=index < replay,
+            english_prompt=index < replay,
+            english_answer=index < replay,
         )
         for index, row in enumerate(lengths)
     ]
@@ -152,27 +154,28 @@ def _side(random: np.random.Generator, vocabulary: int, query: int, answer: int)
 # ---- contenders ----
 
 
-def _supervisions(num_layers: int) -> dict[str, Supervision]:
+def _supervisions(num_layers: int) -> dict[str, SupervisionConfig]:
     """LC and ET at the paper's relative depths, 2/32 and 15/32."""
     low = max(1, round(num_layers * 2 / 32))
     high = max(low + 1, round(num_layers * 15 / 32))
 
-    def both(kind: Any, **settings: Any) -> Supervision:
-        return Supervision(conversion=Signal(kind=kind, layer=low), thinking=Signal(kind=kind, layer=high), **settings)
+    def both(signal: str, **options: Any) -> SupervisionConfig:
+        terms = {"conversion": {"signal": signal, "layer": low}, "thinking": {"signal": signal, "layer": high}}
+        return SupervisionConfig.model_validate({**terms, signal: options})
 
     return {
         "logits": both("logits"),
-        "positional": both("logits", logits_mode="positional"),
+        "positional": both("logits", mode="positional"),
         "feature": both("feature"),
         "frozen": both("feature", english="frozen"),
-        "tft": Supervision(),
+        "tft": NO_SUPERVISION,
     }
 
 
 def _steps(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    supervisions: Mapping[str, Supervision],
+    supervisions: Mapping[str, SupervisionConfig],
     options: argparse.Namespace,
     folder: str,
 ) -> dict[str, Callable[[], Any]]:
@@ -195,7 +198,7 @@ def _steps(
 def _step(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    supervision: Supervision,
+    supervision: SupervisionConfig,
     run_passes: RunPasses,
     options: argparse.Namespace,
 ) -> None:
@@ -208,7 +211,7 @@ def _step(
 
 
 def _first_writing(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, options: argparse.Namespace
+    model: nn.Module, batch: Mapping[str, Tensor], supervision: SupervisionConfig, options: argparse.Namespace
 ) -> None:
     """As one would first write it: three calls of the whole model, logits of all positions, hidden states by index."""
     architecture = find_architecture(model)
@@ -286,15 +289,16 @@ def _trainer_steps(
 
 
 def ideal_ratio(
-    model: nn.Module, branched: Sequence[Lengths], rows: Sequence[Lengths], supervision: Supervision
+    model: nn.Module, branched: Sequence[Lengths], rows: Sequence[Lengths], supervision: SupervisionConfig
 ) -> float:
     """Products of a logits step over those of a TFT step, for these rows without padding (docs/performance.md)."""
     architecture = find_architecture(model)
     block = sum(p.numel() for p in architecture.blocks[0].parameters() if p.ndim == 2)
     head = architecture.head_weight.numel()
     tft = sum(6 * block * architecture.num_layers * (row.query + row.answer) + 6 * head * row.answer for row in rows)
+    low, high = (int(term.layer) for term in (supervision.conversion, supervision.thinking))
     extra = sum(
-        6 * block * (supervision.conversion.layer * row.english_query + supervision.thinking.layer * row.english_answer)
+        6 * block * (low * row.english_query + high * row.english_answer)
         + 4 * head * (row.english_query + row.english_answer)
         for row in branched
     )
@@ -347,7 +351,7 @@ def _memory_rows(memory: Mapping[str, int], options: argparse.Namespace) -> list
 
 
 def _gradient_rows(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, options: argparse.Namespace
+    model: nn.Module, batch: Mapping[str, Tensor], supervision: SupervisionConfig, options: argparse.Namespace
 ) -> list[Row]:
     """Norm of the difference between both ways' gradients, relative to the gradient's own norm."""
     gradients = []

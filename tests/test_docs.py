@@ -33,7 +33,14 @@ def test_every_file_that_a_document_names_exists(document):
 
 
 def test_method_page_covers_every_loss():
-    for name in ("tft_loss", "inner_losses", "positional_predictions", "feature_loss", "weighted_total", "term_counts"):
+    for name in (
+        "next_token_loss",
+        "inner_nll",
+        "positional_predictions",
+        "feature_loss",
+        "weighted_total",
+        "term_counts",
+    ):
         assert re.search(rf"`pivotune\.objectives\.\w+\.{name}`", METHOD), name
 
 

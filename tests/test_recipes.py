@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.models.architecture import ARCHITECTURES
 from pivotune.training.arguments import build_arguments
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 MODELS = {"llama2-7b": "meta-llama/Llama-2-7b-hf", "gemma2-2b": "google/gemma-2-2b"}
 LAYERS = {"llama2-7b": (2, 15), "gemma2-2b": ("auto", "auto")}
-METHODS = {"sft": "sft", "tft": "tft", "logits": "deep-supervision", "feature": "deep-supervision"}
+METHODS = {"sft": "english-only", "tft": "tft", "logits": "deep-supervision", "feature": "deep-supervision"}
 PAPER = [(model, language, kind) for model in MODELS for language in ("vi", "ar", "zh") for kind in METHODS]
 SMALL = sorted((RECIPES / "small").glob("*.yaml"))
 

@@ -9,9 +9,10 @@ import torch
 from conftest import VOCABULARY, build_tiny_model
 from torch import Tensor, nn
 
+from pivotune.config.settings import FeatureConfig, LogitsConfig, SignalConfig, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
-from pivotune.objectives.base import Term
+from pivotune.objectives.base import LossTerm
 
 # Tokens of prefix, query, suffix and answer on the target side, then on the English side; None for a replay row.
 # Some are longer than the sliding window (8) of the tiny models.
@@ -27,6 +28,29 @@ _LENGTHS: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [
 ]
 
 
+def signal(kind: str = "none", layer: int | str = "auto") -> SignalConfig:
+    return SignalConfig(signal=kind, layer=layer)
+
+
+def supervise(
+    *, conversion: SignalConfig | None = None, thinking: SignalConfig | None = None, **options: str
+) -> SupervisionConfig:
+    """Inner losses, none by default, with options of both signals: `logits_mode`, `logits_norm`, `pooling`, `english`...
+
+    The order of the layers is not checked.
+    """
+    logits = {key.removeprefix("logits_"): value for key, value in options.items() if key.startswith("logits_")}
+    feature = {key: value for key, value in options.items() if not key.startswith("logits_")}
+    return SupervisionConfig().model_copy(
+        update={
+            "conversion": conversion or signal(),
+            "thinking": thinking or signal(),
+            "logits": LogitsConfig(**logits),
+            "feature": FeatureConfig(**feature),
+        }
+    )
+
+
 def make_side(random: np.random.Generator, prefix: int, query: int, suffix: int, answer: int) -> Side:
     ids = random.integers(3, VOCABULARY, prefix + query + suffix + answer, dtype=np.int32)
     return Side(ids=ids, query=(prefix, prefix + query), answer=prefix + query + suffix, characters=3 * answer)
@@ -40,7 +64,9 @@ def make_examples(count: int = 8, *, replay: bool = True, parallel: bool = True,
     for target, english in lengths:
         main = make_side(random, *target)
         other = make_side(random, *english) if english is not None and parallel else None
-        examples.append(Example(main=main, parallel=other, english=english is None))
+        examples.append(
+            Example(main=main, parallel=other, english_prompt=english is None, english_answer=english is None)
+        )
     return examples
 
 
@@ -68,7 +94,7 @@ def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> flo
     return (difference.norm() / torch.cat([gradient.flatten() for gradient in other.values()]).norm()).item()
 
 
-def values(terms: dict[str, Term]) -> dict[str, tuple[float, int]]:
+def values(terms: dict[str, LossTerm]) -> dict[str, tuple[float, int]]:
     return {name: (term.sum.item(), int(term.count)) for name, term in terms.items()}
 
 
@@ -95,7 +121,9 @@ def random_batch(seed: int) -> dict[str, Tensor]:
     for _ in range(int(random.integers(1, 7))):
         main, other = make_side(random, *lengths()), make_side(random, *lengths())
         replay = random.random() < 0.25
-        examples.append(Example(main=main, parallel=None if replay else other, english=replay))
+        examples.append(
+            Example(main=main, parallel=None if replay else other, english_prompt=replay, english_answer=replay)
+        )
     return collate(examples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
 
-from pivotune.config.settings import RunConfig, parse_config
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.trainer import DeepSupervisionTrainer
@@ -44,7 +46,10 @@ def arguments(folder: Path, **changes: Any) -> DeepSupervisionConfig:
         "save_strategy": "no",
         **changes,
     }
-    return DeepSupervisionConfig(**settings)
+    with warnings.catch_warnings():
+        # Flat names keep the tests short; tests/training/test_arguments.py tests their deprecation.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DeepSupervisionConfig(**settings)
 
 
 def tiny_trainer(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pivotune.config.settings import SupervisionConfig as SupervisionConfig
     from pivotune.errors import UsageError as UsageError
     from pivotune.evaluation.run import evaluate_model as evaluate_model
     from pivotune.layers.measure import analyze_layers as analyze_layers
     from pivotune.models.loading import load_model as load_model
     from pivotune.models.loading import load_tokenizer as load_tokenizer
-    from pivotune.objectives.deep_supervision import Signal as Signal
-    from pivotune.objectives.deep_supervision import Supervision as Supervision
     from pivotune.objectives.deep_supervision import deep_supervision_terms as deep_supervision_terms
     from pivotune.objectives.deep_supervision import term_counts as term_counts
     from pivotune.training.arguments import DeepSupervisionConfig as DeepSupervisionConfig
@@ -23,8 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DeepSupervisionConfig": "pivotune.training.arguments",
     "DeepSupervisionTrainer": "pivotune.training.trainer",
-    "Signal": "pivotune.objectives.deep_supervision",
-    "Supervision": "pivotune.objectives.deep_supervision",
+    "SupervisionConfig": "pivotune.config.settings",
     "UsageError": "pivotune.errors",
     "analyze_layers": "pivotune.layers.measure",
     "deep_supervision_terms": "pivotune.objectives.deep_supervision",
@@ -37,8 +35,7 @@ _EXPORTS = {
 __all__ = [
     "DeepSupervisionConfig",
     "DeepSupervisionTrainer",
-    "Signal",
-    "Supervision",
+    "SupervisionConfig",
     "UsageError",
     "__version__",
     "analyze_layers",

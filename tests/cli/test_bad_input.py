@@ -17,7 +17,7 @@ import pivotune.models.loading
 import pivotune.runs.execute
 import pivotune.training.trainer
 from pivotune.cli.main import main
-from pivotune.config.settings import dump_config, parse_config
+from pivotune.config.yaml_text import dump_config, parse_config
 
 NUM_ROWS = 16
 
@@ -163,7 +163,8 @@ def answer_cut_to_nothing(run: Case) -> str:
 
 by_set("unknown_key", "FOLDER/run.yaml: unknown key supervision.thinking.layr; did you mean supervision.thinking.layer?",
        "supervision.thinking.layr=3")  # fmt: skip
-by_set("unknown_method", "FOLDER/run.yaml: method: 'dft' is not allowed; allowed: 'sft', 'tft' or 'deep-supervision'",
+by_set("unknown_method",
+       "FOLDER/run.yaml: method: 'dft' is not allowed; allowed: 'english-only', 'tft' or 'deep-supervision'",
        "method=dft")  # fmt: skip
 by_set("unknown_signal",
        "FOLDER/run.yaml: supervision.conversion.signal: 'logit' is not allowed; allowed: 'logits', 'feature' or 'none'",

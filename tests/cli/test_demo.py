@@ -16,7 +16,7 @@ pytest.importorskip("babel", reason="the package Babel is not installed")
 from pivotune.cli import demo as demo_verb
 from pivotune.cli.main import main
 from pivotune.cli.training_display import TrainingProgress
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.demo import run as demo_module
 from pivotune.demo.rows import SUPPORTED_LANGUAGES
 from pivotune.demo.run import METHODS, DemoSettings, exact_match, run_demo

@@ -7,7 +7,8 @@ import pytest
 
 from pivotune.cli.init import render
 from pivotune.cli.main import main
-from pivotune.config.settings import METHODS, apply_changes, load_config, parse_config
+from pivotune.config.registry import METHODS
+from pivotune.config.yaml_text import apply_changes, load_config, parse_config
 
 ODD = ["dữ liệu/cặp câu.jsonl", "ዳታ.csv", "C: pairs.jsonl", "rows #2.jsonl", "a {b} c", "no", "null", "12", "1e5",
        "2026-01-31", "- rows", "'quoted'", ' "double" ', "hub:owner/name:train[:10]", "*.jsonl", "long name " * 30 + "end",
@@ -33,13 +34,13 @@ def training() -> dict:
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_what_is_printed_says_what_was_asked_for(method, tmp_path, capsys):
     words = ["--method", method, "--model", "runs/base", "--data", "sw.csv.gz", "--language", "sw"]
     assert main(["init", *words]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    ratio = 0 if method == "sft" else 0.25
+    ratio = 0 if method == "english-only" else 0.25
     assert read(captured.out, tmp_path) == parse_config(
         {
             "model": "runs/base",
@@ -83,7 +84,7 @@ def test_only_deep_supervision_prints_its_section():
 
 def test_unknown_method(capsys):
     assert main(["init", "--method", "dft"]) == 2
-    expected = "pivotune: error: --method: 'dft' is not allowed; allowed: sft, tft, deep-supervision\n"
+    expected = "pivotune: error: --method: 'dft' is not allowed; allowed: english-only, tft, deep-supervision\n"
     assert capsys.readouterr() == ("", expected)
 
 

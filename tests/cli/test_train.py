@@ -15,7 +15,7 @@ from conftest import tiny_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pivotune.cli.main import main
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
              "rows.json", "start-scores.json", ".lock", "model", f"checkpoint-{STEPS}"}  # fmt: skip

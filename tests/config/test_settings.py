@@ -6,17 +6,11 @@ import sys
 import pytest
 import yaml
 
-from pivotune.config.settings import (
-    METHODS,
-    RunConfig,
-    apply_changes,
-    dump_config,
-    load_config,
-    needed_by,
-    parse_config,
-    to_yaml,
-)
+from pivotune.config.registry import METHODS
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import apply_changes, dump_config, load_config, parse_config, to_yaml
 from pivotune.errors import UsageError
+from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
@@ -75,6 +69,7 @@ def test_every_default():
             "conversion": signal,
             "thinking": signal,
             "schedule": "linear",
+            "lens": "logit",
             "logits": {"mode": "autoregressive", "norm": "final", "forward": "auto"},
             "feature": {"pooling": "mean", "span": "query", "english": "detached", "english_norm": "final"},
             "profile_rows": 64,
@@ -135,7 +130,7 @@ def test_missing_keys(key):
 
 
 CHOICES = [
-    ("method", "dft", "'sft', 'tft' or 'deep-supervision'"),
+    ("method", "dft", "'english-only', 'tft' or 'deep-supervision'"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("quantize", "8bit", "'4bit'"),
     ("data.on_bad_row", "ignore", "'error' or 'skip'"),
@@ -223,17 +218,22 @@ def test_quantized_training_needs_adapters():
 
 
 @pytest.mark.parametrize(
-    ("method", "ratio", "needed", "who"),
+    ("method", "ratio", "target", "training", "heldout", "needed_by"),
     [
-        ("tft", 0, False, "data.english_ratio 0 (0 for none)"),
-        ("tft", 0.25, True, "data.english_ratio 0.25 (0 for none)"),
-        ("sft", 0, True, "method sft"),
-        ("deep-supervision", 0, True, "method deep-supervision"),
+        ("tft", 0, True, False, False, "data.english_ratio 0 (0 for none)"),
+        ("tft", 0.25, True, True, False, "data.english_ratio 0.25 (0 for none)"),
+        ("english-only", 0, False, True, True, "method english-only"),
+        ("deep-supervision", 0, True, True, False, "method deep-supervision"),
     ],
 )
-def test_who_needs_english(method, ratio, needed, who):
-    assert changed(f"method={method}", f"data.english_ratio={ratio}").needs_english is needed
-    assert needed_by(method, ratio) == who
+def test_required_sides(method, ratio, target, training, heldout, needed_by):
+    sides = required_sides(METHODS[method], ratio)
+    assert (sides.target, sides.english, sides.needed_by) == (target, training, needed_by)
+    assert required_sides(METHODS[method], ratio, heldout=True).english is heldout
+
+
+def test_sft_is_another_name_of_english_only():
+    assert changed("method=sft").method == "english-only"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_folder_is_no_file_but_a_run_folder_has_one(tmp_path):
     assert file_message(tmp_path) == "FILE: a folder; give a YAML file, such as FILE/config.yaml"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_dump_and_load_give_the_same_configuration(write, method):
     config = changed(
         f"method={method}",

@@ -20,7 +20,9 @@ def batch_of(*examples: Example, **options) -> dict[str, torch.Tensor]:
 
 def test_batch_worked_out_by_hand():
     """A row with an English side and a replay row without one, of different lengths."""
-    batch = batch_of(Example(main=MAIN, parallel=ENGLISH, number=7), Example(main=SHORT, english=True))
+    batch = batch_of(
+        Example(main=MAIN, parallel=ENGLISH, number=7), Example(main=SHORT, english_prompt=True, english_answer=True)
+    )
     no, yes = False, True
     expected = {
         "input_ids": [[5, 6, 7, 8, 9], [4, 3, PAD, PAD, PAD]],
@@ -42,7 +44,7 @@ def test_batch_worked_out_by_hand():
 
 
 def test_batch_without_any_english_side():
-    batch = batch_of(Example(main=MAIN), Example(main=SHORT, english=True))
+    batch = batch_of(Example(main=MAIN), Example(main=SHORT, english_prompt=True, english_answer=True))
     for name in ("input_ids", "attention_mask", "query_mask", "answer_mask"):
         assert batch[f"english_{name}"].shape == (2, 0)
     assert batch["input_ids"].shape == (2, 5)
@@ -63,7 +65,7 @@ def test_pooled_english_vectors_are_stacked():
     vectors = {name: np.arange(3, dtype=np.float32) + start for name, start in (("conversion", 1), ("thinking", 5))}
     zeros = {name: np.zeros(3, dtype=np.float32) for name in vectors}
     batch = batch_of(
-        Example(main=SHORT, english=True, english_features=zeros),
+        Example(main=SHORT, english_prompt=True, english_answer=True, english_features=zeros),
         Example(main=MAIN, parallel=ENGLISH, english_features=vectors),
     )
     assert batch["english_features_conversion"].tolist() == [[0, 0, 0], [1, 2, 3]]

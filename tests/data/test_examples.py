@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pivotune.config.registry import METHODS
 from pivotune.data.datasets import check_branch_lengths, replay_indices, split_validation, training_examples
 from pivotune.data.examples import Encoder, Limits, Pair, Side
 from pivotune.data.rows import Row
@@ -457,32 +458,33 @@ def pairs(tokenizer) -> list[Pair]:
 
 def test_sft_trains_on_the_english_side(pairs):
     for ratio in (0.0, 0.5):
-        examples = training_examples(pairs, method="sft", english_ratio=ratio)
+        examples = training_examples(pairs, METHODS["sft"], english_ratio=ratio)
         assert all(
-            e.main is p.english and e.parallel is None and e.english for e, p in zip(examples, pairs, strict=True)
+            e.main is p.english and e.parallel is None and e.english_prompt
+            for e, p in zip(examples, pairs, strict=True)
         )
 
 
 @pytest.mark.parametrize("method", ["tft", "deep-supervision"])
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.33])
 def test_replay_rows_are_english_and_the_others_the_methods(pairs, method, ratio):
-    examples = training_examples(pairs, method=method, english_ratio=ratio, seed=3)
+    examples = training_examples(pairs, METHODS[method], english_ratio=ratio, seed=3)
     replay = replay_indices(len(pairs), ratio, 3)
     assert len(examples) == len(pairs)
     for index, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
         if index in replay:
             assert example.main is pair.english
             assert example.parallel is None
-            assert example.english
+            assert example.english_prompt
         else:
             assert example.main is pair.target
             assert example.parallel is (pair.english if method == "deep-supervision" else None)
-            assert not example.english
+            assert not example.english_prompt
 
 
 def test_replay_is_the_same_for_every_method(pairs):
     tft, deep = (
-        [example.english for example in training_examples(pairs, method=method, english_ratio=0.25, seed=1)]
+        [example.english_prompt for example in training_examples(pairs, METHODS[method], english_ratio=0.25, seed=1)]
         for method in ("tft", "deep-supervision")
     )
     assert tft == deep
@@ -500,19 +502,19 @@ def test_replay_indices_are_an_exact_share():
 
 def test_side_that_the_method_needs_must_be_there(pairs):
     half = Pair(target=pairs[0].target, english=None)
-    assert training_examples([half], method="tft")[0].main is half.target
+    assert training_examples([half], METHODS["tft"])[0].main is half.target
     for method, ratio in (("sft", 0.0), ("deep-supervision", 0.0), ("tft", 0.99)):
         with pytest.raises(ValueError, match="lacks the side"):
-            training_examples([half], method=method, english_ratio=ratio)
+            training_examples([half], METHODS[method], english_ratio=ratio)
 
 
 def test_branch_lengths(byte_encoder):
     # Prompt 40 + 2, English query 30: the conversion branch reads 72 tokens.
     pair = byte_encoder(Limits(prompt=50)).encode([row_of(40, 3, 30, 3)])[0]
-    deep = training_examples([pair], method="deep-supervision")
+    deep = training_examples([pair], METHODS["deep-supervision"])
     check_branch_lengths(deep, 72)
     check_branch_lengths(deep, None)
-    check_branch_lengths(training_examples([pair], method="tft"), 10)
+    check_branch_lengths(training_examples([pair], METHODS["tft"]), 10)
     with pytest.raises(UsageError) as raised:
         check_branch_lengths(deep, 71)
     assert one_line(raised).startswith("a prompt and its English query take 72 tokens together and the model reads 71")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pivotune.config.registry import METHODS
 from pivotune.data.check import check_rows
 from pivotune.data.datasets import main_lengths, split_validation, training_examples
 from pivotune.data.examples import Pair, Side
@@ -80,7 +81,7 @@ def pairs(count: int) -> Iterator[Pair]:
 def test_encoded_rows(monkeypatch):
     def work(count: int) -> object:
         store = store_pairs(pairs(count))
-        examples = training_examples(store, method="deep-supervision", english_ratio=0.25)
+        examples = training_examples(store, METHODS["deep-supervision"], english_ratio=0.25)
         assert main_lengths(examples).sum() == 200 * count
         assert sum(example.number for example in examples) == count * (count + 1) // 2
         return store, examples

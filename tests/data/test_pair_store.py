@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_training import make_pairs
 
+from pivotune.config.registry import METHODS
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import (
     ParallelSides,
@@ -120,7 +121,7 @@ def plain_examples(pairs: list[Pair], method: str, ratio: float) -> list[Example
     examples = []
     for index, pair in enumerate(pairs):
         if method == "sft" or index in replay:
-            examples.append(Example(pair.english, english=True, number=pair.number))
+            examples.append(Example(pair.english, english_prompt=True, english_answer=True, number=pair.number))
         else:
             parallel = pair.english if method == "deep-supervision" else None
             examples.append(Example(pair.target, parallel, number=pair.number))
@@ -133,7 +134,7 @@ def test_examples_of_a_store_are_those_of_a_list(method):
     expected = plain_examples(pairs, method, 0.25)
     collate = DeepSupervisionCollator(0)
     for given in (pairs, store_pairs(pairs)):
-        examples = training_examples(given, method=method, english_ratio=0.25, seed=3)
+        examples = training_examples(given, METHODS[method], english_ratio=0.25, seed=3)
         assert [e.number for e in examples] == [e.number for e in expected]
         assert main_lengths(examples).tolist() == [len(e.main.ids) for e in expected] == main_lengths(expected).tolist()
         assert has_parallel(examples).tolist() == has_parallel(expected).tolist()
@@ -149,7 +150,7 @@ def test_examples_of_a_store_are_those_of_a_list(method):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_worker_processes_are_the_same(workers):
     pairs = make_pairs(12)
-    dataset = ExampleDataset(training_examples(store_pairs(pairs), method="tft"))
+    dataset = ExampleDataset(training_examples(store_pairs(pairs), METHODS["tft"]))
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=4, collate_fn=DeepSupervisionCollator(0), num_workers=workers
     )
@@ -163,7 +164,7 @@ def test_rows_that_have_a_side():
     assert [e.number for e in side_examples(store, "target")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [e.number for e in side_examples(store, "english")] == [1, 2, 3, 4, 5, 6, 7, 12]
     with pytest.raises(ValueError, match="lacks the side"):
-        training_examples(store, method="tft")
+        training_examples(store, METHODS["tft"])
     assert isinstance(store, PairStore)
 
 

@@ -6,7 +6,7 @@ import torch
 from conftest import build_tiny_model, tiny_config
 from tiny_training import run_settings
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.estimate.dry_step import Timeline
 from pivotune.estimate.memory import FOUR_BIT_BYTES, ModelSize, measure_model, memory_of, meta_model, optimizer_bytes
 from pivotune.training.optimizers import optimizer_names
@@ -18,7 +18,7 @@ def sizes(folder, family="llama", *, optimizer="adamw_torch", **changes):
     return measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
 
 
-@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama"])
 def test_parameters_are_those_of_the_model(family, tmp_path):
     model = build_tiny_model(family)
     size = sizes(tmp_path, family)

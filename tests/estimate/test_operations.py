@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import build_tiny_model, tiny_config
-from tiny_batches import make_examples
+from tiny_batches import make_examples, signal, supervise
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.estimate.operations import known_rate, measure_costs, row_operations
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 
 def _addmm(total, left, right, **_):
@@ -19,10 +19,10 @@ def _addmm(total, left, right, **_):
 
 
 SUPERVISIONS = {
-    "tft": Supervision(),
-    "logits": Supervision(conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="logits", layer=3)),
-    "feature": Supervision(conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=3)),
-    "joint": Supervision(thinking=Signal(kind="feature", layer=3), english="joint"),
+    "tft": supervise(),
+    "logits": supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3)),
+    "feature": supervise(conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=3)),
+    "joint": supervise(thinking=signal(kind="feature", layer=3), english="joint"),
 }
 
 

@@ -5,6 +5,7 @@ from accelerate.data_loader import BatchSamplerShard
 from tiny_training import arguments, make_pairs, tiny_trainer
 from torch.utils.data import BatchSampler, SequentialSampler
 
+from pivotune.config.registry import METHODS
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.estimate.rows import assumed_pairs, largest_batch, num_tokens, training_schedule
@@ -43,7 +44,7 @@ def test_rows_seen_are_epochs_times_rows(tmp_path):
 
 def test_the_largest_batch_is_that_of_the_sampler(tmp_path):
     args = arguments(tmp_path)
-    examples = training_examples(make_pairs(48), method="tft")
+    examples = training_examples(make_pairs(48), METHODS["tft"])
     order = list(group_by_length(ExampleDataset(examples), args, order_of(args, 4), lambda: 0))
     batches = [[examples[row] for row in order[start : start + 4]] for start in range(0, 48, 4)]
     batch = largest_batch(examples, args, rows=48, processes=1)

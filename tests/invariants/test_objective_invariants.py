@@ -16,33 +16,36 @@ from tiny_batches import (
     make_batch,
     make_examples,
     relative_difference,
+    signal,
     single_rows,
+    supervise,
     values,
 )
 from torch import Tensor, nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import separate_passes, shared_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
-TFT = Supervision()
+TFT = supervise()
 # Between them every kind of pass and loss.
 SUPERVISIONS = {
-    "logits": Supervision(
-        conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="logits", layer=2)
+    "logits": supervise(
+        conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=2)
     ),
-    "positional": Supervision(
-        conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="logits", layer=2), logits_mode="positional"
+    "positional": supervise(
+        conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=2), logits_mode="positional"
     ),
-    "feature": Supervision(
-        conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=2), span="query+answer"
+    "feature": supervise(
+        conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=2), span="query+answer"
     ),
-    "joint": Supervision(
-        conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=2), english="joint"
+    "joint": supervise(
+        conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=2), english="joint"
     ),
-    "mixed": Supervision(
-        conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="logits", layer=2), pooling="last"
+    "mixed": supervise(
+        conversion=signal(kind="feature", layer=1), thinking=signal(kind="logits", layer=2), pooling="last"
     ),
 }  # fmt: skip
 WEIGHTS = {"tft": 1.0, "conversion": 0.3, "thinking": 0.7}
@@ -51,16 +54,16 @@ INNER = ("conversion", "thinking")
 
 
 @pytest.fixture(params=list(SUPERVISIONS))
-def supervision(request) -> Supervision:
+def supervision(request) -> SupervisionConfig:
     return SUPERVISIONS[request.param]
 
 
-def total(model: nn.Module, batch: dict[str, Tensor], config: Supervision, weights=WEIGHTS, **options) -> Tensor:
+def total(model: nn.Module, batch: dict[str, Tensor], config: SupervisionConfig, weights=WEIGHTS, **options) -> Tensor:
     terms = deep_supervision_terms(model, batch, config, **options)
     return weighted_total(terms, weights, term_counts(batch, config))
 
 
-def inner_loss(model: nn.Module, batch: dict[str, Tensor], config: Supervision) -> Tensor:
+def inner_loss(model: nn.Module, batch: dict[str, Tensor], config: SupervisionConfig) -> Tensor:
     terms = deep_supervision_terms(model, batch, config)
     return terms["conversion"].sum + terms["thinking"].sum
 
@@ -87,7 +90,7 @@ def test_weight_zero_equals_tft_bit_for_bit(family, supervision, options):
 # --- one window, however it is cut ---------------------------------------------------------------------------------
 
 
-def window_gradients(model: nn.Module, config: Supervision, rows: int) -> tuple[float, dict[str, Tensor]]:
+def window_gradients(model: nn.Module, config: SupervisionConfig, rows: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of 8 examples in micro-batches of `rows`, divided by the counts of the whole window."""
     examples = make_examples(8)
     batches = [collate(examples[start : start + rows]) for start in range(0, 8, rows)]
@@ -126,7 +129,7 @@ def test_micro_batches_divided_by_their_own_counts_are_another_step(supervision)
 
 def test_counts_from_masks_equal_those_of_the_terms(family, supervision):
     model, examples = build_tiny_model(family), make_examples(8)
-    for chosen in (examples, [e for e in examples if e.english], [e for e in examples if not e.english]):
+    for chosen in (examples, [e for e in examples if e.english_prompt], [e for e in examples if not e.english_prompt]):
         batch = collate(chosen)
         terms = deep_supervision_terms(model, batch, supervision)
         assert values(terms).keys() == term_counts(batch, supervision).keys()
@@ -153,8 +156,8 @@ def test_row_alone_equals_the_row_in_a_padded_batch(family, supervision):
 
 def test_english_replay_rows_change_the_answer_loss_only(family, supervision):
     model, examples = build_tiny_model(family), make_examples(8)
-    target = [example for example in examples if not example.english]
-    replay = [example for example in examples if example.english]
+    target = [example for example in examples if not example.english_prompt]
+    replay = [example for example in examples if example.english_prompt]
     without = deep_supervision_terms(model, collate(target), supervision)
     with_replay = deep_supervision_terms(model, collate(examples), supervision)
     for name in INNER:
@@ -188,7 +191,7 @@ def test_inner_losses_reach_only_the_blocks_below_them(family, supervision):
     norm = {names[id(p)] for p in architecture.final_norm.parameters()}
     assert names[id(architecture.lm_head.weight)] not in found
     assert below <= found.keys()
-    if supervision.english != "joint":
+    if supervision.feature.english != "joint":
         assert not (above | norm) & found.keys()
     else:
         assert above | norm <= found.keys()

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tiny_training import QUIET, arguments, assert_same, make_pairs, step_logs, tiny_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from pivotune.config.registry import METHODS
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.objectives.deep_supervision import deep_supervision_terms
@@ -45,7 +46,7 @@ def test_accumulation_does_not_change_a_step(tmp_path, signal):
                **SIGNALS[signal]}  # fmt: skip
     whole = trained(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
     assert whole.state.global_step == 2
-    assert sum(example.english for example in whole.train_dataset.examples) == 6
+    assert sum(example.english_prompt for example in whole.train_dataset.examples) == 6
     start = weights(build_tiny_model())
     assert any((tensor - start[name]).abs().max() > 1e-3 for name, tensor in weights(whole.model).items())
     for size, steps in ((1, 8), (2, 4)):
@@ -89,7 +90,7 @@ def test_tft_is_a_plain_trainer(tmp_path, forward):
     def plain_batch(examples: Any) -> dict[str, torch.Tensor]:
         return {name: collate(examples)[name] for name in ("input_ids", "attention_mask", "labels")}
 
-    examples = training_examples(rows, method="tft", english_ratio=0.25, seed=42)
+    examples = training_examples(rows, METHODS["tft"], english_ratio=0.25, seed=42)
     settings = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1, **steps}
     plain = Trainer(
         build_tiny_model(),

@@ -4,20 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, build_tiny_model
-from tiny_batches import build_tied_pair, by_hand_logits, gradients, make_batch, relative_difference
+from tiny_batches import build_tied_pair, by_hand_logits, gradients, make_batch, relative_difference, supervise
 from torch import nn
 
 from pivotune.kernels import chunked_linear_head as head_sweep
 from pivotune.kernels.cross_entropy import cross_entropies, cross_entropy_sum, score_labels, shifted
 from pivotune.models.architecture import find_architecture
-from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 
 def test_answer_loss_equals_the_models_own(family):
     """Soft-cap and logit scale included: the tiny models have ones that change the loss a lot."""
     model = build_tiny_model(family)
     batch = make_batch(4)
-    term = deep_supervision_terms(model, batch, Supervision())["tft"]
+    term = deep_supervision_terms(model, batch, supervise())["tft"]
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
     assert int(term.count) == int((batch["labels"] >= 0).sum())
@@ -68,7 +68,7 @@ def test_all_parameters_get_the_gradient_of_the_models_own_loss(family, tied):
     """The embedding's too, which is the head where they are tied."""
     model = build_tied_pair(family)[0 if tied else 1]
     batch = make_batch(4)
-    found = gradients(model, deep_supervision_terms(model, batch, Supervision())["tft"].sum)
+    found = gradients(model, deep_supervision_terms(model, batch, supervise())["tft"].sum)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     own = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     assert relative_difference(found, gradients(model, own)) < 1e-5

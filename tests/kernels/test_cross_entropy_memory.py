@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from conftest import build_tiny_model
 from peak_bytes import peak
+from tiny_batches import signal, supervise
 from torch import Tensor
 
 from pivotune.data.examples import Example, Side
 from pivotune.kernels.cross_entropy import cross_entropies, cross_entropy_sum, score_labels
 from pivotune.models.architecture import find_architecture
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 from pivotune.training.heldout import score_answers
 
 VOCABULARY = 262_144
@@ -84,15 +85,15 @@ def large_batch(tokens: int) -> dict[str, Tensor]:
     return {name: tensor[None] for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("signal", ["none", "logits"])
-def test_training_step(model, signal):
+@pytest.mark.parametrize("kind", ["none", "logits"])
+def test_training_step(model, kind):
     """Forward, backward and optimizer, of plain fine-tuning and of the logits signal."""
-    supervision = Supervision(conversion=Signal(kind=signal, layer=1), thinking=Signal(kind=signal, layer=1))
+    supervision = supervise(conversion=signal(kind=kind, layer=1), thinking=signal(kind=kind, layer=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def run(tokens: int) -> None:
         terms = deep_supervision_terms(model, large_batch(tokens), supervision)
-        assert sum(int(term.count) for term in terms.values()) == tokens * (2 if signal == "logits" else 1)
+        assert sum(int(term.count) for term in terms.values()) == tokens * (2 if kind == "logits" else 1)
         torch.stack([term.sum for term in terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -104,7 +105,7 @@ def test_training_step(model, signal):
 def test_scoring_of_held_out_rows(model):
     def run(tokens: int) -> None:
         side = Side(ids=np.arange(tokens + 4, dtype=np.int32), query=(0, 4), answer=4, characters=1)
-        (score,) = score_answers(model, [Example(main=side, parallel=None, english=False)], pad_token_id=0)
+        (score,) = score_answers(model, [Example(main=side, parallel=None)], pad_token_id=0)
         assert score.tokens == tokens
 
     few, many = peak(lambda: run(FEW)), peak(lambda: run(MANY))

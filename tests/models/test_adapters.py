@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import build_tiny_model, tiny_config
 from peft import LoraConfig
-from tiny_batches import make_batch
+from tiny_batches import make_batch, signal, supervise
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pivotune.config.settings import LoraSettings
 from pivotune.errors import UsageError
 from pivotune.models.adapters import add_adapters, build_lora_config, check_adapters, is_tied
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 
 def tied_model(family: str = "llama") -> Any:
@@ -93,7 +93,7 @@ def test_untied_head_takes_an_adapter_which_inner_losses_read_but_do_not_train()
     """The frozen head is the head of now, adapter included, and no inner loss reaches any of its parts."""
     model = perturb(add_adapters(build_tiny_model(), lora(target_modules=["lm_head", "q_proj"])))
     batch = make_batch(4)
-    supervision = Supervision(conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="logits", layer=3))
+    supervision = supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3))
     terms = deep_supervision_terms(model, batch, supervision)
     (terms["conversion"].sum + terms["thinking"].sum).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}

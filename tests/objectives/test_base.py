@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pivotune.objectives.base import Term, weighted_total
+from pivotune.objectives.base import LossTerm, weighted_total
 
 
-def term(value: float, count: int) -> Term:
-    return Term(torch.tensor(value, requires_grad=True), torch.tensor(count))
+def term(value: float, count: int) -> LossTerm:
+    return LossTerm(torch.tensor(value, requires_grad=True), torch.tensor(count))
 
 
 def test_total_divides_by_the_counts_of_the_window_not_of_the_batch():
@@ -27,7 +27,7 @@ def test_term_without_items_adds_nothing():
 
 
 def test_half_precision_sums_are_added_in_float32():
-    terms = {"tft": Term(torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(3))}
+    terms = {"tft": LossTerm(torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(3))}
     assert weighted_total(terms, {"tft": 1.0}, {"tft": 3}).item() == pytest.approx(1 / 3, rel=1e-6)
 
 

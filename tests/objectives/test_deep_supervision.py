@@ -5,11 +5,12 @@ from itertools import product
 import pytest
 import torch
 from conftest import NUM_LAYERS, build_tiny_model
-from tiny_batches import collate, make_batch, make_examples, values
+from tiny_batches import collate, make_batch, make_examples, signal, supervise, values
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import Passes, PassRequest, separate_passes
 from pivotune.models.architecture import find_architecture
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
 KINDS = ("logits", "feature", "none")
 BATCHES = {
@@ -17,15 +18,15 @@ BATCHES = {
     "parallel rows only": make_batch(8, replay=False),
     "one row": make_batch(1),
     "without English sides": make_batch(4, parallel=False),
-    "replay rows only": collate([example for example in make_examples(8) if example.english]),
+    "replay rows only": collate([example for example in make_examples(8) if example.english_prompt]),
 }
 
 
-def supervision(conversion: str = "none", thinking: str = "none", **options) -> Supervision:
-    return Supervision(conversion=Signal(kind=conversion, layer=1), thinking=Signal(kind=thinking, layer=3), **options)
+def supervision(conversion: str = "none", thinking: str = "none", **options) -> SupervisionConfig:
+    return supervise(conversion=signal(kind=conversion, layer=1), thinking=signal(kind=thinking, layer=3), **options)
 
 
-def recorded_request(config: Supervision, **options) -> PassRequest:
+def recorded_request(config: SupervisionConfig, **options) -> PassRequest:
     requests = []
 
     def run_passes(model, batch, request) -> Passes:
@@ -139,13 +140,6 @@ def test_batch_without_english_has_zero_inner_losses_and_still_trains(name, kind
     assert values(terms)["thinking"] == (0.0, 0)
     sum(term.sum for term in terms.values()).backward()
     assert model.get_input_embeddings().weight.grad.abs().max() > 0
-
-
-def test_defaults_are_those_of_the_design():
-    config = Supervision()
-    assert config.active() == {}
-    assert (config.logits_mode, config.logits_norm) == ("autoregressive", "final")
-    assert (config.pooling, config.span, config.english, config.english_norm) == ("mean", "query", "detached", "final")
 
 
 def test_wrapped_model_gives_the_same_terms():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_training import QUIET, assert_same, run_config, run_settings, save_tiny_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Side
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import read_layers_json
@@ -467,7 +467,7 @@ import json, os, signal, sys
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 import tiny_training
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.runs.prepare import prepare_run
 from pivotune.runs.execute import execute_run
 

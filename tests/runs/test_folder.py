@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pivotune.config.settings import RunConfig, parse_config
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.text.files import write_items, write_json, write_text
 from pivotune.runs.folder import claim_run_folder, environment, read_run_config, write_run_config

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.runs.model_card import model_card
 
 TASK = {

@@ -18,7 +18,7 @@ from tiny_training import tiny_rows, write_rows
 
 from pivotune.cli.common import safe, stdout
 from pivotune.cli.main import main
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.report.drawing import drawable, new_figure, save_figure, set_title, short_name
 from pivotune.report.plots import plot_entropy_comparison, plot_metric_bars
 from pivotune.runs.model_card import model_card

@@ -13,7 +13,7 @@ from planted import call, copy, refused, resume, write_yaml
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_trainer
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.models.loading import load_model
 from pivotune.models.locating import ModelFiles, check_index

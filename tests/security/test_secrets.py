@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from planted import call, copy, refused, write_yaml
 
 from pivotune.cli.main import main
-from pivotune.config.settings import dump_config, load_config, parse_config
+from pivotune.config.yaml_text import dump_config, load_config, parse_config
 from pivotune.runs.folder import claim_run_folder, environment, find_change, read_run_config
 from pivotune.text.redaction import REDACTED, is_secret_name, redact, redact_command, redact_settings
 

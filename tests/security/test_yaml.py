@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.errors import UsageError
 
 _FEW = """\

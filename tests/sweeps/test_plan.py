@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.errors import UsageError
 from pivotune.sweeps.plan import ablation_axis, parse_grid, parse_seeds, plan_cells
 

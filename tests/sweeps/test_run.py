@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_training import QUIET, assert_same, run_settings
 from transformers import TrainerCallback
 
-from pivotune.config.settings import load_config
+from pivotune.config.yaml_text import load_config
 from pivotune.errors import UsageError
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.runs.execute import execute_run

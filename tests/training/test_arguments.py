@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 
@@ -11,6 +14,7 @@ SUPERVISION = {
     "conversion": {"signal": "feature", "layer": 2, "weight": 0.7},
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
+    "lens": "logit",
     "logits": {"mode": "positional", "norm": "none", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
     "profile_rows": 11,
@@ -32,42 +36,61 @@ def test_options_survive_from_yaml_to_supervision():
             "on_bad_row": "skip", "language": "sw"}  # fmt: skip
     config = parse_config(settings(supervision=SUPERVISION, data=data, seed=5))
     args = build_arguments(config)
-    assert args.supervision() == config.supervision
-    assert args.supervision().model_dump() == SUPERVISION
+    assert args.supervision == config.supervision
+    assert args.supervision.model_dump() == args.to_dict()["supervision"] == SUPERVISION
     for name in ("template", "english_ratio", "max_prompt_tokens", "max_completion_tokens", "on_bad_row", "language"):
-        assert getattr(args, name) == data[name]
+        assert getattr(args.data, name) == args.to_dict()["data"][name] == data[name]
     assert (args.output_dir, args.seed, args.method) == ("out", 5, "deep-supervision")
     limits = args.limits(100)
     assert (limits.prompt, limits.completion, limits.context) == (31, 17, 100)
 
 
-def test_defaults_agree_with_those_of_a_run_configuration(tmp_path):
-    """Python and YAML users get the same method."""
-    from_yaml = build_arguments(parse_config(settings(output_dir=str(tmp_path))))
-    plain = DeepSupervisionConfig(output_dir=str(tmp_path), use_cpu=True)
-    own = set(DeepSupervisionConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
-    assert len(own) > 15
-    assert {name: getattr(plain, name) for name in own} == {name: getattr(from_yaml, name) for name in own}
+def test_python_takes_sections_as_yaml_does(tmp_path):
+    args = DeepSupervisionConfig(
+        str(tmp_path), use_cpu=True, supervision={"thinking": {"layer": 9}, "schedule": "cosine"}
+    )
+    assert (args.supervision.thinking.layer, args.supervision.conversion.layer) == (9, "auto")
+    assert args.supervision.schedule == "cosine"
+    again = dataclasses.replace(args, data={"language": "vi"})
+    assert (again.data.language, again.supervision) == ("vi", args.supervision)
 
 
-def test_auto_layers_are_none():
-    args = build_arguments(parse_config(settings()))
-    assert args.conversion_layer is args.thinking_layer is None
-    assert args.supervision().conversion.layer == args.supervision().thinking.layer == "auto"
+def test_flat_names_work_with_one_line(tmp_path):
+    flat = {"thinking_layer": 9, "conversion_layer": None, "logits_mode": "positional", "language": "vi", "skip_limit": 3,
+            "hang_timeout": 60}  # fmt: skip
+    with pytest.warns(FutureWarning, match=r"thinking_layer -> supervision\.thinking\.layer") as told:
+        args = DeepSupervisionConfig(str(tmp_path), use_cpu=True, **flat)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    nested = DeepSupervisionConfig(
+        str(tmp_path),
+        use_cpu=True,
+        supervision={"thinking": {"layer": 9}, "logits": {"mode": "positional"}},
+        data={"language": "vi"},
+        faults={"skip_limit": 3, "hang_timeout": 60.0},
+    )
+    assert (args.supervision, args.data, args.faults) == (nested.supervision, nested.data, nested.faults)
+    assert args.ddp_timeout == nested.ddp_timeout == 60
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"method": "magic"}, ("method", "magic", "deep-supervision")),
-        ({"conversion_signal": "logit"}, ("supervision.conversion.signal", "logit", "feature")),
-        ({"thinking_weight": -1.0}, ("supervision.thinking.weight", "-1")),
-        ({"conversion_layer": 0}, ("supervision.conversion.layer", "0")),
-        ({"conversion_layer": 5, "thinking_layer": 4}, ("conversion.layer: 5 is not below", "thinking.layer: 4")),
-        ({"supervision_schedule": "step"}, ("supervision.schedule", "step")),
-        ({"english_ratio": 1.5}, ("data.english_ratio", "1.5")),
-        ({"max_prompt_tokens": 0}, ("data.max_prompt_tokens", "0")),
-        ({"on_bad_row": "ignore"}, ("data.on_bad_row", "ignore", "skip")),
+        ({"supervision": {"conversion": {"signal": "logit"}}}, ("supervision.conversion.signal", "logit", "feature")),
+        ({"supervision": {"thinking": {"weight": -1.0}}}, ("supervision.thinking.weight", "-1")),
+        ({"supervision": {"conversion": {"layer": 0}}}, ("supervision.conversion.layer", "0")),
+        (
+            {"supervision": {"conversion": {"layer": 5}, "thinking": {"layer": 4}}},
+            ("conversion.layer: 5 is not below", "thinking.layer: 4"),
+        ),
+        ({"supervision": {"schedule": "step"}}, ("supervision.schedule", "step")),
+        ({"supervision": {"lens": "tunde"}}, ("supervision.lens", "tunde", "logit")),
+        ({"supervision": {"thinkng": {}}}, ("unknown key supervision.thinkng", "did you mean supervision.thinking?")),
+        ({"data": {"english_ratio": 1.5}}, ("data.english_ratio", "1.5")),
+        ({"data": {"max_prompt_tokens": 0}}, ("data.max_prompt_tokens", "0")),
+        ({"data": {"on_bad_row": "ignore"}}, ("data.on_bad_row", "ignore", "skip")),
+        ({"data": {"train": "rows.jsonl"}}, ("unknown key data.train",)),
     ],
 )
 def test_values_that_cannot_be(tmp_path, changes, words):
@@ -78,22 +101,15 @@ def test_values_that_cannot_be(tmp_path, changes, words):
 
 def test_argument_parser_reads_a_mapping_and_a_command_line(tmp_path):
     parser = HfArgumentParser(DeepSupervisionConfig)
-    (from_dict,) = parser.parse_dict(
-        {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "thinking_layer": 9,
-            "thinking_signal": "feature",
-            "language": "vi",
-        }
-    )
+    section = {"thinking": {"layer": 9, "signal": "feature"}}
+    (from_dict,) = parser.parse_dict({"output_dir": str(tmp_path), "use_cpu": True, "supervision": section})
     (from_words,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "--thinking_layer", "9", "--thinking_signal", "feature",
-         "--language", "vi", "--english_ratio", "0.5", "--max_steps", "7"]
+        ["--output_dir", str(tmp_path), "--use_cpu", "--supervision", json.dumps(section), "--method", "sft",
+         "--data", '{"language": "vi"}', "--max_steps", "7"]
     )  # fmt: skip
-    assert (from_dict.thinking_layer, from_dict.thinking_signal, from_dict.conversion_layer) == (9, "feature", None)
-    assert (from_words.thinking_layer, from_words.thinking_signal, from_words.conversion_layer) == (9, "feature", None)
-    assert (from_words.english_ratio, from_words.max_steps, from_words.language) == (0.5, 7, "vi")
+    assert from_dict.supervision == from_words.supervision
+    assert (from_words.supervision.thinking.layer, from_words.supervision.thinking.signal) == (9, "feature")
+    assert (from_words.method, from_words.max_steps, from_words.data.language) == ("english-only", 7, "vi")
 
 
 def test_english_columns_are_never_dropped(tmp_path):

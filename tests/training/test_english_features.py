@@ -4,7 +4,6 @@ import copy
 import logging
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,32 @@ import torch
 from conftest import build_tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from tiny_batches import collate, gradients, make_examples, relative_difference, values
+from tiny_batches import collate, gradients, make_examples, relative_difference, signal, supervise, values
 from tiny_training import run_config, tiny_trainer
 from torch import nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.errors import UsageError
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
 from pivotune.training.english_features import FEATURES_FILE, FeatureDataset, prepare_features
 
-FROZEN = Supervision(
-    conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="feature", layer=3), english="frozen"
-)
+_TERMS = {"conversion": signal(kind="feature", layer=1), "thinking": signal(kind="feature", layer=3)}
+
+
+def frozen(**changes: Any) -> SupervisionConfig:
+    return supervise(**{**_TERMS, "english": "frozen", **changes})
+
+
+FROZEN = frozen()
 EXAMPLES = make_examples(8)
 
 
-def prepare(model: nn.Module, path: Path, supervision: Supervision = FROZEN, examples=EXAMPLES, **options: Any) -> Path:
+def prepare(
+    model: nn.Module, path: Path, supervision: SupervisionConfig = FROZEN, examples=EXAMPLES, **options: Any
+) -> Path:
     prepare_features(model, examples, supervision, path, pad_token_id=0, batch_size=3, **options)
     return path
 
@@ -82,14 +89,14 @@ def test_terms_and_gradients_equal_those_of_the_live_model(family, tmp_path):
         {"pooling": "last"},
         {"span": "query+answer"},
         {"english_norm": "raw"},
-        {"conversion": Signal(kind="logits", layer=1)},
-        {"thinking": Signal()},
-        {"thinking": Signal(), "conversion": Signal(kind="feature", layer=3)},
+        {"conversion": signal(kind="logits", layer=1)},
+        {"thinking": signal()},
+        {"thinking": signal(), "conversion": signal(kind="feature", layer=3)},
     ],
     ids=str,
 )
 def test_every_setting_equals_the_live_model(tmp_path, changes):
-    supervision = replace(FROZEN, **changes)
+    supervision = frozen(**changes)
     start, model = build_tiny_model(), build_tiny_model(seed=1)
     kept = deep_supervision_terms(model, batch_of(prepare(start, tmp_path / "f", supervision)), supervision)
     live = deep_supervision_terms(model, collate(EXAMPLES), supervision, reference=start)
@@ -117,7 +124,7 @@ def test_without_dropout_and_adapters_and_the_model_as_it_was(tmp_path):
 def test_only_the_blocks_that_are_needed_run(tmp_path):
     model: Any = build_tiny_model()
     calls = [Calls(block) for block in model.model.layers]
-    prepare(model, tmp_path / "f", replace(FROZEN, thinking=Signal(), conversion=Signal(kind="feature", layer=2)))
+    prepare(model, tmp_path / "f", frozen(thinking=signal(), conversion=signal(kind="feature", layer=2)))
     assert [call.count for call in calls] == [2, 2, 0, 0]
 
 
@@ -175,11 +182,11 @@ def changed_config(model: Any) -> None:
         ("weights", changed_config, {}, {}),
         ("rows", None, {}, {"examples": EXAMPLES[:7]}),
         ("rows", None, {}, {"examples": make_examples(8, seed=1)}),
-        ("settings", None, {"conversion": Signal(kind="feature", layer=2)}, {}),
+        ("settings", None, {"conversion": signal(kind="feature", layer=2)}, {}),
         ("settings", None, {"pooling": "last"}, {}),
         ("settings", None, {"span": "query+answer"}, {}),
         ("settings", None, {"english_norm": "raw"}, {}),
-        ("settings", None, {"thinking": Signal()}, {}),
+        ("settings", None, {"thinking": signal()}, {}),
         ("settings", None, {}, {"autocast": torch.bfloat16}),
     ],
 )
@@ -191,7 +198,7 @@ def test_anything_else_is_computed_again(tmp_path, caplog, word, model_change, c
         model = build_tiny_model()
         if model_change:
             model_change(model)
-        prepare(model, path, replace(FROZEN, **changes), **options)
+        prepare(model, path, frozen(**changes), **options)
 
     with caplog.at_level(logging.WARNING, logger="pivotune"):
         run(path)
@@ -205,7 +212,7 @@ def test_layer_of_thinking_on_the_target_side_does_not_matter(tmp_path):
     path = prepare(build_tiny_model(), tmp_path / "f")
     model = build_tiny_model()
     calls = Calls(model)
-    prepare(model, path, replace(FROZEN, thinking=Signal(kind="feature", layer=2)))
+    prepare(model, path, frozen(thinking=signal(kind="feature", layer=2)))
     assert calls.count == 0
 
 

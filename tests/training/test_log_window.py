@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny_batches import make_batch
 
-from pivotune.objectives.base import Term
+from pivotune.objectives.base import LossTerm
 from pivotune.training.log_window import LogWindow, token_counts
 
 
-def term(total: float, count: int) -> Term:
-    return Term(torch.tensor(total, requires_grad=True), torch.tensor(count))
+def term(total: float, count: int) -> LossTerm:
+    return LossTerm(torch.tensor(total, requires_grad=True), torch.tensor(count))
 
 
 def window() -> LogWindow:

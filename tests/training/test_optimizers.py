@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from pivotune.config.settings import parse_config
+from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.training.arguments import build_arguments
 from pivotune.training.optimizers import optimizer_names

@@ -9,6 +9,9 @@ from tiny_training import arguments, make_pairs
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
+from pivotune.objectives.deep_supervision import build_objectives
+from pivotune.objectives.english_nll import PositionalNLL
+from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.preparation import (
     build_encoder,
     build_heldout_datasets,
@@ -18,7 +21,6 @@ from pivotune.training.preparation import (
     context_length,
     encode_dataset,
     heldout_examples,
-    needs_english,
     spread,
 )
 
@@ -51,25 +53,10 @@ def test_limits_and_template_reach_the_encoder(tmp_path):
         build_encoder(arguments(tmp_path, template="alpac"), build_tiny_tokenizer(), tiny_config("llama"))
 
 
-@pytest.mark.parametrize(
-    ("method", "ratio", "training", "heldout"),
-    [
-        ("sft", 0.0, True, True),
-        ("tft", 0.0, False, False),
-        ("tft", 0.25, True, False),
-        ("deep-supervision", 0.0, True, False),
-    ],
-)
-def test_who_needs_english(tmp_path, method, ratio, training, heldout):
-    args = arguments(tmp_path, method=method, english_ratio=ratio)
-    assert needs_english(args) is training
-    assert needs_english(args, heldout=True) is heldout
-
-
 def test_rows_that_lack_english_are_named(tmp_path):
     rows = tiny_rows(3)
     del rows[1]["prompt_en"]
-    args, tokenizer, model = arguments(tmp_path), build_tiny_tokenizer(), build_tiny_model()
+    args, tokenizer, model = arguments(tmp_path), build_tiny_tokenizer(), build_tiny_model().config
     with pytest.raises(UsageError) as raised:
         encode_dataset(rows, args, tokenizer, model)
     assert "row 2" in one_line(raised)
@@ -109,7 +96,7 @@ def test_heldout_rows_by_language():
     sides = heldout_examples(pairs)
     assert [example.main for example in sides["target"]] == [PAIRS[0].target, PAIRS[2].target]
     assert [example.main for example in sides["english"]] == [PAIRS[1].english, PAIRS[2].english]
-    assert [example.english for example in sides["english"]] == [True, True]
+    assert [example.english_prompt for example in sides["english"]] == [True, True]
     assert set(heldout_examples(pairs[:1])) == {"target"}
     assert heldout_examples([]) == {}
 
@@ -169,14 +156,23 @@ def test_thinking_alone(tmp_path, layer):
 
 
 def test_every_option_reaches_the_objective(tmp_path):
-    supervision, _ = chosen(
-        tmp_path, conversion_signal="feature", thinking_signal="logits", logits_mode="positional", logits_norm="none",
-        feature_pooling="last", feature_span="query+answer", feature_english="joint", feature_english_norm="raw",
-    )  # fmt: skip
-    assert (supervision.conversion.kind, supervision.thinking.kind) == ("feature", "logits")
-    assert (supervision.logits_mode, supervision.logits_norm) == ("positional", "none")
-    assert (supervision.pooling, supervision.span) == ("last", "query+answer")
-    assert (supervision.english, supervision.english_norm) == ("joint", "raw")
+    options = {
+        "conversion": {"signal": "feature", "layer": 1},
+        "thinking": {"signal": "logits", "layer": 3},
+        "logits": {"mode": "positional", "norm": "none"},
+        "feature": {"pooling": "last", "span": "query+answer", "english": "joint", "english_norm": "raw"},
+    }
+    supervision, _ = choose_supervision(
+        DeepSupervisionConfig(str(tmp_path), use_cpu=True, supervision=options),
+        build_tiny_model(),
+        build_tiny_tokenizer(),
+        PAIRS,
+    )
+    (cosine, conversion), (nll, thinking) = build_objectives(supervision)
+    assert (conversion, thinking) == ([("conversion", 1)], [("thinking", 3)])
+    assert isinstance(nll, PositionalNLL)
+    assert nll.options.model_dump(exclude={"forward"}) == options["logits"]
+    assert cosine.options.model_dump() == options["feature"]
 
 
 @pytest.mark.parametrize("method", ["tft", "sft"])
@@ -203,7 +199,7 @@ def test_baselines_have_no_inner_losses(tmp_path, method):
 def test_layers_that_the_model_lacks(tmp_path, changes, words):
     """Found without a model, from its number of blocks."""
     with pytest.raises(UsageError) as raised:
-        check_layers(arguments(tmp_path, **changes).supervision(), 4)
+        check_layers(arguments(tmp_path, **changes).supervision, 4)
     assert all(word in one_line(raised) for word in words)
 
 

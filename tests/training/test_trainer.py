@@ -76,7 +76,7 @@ def test_rows_in_any_form_are_the_same_rows(tmp_path, form):
     one, other = tiny_trainer(tmp_path, rows=given), tiny_trainer(tmp_path, rows=tiny_rows(12))
     for mine, expected in zip(one.train_dataset.examples, other.train_dataset.examples, strict=True):
         assert mine.main.ids.tolist() == expected.main.ids.tolist()
-        assert mine.english == expected.english
+        assert mine.english_answer == expected.english_answer
 
 
 def test_model_by_name_of_a_folder(tmp_path):
@@ -128,7 +128,7 @@ def test_methods_train_on_their_rows(tmp_path, method, english, parallel):
     trainer = tiny_trainer(tmp_path, method=method, english_ratio=0.25, num_train_epochs=3)
     examples = trainer.train_dataset.examples
     assert len(examples) == 16
-    assert sum(example.english for example in examples) == english
+    assert sum(example.english_prompt for example in examples) == english
     assert sum(example.parallel is not None for example in examples) == parallel
     trainer.train()
     names = {"tft_loss", "conversion_loss", "thinking_loss", "supervision_factor"}

@@ -43,7 +43,7 @@ def estimate(
         raise UsageError(f"--strategy: {strategy!r} found; allowed: {', '.join(_STRATEGIES)}")
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)
     processes = processes or 1
-    from pivotune.config.settings import load_config
+    from pivotune.config.yaml_text import load_config
 
     run_config = load_config(config, changes or [])
     quiet_libraries()

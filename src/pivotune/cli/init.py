@@ -11,7 +11,7 @@ from pivotune.errors import UsageError
 _HEAD = """\
 # pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
-method: {method}                 # sft (English only) | tft (translated fine-tuning) | deep-supervision
+method: {method}                 # english-only | tft (translated fine-tuning) | deep-supervision
 
 data:
   train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
@@ -53,7 +53,7 @@ seed: 0
 
 
 def init(
-    method: Annotated[str, typer.Option(help="deep-supervision, tft or sft.")] = "deep-supervision",
+    method: Annotated[str, typer.Option(help="deep-supervision, tft or english-only.")] = "deep-supervision",
     model: Annotated[
         str, typer.Option(help="Hub name, folder or bundled model.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -61,21 +61,23 @@ def init(
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",
 ) -> None:
     """Print a commented run configuration: `pivotune init > run.yaml`."""
-    from pivotune.config.settings import METHODS
+    from pivotune.config.registry import METHODS
 
     if method not in METHODS:
         raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
+    method = METHODS.check(method)
     print(render(method, model=model, data=data, language=language), end="")
 
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
     """Return the configuration as YAML text with comments."""
-    from pivotune.config.settings import to_yaml
+    from pivotune.config.registry import METHODS
+    from pivotune.config.yaml_text import to_yaml
 
     def scalar(value: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()
 
-    ratio = 0 if method == "sft" else 0.25
+    ratio = 0.25 if METHODS[method].replay else 0
     head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
-    return head + (_SUPERVISION if method == "deep-supervision" else "") + tail
+    return head + (_SUPERVISION if METHODS[method].inner_losses else "") + tail

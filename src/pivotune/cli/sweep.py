@@ -111,7 +111,7 @@ def _plan(
     config: Path, grid: Sequence[str], changes: Sequence[str], folder: Path, *, seeds: str, signals: str | None
 ) -> list[Cell]:
     """The cells; `signals` is None without --ablation."""
-    from pivotune.config.settings import load_config
+    from pivotune.config.yaml_text import load_config
     from pivotune.sweeps.plan import ablation_axis, parse_grid, parse_seeds, plan_cells
 
     if any(change.partition("=")[0].strip() == "output_dir" for change in changes):

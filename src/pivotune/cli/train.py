@@ -42,7 +42,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Fine-tune a model and write a run folder."""
-    from pivotune.config.settings import load_config
+    from pivotune.config.yaml_text import load_config
 
     if overwrite and (resume or auto_resume):
         raise UsageError(f"{'--resume' if resume else '--auto-resume'} and --overwrite exclude each other")

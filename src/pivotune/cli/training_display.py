@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pivotune.cli.common import print_lines, printable, progress_bar, safe, stderr
 from pivotune.cli.estimate import gibibytes, training_line
+from pivotune.config.registry import METHODS
 from pivotune.data.preview import preview
 
 if TYPE_CHECKING:
@@ -80,19 +81,19 @@ class TrainingProgress(TrainerCallback):
 def describe_run(out: Console, prepared: PreparedRun) -> None:
     """Print model, method and rows, and one decoded example with its mask, because wrong masks fail silently."""
     config, report = prepared.config, prepared.report
-    method = str(config.method)
-    if config.method == "deep-supervision":
+    method, name = METHODS[config.method], config.method
+    if method.inner_losses:
         terms = []
-        for name in ("conversion", "thinking"):
-            signal = getattr(config.supervision, name)
+        for term in ("conversion", "thinking"):
+            signal = getattr(config.supervision, term)
             if signal.signal != "none":
-                terms.append(f"{name} {signal.signal} at layer {signal.layer}, weight {signal.weight:g}")
-        method += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
+                terms.append(f"{term} {signal.signal} at layer {signal.layer}, weight {signal.weight:g}")
+        name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
-    out.print(f"[bold]method[/]   {method}", soft_wrap=True)
+    out.print(f"[bold]method[/]   {name}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
-    if config.method != "sft" and replayed:
+    if method.replay and replayed:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
     if report.cut:
         cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
@@ -100,9 +101,7 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
         for reason, count in skipped.items():
             out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
-    example = prepared.train[0].english if config.method == "sft" else prepared.train[0].target
-    if example is not None:
-        print_example(out, prepared.tokenizer, example)
+    print_example(out, prepared.tokenizer, getattr(prepared.train[0], method.main_language))
 
 
 def print_example(out: Console, tokenizer: Any, side: Side) -> None:

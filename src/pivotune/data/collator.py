@@ -1,4 +1,4 @@
-"""Padding examples into batches. The docstring of `DeepSupervisionCollator` is the batch contract of the project."""
+"""Pad examples into batches. The docstring of `DeepSupervisionCollator` is the batch contract of the project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
 
 
 class ExampleDataset(Dataset):
-    """Examples as a map-style dataset; an item is the `Example` itself, padding is the collator's work.
+    """Examples as a map-style dataset. An item is the `Example` itself; the collator pads.
 
     Attributes:
         examples: as given; lazy ones stay lazy.
@@ -41,17 +41,18 @@ class ExampleDataset(Dataset):
 
 @dataclass
 class DeepSupervisionCollator:
-    """Pads examples on the right into a batch of B rows.
+    """Pad examples on the right into a batch of B rows.
 
-    Main side, T = longest sequence (target language, or English for replay rows and SFT):
+    Main side, T = longest sequence (target language; English for replayed rows and `english-only`):
         input_ids           (B, T) int64
         attention_mask      (B, T) int64, 1 on tokens, 0 on padding
         labels              (B, T) int64, the answer's token ids, -100 elsewhere (not shifted, as Transformers has it)
         query_mask          (B, T) bool, the user's text inside the prompt
         answer_characters   (B,) int64, characters of the answer's text
-        is_english          (B,) bool
+        english_prompt      (B,) bool, the prompt is English
+        english_answer      (B,) bool, the answer is English
         row_numbers         (B,) int64, the rows' places in their file, to name them; 0 where not known
-    English parallel side, S = longest one, 0 where no row has one. Rows without it (replay rows, TFT, SFT) are all padding:
+    English parallel side, S = longest one, 0 without any. Rows without it (replayed rows, baselines) are all padding:
         english_input_ids       (B, S) int64
         english_attention_mask  (B, S) int64
         english_query_mask      (B, S) bool, the tokens of x_en
@@ -76,7 +77,8 @@ class DeepSupervisionCollator:
             "labels": labels,
             "query_mask": main["query_mask"],
             "answer_characters": np.array([example.main.characters for example in examples], dtype=np.int64),
-            "is_english": np.array([example.english for example in examples], dtype=bool),
+            "english_prompt": np.array([example.english_prompt for example in examples], dtype=bool),
+            "english_answer": np.array([example.english_answer for example in examples], dtype=bool),
             "row_numbers": np.array([example.number for example in examples], dtype=np.int64),
             **{f"english_{name}": array for name, array in english.items()},
             **_features(examples),
@@ -107,7 +109,7 @@ class DeepSupervisionCollator:
 
 
 def _features(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """All rows carry vectors of the same terms, or none does."""
+    """Stack the vectors; all rows carry vectors of the same terms, or none does."""
     features = [example.english_features for example in examples if example.english_features is not None]
     if not features:
         return {}

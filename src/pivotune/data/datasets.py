@@ -1,14 +1,14 @@
-"""Which rows are for training and which for validation, and what each method trains on.
+"""Split rows into training and validation, and make the training examples of a method.
 
-What is drawn at random depends on the seed and the number of rows, never on the method, so that methods with the same
-seed are compared on the same rows.
+Random draws depend on the seed and the number of rows, never on the method: methods with the same seed are compared on
+the same rows.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from pivotune.data.examples import Example, Pair, Side
 from pivotune.data.lazy import LazySequence, Selection
 from pivotune.data.pair_store import pair_table
 from pivotune.errors import UsageError
+from pivotune.methods.base import ExamplePlan, Language, Method
 
 _T = TypeVar("_T")
 
@@ -24,13 +25,11 @@ LARGEST_SHARE = 500
 
 
 class PairExamples(LazySequence[Example]):
-    """Examples made from pairs when they are asked for; memory holds a few bytes each.
+    """Examples made from pairs on access; memory holds a few bytes for each.
 
     Args:
         pairs: in a list, or stored (`PairStore`).
-        rows: the places of the pairs to use, in order.
-        english: for each, whether the main side is the English one.
-        parallel: whether an example with a target main side has the English side as its parallel.
+        plan: the pair of each example, the language of its prompt and answer, and whether it has a parallel side.
 
     Attributes:
         main_lengths, main_answers: int32 (examples,), tokens of the main side, and its first answer token.
@@ -38,31 +37,49 @@ class PairExamples(LazySequence[Example]):
         has_parallel: bool (examples,).
 
     Raises:
-        ValueError: a pair lacks a side that is asked for; `load_rows` checks this.
+        ValueError: a pair lacks a side that the plan needs; `load_rows` checks this.
     """
 
-    def __init__(self, pairs: Sequence[Pair], rows: np.ndarray, english: np.ndarray, *, parallel: bool) -> None:
-        self._pairs, self._rows, self._english = pairs, rows, english
-        table = pair_table(pairs)
-        target, other = table["target"], table["english"]
-        self.main_lengths = np.where(english, other["length"][rows], target["length"][rows])
-        self.main_answers = np.where(english, other["answer"][rows], target["answer"][rows])
-        self.has_parallel = ~english if parallel else np.zeros_like(english)
-        queries = other["query_end"][rows] - other["query_start"][rows]
-        self.query_lengths = np.where(self.has_parallel, queries, 0)
-        if (self.main_lengths < 0).any() or (self.has_parallel & (other["length"][rows] < 0)).any():
+    def __init__(self, pairs: Sequence[Pair], plan: ExamplePlan) -> None:
+        self._pairs, self._plan = pairs, plan
+        table = pair_table(pairs)[plan.rows]
+        target, english = table["target"], table["english"]
+
+        def chosen(is_english: np.ndarray, name: str) -> np.ndarray:
+            return np.where(is_english, english[name], target[name])
+
+        self.main_answers = chosen(plan.english_prompt, "answer")
+        answers = chosen(plan.english_answer, "length") - chosen(plan.english_answer, "answer")
+        self.main_lengths = self.main_answers + answers
+        self.has_parallel = plan.parallel
+        self.query_lengths = np.where(plan.parallel, english["query_end"] - english["query_start"], 0)
+        needs_english = plan.english_prompt | plan.english_answer | plan.parallel
+        needs_target = ~(plan.english_prompt & plan.english_answer)
+        if (needs_english & (english["length"] < 0)).any() or (needs_target & (target["length"] < 0)).any():
             raise ValueError("a row lacks the side that the method trains on; load_rows checks this")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._plan.rows)
 
     def _item(self, index: int) -> Example:
-        pair = self._pairs[int(self._rows[index])]
-        english = bool(self._english[index])
-        main = pair.english if english else pair.target
-        assert main is not None
-        parallel = pair.english if self.has_parallel[index] else None
-        return Example(main=main, parallel=parallel, english=english, number=pair.number)
+        plan, pair = self._plan, self._pairs[int(self._plan.rows[index])]
+        english_prompt, english_answer = bool(plan.english_prompt[index]), bool(plan.english_answer[index])
+        prompt, answer = (pair.english if english else pair.target for english in (english_prompt, english_answer))
+        assert prompt is not None
+        assert answer is not None
+        return Example(
+            main=prompt if prompt is answer else _joined(prompt, answer),
+            parallel=pair.english if plan.parallel[index] else None,
+            english_prompt=english_prompt,
+            english_answer=english_answer,
+            number=pair.number,
+        )
+
+
+def _joined(prompt: Side, answer: Side) -> Side:
+    """Return the prompt of one language with the answer of the other."""
+    ids = np.concatenate([prompt.ids[: prompt.answer], answer.ids[answer.answer :]])
+    return Side(ids, prompt.query, prompt.answer, answer.characters)
 
 
 class ParallelSides(LazySequence[Side]):
@@ -82,36 +99,39 @@ class ParallelSides(LazySequence[Side]):
 
 
 def main_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Tokens of every example's main side, int32 (examples,), without making the examples where they are lazy."""
+    """Return the tokens of every example's main side, int32 (examples,); lazy examples are not made."""
     if isinstance(examples, PairExamples):
         return examples.main_lengths
     return np.array([len(example.main.ids) for example in examples], dtype=np.int32)
 
 
 def has_parallel(examples: Sequence[Example]) -> np.ndarray:
-    """Which examples have an English parallel, bool (examples,)."""
+    """Return True for examples with an English parallel, bool (examples,)."""
     if isinstance(examples, PairExamples):
         return examples.has_parallel
     return np.array([example.parallel is not None for example in examples], dtype=bool)
 
 
-def training_examples(pairs: Sequence[Pair], *, method: str, english_ratio: float = 0.0, seed: int = 0) -> PairExamples:
-    """What `method` trains on, in the order of `pairs`.
+def training_examples(
+    pairs: Sequence[Pair], method: Method, *, english_ratio: float = 0.0, seed: int = 0
+) -> PairExamples:
+    """Return the training examples of a method, in the order of `pairs`.
 
-    `sft` uses the English side, `tft` the target side, `deep-supervision` the target side with its English parallel.
     English replay: `round(english_ratio * len(pairs))` rows, drawn by `seed` and the number of rows only, are trained on
     their English prompt and answer with L_TFT alone; the number of rows stays the same, so that budgets stay equal.
     """
-    english = np.full(len(pairs), method == "sft")
-    if method != "sft":
-        english[list(replay_indices(len(pairs), english_ratio, seed))] = True
-    return PairExamples(pairs, np.arange(len(pairs)), english, parallel=method == "deep-supervision")
+    replayed = np.zeros(len(pairs), dtype=bool)
+    if method.replay:
+        replayed[list(replay_indices(len(pairs), english_ratio, seed))] = True
+    return PairExamples(pairs, method.plan(replayed))
 
 
-def side_examples(pairs: Sequence[Pair], side: Literal["target", "english"]) -> PairExamples:
-    """The rows that have a side, with that side alone."""
+def side_examples(pairs: Sequence[Pair], side: Language) -> PairExamples:
+    """Return the rows that have a side, with that side alone."""
     rows = np.flatnonzero(pair_table(pairs)[side]["length"] >= 0)
-    return PairExamples(pairs, rows, np.full(len(rows), side == "english"), parallel=False)
+    english = np.full(len(rows), side == "english")
+    plan = ExamplePlan(rows=rows, english_prompt=english, english_answer=english, parallel=np.zeros_like(english))
+    return PairExamples(pairs, plan)
 
 
 def check_branch_lengths(examples: PairExamples, context: int | None) -> None:
@@ -128,13 +148,13 @@ def check_branch_lengths(examples: PairExamples, context: int | None) -> None:
 
 
 def replay_indices(num_rows: int, english_ratio: float, seed: int) -> set[int]:
-    """Which rows are replayed in English: the same ones for every method with this seed and number of rows."""
+    """Draw the rows that are replayed in English: the same for every method with this seed and number of rows."""
     count = round(english_ratio * num_rows)
     return set(random.Random(f"english-replay-{seed}").sample(range(num_rows), count))
 
 
 def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[Sequence[_T], Sequence[_T]]:
-    """Split rows, without reading them, into (train, validation), both in their original order; deterministic in `seed`.
+    """Split rows into (train, validation), both in their original order, without reading them; deterministic in `seed`.
 
     Args:
         size: number of rows, or a share below 1, which is at least one row and at most `LARGEST_SHARE` rows.

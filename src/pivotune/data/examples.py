@@ -73,20 +73,21 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one training row feeds the model.
+    """One training example.
 
     Attributes:
-        main: the sequence that L_TFT is computed on.
-        parallel: its English counterpart for the inner losses; None for rows without them.
-        english: whether `main` is English (replay, or the SFT baseline).
-        english_features: pooled English vectors (width,) float32 by loss term, where they were computed beforehand;
+        main: the sequence of L_TFT.
+        parallel: its English counterpart for the inner losses; None without them.
+        english_prompt, english_answer: whether prompt and answer of `main` are English (replay, or English-only training).
+        english_features: pooled English vectors (width,) float32 by loss term, where they were computed before training;
             zeros for rows without an English side.
         number: the row's 1-based place in its source.
     """
 
     main: Side
     parallel: Side | None = None
-    english: bool = False
+    english_prompt: bool = False
+    english_answer: bool = False
     english_features: Mapping[str, np.ndarray] | None = None
     number: int = 0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pivotune.config.settings import RunConfig, parse_config
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair
 from pivotune.demo.rows import build_demo_rows, write_demo_rows
 from pivotune.errors import UsageError

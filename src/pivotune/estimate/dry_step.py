@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import Forward, choose_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.device_kind import assumed_device_kind
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
 # The first block after a cut differs (branches are cut off before it), the second stands for the rest.
 _BLOCKS_KEPT = 2
@@ -40,7 +41,7 @@ ACTIVATIONS, GRADIENTS, WEIGHT_CASTS = range(3)
 def dry_step(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    supervision: Supervision,
+    supervision: SupervisionConfig,
     *,
     device: str,
     autocast: bool,
@@ -96,10 +97,10 @@ def dry_step(
     return log.timeline(gradients, times)
 
 
-def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[str, int]]:
+def _cut(model: nn.Module, supervision: SupervisionConfig) -> tuple[SupervisionConfig, dict[str, int]]:
     """Drop blocks that repeat; return the inner losses at their new layers, and the repeat count of each part."""
     architecture = find_architecture(model)
-    layers = sorted({signal.layer for signal in supervision.active().values()} - {0, architecture.num_layers})
+    layers = sorted({int(term.layer) for term in supervision.active().values()} - {0, architecture.num_layers})
     borders = [0, *layers, architecture.num_layers]
     kept: list[int] = []
     new_layers = {architecture.num_layers: 0}
@@ -112,8 +113,11 @@ def _cut(model: nn.Module, supervision: Supervision) -> tuple[Supervision, dict[
             times |= {f"{direction} {len(kept) - 1}": repeats for direction in ("forward", "backward")}
     blocks = nn.ModuleList(architecture.blocks[index] for index in kept)
     setattr(architecture.decoder, architecture.blocks_name, blocks)
-    signals = {name: replace(signal, layer=new_layers[signal.layer]) for name, signal in supervision.active().items()}
-    return replace(supervision, **signals), times
+    terms = {
+        name: term.model_copy(update={"layer": new_layers[int(term.layer)]})
+        for name, term in supervision.active().items()
+    }
+    return supervision.model_copy(update=terms), times
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import cast
 
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -19,7 +18,7 @@ from pivotune.estimate.memory import Memory, ModelSize, measure_model, memory_of
 from pivotune.estimate.memory_changes import MemoryChange, memory_changes
 from pivotune.estimate.operations import Device, find_device, measure_costs, row_operations
 from pivotune.estimate.rows import RunRows, Schedule, largest_batch, num_tokens, rows_of, training_schedule
-from pivotune.forward.passes import Forward
+from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed.strategies import Strategy, strategy_of, why_not_divided
 from pivotune.training.preparation import assumed_supervision, spread
@@ -104,9 +103,8 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     num_rows = rows.rows or len(rows.examples)
     batch = largest_batch(rows.examples, args, rows=num_rows, processes=targets[0].processes)
     tensors = DeepSupervisionCollator(0)(batch)
-    if supervision.english == "frozen":
-        names = [name for name, signal in supervision.active().items() if signal.kind == "feature"]
-        tensors |= {f"english_features_{name}": torch.zeros(len(batch), text.hidden_size) for name in names}
+    for loss in frozen_losses(supervision):
+        tensors[f"english_features_{loss.name}"] = torch.zeros(len(batch), text.hidden_size)
     accumulated = args.gradient_accumulation_steps > 1
     timeline = dry_step(
         meta_model(config, model_config),
@@ -116,7 +114,7 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
         autocast=args.bf16,
         checkpointing=bool(args.gradient_checkpointing),
         accumulated=accumulated,
-        forward=cast(Forward, args.logits_forward),
+        forward=args.supervision.logits.forward,
     )
 
     model = meta_model(config, model_config)
@@ -124,7 +122,7 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     size = measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
     whole_squares = device == "cpu" and args.bf16
     costs = measure_costs(model, checkpointing=bool(args.gradient_checkpointing), whole_squares=whole_squares)
-    separate = args.logits_forward == "separate"
+    separate = args.supervision.logits.forward == "separate"
     of_row = fmean(row_operations(example, costs, supervision, separate=separate) for example in rows.examples)
     estimates = []
     for target in targets:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import Example
 from pivotune.models.architecture import find_architecture
-from pivotune.objectives.deep_supervision import Supervision, english_layer
+from pivotune.objectives.base import InnerLoss
+from pivotune.objectives.cosine import english_layer
 
 # Dense bfloat16 products in TFLOP/s from the vendors' data sheets, by part of the device's name.
 KNOWN_DEVICES = {
@@ -91,7 +93,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
     )
 
 
-def row_operations(example: Example, costs: Costs, supervision: Supervision, *, separate: bool = False) -> float:
+def row_operations(example: Example, costs: Costs, supervision: SupervisionConfig, *, separate: bool = False) -> float:
     """Return the operations of one row, forward and backward.
 
     Args:
@@ -110,21 +112,21 @@ def row_operations(example: Example, costs: Costs, supervision: Supervision, *, 
     }
     feature_layers = []
     for name, signal in supervision.active().items():
-        if signal.kind == "feature":
-            feature_layers.append(english_layer(name, signal, costs.num_layers))
+        if signal.signal == "feature":
+            feature_layers.append(english_layer(InnerLoss(name, int(signal.layer)), costs.num_layers))
             continue
-        autoregressive = supervision.logits_mode == "autoregressive"
+        autoregressive = supervision.logits.mode == "autoregressive"
         english, target = lengths[name]
         # `positional` cuts the English tokens to the target's length. The head is frozen: only the states get a gradient.
         total += 2 * costs.head * (english if autoregressive else min(english, target))
         if autoregressive:
             run = english - 1 + (query if separate else 0)
             pairs = run * (run + (0 if separate else 2 * query))
-            total += signal.layer * (costs.step * run + costs.attention * pairs)
-    if feature_layers and supervision.english != "frozen":
+            total += int(signal.layer) * (costs.step * run + costs.attention * pairs)
+    if feature_layers and supervision.feature.english != "frozen":
         # The forward pass of the English row that the feature signal compares with; frozen features are computed once.
         tokens = len(parallel.ids)
-        joint = supervision.english == "joint"
+        joint = supervision.feature.english == "joint"
         share = 1.0 if joint else 2 / 7
         step = costs.step if joint else costs.block
         total += max(feature_layers) * (step * tokens + share * costs.attention * tokens**2)

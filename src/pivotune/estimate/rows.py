@@ -11,6 +11,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.data.datasets import training_examples
 from pivotune.data.examples import Example, Pair, Side
@@ -19,7 +20,7 @@ from pivotune.estimate.memory import read_model_config
 from pivotune.models.loading import load_tokenizer
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.batching import length_grouped_order
-from pivotune.training.preparation import build_encoder, load_data, spread
+from pivotune.training.preparation import build_encoder, load_run_rows, spread
 
 # Rows that are tokenized, enough to know their lengths, and rows that are put in order: more change the longest
 # micro-batch little.
@@ -67,7 +68,7 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
-    train = load_data(config).train
+    train = load_run_rows(config.data, config.method, config.seed).train
     encoder = build_encoder(args, tokenizer, read_model_config(config))
     pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
     if not pairs:
@@ -81,13 +82,12 @@ def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int) ->
 
 
 def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
-    ratio = 0.0 if args.method == "sft" else args.english_ratio
-    return training_examples(pairs, method=args.method, english_ratio=ratio, seed=args.seed)
+    return training_examples(pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=args.seed)
 
 
 def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
     """Return rows of typical length, and one row at the token limits, for runs without data or tokenizer."""
-    longest = (args.max_prompt_tokens, args.max_completion_tokens)
+    longest = (args.data.max_prompt_tokens, args.data.max_completion_tokens)
 
     def side(query: int, answer: int) -> Side:
         query, answer = min(query, longest[0]), min(answer, longest[1])

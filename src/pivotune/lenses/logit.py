@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it stopped after layer k.
+"""The logit lens: the output of the model if it stopped after layer k.
 
 `logits_k = transform(W_out norm(h_k))`, with the final norm recomputed from `h_k` itself and the soft-cap and logit
 scale that the model applies to its own logits (nostalgebraist 2020, "interpreting GPT: the logit lens"). The paper
@@ -7,8 +7,6 @@ reads layer entropies and inner losses through this lens (arXiv 2503.01275, sect
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +14,20 @@ from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.models.head import frozen_norm, readout
 from pivotune.models.taps import tap
 
-Norm = Literal["final", "none"]
 
-_MIB = 2**20
+class LogitLens:
+    """The identity: raw states are read as if they were those of the last layer."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        pass
+
+    def __call__(self, hidden_states: Tensor, layer: int) -> Tensor:
+        """Return the states as they are."""
+        return hidden_states
 
 
-def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: Norm = "final") -> Tensor:
-    """Logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head.
+def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: str = "final") -> Tensor:
+    """Return the logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head.
 
     Args:
         norm: `final` recomputes the final norm from these states (logit lens); `none` leaves it out.
@@ -33,9 +38,9 @@ def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: Norm
 
 @torch.no_grad()
 def check_lens(model: nn.Module, input_ids: Tensor | None = None) -> float:
-    """Largest absolute difference between the lens at the last layer and the model's own logits.
+    """Return the largest absolute difference between the lens at the last layer and the model's own logits.
 
-    The check for a newly registered architecture: it should be at rounding level.
+    Checks a newly registered architecture: the difference should be at rounding level.
     """
     architecture = find_architecture(model)
     if input_ids is None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
@@ -95,7 +96,7 @@ def execute_run(
         ranks.agree(partial(_must_be_shared, folder))
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
-        liveness = stack.enter_context(watched(prepared.args.hang_timeout))
+        liveness = stack.enter_context(watched(prepared.args.faults.hang_timeout))
         return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals(), liveness)
 
 
@@ -267,10 +268,9 @@ def _dtype(config: RunConfig) -> Any:
 
 
 def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
-    if prepared.config.method != "deep-supervision":
+    if not METHODS[prepared.config.method].inner_losses:
         return None
-    signals = (prepared.config.supervision.conversion, prepared.config.supervision.thinking)
-    chosen = all(signal.signal == "none" or signal.layer != "auto" for signal in signals)
+    chosen = all(term.layer != "auto" for term in prepared.config.supervision.active().values())
     if chosen and (is_partitioned(model) or shards_weights(prepared.args)):
         # No process may be able to hold the whole model.
         return None

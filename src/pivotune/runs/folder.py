@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from pivotune.config.settings import RunConfig, dump_config, parse_config
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.text.redaction import redact_command, redact_settings
 from pivotune.text.files import write_json, write_text

@@ -9,16 +9,11 @@ from typing import Any
 
 import yaml
 
-from pivotune.config.settings import RunConfig, dump_config
+from pivotune.config.registry import METHODS
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import dump_config
 from pivotune.text.escaping import markdown, printable
 from pivotune.text.redaction import redact
-
-_METHODS = {
-    "deep-supervision": "Deep supervision fine-tuning: the answer's cross-entropy in the target language, and losses at "
-    "two inner layers that use the parallel English text ([arXiv 2503.01275](https://arxiv.org/abs/2503.01275)).",
-    "tft": "Translated fine-tuning (TFT): the answer's cross-entropy in the target language.",
-    "sft": "Supervised fine-tuning (SFT) on the English side of the rows.",
-}
 
 
 def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
@@ -35,7 +30,7 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
     language = config.data.language or "the target language"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# {_text(config.model)} fine-tuned for {_text(language)}\n\n{_METHODS[config.method]}",
+        f"# {_text(config.model)} fine-tuned for {_text(language)}\n\n{METHODS[config.method].summary}",
     ]
     if layers is not None:
         parts.append(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import IntervalStrategy
 
-from pivotune.config.settings import RunConfig, needed_by
+from pivotune.config.registry import METHODS
+from pivotune.config.settings import RunConfig
 from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
 from pivotune.data.pair_store import store_pairs
@@ -25,7 +26,7 @@ from pivotune.training.resilience.checkpoint_safety import check_checkpoint
 from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
 from pivotune.training.distributed.strategies import check_division
 from pivotune.models.adapters import check_adapters
-from pivotune.training.preparation import load_data, build_encoder, build_train_dataset, check_layers
+from pivotune.training.preparation import load_run_rows, encode_rows, build_encoder, build_train_dataset, check_layers
 from pivotune.runs.folder import claim_run_folder
 from pivotune.runs.record import check_rows_record
 
@@ -70,15 +71,15 @@ def prepare_run(
     check_architecture(model_config.model_type)
     args = build_arguments(config)
     check_division(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
-    if config.method == "deep-supervision":
-        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
+    if METHODS[config.method].inner_losses:
+        check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
-    data, report = load_data(config), encoder.report
-    train = store_pairs(encoder.encode_lazily(data.train, on_bad_row=config.data.on_bad_row, source=config.data.train))
+    rows, report = load_run_rows(config.data, config.method, config.seed), encoder.report
+    train = encode_rows(rows.train, encoder, on_bad_row=config.data.on_bad_row, source=config.data.train)
     unfit = report.skipped.copy()
-    validation = store_pairs(encoder.encode_lazily(data.heldout, on_bad_row="skip"))
-    skipped, heldout_skipped = data.skipped + unfit, data.heldout_skipped + (report.skipped - unfit)
+    validation = encode_rows(rows.heldout, encoder, on_bad_row="skip")
+    skipped, heldout_skipped = rows.skipped + unfit, rows.heldout_skipped + (report.skipped - unfit)
     _check_rows(config, args, train, validation, skipped)
     build_train_dataset(train, args, model_config)
     if config.lora is not None:

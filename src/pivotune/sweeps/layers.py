@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pivotune.config.registry import METHODS
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json
 from pivotune.layers.selection import Term
 from pivotune.sweeps.plan import Cell
@@ -114,4 +115,4 @@ def _is_baseline_of(baseline: Cell, cell: Cell) -> bool:
 
 
 def _has_layers(cell: Cell) -> bool:
-    return cell.config.method == "deep-supervision" and (cell.folder / "layers.json").is_file()
+    return METHODS[cell.config.method].inner_losses and (cell.folder / "layers.json").is_file()

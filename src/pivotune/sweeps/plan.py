@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pivotune.config.settings import RunConfig, SignalName, apply_changes, load_config
+from pivotune.config.registry import METHODS, OBJECTIVES
+from pivotune.config.settings import RunConfig
+from pivotune.config.yaml_text import apply_changes, load_config
 from pivotune.errors import UsageError
 
 # Keys that a sweep sets itself, and what to use in place of a grid over them.
@@ -23,7 +25,7 @@ _SECTIONS = ("supervision.", "training.", "data.")
 _LONGEST_VALUE = 40  # characters in a name; file systems allow 255 bytes for all of it
 _LONGEST_NAME = 200
 _DIGEST = 6
-_SIGNALS = tuple(name for name in get_args(SignalName) if name != "none")
+_SIGNALS = tuple(OBJECTIVES)
 _TERMS = ("conversion", "thinking")
 
 
@@ -188,8 +190,10 @@ def _decides(key: str) -> bool:
 
 
 def _is_unused(key: str, config: RunConfig) -> bool:
-    if config.method != "deep-supervision":
-        return key.partition(".")[0] == "supervision" or (config.method == "sft" and key == "data.english_ratio")
+    if not METHODS[config.method].inner_losses:
+        return key.partition(".")[0] == "supervision" or (
+            not METHODS[config.method].replay and key == "data.english_ratio"
+        )
     signals = {term: getattr(config.supervision, term).signal for term in _TERMS}
     section, _, rest = key.removeprefix("supervision.").partition(".")
     if section in _TERMS:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.errors import UsageError
 from pivotune.evaluation.cache import CACHE_FOLDER
@@ -267,9 +268,9 @@ def _check_cell(cell: Cell) -> None:
         return
     claim_run_folder(config, resume=is_started(folder))
     args = build_arguments(config)
-    if config.method == "deep-supervision":
+    if METHODS[config.method].inner_losses:
         model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-        check_layers(args.supervision(), model_config.get_text_config().num_hidden_layers)
+        check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
 
 
 def _typical(cells: Iterable[Cell]) -> list[Cell]:
@@ -310,7 +311,7 @@ def _held_out_key(config: RunConfig) -> str:
     return json.dumps(
         [
             config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"}),
-            config.method == "sft",
+            METHODS[config.method].main_language,
             config.training.get("bf16"),
         ]
     )

@@ -1,24 +1,30 @@
 """The English side of `feature.english: frozen`: the starting model's pooled vectors, computed once and kept on disk.
 
-The starting model does not change, so that its vector of a row is the same at every step. Before training, one pass
-without gradient over the English sides computes all of them; training then runs no English pass and holds no copy of
-the model. A file is used again only where weights, rows and settings are the same, and its content is whole.
+The starting model does not change, so its vector of a row is the same at every step. One pass without gradient computes
+all of them before training; training then runs no English pass and holds no copy of the model. A file is used again only
+if weights, rows and settings are the same and its content is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import ParallelSides, has_parallel
 from pivotune.data.examples import Example, Side
@@ -28,16 +34,19 @@ from pivotune.models.architecture import find_architecture
 from pivotune.models.placement import placed
 from pivotune.models.sharding import is_partitioned
 from pivotune.models.taps import evaluation_mode, truncated
-from pivotune.objectives.deep_supervision import Supervision, english_layer, english_states
-from pivotune.objectives.feature import pool, span_masks
+from pivotune.objectives.cosine import english_layer, english_states, frozen_losses, pool, span_masks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.progress import Progress, silent
-from pivotune.training.vector_file import Vectors, map_vectors, rows_digest, save_vectors, weights_digest, why_unusable
+from pivotune.training.resilience.checkpoints import STAGING
+from pivotune.training.resilience.checksums import reason_of
 
 logger = logging.getLogger(__name__)
 FEATURES_FILE = "english-features.safetensors"
 _FORMAT = "1"
+# Settings of a model that do not change its states.
+_IRRELEVANT = ("transformers_version", "architectures", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+Vectors = dict[str, np.ndarray]
 
 
 class FeatureDataset(ExampleDataset):
@@ -45,7 +54,7 @@ class FeatureDataset(ExampleDataset):
 
     Args:
         examples: the training rows.
-        path: a file of `prepare_features` for these rows; mapped into memory, so that a step reads what it needs.
+        path: a file of `prepare_features` for these rows; mapped into memory, so that a step reads only its rows.
     """
 
     def __init__(self, examples: Sequence[Example], path: Path) -> None:
@@ -64,28 +73,25 @@ class FeatureDataset(ExampleDataset):
         return replace(self.examples[index], english_features=vectors)
 
     def __reduce__(self) -> tuple:
-        """A worker process maps the file itself."""
+        """Map the file again in a worker process."""
         return FeatureDataset, (self.examples, self._path)
 
 
 def with_features(
     dataset: ExampleDataset | None,
     model: nn.Module,
-    supervision: Supervision,
+    supervision: SupervisionConfig,
     args: DeepSupervisionConfig,
     *,
     pad_token_id: int,
     progress: Progress = silent,
 ) -> ExampleDataset | None:
-    """The training rows with their pooled English vectors, where the losses compare with the frozen starting model.
-
-    Args:
-        model: the starting model.
+    """Return the training rows with their pooled English vectors where a loss compares with the frozen starting model.
 
     Raises:
         UsageError: see `prepare_features`.
     """
-    if dataset is None or not wants_features(supervision):
+    if dataset is None or not frozen_losses(supervision):
         return dataset
     path = Path(cast(str, args.output_dir)) / FEATURES_FILE
 
@@ -102,20 +108,15 @@ def with_features(
                 progress=progress,
             )
 
-    # One process computes for all; the others' weights may not even be loaded yet (FSDP).
+    # One process computes for all: under FSDP the others have not loaded their weights yet.
     ranks.on_main(compute)
     return FeatureDataset(dataset.examples, path)
-
-
-def wants_features(supervision: Supervision) -> bool:
-    """Whether some inner loss compares with the frozen starting model."""
-    return supervision.english == "frozen" and any(s.kind == "feature" for s in supervision.active().values())
 
 
 def prepare_features(
     model: nn.Module,
     examples: Sequence[Example],
-    supervision: Supervision,
+    supervision: SupervisionConfig,
     path: Path,
     *,
     pad_token_id: int,
@@ -123,15 +124,14 @@ def prepare_features(
     autocast: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> None:
-    """See to it that `path` holds the pooled English vectors of these rows.
+    """Write the pooled English vectors of these rows to `path`, unless it holds them already.
 
     One tensor (rows with an English side, width), float32, for every feature term: conversion after its layer, thinking at
-    the top. Computing holds all of them in memory: 4 bytes x rows x width x terms (1.7 GB for 52,000 rows of width 4,096
-    and two terms). A file that is there is used if it is whole and of the same weights, rows and settings.
+    the top. Memory: 4 bytes x rows x width x terms (1.7 GB for 52,000 rows of width 4,096 and two terms).
 
     Args:
-        model: the starting model, without adapters, where it is to run.
-        autocast: what training runs in; None for the weights' own type.
+        model: the starting model, without adapters, on the device to run on.
+        autocast: autocast dtype of training; None for the weights' own type.
 
     Raises:
         UsageError: the file cannot be written, or the weights are not whole on this device.
@@ -143,93 +143,123 @@ def prepare_features(
         )
     sides = ParallelSides(examples)
     key = _key(model, sides, supervision, autocast)
-    problem = why_unusable(path, key, len(sides))
+    problem = _unusable_reason(path, key, len(sides))
     if problem is None:
         logger.info("%s: used again", path)
         return
     if path.exists():
         logger.warning("%s: computed again (%s)", path, problem)
-    with progress("Reading the English side", len(sides)) as advance:
-        vectors = _compute(model, sides, supervision, pad_token_id, batch_size, autocast, advance)
+    architecture, losses = find_architecture(model), frozen_losses(supervision)
+    shape = (len(sides), architecture.head_weight.shape[1])
+    vectors: Vectors = {loss.name: np.empty(shape, dtype=np.float32) for loss in losses}
+    layers = frozenset(english_layer(loss, architecture.num_layers) for loss in losses)
+    collate, run_passes = DeepSupervisionCollator(pad_token_id), choose_passes(model)
+    # Longest rows first: a lack of memory shows at once.
+    order = np.argsort([-len(side.ids) for side in sides], kind="stable")
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress("Reading the English side", len(sides)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(truncated(architecture, max(layers)))
+        stack.enter_context(torch.autocast(architecture.device.type, dtype=autocast, enabled=autocast is not None))
+        if hasattr(model, "peft_config"):
+            stack.enter_context(cast(Any, model).disable_adapter())
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            # A batch needs a main side; the English side stands in for it.
+            batch = collate([Example(main=sides[row], parallel=sides[row]) for row in rows])
+            inputs = {name: batch[name].to(architecture.device) for name in ("input_ids", "attention_mask")}
+            states = run_passes(model, inputs, PassRequest(main_layers=layers)).main
+            mask = span_masks(batch, supervision.feature.span)[1].to(architecture.device)
+            for loss in losses:
+                english = english_states(states, loss, architecture.num_layers, supervision.feature)
+                vectors[loss.name][rows] = pool(english, mask, supervision.feature.pooling).cpu().numpy()
+            advance(start + len(rows))
     save_vectors(path, vectors, key)
 
 
-@torch.no_grad()
-def _compute(
-    model: nn.Module,
-    sides: Sequence[Side],
-    supervision: Supervision,
-    pad_token_id: int,
-    batch_size: int,
-    autocast: torch.dtype | None,
-    advance: Callable[[int], None],
-) -> Vectors:
-    """Longest rows first: whether memory suffices shows at once."""
-    architecture = find_architecture(model)
-    layers = _layers(supervision, architecture.num_layers)
-    shape = (len(sides), architecture.head_weight.shape[1])
-    vectors = {name: np.empty(shape, dtype=np.float32) for name in layers}
-    collate = DeepSupervisionCollator(pad_token_id)
-    lengths = np.fromiter((len(side.ids) for side in sides), dtype=np.int32, count=len(sides))
-    order = np.argsort(-lengths, kind="stable")
-    with _starting_model(model, max(layers.values()), autocast):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            # As the English side of a batch; the main side, which a batch must have, is the same.
-            batch = collate([Example(main=sides[row], parallel=sides[row]) for row in rows])
-            for name, pooled in _pooled(model, batch, supervision, layers).items():
-                vectors[name][rows] = pooled.cpu().numpy()
-            advance(start + len(rows))
-    return vectors
-
-
-@contextmanager
-def _starting_model(model: nn.Module, num_layers: int, autocast: torch.dtype | None) -> Iterator[None]:
-    """Without dropout and adapters, and no further than the highest layer asked for."""
-    architecture = find_architecture(model)
-    device = architecture.device.type
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(truncated(architecture, num_layers))
-        stack.enter_context(torch.autocast(device, dtype=autocast, enabled=autocast is not None))
-        if hasattr(model, "peft_config"):
-            stack.enter_context(cast(Any, model).disable_adapter())
-        yield
-
-
-def _pooled(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: Supervision, layers: Mapping[str, int]
-) -> dict[str, Tensor]:
-    device = find_architecture(model).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    states = choose_passes(model)(model, inputs, PassRequest(main_layers=frozenset(layers.values()))).main
-    mask = span_masks(batch, supervision.span)[1].to(device)
-    return {
-        name: pool(english_states(states, supervision, name, layer), mask, supervision.pooling)
-        for name, layer in layers.items()
-    }
-
-
-def _layers(supervision: Supervision, num_layers: int) -> dict[str, int]:
-    """The layer of the English side by feature term."""
-    signals = {name: signal for name, signal in supervision.active().items() if signal.kind == "feature"}
-    return {name: english_layer(name, signal, num_layers) for name, signal in signals.items()}
-
-
 def _key(
-    model: nn.Module, sides: Sequence[Side], supervision: Supervision, autocast: torch.dtype | None
+    model: nn.Module, sides: Sequence[Side], supervision: SupervisionConfig, autocast: torch.dtype | None
 ) -> dict[str, str]:
-    """Everything that the vectors depend on, as the file's metadata."""
+    """Return everything that the vectors depend on, as the file's metadata."""
+    num_layers, feature = find_architecture(model).num_layers, supervision.feature
     settings = {
-        "layers": _layers(supervision, find_architecture(model).num_layers),
-        "pooling": supervision.pooling,
-        "span": supervision.span,
-        "english_norm": supervision.english_norm,
+        "layers": {loss.name: english_layer(loss, num_layers) for loss in frozen_losses(supervision)},
+        "pooling": feature.pooling,
+        "span": feature.span,
+        "english_norm": feature.english_norm,
         "autocast": str(autocast),
     }
+    rows = hashlib.sha256()
+    for side in sides:
+        rows.update(np.array([len(side.ids), *side.query, side.answer], dtype=np.int64).tobytes())
+        rows.update(side.ids.astype(np.int64).tobytes())
     return {
         "format": _FORMAT,
         "weights": weights_digest(model),
-        "rows": rows_digest(sides),
+        "rows": rows.hexdigest(),
         "settings": json.dumps(settings, sort_keys=True),
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of the configuration and every tensor."""
+    config = cast(Any, model).config.to_dict()
+    relevant = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _content_digest(vectors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(vectors):
+        digest.update(np.ascontiguousarray(vectors[name]).data)
+    return digest.hexdigest()
+
+
+def _unusable_reason(path: Path, key: Mapping[str, str], num_rows: int) -> str | None:
+    """Return the reason in a few words why the file cannot be used; None where it can."""
+    if not path.is_file():
+        return "not there"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+        changed = [name for name, value in key.items() if found.get(name) != value]
+        if changed:
+            return f"other {', '.join(changed)}"
+        vectors = map_vectors(path)
+    except (OSError, SafetensorError) as error:
+        return reason_of(error)
+    whole = all(table.shape[0] == num_rows for table in vectors.values())
+    return None if whole and found.get("content") == _content_digest(vectors) else "damaged"
+
+
+def map_vectors(path: Path) -> Vectors:
+    """Return the tensors of a file as arrays over its mapped bytes; Safetensors' own arrays would be copies."""
+    with safe_open(path, framework="pt") as file:
+        return {name: cast(Tensor, file.get_tensor(name)).numpy() for name in file.keys()}  # noqa: SIM118
+
+
+def save_vectors(path: Path, vectors: Vectors, key: Mapping[str, str]) -> None:
+    """Write the whole file or nothing."""
+    # The next checkpoint removes the leftovers of a killed process from the staging folder.
+    staging = path.parent / STAGING
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=staging) as folder:
+            temporary = Path(folder) / path.name
+            save_file(vectors, temporary, metadata={**key, "content": _content_digest(vectors)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{path}: cannot be written ({reason_of(error)}); make room or choose another output_dir"
+        ) from error
+    finally:
+        with suppress(OSError):
+            staging.rmdir()

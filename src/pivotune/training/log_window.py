@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivotune.objectives.base import Term
+from pivotune.objectives.base import LossTerm
 
 # Target: the main sequence, which is English for replay rows and SFT. English: the parallel side. Padding: of both.
 _TOKENS = ("target", "english", "padding")
@@ -77,10 +77,10 @@ class LogWindow:
         """Time that was no training."""
         self._started += seconds
 
-    def add(self, terms: Mapping[str, Term], batch: Mapping[str, Tensor]) -> None:
+    def add(self, terms: Mapping[str, LossTerm], batch: Mapping[str, Tensor]) -> None:
         """One micro-batch; terms that were left out count as nothing."""
         zero = torch.zeros((), device=self._device)
-        found = [terms.get(name, Term(zero, zero)) for name in self._names]
+        found = [terms.get(name, LossTerm(zero, zero)) for name in self._names]
         self._sums += torch.stack([term.sum.detach().float() for term in found])
         self._counts += torch.stack([*(term.count.long() for term in found), *token_counts(batch)])
         self._empty = False

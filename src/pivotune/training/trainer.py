@@ -20,16 +20,18 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from pivotune.config.registry import LENSES
+from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
-from pivotune.forward.passes import Forward, choose_passes
+from pivotune.forward.passes import choose_passes
 from pivotune.layers.analysis import LayerAnalysis
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import build_objectives, deep_supervision_terms, term_counts
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
 from pivotune.training.distributed import ranks
@@ -43,7 +45,7 @@ from pivotune.training.preparation import (
     build_train_dataset,
     choose_supervision,
     encode_dataset,
-    freeze_unread,
+    freeze_unused_parameters,
     pad_token_of,
 )
 from pivotune.training.progress import Progress, silent, tqdm_bar
@@ -53,7 +55,7 @@ from pivotune.training.resilience.checksums import find_checkpoint_damage, find_
 from pivotune.training.resilience.data_order import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.resilience.preemption import spare_workers
-from pivotune.training.schedule import Schedule, schedule_factor
+from pivotune.training.schedule import schedule_factor
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if isinstance(model, str):
             # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
             model = merge_adapters(load_model(model, dtype="float32" if peft_config is None else "auto"))
-        pairs = encode_dataset(train_dataset, args, processing_class, model)
+        pairs = encode_dataset(train_dataset, args, processing_class, model.config)
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
         use_one_device(args)
@@ -120,22 +122,23 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
-        freeze_unread(trained)
+        freeze_unused_parameters(trained)
         ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
         super().__init__(
             model=cast(PreTrainedModel, trained),
             args=args,
             data_collator=DeepSupervisionCollator(pad_token_id),
             train_dataset=rows,
-            eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model),
+            eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model.config),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)
-        self._run_passes = choose_passes(cast(nn.Module, self.model), cast(Forward, args.logits_forward))
-        self.supervision_weights = {"conversion": args.conversion_weight, "thinking": args.thinking_weight}
+        self.lens = LENSES[args.supervision.lens](find_architecture(trained))
+        self._run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
+        _log_non_additive(self.supervision)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         self._staging: Path | None = None
@@ -244,12 +247,12 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             inputs: a batch as `DeepSupervisionCollator` makes it.
             num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
         """
-        factor = schedule_factor(
-            cast(Schedule, self.args.supervision_schedule), self.state.global_step, self.state.max_steps
-        )
-        weights = {"tft": 1.0, **{name: weight * factor for name, weight in self.supervision_weights.items()}}
+        factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
+        weights = {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
         off = frozenset(name for name, weight in weights.items() if weight == 0)
-        terms = deep_supervision_terms(model, inputs, self.supervision, skip=off, run_passes=self._run_passes)
+        terms = deep_supervision_terms(
+            model, inputs, self.supervision, skip=off, lens=self.lens, run_passes=self._run_passes
+        )
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
         # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
         loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
@@ -279,9 +282,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             if self.supervision.active():
                 # The log line of step n reports the factor that step n used.
                 step = max(self.state.global_step - 1, 0)
-                logs["supervision_factor"] = schedule_factor(
-                    cast(Schedule, self.args.supervision_schedule), step, self.state.max_steps
-                )
+                logs["supervision_factor"] = schedule_factor(self.args.supervision.schedule, step, self.state.max_steps)
         if "loss" in logs or "train_runtime" in logs:
             # The last line of a training run: what was counted since the one before belongs to no later run.
             self._window.clear()
@@ -302,8 +303,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
                 "evaluate: FSDP2 shards the model when it is trained; train first, or evaluate in one process"
             )
         if not (eval_dataset is None or isinstance(eval_dataset, (str, dict, ExampleDataset))):
-            model = cast(nn.Module, self.model)
-            eval_dataset = build_heldout_datasets(eval_dataset, self.args, self.processing_class, model)
+            model_config = cast(PreTrainedModel, self.model).config
+            eval_dataset = build_heldout_datasets(eval_dataset, self.args, self.processing_class, model_config)
         return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
 
     def prediction_step(
@@ -313,7 +314,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self._leave_evaluation_if_stopped()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            term = deep_supervision_terms(model, inputs, Supervision(), run_passes=self._run_passes)["tft"]
+            term = deep_supervision_terms(model, inputs, NO_SUPERVISION, run_passes=self._run_passes)["tft"]
         sums = [term.sum, term.count, inputs["answer_characters"].sum()]
         self._heldout += torch.stack([value.double().cpu() for value in sums])
         return term.sum.detach() / term.count.clamp(min=1), None, None
@@ -394,6 +395,15 @@ def _must_be_there(folder: Path) -> None:
     """A run folder that has vanished is not made again: what it held is gone."""
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+
+def _log_non_additive(supervision: SupervisionConfig) -> None:
+    for objective, losses in build_objectives(supervision):
+        if not objective.additive:
+            names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
+            logger.warning(
+                "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
+            )
 
 
 def _rows(dataset: Any) -> Any:

@@ -15,10 +15,13 @@ from tiny_batches import (
     make_examples,
     random_batch,
     relative_difference,
+    signal,
+    supervise,
     values,
 )
 from torch import Tensor, nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.errors import UsageError
 from pivotune.forward import passes as branches
 from pivotune.forward.passes import (
@@ -30,24 +33,22 @@ from pivotune.forward.passes import (
 )
 from pivotune.models.architecture import ARCHITECTURES, ArchitectureSpec, find_architecture
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
 
 REQUEST = PassRequest(main_layers=frozenset({0, 2}), branches={"conversion": (1, "query"), "thinking": (3, "answer")})
 
 
-def logits(conversion: int, thinking: int) -> Supervision:
-    return Supervision(
-        conversion=Signal(kind="logits", layer=conversion), thinking=Signal(kind="logits", layer=thinking)
-    )
+def logits(conversion: int, thinking: int) -> SupervisionConfig:
+    return supervise(conversion=signal(kind="logits", layer=conversion), thinking=signal(kind="logits", layer=thinking))
 
 
 SUPERVISIONS = [
     logits(1, 3),
     logits(3, 2),  # the branch that lies first leaves first or last
     logits(NUM_LAYERS, NUM_LAYERS),
-    Supervision(conversion=Signal(kind="feature", layer=1), thinking=Signal(kind="logits", layer=2), english="joint"),
-    Supervision(conversion=Signal(kind="logits", layer=2)),
-    Supervision(conversion=Signal(kind="logits", layer=1), thinking=Signal(kind="feature", layer=3)),
+    supervise(conversion=signal(kind="feature", layer=1), thinking=signal(kind="logits", layer=2), english="joint"),
+    supervise(conversion=signal(kind="logits", layer=2)),
+    supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="feature", layer=3)),
 ]
 
 

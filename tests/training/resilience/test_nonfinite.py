@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from pivotune.objectives.base import Term
+from pivotune.objectives.base import LossTerm
 from pivotune.training.resilience.nonfinite import StepRecord
 
 
 def record(*batches: tuple[dict[str, float], float, list[int]]) -> StepRecord:
     step = StepRecord()
     for terms, loss, rows in batches:
-        found = {name: Term(torch.tensor(value), torch.tensor(1)) for name, value in terms.items()}
+        found = {name: LossTerm(torch.tensor(value), torch.tensor(1)) for name, value in terms.items()}
         step.add_terms(found, {"row_numbers": torch.tensor(rows, dtype=torch.long)})
         step.add_loss(torch.tensor(loss))
     return step

@@ -121,18 +121,18 @@ class FaultTolerantTrainer(Trainer):
 
     def _refuse_step(self, model: nn.Module, norm: float, *, in_loss: bool) -> None:
         found = self._step.describe(self.state.global_step + 1, norm, in_loss=in_loss)
-        if self.args.nonfinite == "stop":
+        if self.args.faults.nonfinite == "stop":
             raise TrainingDivergedError(
                 f"{found}; the weights are those of the step before; look at these rows, lower training.learning_rate or "
                 "the supervision weights, or set faults.nonfinite: skip"
             )
         self._skipped_steps += 1
-        if self._skipped_steps > self.args.skip_limit:
+        if self._skipped_steps > self.args.faults.skip_limit:
             raise TrainingDivergedError(
-                f"{found}; {self.args.skip_limit} steps were skipped before, as many as faults.skip_limit allows; look at "
-                "these rows, or lower training.learning_rate or the supervision weights"
+                f"{found}; {self.args.faults.skip_limit} steps were skipped before, the limit of faults.skip_limit; look "
+                "at these rows, or lower training.learning_rate or the supervision weights"
             )
-        logger.warning("%s: step skipped (%d of at most %d)", found, self._skipped_steps, self.args.skip_limit)
+        logger.warning("%s: step skipped (%d of at most %d)", found, self._skipped_steps, self.args.faults.skip_limit)
         self._window_skipped += 1
         self._window.rollback()
         self._tr_loss.copy_(self._loss_before)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pivotune.objectives.base import Term
+from pivotune.objectives.base import LossTerm
 
 _ROWS_NAMED = 16
 
@@ -26,7 +26,7 @@ class StepRecord:
         for kept in (self._losses, self._terms, self._rows):
             kept.clear()
 
-    def add_terms(self, terms: Mapping[str, Term], batch: Mapping[str, Tensor]) -> None:
+    def add_terms(self, terms: Mapping[str, LossTerm], batch: Mapping[str, Tensor]) -> None:
         """One micro-batch: its terms, and the numbers of its rows where it has them."""
         self._terms.append({name: term.sum.detach() for name, term in terms.items()})
         self._rows.append(batch.get("row_numbers", torch.zeros(0, dtype=torch.long)))

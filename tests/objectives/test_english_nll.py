@@ -3,20 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import build_tiny_model
-from tiny_batches import by_hand_logits, gradients, make_batch, make_examples
+from tiny_batches import by_hand_logits, gradients, make_batch, make_examples, signal, supervise
 from torch import Tensor, nn
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.models.architecture import find_architecture
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
-from pivotune.objectives.logits import positional_targets
+from pivotune.objectives.deep_supervision import deep_supervision_terms
+from pivotune.objectives.english_nll import positional_targets
 
 LAYERS = {"conversion": 1, "thinking": 3}
 SIDES = {"conversion": "query", "thinking": "answer"}
 
 
-def supervision(**options) -> Supervision:
-    signals = {name: Signal(kind="logits", layer=layer) for name, layer in LAYERS.items()}
-    return Supervision(**signals, **options)
+def supervision(**options) -> SupervisionConfig:
+    signals = {name: signal(kind="logits", layer=layer) for name, layer in LAYERS.items()}
+    return supervise(**signals, **options)
 
 
 def english_tokens(example, side: str) -> list[int]:

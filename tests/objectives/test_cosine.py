@@ -5,14 +5,15 @@ from math import sqrt
 import pytest
 import torch
 from conftest import NUM_LAYERS, build_tiny_model
-from tiny_batches import gradients, make_batch, make_examples
+from tiny_batches import gradients, make_batch, make_examples, signal, supervise
 from torch import Tensor
 
+from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import Passes, separate_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import Taps, tap
-from pivotune.objectives.deep_supervision import Signal, Supervision, deep_supervision_terms
-from pivotune.objectives.feature import feature_loss, pool
+from pivotune.objectives.cosine import feature_loss, pool
+from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 NO, YES = False, True
 
@@ -82,8 +83,8 @@ def test_last_is_the_last_true_place_also_with_gaps():
 LAYERS = {"conversion": 2, "thinking": 3}
 
 
-def supervision(**options) -> Supervision:
-    return Supervision(**{name: Signal(kind="feature", layer=layer) for name, layer in LAYERS.items()}, **options)
+def supervision(**options) -> SupervisionConfig:
+    return supervise(**{name: signal(kind="feature", layer=layer) for name, layer in LAYERS.items()}, **options)
 
 
 def states_at(model, ids, layer: int | str) -> Tensor:

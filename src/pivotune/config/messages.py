@@ -1,0 +1,77 @@
+"""Mistakes in settings as one line: which key, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from pivotune.errors import UsageError
+
+_SectionT = TypeVar("_SectionT", bound=BaseModel)
+
+
+def validate(section: type[_SectionT], settings: Mapping[str, Any], *, where: str, within: str = "") -> _SectionT:
+    """Build a section from plain settings; `where` names them in messages, `within` is the path of the section.
+
+    Raises:
+        UsageError: the first mistake, in one line.
+    """
+    try:
+        return section.model_validate(settings)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {describe(section, error, within)}") from error
+
+
+def describe(section: type[BaseModel], error: ValidationError, within: str) -> str:
+    """Return the first mistake in one line; `within` is the path of the section. Unknown keys come first: they
+    explain missing ones."""
+    problems: list[Any] = list(error.errors())
+    unknown = ("extra_forbidden", "invalid_key", "unknown_key")
+    problem = next((p for p in problems if p["type"] in unknown), problems[0])
+    path = [str(part) for part in problem["loc"]]
+    found = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(section, path, within)
+    if problem["type"] == "invalid_key":
+        return _unknown_key(section, [*path[:-1], str(found)], within)
+    if problem["type"] == "unknown_key":
+        return _unknown_key(section, [*path, problem["ctx"]["key"]], within)
+    key = within + ".".join(_keys(problem))
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}: {found!r} is not allowed; {_allowed(problems, problem)}"
+
+
+# Pydantic puts the names of union members into the path of an error.
+_UNION_MEMBERS = ("int", "str", "float", "literal", "constrained-int", "constrained-float")
+
+
+def _keys(problem: Any) -> list[str]:
+    """Return the path of an error without the names of union members."""
+    path = map(str, problem["loc"])
+    return [part for part in path if part not in _UNION_MEMBERS and "[" not in part and "(" not in part]
+
+
+def _allowed(problems: Sequence[Any], problem: Any) -> str:
+    """Join what is allowed over the members of a union."""
+    alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
+    wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
+    return "allowed: " + ", or ".join(dict.fromkeys(wordings))
+
+
+def _unknown_key(section: type[BaseModel], path: list[str], within: str) -> str:
+    fields = section.model_fields
+    for name in path[:-1]:
+        annotation: Any = fields[name].annotation
+        candidates = [annotation, *get_args(annotation)]
+        fields = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)).model_fields
+    near = difflib.get_close_matches(path[-1], fields, n=1)
+    hint = (
+        f"; did you mean {within}{'.'.join([*path[:-1], near[0]])}?" if near else f"; known keys: {', '.join(fields)}"
+    )
+    return f"unknown key {within}{'.'.join(path)}{hint}"
