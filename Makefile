@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Two test processes; tests of one file stay together, for what they share is made once. One a process: `SIDE_BY_SIDE=`.
-SIDE_BY_SIDE ?= -n 2 --dist loadfile
+# Two test processes; an idle one takes tests from the other. `SIDE_BY_SIDE=` runs one process.
+SIDE_BY_SIDE ?= -n 2 --dist worksteal
 
-.PHONY: help install demo test test-fast faults lint format clean
+.PHONY: help install demo test test-fast test-all faults lint format clean
 
 help:
 	@echo "make demo    install, then train and compare on real facts with a small real model (CPU, under 10 minutes)"
-	@echo "make test    install, then run all tests"
+	@echo "make test    install, then run the tests"
+	@echo "make test-all  install, then run the tests and those that are slow by nature"
 	@echo "make faults  kill, stop and damage trainings and say which promises of docs/reliability.md are kept"
 	@echo "make lint    install, then ruff, pyright and import-linter"
 	@echo "make format  let ruff rewrite the code's layout"
@@ -33,10 +34,13 @@ demo: $(STAMP)
 	$(BIN)/pivotune demo --overwrite $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not exhaustive" $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not exhaustive" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 faults: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.table $(ARGS)

@@ -242,7 +242,7 @@ def test_sft_is_another_name_of_english_only():
         ("supervision.thinking.layer=5", ("supervision", "thinking", "layer"), 5),
         ("training.learning_rate=2e-5", ("training", "learning_rate"), 2e-5),
         ("training.learning_rate=1E4", ("training", "learning_rate"), 1e4),
-        ("training.learning_rate=-.5e+3", ("training", "learning_rate"), -500.0),
+        ("training.label_smoothing_factor=-.5e+3", ("training", "label_smoothing_factor"), -500.0),
         ("revision='2e5'", ("revision",), "2e5"),
         ("model=a=b=c", ("model",), "a=b=c"),
         ("lora.target_modules=[q_proj, v_proj]", ("lora", "target_modules"), ["q_proj", "v_proj"]),

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from pivotune.errors import TrainingError
 from pivotune.runs import execute as run_module
 from pivotune.runs import lock as run_lock
-from pivotune.training.callbacks import MetricsFile
 from pivotune.training.distributed import liveness
+from pivotune.training.metrics import MetricsFile
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 

@@ -18,7 +18,7 @@ import yaml
 from rendezvous import Rendezvous
 from tiny_training import QUIET, run_settings
 
-from pivotune.training.callbacks import read_metrics
+from pivotune.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6

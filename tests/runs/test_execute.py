@@ -21,7 +21,7 @@ from pivotune.data.examples import Side
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import read_layers_json
 from pivotune.runs import execute as run_module
-from pivotune.training.callbacks import read_metrics
+from pivotune.training.metrics import read_metrics
 from pivotune.runs.prepare import prepare_run
 from pivotune.runs.execute import execute_run
 

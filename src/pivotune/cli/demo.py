@@ -60,7 +60,7 @@ def demo(
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
-    from pivotune.training.callbacks import read_metrics
+    from pivotune.training.metrics import read_metrics
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from pivotune.config.messages import describe
 from pivotune.config.registry import LENSES, METHODS, OBJECTIVES
+from pivotune.config.training_ranges import check_ranges
 
 MethodName = Annotated[str, AfterValidator(METHODS.check)]
 SignalName = Annotated[str, AfterValidator(lambda name: OBJECTIVES.check(name, "none"))]
@@ -184,8 +185,9 @@ class RunConfig(Section):
 
     @field_validator("training")
     @classmethod
-    def _no_strategy(cls, training: dict[str, Any]) -> dict[str, Any]:
-        """YAML reads `save_strategy: no` as false."""
+    def _numbers_and_strategies(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """Check numbers; YAML reads `save_strategy: no` as false."""
+        check_ranges(training)
         return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in training.items()}
 
     @model_validator(mode="after")

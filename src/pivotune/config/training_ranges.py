@@ -1,4 +1,4 @@
-"""What numbers `training:` may hold. Transformers and torch would say so only when they come to use them."""
+"""Ranges of the numbers in `training:`. Transformers and torch would refuse them only when they use them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ALLOWED: dict[str, tuple[_Check, str]] = {
 
 
 def check_ranges(training: Mapping[str, Any]) -> None:
-    """Refuse numbers that no run can be made with.
+    """Refuse numbers that no run can use.
 
     Raises:
         UsageError: names the key, what was found and what is allowed.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,3 +83,11 @@ def weighted_total(
         count = torch.as_tensor(counts[name], device=total.device)
         total = total + weights[name] * term.sum.float() / count.clamp(min=1)
     return total
+
+
+def schedule_factor(schedule: Literal["constant", "linear", "cosine"], step: int, num_steps: int) -> float:
+    """Return the factor on the weights of the inner losses: from 1 at step 0 down to 0 at the last of `num_steps`."""
+    if schedule == "constant" or num_steps <= 1:
+        return 1.0
+    progress = min(step / (num_steps - 1), 1.0)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

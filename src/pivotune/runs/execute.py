@@ -22,7 +22,7 @@ from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_laye
 from pivotune.models.loading import load_model
 from pivotune.models.sharding import is_partitioned
 from pivotune.training.distributed import ranks
-from pivotune.training.callbacks import MetricsFile
+from pivotune.training.metrics import MetricsFile
 from pivotune.training.distributed.strategies import shards_weights
 from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.distributed.gathering import gathered_model, is_sharded

@@ -1,4 +1,4 @@
-"""A run before it begins: everything that can be wrong, checked before a weight is loaded."""
+"""Check a run before a weight is loaded: folder, model files, arguments, rows."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import IntervalStrategy
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
-from pivotune.data.datasets import split_validation
 from pivotune.data.examples import EncodingReport, Pair
-from pivotune.data.pair_store import store_pairs
-from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.errors import UsageError
+from pivotune.models.adapters import check_adapters
 from pivotune.models.architecture import check_architecture
 from pivotune.models.loading import check_model, load_tokenizer, read_config
-from pivotune.training.distributed import ranks
-from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
-from pivotune.training.resilience.checkpoint_safety import check_checkpoint
-from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
-from pivotune.training.distributed.strategies import check_division
-from pivotune.models.adapters import check_adapters
-from pivotune.training.preparation import load_run_rows, encode_rows, build_encoder, build_train_dataset, check_layers
 from pivotune.runs.folder import claim_run_folder
 from pivotune.runs.record import check_rows_record
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.strategies import check_division
+from pivotune.training.preparation import (
+    build_encoder,
+    build_train_dataset,
+    check_layers,
+    encode_rows,
+    load_run_rows,
+)
+from pivotune.training.resilience.checkpoint_safety import check_checkpoint
+from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
 
 
 @dataclass
 class PreparedRun:
-    """Everything that was checked before a weight was loaded.
+    """A checked run.
 
     Attributes:
-        skipped, heldout_skipped: rows that were left out of each, by reason, in reading and in encoding.
-        checkpoint: what a resumed run goes on from; None where it has none, and where the run is new.
+        skipped, heldout_skipped: rows left out in reading and encoding, by reason.
+        checkpoint: the checkpoint that a resumed run continues from; None for a new run and where there is none.
     """
 
     config: RunConfig
@@ -56,14 +59,13 @@ class PreparedRun:
 def prepare_run(
     config: RunConfig, *, overwrite: bool = False, resume: bool = False, choose_checkpoint: bool = True
 ) -> PreparedRun:
-    """Check the output folder, the model's files, the arguments and all rows; nothing slow, nothing written.
+    """Check the output folder, the model's files, the arguments and all rows; write nothing.
 
     Args:
-        choose_checkpoint: look for what a resumed run goes on from, for which a replacement of a folder that was left half
-            done is undone.
+        choose_checkpoint: choose the checkpoint of a resumed run, and undo a replacement that was left half done.
 
     Raises:
-        UsageError: the first thing that is wrong, in one line.
+        UsageError: the first mistake, in one line.
     """
     source = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     check_model(config.model, **source)
@@ -80,12 +82,24 @@ def prepare_run(
     unfit = report.skipped.copy()
     validation = encode_rows(rows.heldout, encoder, on_bad_row="skip")
     skipped, heldout_skipped = rows.skipped + unfit, rows.heldout_skipped + (report.skipped - unfit)
-    _check_rows(config, args, train, validation, skipped)
+    if not train:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
+    if args.eval_strategy != "no" and not validation:
+        raise UsageError(
+            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
+            f"data.validation: {config.data.validation} gives none"
+        )
     build_train_dataset(train, args, model_config)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
-    _check_apart(config)
-    # One process looks and, with `overwrite`, removes.
+    model, output = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
+    if model.exists() and model.is_relative_to(output):
+        # A run replaces the files of its folder.
+        raise UsageError(
+            f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another"
+        )
+    # The main process looks and, with `overwrite`, removes.
     folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
     checkpoint = None
     if resume:
@@ -97,7 +111,7 @@ def prepare_run(
 
 
 def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose: bool) -> Path | None:
-    """What the run goes on from; with `choose` off nothing is put back in its place and none is looked for."""
+    """Check that the rows are those of the run, and return the checkpoint to continue from; None with `choose` off."""
     if choose:
         restore_replaced(folder)
     check_rows_record(folder, train, source)
@@ -105,29 +119,3 @@ def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint
-
-
-def _check_rows(
-    config: RunConfig,
-    args: DeepSupervisionConfig,
-    train: Sequence[Pair],
-    validation: Sequence[Pair],
-    skipped: Counter[str],
-) -> None:
-    if not train:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
-        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
-    if args.eval_strategy != "no" and not validation:
-        raise UsageError(
-            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
-            f"data.validation: {config.data.validation} gives none"
-        )
-
-
-def _check_apart(config: RunConfig) -> None:
-    """A run replaces what is in its folder: the model it starts from must not be there."""
-    model, folder = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()
-    if model.exists() and model.is_relative_to(folder):
-        raise UsageError(
-            f"output_dir: {config.output_dir} holds the model to start from ({config.model}); choose another"
-        )

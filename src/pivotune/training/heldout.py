@@ -1,4 +1,4 @@
-"""How well a model answers held-out rows: likelihood of the gold answer, and greedy answers, row by row."""
+"""Score held-out rows: likelihood of the gold answer, and greedy answers, row by row."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import evaluation_mode
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.rank_rows import blank_like
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +49,16 @@ def score_answers(
     pad_token_id: int,
     batch_size: int = 16,
     autocast: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
     shared_out: bool = False,
 ) -> list[RowScore]:
-    """Score every row's gold answer, in the order given.
+    """Return the score of every row's gold answer, in the order given.
 
     Args:
         examples: rows whose `main` side is scored.
-        autocast: run in bfloat16 autocast, as training may have.
+        autocast: run in bfloat16 autocast, as training may.
         progress: called with the number of rows done so far.
-        shared_out: every rank scores a part and gets all scores; all ranks have to call this. A sharded model needs it.
+        shared_out: every rank scores a part and gets all scores; all ranks must call this. A sharded model needs it.
     """
     architecture = find_architecture(model)
     device = architecture.device
@@ -75,7 +73,7 @@ def score_answers(
                 losses = cross_entropies(architecture, states, labels)
             tokens = (batch["labels"][:, 1:] >= 0).sum(dim=1)
             sums = [part.sum().item() for part in losses.split(tokens.tolist())]
-            # A rank without rows reads a blank one, which no index stands for.
+            # A rank without rows reads a blank row, which has no index.
             for index, nll, count in zip(indices, sums, tokens.tolist(), strict=False):
                 scores[index] = RowScore(nll, count, examples[index].main.characters)
             if progress:
@@ -94,9 +92,9 @@ def greedy_answers(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     autocast: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers to the prompts of these rows, stripped, in the order given."""
+    """Return greedy answers to the prompts of these rows, stripped, in the order given."""
     device = next(model.parameters()).device
     answers = [""] * len(examples)
     order = sorted(range(len(examples)), key=lambda index: examples[index].main.answer)
@@ -123,7 +121,7 @@ def greedy_answers(
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer, sorted: the tokenizer's end-of-text and what the model's generation settings stop at.
+    """Return the tokens that end an answer, sorted: the tokenizer's end-of-text and those of the generation settings.
 
     Args:
         model: its `generation_config.eos_token_id` may be one id, a list of ids, or None.
@@ -134,7 +132,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def summarize(scores: Sequence[RowScore]) -> Summary:
-    """Mean NLL over all tokens; the standard error treats rows as the independent unit (ratio estimator)."""
+    """Return the mean NLL over all tokens; its standard error treats rows as independent (ratio estimator)."""
     nll, tokens = sum(score.nll for score in scores), sum(score.tokens for score in scores)
     mean = nll / tokens
     residuals = [score.nll - mean * score.tokens for score in scores]
@@ -146,9 +144,9 @@ def summarize(scores: Sequence[RowScore]) -> Summary:
 def _batches(
     examples: Sequence[Example], pad_token_id: int, batch_size: int, device: torch.device, *, shared_out: bool
 ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
-    """Rows of similar length together: (rows done after this batch, their indices, batch); with `shared_out` a rank's own.
+    """Yield batches of similar length: (rows done after this batch, their indices, batch); with `shared_out` a rank's own.
 
-    A rank that has fewer batches than another ends with one that holds no row.
+    A rank with fewer batches than another ends with a batch without rows.
     """
     collate = DeepSupervisionCollator(pad_token_id)
     order = main_lengths(examples).argsort(kind="stable").tolist()

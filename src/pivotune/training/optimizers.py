@@ -1,4 +1,4 @@
-"""Which optimizers `training.optim` names, and what each needs that is not always there."""
+"""The optimizers of `training.optim`, and the packages and devices that they need."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _NEEDS: dict[str, tuple[str, str]] = {
 
 
 def optimizer_names() -> list[str]:
-    """Every name that `training.optim` may have."""
+    """Return every name that `training.optim` may have."""
     return [name.value for name in OptimizerNames]
 
 
 def check_optimizer_name(name: object) -> None:
-    """Refuse an optimizer that nobody knows.
+    """Refuse an unknown optimizer.
 
     Raises:
         UsageError: with the nearest valid name.
@@ -57,10 +57,10 @@ def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
     """Refuse an optimizer that this machine cannot run, before anything slow.
 
     Args:
-        use_cpu: whether the run is on the CPU although there may be a GPU.
+        use_cpu: True for a run on the CPU, even beside a GPU.
 
     Raises:
-        UsageError: with what to install, or what there is none of.
+        UsageError: names the missing package or device.
     """
     module, package = _NEEDS.get(name, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
@@ -74,10 +74,10 @@ def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
 
 
 def needs_bitsandbytes(name: str) -> bool:
-    """Whether its states and steps are those of bitsandbytes."""
+    """Return True for optimizers whose states and steps are those of bitsandbytes."""
     return _NEEDS.get(name) == _BITSANDBYTES or name.startswith("galore_adamw_8bit")
 
 
 def needs_cuda(name: str) -> bool:
-    """Whether the optimizer runs on CUDA alone: paged states lie in CUDA's memory that both sides see."""
+    """Return True for optimizers that run on CUDA only: paged states lie in CUDA's unified memory."""
     return name.startswith("paged_")

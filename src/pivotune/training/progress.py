@@ -1,11 +1,11 @@
-"""How long preparations show that they move."""
+"""Progress displays of long preparations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-# A context that shows progress over a known number of items: `with progress("Analyzing", 128) as advance: advance(8)`;
+# A context that shows progress over a known number of items: `with progress("Analyzing", 128) as advance: advance(8)`.
 # `advance` takes the number of items done so far.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -17,7 +17,7 @@ def silent(title: str, total: int) -> AbstractContextManager[Callable[[int], Non
 
 @contextmanager
 def tqdm_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The bar that Transformers' own trainer shows."""
+    """Show a tqdm bar, as Transformers' trainer does."""
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=title) as bar:

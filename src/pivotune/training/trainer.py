@@ -30,7 +30,7 @@ from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.models.sharding import is_fsdp
-from pivotune.objectives.base import weighted_total
+from pivotune.objectives.base import schedule_factor, weighted_total
 from pivotune.objectives.deep_supervision import build_objectives, deep_supervision_terms, term_counts
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
@@ -39,7 +39,7 @@ from pivotune.training.distributed.rank_rows import RankOrder, WithBlankRows
 from pivotune.training.distributed.shared_saving import save_together
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
-from pivotune.training.log_window import LogWindow
+from pivotune.training.metrics import LogWindow
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
@@ -55,7 +55,6 @@ from pivotune.training.resilience.checksums import find_checkpoint_damage, find_
 from pivotune.training.resilience.data_order import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.resilience.preemption import spare_workers
-from pivotune.training.schedule import schedule_factor
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import pivotune.training.trainer as trainer_module
 from pivotune.errors import UsageError
-from pivotune.training.callbacks import MetricsFile
+from pivotune.training.metrics import MetricsFile
 from pivotune.training.resilience.checkpoints import checkpoints
 from pivotune.training.resilience.checksums import find_checkpoint_damage
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals

@@ -25,7 +25,7 @@ from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.liveness import Liveness
-from pivotune.training.log_window import LogWindow
+from pivotune.training.metrics import LogWindow
 from pivotune.training.resilience.nonfinite import StepRecord
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 

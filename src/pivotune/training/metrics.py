@@ -1,26 +1,30 @@
-"""What a log line reports: means of the loss terms and speed, over all steps since the line before and all ranks."""
+"""The figures of a log line, and `metrics.jsonl`: means of loss terms, and speed, since the last line."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pivotune.objectives.base import LossTerm
+from pivotune.text.files import finite, write_text
 
-# Target: the main sequence, which is English for replay rows and SFT. English: the parallel side. Padding: of both.
+# Target: the main sequence (English for replayed rows). English: the parallel side. Padding: of both.
 _TOKENS = ("target", "english", "padding")
 
 
 class LogWindow:
-    """Sums on the device, so that a step waits for nothing; read once per log line.
+    """Sums of the loss terms on the device, read once per log line so that no step waits for the device.
 
     Args:
-        names: the loss terms, in an order that is the same on all ranks.
-        device: where the batches are.
+        names: the loss terms, in the same order on all ranks.
+        device: device of the batches.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
@@ -30,7 +34,7 @@ class LogWindow:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been added since the last `clear`."""
+        """Return True if nothing was added since the last `clear`."""
         return self._empty
 
     def clear(self) -> None:
@@ -40,15 +44,15 @@ class LogWindow:
         self._started = time.perf_counter()
 
     def mark(self) -> None:
-        """An optimizer step begins, which `rollback` takes back."""
+        """Mark the begin of an optimizer step for `rollback`."""
         self._marked = self._sums.clone(), self._counts.clone()
 
     def rollback(self) -> None:
-        """Forget what was added since `mark`."""
+        """Drop everything added since `mark`."""
         self._sums, self._counts = self._marked
 
     def state(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON: sums over all ranks, and the seconds they took."""
+        """Return the state for a checkpoint, as JSON: sums over all ranks, and their seconds."""
         return {
             "sums": sum_over_ranks(self._sums.clone()).tolist(),
             "counts": sum_over_ranks(self._counts.clone()).tolist(),
@@ -57,10 +61,10 @@ class LogWindow:
         }
 
     def restore(self, state: Mapping[str, Any], *, counts: bool = True) -> None:
-        """Go on from a `state`.
+        """Continue from a `state`.
 
         Args:
-            counts: False on all ranks but one, whose sums are those of all.
+            counts: True on one rank, which takes over the sums of all.
         """
         self.clear()
         if counts and len(state["sums"]) == len(self._sums):
@@ -69,16 +73,16 @@ class LogWindow:
         self._empty, self._started = state["empty"], time.perf_counter() - state["seconds"]
 
     def start(self) -> None:
-        """The clock begins with the first step, not with the line before it: evaluation and saving lie between."""
+        """Start the clock at the first step, not at the last log line: evaluation and saving lie between."""
         if self._empty:
             self._started = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
-        """Time that was no training."""
+        """Leave out seconds that were no training."""
         self._started += seconds
 
     def add(self, terms: Mapping[str, LossTerm], batch: Mapping[str, Tensor]) -> None:
-        """One micro-batch; terms that were left out count as nothing."""
+        """Add one micro-batch; terms that were left out count as 0."""
         zero = torch.zeros((), device=self._device)
         found = [terms.get(name, LossTerm(zero, zero)) for name in self._names]
         self._sums += torch.stack([term.sum.detach().float() for term in found])
@@ -86,23 +90,61 @@ class LogWindow:
         self._empty = False
 
     def metrics(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """`<term>_loss`, `<side>_tokens_per_second` and `padding_share`, over all ranks."""
+        """Return `<term>_loss`, `<side>_tokens_per_second` and `padding_share`, over all ranks."""
         sums, counts = sum_over_ranks(self._sums).tolist(), sum_over_ranks(self._counts).tolist()
-        # Only now have the steps been done: a device works behind its program.
+        # Read the clock after the sums: the device runs behind the program.
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         tokens = dict(zip(_TOKENS, counts[len(self._names) :], strict=True))
         return {
-            **{f"{name}_loss": mean for name, mean in self._means(sums, counts).items()},
+            **{f"{name}_loss": total / n for name, total, n in zip(self._names, sums, counts, strict=False) if n},
             **{f"{side}_tokens_per_second": count / elapsed for side, count in tokens.items()},
             "padding_share": tokens["padding"] / max(sum(tokens.values()), 1),
         }
 
-    def _means(self, sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-        return {name: total / count for name, total, count in zip(self._names, sums, counts, strict=False) if count}
-
 
 def token_counts(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Target tokens, English tokens and padded places of a batch as it was collated."""
+    """Return target tokens, English tokens and padded places of a collated batch."""
     target, english = batch["attention_mask"], batch["english_attention_mask"]
     tokens = target.sum(), english.sum()
     return *tokens, target.numel() + english.numel() - tokens[0] - tokens[1]
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log line with its step to `metrics.jsonl`; a resumed run begins with the lines of its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and (state.log_history or self._path.exists()):
+            # The checkpoint holds all lines up to its step; the file may hold later ones, a broken one, or none.
+            write_text(self._path, "".join(map(_as_line, state.log_history)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_as_line({"step": state.global_step, **logs}))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`; a line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _as_line(logs: dict[str, Any]) -> str:
+    return json.dumps(finite({"step": logs["step"], **logs}), ensure_ascii=False, allow_nan=False) + "\n"

@@ -8,7 +8,7 @@ import torch
 from tiny_batches import make_batch
 
 from pivotune.objectives.base import LossTerm
-from pivotune.training.log_window import LogWindow, token_counts
+from pivotune.training.metrics import LogWindow, token_counts
 
 
 def term(total: float, count: int) -> LossTerm:

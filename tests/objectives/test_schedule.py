@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from pivotune.training.schedule import schedule_factor
+from pivotune.objectives.base import schedule_factor
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])

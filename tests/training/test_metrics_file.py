@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pivotune.training.callbacks import MetricsFile, read_metrics
+from pivotune.training.metrics import MetricsFile, read_metrics
 
 
 @pytest.fixture
