@@ -80,15 +80,16 @@ def _encode(
     model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int
 ) -> tuple[list[Pair], Any]:
     """Check the model and encode the rows before a weight is loaded; return the rows and the tokenizer."""
+    from pivotune.models.loading import check_model, load_tokenizer, read_config
+
+    check_model(model)  # before the imports that load torch
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
     from pivotune.layers.selection import check_depth
     from pivotune.models.architecture import check_architecture
-    from pivotune.models.loading import check_model, load_tokenizer, read_config
     from pivotune.training.preparation import context_length, spread
 
-    check_model(model)
     config = read_config(model)
     check_architecture(config.model_type)
     check_depth(config.get_text_config().num_hidden_layers)

@@ -54,7 +54,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
     batch_size: options.BatchSize = "auto",
     template: Annotated[
-        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: what a run was trained with.")
+        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: the template of the run.")
     ] = None,
     split: options.Split = None,
     pairs: Annotated[

@@ -100,6 +100,5 @@ def explained_out_of_memory(config: RunConfig, args: DeepSupervisionConfig, doin
             changes.insert(0, "naming both layers (supervision.conversion.layer and supervision.thinking.layer)")
         advice = "; or ".join(changes[:_CHANGES_NAMED]) or "a smaller model, or more devices (docs/scaling.md)"
         where = "the GPU's memory" if on_gpu else "the machine's memory"
-        raise MemoryExhaustedError(
-            f"out of memory while {doing}: {where} does not suffice; try {advice} (`pivotune estimate` says what fits)"
-        ) from error
+        message = f"out of memory while {doing}: {where} does not suffice; try {advice}"
+        raise MemoryExhaustedError(f"{message} (`pivotune estimate` lists settings that fit)") from error
