@@ -49,13 +49,14 @@ def estimate(
     quiet_libraries()
     from pivotune.estimate.estimate import Target, estimate_strategies, fitting_changes, why_impossible
     from pivotune.estimate.memory import read_model_config
-    from pivotune.estimate.operations import described_device, find_device, training_rate
+    from pivotune.estimate.operations import Device, find_device, training_rate
     from pivotune.estimate.rows import read_rows
 
     device = find_device(use_cpu=bool(run_config.training.get("use_cpu")))
     on_gpus = strategy is not None or processes > 1
     if memory is not None or tflops is not None or (on_gpus and device.kind == "cpu"):
-        device = described_device(memory, tflops)
+        # A GPU of another machine.
+        device = Device(kind="cuda", name="GPU", memory=memory, rate=None if tflops is None else tflops * 1e12)
     if on_gpus:
         names: Any = _STRATEGIES if strategy is None else (strategy,)
         targets = [Target(device=device.kind, processes=processes, strategy=name) for name in names]

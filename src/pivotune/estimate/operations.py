@@ -152,11 +152,6 @@ def find_device(*, use_cpu: bool = False) -> Device:
     return Device(kind="cpu", name=f"CPU, {torch.get_num_threads()} threads", memory=_machine_memory(), rate=None)
 
 
-def described_device(memory: float | None, teraflops: float | None) -> Device:
-    """Return a GPU of another machine from the options of the command line."""
-    return Device(kind="cuda", name="GPU", memory=memory, rate=None if teraflops is None else teraflops * 1e12)
-
-
 def _machine_memory() -> float | None:
     """Return the physical memory, or the limit of the container."""
     try:
