@@ -1,4 +1,4 @@
-"""Run folders with results as training and evaluation write them, from plain numbers."""
+"""Write run folders with results from plain numbers, as training and evaluation do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from pivotune.results.aggregate import summarize
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, summarize
 
 F1 = Metric("f1", "mean", ("f1",), 100.0)
 NLL = Metric("nll_per_token", "ratio", ("gold_nll", "gold_tokens"), higher_is_better=False)
@@ -19,13 +18,13 @@ LENGTH = Metric("answer_characters", "mean", ("answer_characters",), higher_is_b
 
 
 def records(values: Sequence[float | None], key: str = "f1") -> list[dict[str, Any]]:
-    """Items named after their place, with one number each."""
+    """Return items with one number each, named by their index."""
     return [{"item": f"q{index:04d}", key: value} for index, value in enumerate(values)]
 
 
 def entry(items: Sequence[Mapping[str, Any]], metrics: Sequence[Metric] = (F1,), **changes: Any) -> dict[str, Any]:
-    """A task's entry in `results.json`, as evaluation writes it."""
-    figures = {metric.name: {**summarize(metric, items).to_dict(), **metric.to_dict()} for metric in metrics}
+    """Return a task's entry in `results.json`, as evaluation writes it."""
+    figures = {metric.name: summarize(metric, items).to_dict() for metric in metrics}
     first = figures[metrics[0].name]
     top = {key: first[key] for key in ("value", "stderr", "n", "higher_is_better")}
     return {"metric": metrics[0].name, **top, "metrics": figures, **changes}
@@ -41,7 +40,7 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A run folder with results; without a seed it has no `config.yaml`, as the folder of an evaluated base model."""
+    """Write a run folder with results; without a seed it has no `config.yaml`, like that of an evaluated base model."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}
     for name, items in tasks.items():

@@ -15,7 +15,7 @@ QUICK = ["--resamples", "1000"]
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A folder of runs: two methods, three seeds each, two tasks; and an evaluated base model beside it."""
+    """Write a folder of runs (two methods, three seeds each, two tasks) and an evaluated base model beside it."""
     random = np.random.default_rng(0)
     base = random.random(80)
 
@@ -140,12 +140,12 @@ def test_control_characters_in_names_do_not_reach_the_terminal(sweep, capsys):
     [
         (["--format", "html"], "--format: 'html' found; allowed: terminal, markdown, latex, csv, json"),
         (["--out", "table.html"], "--out: table.html ends in '.html'; allowed: .md, .tex, .csv, .json"),
-        (["--out", "no/such/table.md"], "--out: no/such is no folder"),
+        (["--out", "no/such/table.md"], "--out: no/such is not a folder"),
         (["--names", "one"], "--names: 1 names for 2 rows (deep-supervision, tft)"),
-        (["--names", "a,a"], "--names: a, a: every row needs a name of its own"),
+        (["--names", "a,a"], "--names: a, a: every row needs a different name"),
         (["--tasks", "mkqa"], "--tasks: nothing matches 'mkqa'; the runs have: xquad_vi, xquad_en"),
         (["--metrics", "bleu"], "--metrics: nothing matches 'bleu'; the runs have: f1"),
-        (["--baseline", "nothing"], "nothing is no file or folder and no row; the rows are: deep-supervision, tft"),
+        (["--baseline", "nothing"], "nothing is neither a file, a folder nor a row; the rows are: deep-supervision, tft"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(sweep, capsys, words, message):
@@ -164,7 +164,7 @@ def test_no_runs(tmp_path, capsys):
 
 
 def test_training_results_by_held_out_rows_of_each_seed(tmp_path, capsys):
-    """Every seed holds out rows of its own; they are paired within a seed."""
+    """Each seed holds out its own rows, which are paired within a seed."""
     random = np.random.default_rng(1)
     for seed in range(3):
         tokens = random.integers(5, 40, 60)

@@ -1,4 +1,4 @@
-"""`pivotune sweep` as a user types it."""
+"""Run `pivotune sweep` as a user types it."""
 
 from __future__ import annotations
 
@@ -60,20 +60,13 @@ def test_layer_sweep_with_seeds_gives_tables_and_figure_3(config, tmp_path, caps
     ]
     assert series["heldout_sw"]["baseline"] == pytest.approx((values[0] + values[3]) / 2)
     assert series["heldout_sw"]["points"][1]["value"] == pytest.approx((values[2] + values[5]) / 2)
-
-
-def test_the_same_command_finds_everything_done(config, tmp_path, capsys):
-    assert sweep(config, *SWEEP) == 0
-    tables = [(tmp_path / "sweeps" / "run" / f"table.{kind}").read_bytes() for kind in ("md", "csv", "tex")]
-    capsys.readouterr()
-    assert sweep(config, *SWEEP, "--dry-run") == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "thinking.layer=2,seed=0: done",
-        "thinking.layer=3,seed=0: done",
-        "2 of 2 cells are done, in sweeps/run",
-    ]
-    assert sweep(config, *SWEEP) == 0
-    assert tables == [(tmp_path / "sweeps" / "run" / f"table.{kind}").read_bytes() for kind in ("md", "csv", "tex")]
+    # The same command finds everything done.
+    tables = [(folder / f"table.{kind}").read_bytes() for kind in ("md", "csv", "tex")]
+    assert sweep(config, *grid, "--dry-run") == 0
+    lines = [*(f"{cell}: done" for cell in cells), "6 of 6 cells are done, in sweeps/run"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert sweep(config, *grid) == 0
+    assert tables == [(folder / f"table.{kind}").read_bytes() for kind in ("md", "csv", "tex")]
 
 
 def test_dry_run_writes_nothing(config, tmp_path, capsys):

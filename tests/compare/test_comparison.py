@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from result_folders import F1, LENGTH, NLL, change_results, records, write_items, write_run
 
-from pivotune.compare.comparison import Comparison, compare_rows
-from pivotune.compare.seed_groups import find_row, load_rows
+from pivotune.compare.comparison import Comparison, compare_groups
+from pivotune.compare.seed_groups import find_group, load_groups
 from pivotune.compare.significance import Verdict
 from pivotune.errors import UsageError
 from pivotune.results.files import ITEMS
@@ -18,12 +18,12 @@ BASE = np.random.default_rng(0).random(100)
 
 def compare(*paths: Path, **options) -> Comparison:
     warnings: list[str] = []
-    rows = load_rows(list(paths), warnings)
-    return compare_rows(rows, resamples=1000, warnings=warnings, **options)
+    groups = load_groups(list(paths), warnings)
+    return compare_groups(groups, resamples=1000, warnings=warnings, **options)
 
 
 def run(folder: Path, shift: float = 0.0, tasks: tuple[str, ...] = ("xquad_vi", "xquad_en"), **options) -> Path:
-    """A run whose F1 is `shift` above the base for every item, give or take."""
+    """Write a run whose F1 is about `shift` above the base for every item."""
     noise = 0.05 * np.random.default_rng(len(folder.name)).standard_normal(100)
     return write_run(folder, {task: records((BASE + shift + noise).tolist()) for task in tasks}, **options)
 
@@ -40,9 +40,12 @@ def test_runs_that_differ_in_seed_only_are_one_row(tmp_path):
     three_seeds(tmp_path, "tft", 0.0)
     three_seeds(tmp_path, "deep", 0.1, method="deep-supervision")
     comparison = compare(tmp_path)
-    assert [(row.label, row.seeds) for row in comparison.rows] == [("deep-supervision", [0, 1, 2]), ("tft", [0, 1, 2])]
+    assert [(row.label, row.seeds) for row in comparison.groups] == [
+        ("deep-supervision", [0, 1, 2]),
+        ("tft", [0, 1, 2]),
+    ]
     assert comparison.baseline == 1
-    cell = comparison.cells[0][0]
+    cell = comparison.table[0][0]
     assert cell is not None
     values = [figure.value for _, figure in cell.by_run]
     assert cell.value == pytest.approx(np.mean(values))
@@ -59,7 +62,7 @@ def test_labels_name_what_tells_rows_apart(tmp_path):
             config = {"supervision": {"thinking": {"layer": layer}, "conversion": {"signal": signal}}, "model": "m"}
             three_seeds(tmp_path, f"{name}-{signal}", 0.0, method="deep-supervision", config=config)
     three_seeds(tmp_path, "plain", 0.0)
-    assert [row.label for row in compare(tmp_path).rows] == [
+    assert [row.label for row in compare(tmp_path).groups] == [
         "deep-supervision (conversion.signal=feature, thinking.layer=5)",
         "deep-supervision (conversion.signal=logits, thinking.layer=5)",
         "deep-supervision (conversion.signal=feature, thinking.layer=10)",
@@ -74,18 +77,18 @@ def test_single_runs_are_named_after_their_folders(tmp_path):
     run(tmp_path / "other", config={"a": 3})
     (tmp_path / "base.json").write_text((tmp_path / "other" / "results.json").read_text())
     comparison = compare(tmp_path / "vi/best", tmp_path / "zh/best", tmp_path / "other", tmp_path / "base.json")
-    assert [row.label for row in comparison.rows] == ["vi/best", "zh/best", "other", "base"]
+    assert [row.label for row in comparison.groups] == ["vi/best", "zh/best", "other", "base"]
 
 
 def test_a_run_given_twice_counts_once(tmp_path):
     run(tmp_path / "a")
-    assert len(compare(tmp_path / "a", tmp_path / "a" / "results.json", tmp_path).rows) == 1
+    assert len(compare(tmp_path / "a", tmp_path / "a" / "results.json", tmp_path).groups) == 1
 
 
 def test_two_runs_of_one_configuration_and_seed(tmp_path):
     run(tmp_path / "a"), run(tmp_path / "copy")
     comparison = compare(tmp_path)
-    assert [row.label for row in comparison.rows] == ["a", "copy"]
+    assert [row.label for row in comparison.groups] == ["a", "copy"]
     assert "have one configuration and one seed" in comparison.warnings[0]
 
 
@@ -94,14 +97,14 @@ def test_results_written_elsewhere_find_their_run(tmp_path):
     for seed in range(3):
         source = run(tmp_path / "evaluated" / str(seed), seed=None)
         change_results(source, lambda content, seed=seed: content.update(model=str(tmp_path / "runs" / f"tft-{seed}")))
-    (row,) = compare(tmp_path / "evaluated").rows
+    (row,) = compare(tmp_path / "evaluated").groups
     assert row.seeds == [0, 1, 2]
 
 
 def test_folders_are_in_their_natural_order(tmp_path):
     for layer in (20, 5, 10):
         run(tmp_path / f"layer={layer}", config={"layer": layer})
-    assert [row.label for row in compare(tmp_path).rows] == ["layer=5", "layer=10", "layer=20"]
+    assert [row.label for row in compare(tmp_path).groups] == ["layer=5", "layer=10", "layer=20"]
 
 
 def test_unfinished_runs_are_left_out_and_named(tmp_path):
@@ -110,14 +113,14 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path):
     (tmp_path / "begun" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "notes").mkdir()
     comparison = compare(tmp_path)
-    assert [row.label for row in comparison.rows] == ["a"]
+    assert [row.label for row in comparison.groups] == ["a"]
     assert comparison.warnings == [f"{tmp_path / 'begun'}: has no results.json yet; left out"]
 
 
 def test_a_demo_folder_is_a_folder_of_runs(tmp_path):
     run(tmp_path / "tft"), run(tmp_path / "deep", 0.1, method="deep-supervision")
     (tmp_path / "results.json").write_text('{"settings": {}, "models": {}}')
-    assert [row.label for row in compare(tmp_path).rows] == ["deep", "tft"]
+    assert [row.label for row in compare(tmp_path).groups] == ["deep", "tft"]
 
 
 @pytest.mark.parametrize("content", ["seed: [", "- 1\n", "seed: many\n"])
@@ -125,8 +128,8 @@ def test_a_broken_configuration_is_named_and_costs_the_seed_only(tmp_path, conte
     run(tmp_path / "a")
     (tmp_path / "a" / "config.yaml").write_text(content)
     comparison = compare(tmp_path)
-    assert comparison.rows[0].seeds == []
-    assert comparison.rows[0].method == "tft"
+    assert comparison.groups[0].seeds == []
+    assert comparison.groups[0].method == "tft"
     assert "config.yaml: cannot be read" in comparison.warnings[0]
 
 
@@ -139,19 +142,19 @@ def test_what_is_no_run(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(UsageError, match=message):
-        load_rows([tmp_path / name], [])
+        load_groups([tmp_path / name], [])
 
 
 def test_finding_the_baseline(tmp_path, monkeypatch):
     three_seeds(tmp_path, "tft", 0.0)
     run(tmp_path / "deep", 0.1, method="deep-supervision")
-    rows = load_rows([tmp_path], [])
-    assert [row.label for row in rows] == ["deep", "tft"]
-    assert find_row(rows, "deep") == 0
-    assert find_row(rows, str(tmp_path / "tft-1")) == 1
-    assert find_row(rows, "nothing") is None
+    groups = load_groups([tmp_path], [])
+    assert [group.label for group in groups] == ["deep", "tft"]
+    assert find_group(groups, "deep") == 0
+    assert find_group(groups, str(tmp_path / "tft-1")) == 1
+    assert find_group(groups, "nothing") is None
     with pytest.raises(UsageError, match=r"holds several rows \(deep, tft\); name one of them"):
-        find_row(rows, str(tmp_path))
+        find_group(groups, str(tmp_path))
 
 
 # ---- columns ----
@@ -202,7 +205,7 @@ def test_a_metric_that_one_run_has(tmp_path):
     one = write_run(tmp_path / "a", {"xquad_vi": items})
     other = write_run(tmp_path / "b", {"xquad_vi": items}, metrics=(F1, NLL), config={"b": 1})
     comparison = compare(one, other, metrics=("nll_*",))
-    assert [line[0] is None for line in comparison.cells] == [True, False]
+    assert [line[0] is None for line in comparison.table] == [True, False]
     assert comparison.warnings == ["a, the baseline, does not have the task: no differences (xquad_vi)"]
 
 
@@ -219,7 +222,7 @@ def test_best_at_the_precision_shown(tmp_path):
         write_run(tmp_path / name, {"t_vi": records([value] * 10)}, config={"name": name})
     comparison = compare(tmp_path)
     assert comparison.columns[0].digits == 2
-    assert [line[0].best for line in comparison.cells if line[0]] == [True, True, False, False]
+    assert [line[0].best for line in comparison.table if line[0]] == [True, True, False, False]
 
 
 def test_lower_is_best_where_it_is_better(tmp_path):
@@ -230,18 +233,18 @@ def test_lower_is_best_where_it_is_better(tmp_path):
         write_run(tmp_path / name, {"t_vi": items}, metrics=(NLL, LENGTH), config={"name": name})
     comparison = compare(tmp_path, metrics=("all",))
     assert comparison.columns[0].digits == 3
-    assert [[cell.best for cell in line if cell] for line in comparison.cells] == [[False, False], [True, False]]
-    difference = comparison.cells[1][0].difference  # type: ignore[union-attr]
+    assert [[cell.best for cell in line if cell] for line in comparison.table] == [[False, False], [True, False]]
+    difference = comparison.table[1][0].difference  # type: ignore[union-attr]
     assert difference is not None
     assert difference.value == pytest.approx(-1.0)
     assert difference.verdict is Verdict.BETTER
-    assert comparison.cells[1][1].difference.verdict is None  # type: ignore[union-attr]
+    assert comparison.table[1][1].difference.verdict is None  # type: ignore[union-attr]
 
 
 def test_a_row_alone_is_best_of_nothing(tmp_path):
     comparison = compare(run(tmp_path / "a"))
-    assert not any(cell.best for cell in comparison.cells[0] if cell)
-    assert not any(cell.difference for cell in comparison.cells[0] if cell)
+    assert not any(cell.best for cell in comparison.table[0] if cell)
+    assert not any(cell.difference for cell in comparison.table[0] if cell)
 
 
 # ---- differences ----
@@ -257,7 +260,7 @@ def test_default_baseline(tmp_path):
 def test_adjusted_over_the_whole_table(tmp_path):
     run(tmp_path / "a"), run(tmp_path / "b", 0.004, config={"b": 1}), run(tmp_path / "c-", -0.3, config={"c": 1})
     comparison = compare(tmp_path)
-    found = [cell.difference for line in comparison.cells for cell in line if cell and cell.difference]
+    found = [cell.difference for line in comparison.table for cell in line if cell and cell.difference]
     assert len(found) == 4
     assert min(test.p for test in found) * 4 == pytest.approx(min(test.adjusted_p or 0 for test in found))
     assert any("not adjusted for the 4 comparisons made" in note for note in comparison.notes)
@@ -267,7 +270,7 @@ def test_shared_items_are_counted(tmp_path):
     write_run(tmp_path / "a", {"t_vi": records(BASE.tolist())})
     write_run(tmp_path / "b", {"t_vi": records((BASE[:40] + 0.1).tolist())}, config={"limit": 40})
     comparison = compare(tmp_path)
-    difference = comparison.cells[1][0].difference  # type: ignore[union-attr]
+    difference = comparison.table[1][0].difference  # type: ignore[union-attr]
     assert difference is not None
     assert (difference.n, difference.value) == (40, pytest.approx(10.0))
     assert comparison.warnings == ["b and a share 40 items of 40 and 100: the difference is over these (t_vi)"]
@@ -281,7 +284,7 @@ def test_shared_items_are_counted(tmp_path):
         (lambda folder: write_items(folder / ITEMS, {"t_vi": [{"item": "a", "f1": [1]}]}), "made of a number"),
         (
             lambda folder: change_results(folder, lambda c: c["tasks"]["t_vi"]["metrics"]["f1"].update(scale=1.0)),
-            "it is not made in the same way in all runs",
+            "the runs define it differently",
         ),
     ],
 )  # fmt: skip
@@ -289,8 +292,8 @@ def test_no_difference_without_trustworthy_items(tmp_path, damage, reason):
     write_run(tmp_path / "a", {"t_vi": records(BASE.tolist())})
     damage(write_run(tmp_path / "b", {"t_vi": records((BASE + 0.1).tolist())}, config={"b": 1}))
     comparison = compare(tmp_path)
-    assert comparison.cells[1][0].value is not None  # type: ignore[union-attr]
-    assert comparison.cells[1][0].difference is None  # type: ignore[union-attr]
+    assert comparison.table[1][0].value is not None  # type: ignore[union-attr]
+    assert comparison.table[1][0].difference is None  # type: ignore[union-attr]
     assert any("no difference in f1 between b and a: " in line and reason in line for line in comparison.warnings)
 
 
@@ -299,7 +302,7 @@ def test_nll_of_other_tokens_is_not_compared(tmp_path):
         items = [{"item": str(i), "gold_nll": float(i), "gold_tokens": tokens + i} for i in range(10)]
         write_run(tmp_path / name, {"t_vi": items}, metrics=(NLL,), config={"name": name})
     comparison = compare(tmp_path)
-    assert comparison.cells[1][0].difference is None  # type: ignore[union-attr]
+    assert comparison.table[1][0].difference is None  # type: ignore[union-attr]
     assert "item 0 has 10 and 14 gold_tokens: other rows or another tokenizer" in comparison.warnings[0]
 
 
@@ -320,9 +323,7 @@ def test_other_conditions_are_named(tmp_path):
         ("c", {"settings": {**settings, "limit": None}, "prompt_hash": "y", "split": "test"}),
     ):
         run(tmp_path / name, config={"name": name}, changes=changes)
-    assert compare(tmp_path).warnings == [
-        "limit differs between runs: 40 in a, b; none in c (xquad_vi, xquad_en)",
-    ]
+    assert compare(tmp_path).warnings == ["limit differs between runs: 40 in a, b; none in c (xquad_vi, xquad_en)"]
 
 
 def test_other_prompts_under_the_same_conditions_are_named(tmp_path):
@@ -355,7 +356,7 @@ def test_few_items_are_noted(tmp_path):
     write_run(tmp_path / "a", {"t_vi": records([0.0] * 3)})
     write_run(tmp_path / "b", {"t_vi": records([1.0] * 3)}, config={"b": 1})
     comparison = compare(tmp_path)
-    assert comparison.cells[1][0].difference.verdict is Verdict.UNDECIDED  # type: ignore[union-attr]
+    assert comparison.table[1][0].difference.verdict is Verdict.UNDECIDED  # type: ignore[union-attr]
     assert any("1 differences are over fewer than 6 items" in note for note in comparison.notes)
 
 
@@ -370,7 +371,7 @@ def test_order_of_items_and_of_runs_changes_no_number(tmp_path):
     before = compare(tmp_path / "a", tmp_path / "b")
     write_items(tmp_path / "a" / "results.items.jsonl.gz", {"t_vi": list(reversed(values))})
     after = compare(tmp_path / "b", tmp_path / "a", baseline=1)
-    assert before.cells[1][0].difference == after.cells[0][0].difference  # type: ignore[union-attr]
+    assert before.table[1][0].difference == after.table[0][0].difference  # type: ignore[union-attr]
 
 
 def test_broken_results_in_a_folder_of_runs_are_named(tmp_path):

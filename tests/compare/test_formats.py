@@ -12,17 +12,16 @@ import pytest
 from result_folders import LENGTH, records, write_run
 from rich.console import Console
 
-from pivotune.compare.comparison import Comparison, compare_rows
-from pivotune.compare.formats import render, to_dict
-from pivotune.compare.seed_groups import load_rows
-from pivotune.compare.terminal import render_terminal
+from pivotune.compare.comparison import Comparison, compare_groups
+from pivotune.compare.formats import render, render_terminal, to_dict
+from pivotune.compare.seed_groups import load_groups
 
 SIGNS = "a_b & 50% {x} $y$ #1 ~^\\ <b>|`*"
 
 
 @pytest.fixture
 def comparison(tmp_path) -> Comparison:
-    """Two single runs and a base model on two languages; every item differs by the same amount, so no number is random."""
+    """Compare two runs and a base model on two languages; all items differ equally, so that no number is random."""
     for name, method, seed, vi, en in (
         ("base", None, None, 0.25, 0.75),
         ("tft", "tft", 0, 0.5, 0.5),
@@ -31,8 +30,8 @@ def comparison(tmp_path) -> Comparison:
         offsets = [0.1, -0.1] * 5
         tasks = {"xquad_vi": records([vi + o for o in offsets]), "xquad_en": records([en + o for o in offsets])}
         write_run(tmp_path / name, tasks, method=method, seed=seed)
-    rows = load_rows([tmp_path / name for name in ("base", "tft", "deep")], [])
-    return compare_rows(rows, resamples=1000, warnings=["something differs"])
+    groups = load_groups([tmp_path / name for name in ("base", "tft", "deep")], [])
+    return compare_groups(groups, resamples=1000, warnings=["something differs"])
 
 
 @pytest.fixture
@@ -43,12 +42,12 @@ def over_seeds(tmp_path) -> Comparison:
         for seed in range(3):
             values = base + shift + 0.01 * random.standard_normal() + 0.01 * random.standard_normal(50)
             write_run(tmp_path / f"{method}-{seed}", {"xnli_zh": records(values.tolist())}, method=method, seed=seed)
-    return compare_rows(load_rows([tmp_path], []), resamples=1000)
+    return compare_groups(load_groups([tmp_path], []), resamples=1000)
 
 
 def renamed(comparison: Comparison, label: str) -> Comparison:
-    rows = [replace(row, label=label) for row in comparison.rows[:1]] + list(comparison.rows[1:])
-    return replace(comparison, rows=rows, warnings=[label])
+    groups = [replace(group, label=label) for group in comparison.groups[:1]] + list(comparison.groups[1:])
+    return replace(comparison, groups=groups, warnings=[label])
 
 
 def terminal(comparison: Comparison, width: int = 100, **options) -> str:
@@ -141,7 +140,7 @@ def test_narrow_terminals_split_and_never_cut(comparison):
 
 
 def test_several_seeds_are_shown_with_their_test(over_seeds):
-    cell = over_seeds.cells[0][0]
+    cell = over_seeds.table[0][0]
     assert cell is not None
     assert cell.difference is not None
     assert cell.difference.seed_test is not None
@@ -187,7 +186,7 @@ def test_json_holds_everything(comparison):
 def test_one_item_gives_no_interval_and_valid_files(tmp_path, form):
     for name, value in (("tft", 0.5), ("other", 1.0)):
         write_run(tmp_path / name, {"t_vi": records([value])}, method=name)
-    text = render(compare_rows(load_rows([tmp_path], []), resamples=1000), form)
+    text = render(compare_groups(load_groups([tmp_path], []), resamples=1000), form)
     assert "nan" not in text.lower()
     assert math.isfinite(float(re.search(r"50(\.0+)?", text).group()))  # type: ignore[union-attr]
 
@@ -195,7 +194,7 @@ def test_one_item_gives_no_interval_and_valid_files(tmp_path, form):
 def test_rows_without_a_task_have_a_dash(tmp_path):
     write_run(tmp_path / "a", {"t_vi": records([0.5] * 8), "t_en": records([0.5] * 8)})
     write_run(tmp_path / "b", {"t_vi": records([0.5] * 6)}, config={"b": 1})
-    comparison = compare_rows(load_rows([tmp_path], []), resamples=1000)
+    comparison = compare_groups(load_groups([tmp_path], []), resamples=1000)
     text = render(comparison, "markdown")
     assert "| b | 50.00 ± 0.00<br>+0.00 [0.00, 0.00] ≈ | – |".replace("**", "") in text.replace("**", "")
     assert "t vi<br>f1 ↑, n 6-8" in text
@@ -206,7 +205,7 @@ def test_a_metric_without_direction_has_no_arrow_mark_or_legend(tmp_path):
     for name, value in (("a", 3), ("b", 9)):
         items = [{"item": str(i), "answer_characters": value} for i in range(9)]
         write_run(tmp_path / name, {"t_vi": items}, metrics=(LENGTH,), config={"name": name})
-    text = render(compare_rows(load_rows([tmp_path], []), resamples=1000), "markdown")
+    text = render(compare_groups(load_groups([tmp_path], []), resamples=1000), "markdown")
     assert "answer\\_characters, n 9" in text
     assert "+6.000 [6.000, 6.000] |" in text
     assert "▲" not in text
@@ -226,7 +225,7 @@ def test_latex_is_escaped(comparison):
         r"a\_b \& 50\% \{x\} \$y\$ \#1 \textasciitilde{}\textasciicircum{}\textbackslash{} "
         r"\textless{}b\textgreater{}|`* next & "
     )
-    # A comment must not go on in a line that is none.
+    # A line end in a name must not end the comment.
     assert text.splitlines()[0] == f"% warning: {SIGNS} next"
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, that all of it lies inside, and that odd names and gaps do no harm."""
+"""Figures: the data drawn, that all of it lies inside, and that odd names and gaps do no harm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
-from pivotune.report.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
+from pivotune.report.plots import (
+    plot_entropy,
+    plot_entropy_comparison,
+    plot_layer_sweep,
+    plot_metric_bars,
+    plot_training,
+)
 
 ENTROPY = [5.0, 3.0, 3.0, 2.5, 1.0]
 
@@ -41,8 +49,16 @@ def layers(**changes):
 
 
 @pytest.fixture
-def draw(figures, tmp_path):
+def draw(monkeypatch, tmp_path):
     """Draw into a new folder, check what every picture must satisfy, and return the panels."""
+    figures = []
+    save = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
     def draw(function, *args, **kwargs):
         path = tmp_path / "new" / "picture.png"
@@ -56,17 +72,18 @@ def draw(figures, tmp_path):
 
 
 def assert_all_inside(figure):
-    """No text is cut off by the border, no legend covers data."""
+    """No text is cut off by the border, no legend covers data or the labels of an axis."""
     page = figure.bbox
+    right = max(axes.yaxis.label.get_window_extent().x1 for axes in figure.axes)
     for axes in figure.axes:
         legend = axes.get_legend()
         if legend is not None:
-            assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+            assert legend.get_window_extent().x0 >= max(axes.get_window_extent().x1, right)
         texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         boxes = [text.get_window_extent() for text in texts if text.get_text()] + (
             [legend.get_window_extent()] if legend else []
         )
-        for box in boxes:
+        for box in (axes.get_tightbbox(), *boxes):
             assert box.x0 >= -1
             assert box.y0 >= -1
             assert box.x1 <= page.x1 + 1
@@ -254,11 +271,104 @@ def test_bars(draw):
     assert segments[0][:, 1].tolist() == pytest.approx([2.154 - 0.196, 2.154 + 0.196])
 
 
-def test_bars_of_other_measures(draw):
-    (axes,) = draw(plot_metric_bars, {"模型": {"المقياس": 1.0}}, ylabel="F1 (%)", xlabel="task", title="XQuAD")
+def test_bars_under_names_that_the_font_lacks(draw):
+    (axes,) = draw(plot_metric_bars, {"模型": {"المقياس": 1.0}})
     assert legend_texts(axes) == ["method 1"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["measure 1"]
-    assert axes.get_ylabel() == "F1 (%)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["language 1"]
+
+
+# ---- layer sweep ----
+
+
+def points(*values, margin=0.5):
+    return [
+        {"layer": layer, "value": value, "margin": margin, "seeds": 3} for layer, value in enumerate(values, start=1)
+    ]
+
+
+def series(label, metric="f1", baseline=None, **changes):
+    return {
+        "task": label,
+        "label": label,
+        "metric": metric,
+        "points": points(20, 24, 22),
+        "baseline": baseline,
+        **changes,
+    }
+
+
+def curve(*all_series, **changes):
+    layers = {"target": {"entropy": [5.0, 3.0, 2.0, None, 1.0]}}
+    return {"term": "thinking", "errors": "seeds", "series": list(all_series), "layers": layers, **changes}
+
+
+def draw_sweep(draw, content):
+    """Return score panels and entropy panels."""
+    panels = draw(plot_layer_sweep, content)
+    twins = [axes for axes in panels if axes.get_ylabel() == "mean entropy (nats)"]
+    return [axes for axes in panels if axes not in twins], twins
+
+
+def test_a_line_for_each_task_with_its_baseline_in_its_colour(draw):
+    (axes,), (twin,) = draw_sweep(draw, curve(series("xquad_zh", baseline=21.0), series("xquad_en")))
+    found = {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+    assert set(found) == {"xquad_zh", "xquad_en", "TFT: xquad_zh"}
+    assert list(found["xquad_zh"].get_xdata()) == [1, 2, 3]
+    assert list(found["xquad_zh"].get_ydata()) == [20, 24, 22]
+    assert set(found["TFT: xquad_zh"].get_ydata()) == {21.0}
+    colours = {name: to_hex(line.get_color()) for name, line in found.items()}
+    assert colours["xquad_zh"] == colours["TFT: xquad_zh"] != colours["xquad_en"]
+    assert axes.get_ylabel() == "F1"
+    assert axes.get_xlabel() == "thinking layer (after k blocks)"
+    assert list(twin.get_lines()[0].get_ydata())[:3] == [5.0, 3.0, 2.0]
+    assert list(twin.get_lines()[0].get_xdata()) == [0, 1, 2, 3, 4]
+    assert twin.get_ylim()[0] == 0
+    assert legend_texts(axes) == [*found, "entropy before training"]
+
+
+def test_bars_are_as_long_as_the_margins(draw):
+    (axes,), _ = draw_sweep(draw, curve(series("xquad_zh", points=[*points(20, 24), *points(22, margin=None)])))
+    bars = axes.collections[0].get_segments()
+    assert [(bar[0][1], bar[1][1]) for bar in bars[:2]] == [(19.5, 20.5), (23.5, 24.5)]
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"), [("seeds", "standard deviation over seeds"), ("items", "95 % interval over items")]
+)
+def test_what_the_bars_are_is_said(draw, errors, words):
+    (axes,), _ = draw_sweep(draw, curve(series("xquad_zh"), errors=errors))
+    assert any(words in text for text in all_texts(axes))
+    assert axes.get_title(loc="left") == "Score by thinking layer"
+
+
+def test_every_metric_has_a_panel_of_its_own(draw):
+    panels, twins = draw_sweep(
+        draw, curve(series("xquad_zh"), series("xnli_zh", "accuracy"), series("heldout_zh", "nll"))
+    )
+    assert [axes.get_ylabel() for axes in panels] == ["F1", "accuracy", "held-out answer NLL\n(nats per token)"]
+    assert [list(curves(axes)) for axes in panels] == [["xquad_zh"], ["xnli_zh"], ["heldout_zh"]]
+    assert len(twins) == 3
+
+
+def test_without_a_layer_analysis_there_is_no_second_axis(draw):
+    panels, twins = draw_sweep(draw, curve(series("xquad_zh"), layers=None))
+    assert (len(panels), twins) == (1, [])
+
+
+def test_many_long_names_stay_inside(draw):
+    (axes,), _ = draw_sweep(
+        draw, curve(*(series(f"xquad_zh, learning_rate={rate}e-4", baseline=20.0) for rate in range(1, 5)))
+    )
+    assert len(legend_texts(axes)) == 9
+
+
+def test_no_finished_cell_is_said(draw):
+    (axes,), twins = draw_sweep(draw, curve(layers=None))
+    assert "no cell is finished" in all_texts(axes)
+    assert twins == []
+
+
+# ---- files ----
 
 
 def test_vector_files_by_suffix(tmp_path):

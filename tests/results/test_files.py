@@ -42,7 +42,7 @@ def test_a_run_folder(folder):
 
 
 def test_results_of_training_before_metrics_were_described(tmp_path):
-    """As the first release wrote them."""
+    """Read the format of the first release."""
     task = {"metric": "nll", "value": 2.0, "stderr": 0.1, "n": 2, "higher_is_better": False, "nll_per_character": 1.0}
     (tmp_path / "results.json").write_text(json.dumps({"model": "m", "method": "tft", "tasks": {"heldout_sw": task}}))
     write_items(tmp_path / "results.items.jsonl.gz", {"heldout_sw": [{"item": 0, "nll": 4.0, "tokens": 2}]})
@@ -148,7 +148,7 @@ def test_without_usable_items_there_are_figures_and_one_line(folder, damage, pro
     [
         (
             [{"item": "a", "f1": 1.0}, {"item": "a", "f1": 0.0}],
-            "line 2: item a of t_vi stands twice: no intervals for t_vi",
+            "line 2: item a of t_vi appears twice: no intervals for t_vi",
         ),
         ([{"item": "a", "f1": math.nan}], "line 1: f1 of item a of t_vi is not a finite number: no intervals for t_vi"),
         ([{"item": "a", "counts": [1, math.inf]}], "line 1: counts of item a of t_vi is not a finite number"),
@@ -178,7 +178,7 @@ def test_earlier_tasks_stay_and_given_ones_are_replaced(folder):
         "xquad_vi": 100.0, "xquad_en": 75.0, "mlqa_vi": 100.0,
     }  # fmt: skip
     assert {name: len(items) for name, items in results.items.items()} == {"xquad_vi": 2, "xquad_en": 4, "mlqa_vi": 2}
-    # A run's results keep naming what it started from.
+    # A run's results keep the model that training started from.
     assert (results.model, results.method) == ("owner/base", "tft")
 
 
@@ -266,7 +266,7 @@ def test_metrics_come_back_as_they_were(tmp_path):
 
 def test_comparing_imports_no_torch():
     script = (
-        "import sys; import pivotune.compare.comparison, pivotune.compare.formats, pivotune.compare.terminal; "
+        "import sys; import pivotune.compare.comparison, pivotune.compare.formats; "
         "print([n for n in ('torch', 'transformers', 'lm_eval', 'sacrebleu') if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

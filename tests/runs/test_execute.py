@@ -21,9 +21,9 @@ from pivotune.data.examples import Side
 from pivotune.errors import UsageError
 from pivotune.layers.analysis import read_layers_json
 from pivotune.runs import execute as run_module
-from pivotune.training.metrics import read_metrics
-from pivotune.runs.prepare import prepare_run
 from pivotune.runs.execute import execute_run
+from pivotune.runs.prepare import prepare_run
+from pivotune.training.metrics import read_metrics
 
 TRAINING = {**QUIET, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 

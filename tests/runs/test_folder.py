@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
-import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ import yaml
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
-from pivotune.text.files import write_items, write_json, write_text
 from pivotune.runs.folder import claim_run_folder, environment, read_run_config, write_run_config
+from pivotune.text.files import write_text
 
 
 def config(folder: Path, **changes: Any) -> RunConfig:

@@ -19,8 +19,15 @@ from tiny_training import tiny_rows, write_rows
 from pivotune.cli.common import safe, stdout
 from pivotune.cli.main import main
 from pivotune.config.yaml_text import parse_config
-from pivotune.report.drawing import drawable, new_figure, save_figure, set_title, short_name
-from pivotune.report.plots import plot_entropy_comparison, plot_metric_bars
+from pivotune.report.plots import (
+    drawable,
+    new_figure,
+    plot_entropy_comparison,
+    plot_metric_bars,
+    save_figure,
+    set_title,
+    short_name,
+)
 from pivotune.runs.model_card import model_card
 from pivotune.text.escaping import csv_text, latex, markdown, printable, printable_json
 

@@ -1,4 +1,4 @@
-"""Grids, seeds and ablations become the right cells, each once, with names that are safe and stable."""
+"""Turn grids, seeds and ablations into cells, each once, with safe and stable names."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_ablation_over_layers_holds_each_term_at_its_own_layers(config):
         ("method=tft,,sft", "--grid method=tft,,sft: an empty value found; expected key=value,value"),
         ("seed=0,1", "--grid seed=0,1: use --seeds for seed"),
         ("output_dir=a,b", "--grid output_dir=a,b: use --out for output_dir"),
-        ("a=1e-4,0.0001", "--grid a=1e-4,0.0001: 0.0001 stands there twice"),
+        ("a=1e-4,0.0001", "--grid a=1e-4,0.0001: 0.0001 is given twice"),
         ("a={b,c", "--grid a={b,c: a bracket or quote that is not closed found; expected key=value,value"),
         ("a=[: ]", "--grid a=[: ]: the value [: ] is not valid YAML"),
     ],
@@ -238,7 +238,7 @@ def test_seeds():
         ("0,x", "--seeds 0,x: 'x' found; allowed: whole numbers from 0, such as 0,1,2"),
         ("-1", "--seeds -1: '-1' found; allowed: whole numbers from 0, such as 0,1,2"),
         ("0,,1", "--seeds 0,,1: '' found; allowed: whole numbers from 0, such as 0,1,2"),
-        ("1,01", "--seeds 1,01: 1 stands there twice"),
+        ("1,01", "--seeds 1,01: 1 is given twice"),
     ],
 )
 def test_wrong_seeds_are_refused(text, message):

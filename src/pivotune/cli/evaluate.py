@@ -166,7 +166,7 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
 
 def _warn_of_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
     """Warn where a task replaces an earlier result of another size, as with a small --limit."""
-    from pivotune.sweeps.state import read_entries
+    from pivotune.results.files import read_entries
 
     entries = read_entries(folder)
     for task in prepared.tasks:

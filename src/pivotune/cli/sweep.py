@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,14 +26,13 @@ from pivotune.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pivotune.compare.comparison import Comparison
     from pivotune.sweeps.plan import Cell
     from pivotune.sweeps.run import Sweep
     from pivotune.training.resilience.preemption import StopSignals
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="Run configuration (YAML) that all cells are made from.")],
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML) of all cells.")],
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +47,7 @@ def sweep(
     ] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated; default: the run's own.")] = "",
     tasks: Annotated[
-        str, typer.Option(help="What to evaluate, as in pivotune evaluate; without it held-out rows only.")
+        str, typer.Option(help="Tasks to evaluate, as in pivotune evaluate; default: held-out rows only.")
     ] = "",
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of all cells: training.max_steps=100. Repeatable.")
@@ -67,11 +66,11 @@ def sweep(
     dtype: options.Dtype = "auto",
     skip_missing: options.SkipMissing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the cells and what is done, and stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print the cells and their progress, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json's content on stdout.")] = False,
 ) -> None:
-    """Train and evaluate every combination of values and seeds; the same command goes on after an interruption."""
+    """Train and evaluate every combination of values and seeds; the same command continues after an interruption."""
     from pivotune.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(
@@ -88,29 +87,47 @@ def sweep(
     if signals and not ablation:
         raise UsageError("--signals goes with --ablation")
     cells = _plan(config, grid or [], changes or [], folder, seeds=seeds, signals=signals if ablation else None)
-    say = _printer(as_json)
+    screen = console(as_json)
+
+    def say(line: str) -> None:
+        screen.print(printable(line), soft_wrap=True, markup=False)
+
     failures: dict[str, str] = {}
     with _stop_signals() as stop_signals:
         quiet_libraries()
-        from pivotune.sweeps.run import describe_sweep, prepare_sweep
+        from pivotune.cli.training_display import TrainingProgress
+        from pivotune.sweeps.run import DONE, describe_sweep, prepare_sweep, run_sweep
 
         prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
         if dry_run:
-            _show_plan(prepared, say)
+            if prepared.tasks:
+                say(f"tasks: {', '.join(prepared.tasks)}")
+            for name in prepared.bases:
+                missing = prepared.missing(folder / name)
+                say(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else DONE))
+            states = {cell.name: prepared.state(cell) for cell in cells}
+            for name, state in states.items():
+                say(f"{name}: {state}")
+            say(f"{list(states.values()).count(DONE)} of {len(states)} cells are done, in {folder}")
         else:
-            failures = _run(prepared, say, stop_signals)
-            _summarize(prepared, console(as_json))
+            failures = run_sweep(
+                prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals
+            )
+            saved = [*_write_tables(prepared, screen), *_write_curve(prepared)]
+            say(f"saved    {', '.join(map(str, saved)) or 'nothing: no cell is finished'}")
     if as_json:
         print_json(describe_sweep(prepared, failures))
     if failures:
-        _show_failures(failures, say)
+        say(f"{len(failures)} failed; the same command tries them again:")
+        for name, reason in failures.items():
+            say(f"  {name}: {reason}")
         raise typer.Exit(1)
 
 
 def _plan(
     config: Path, grid: Sequence[str], changes: Sequence[str], folder: Path, *, seeds: str, signals: str | None
 ) -> list[Cell]:
-    """The cells; `signals` is None without --ablation."""
+    """Return the cells; `signals` is None without --ablation."""
     from pivotune.config.yaml_text import load_config
     from pivotune.sweeps.plan import ablation_axis, parse_grid, parse_seeds, plan_cells
 
@@ -124,16 +141,9 @@ def _plan(
     return plan_cells(config, changes, axes, seeds=parse_seeds(seeds), folder=folder)
 
 
-def _run(prepared: Sweep, say: Callable[[str], None], stop_signals: StopSignals) -> dict[str, str]:
-    from pivotune.cli.training_display import TrainingProgress
-    from pivotune.sweeps.run import run_sweep
-
-    return run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals)
-
-
 @contextmanager
 def _stop_signals() -> Iterator[StopSignals]:
-    """Listen for signals, also while rows are read and checked, and say how to go on."""
+    """Handle signals, from the reading of rows on, and print how to continue."""
     from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
     going_on = "the same command goes on from here"
@@ -148,58 +158,34 @@ def _stop_signals() -> Iterator[StopSignals]:
             raise
 
 
-def _show_plan(prepared: Sweep, say: Callable[[str], None]) -> None:
-    from pivotune.sweeps.state import missing_tasks
-
-    if prepared.tasks:
-        say(f"tasks: {', '.join(prepared.tasks)}")
-    for name in prepared.bases:
-        missing = missing_tasks(prepared.folder / name, prepared.tasks, prepared.settings)
-        say(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
-    states = {cell.name: prepared.state(cell) for cell in prepared.cells}
-    for name, state in states.items():
-        say(f"{name}: {state}")
-    say(f"{sum(state.done for state in states.values())} of {len(states)} cells are done, in {prepared.folder}")
-
-
-def _summarize(prepared: Sweep, out: Console) -> None:
-    """The table of all cells, on the screen and in files, and the picture of a sweep over layers."""
-    from pivotune.compare.formats import FORMATS, render
-    from pivotune.compare.terminal import render_terminal
-    from pivotune.text.files import write_text
-
-    saved = []
-    comparison = _compare(prepared)
-    if comparison is not None:
-        for part in render_terminal(comparison, out.width, printable):
-            out.print(part)
-        for suffix in (".md", ".csv", ".tex"):
-            saved.append(prepared.folder / f"table{suffix}")
-            write_text(saved[-1], render(comparison, FORMATS[suffix]))
-    saved += _draw(prepared)
-    names = printable(", ".join(map(str, saved)))
-    out.print(f"saved    {names or 'nothing: no cell is finished'}", soft_wrap=True, markup=False)
-
-
-def _compare(prepared: Sweep) -> Comparison | None:
-    """Starting model and cells, as far as they are measured; None where none is."""
-    from pivotune.compare.comparison import compare_rows
-    from pivotune.compare.seed_groups import load_rows
+def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
+    """Print the table of the measured cells and starting models, and write it to files."""
+    from pivotune.compare.comparison import compare_groups
+    from pivotune.compare.formats import FORMATS, render, render_terminal
+    from pivotune.compare.seed_groups import load_groups
     from pivotune.results.files import results_paths
+    from pivotune.text.files import write_text
 
     folders = [*(prepared.folder / name for name in prepared.bases), *(cell.folder for cell in prepared.cells)]
     measured = [folder for folder in folders if results_paths(folder)[0].is_file()]
     if not measured:
-        return None
+        return []
     warnings: list[str] = []
-    rows = load_rows(measured, warnings)
-    there = {task for row in rows for run in row.runs for task in run.results.tasks}
-    return compare_rows(rows, tasks=[task for task in prepared.tasks if task in there], warnings=warnings)
+    groups = load_groups(measured, warnings)
+    known = {task for group in groups for run in group.runs for task in run.results.tasks}
+    comparison = compare_groups(groups, tasks=[task for task in prepared.tasks if task in known], warnings=warnings)
+    for part in render_terminal(comparison, screen.width, printable):
+        screen.print(part)
+    paths = [prepared.folder / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
+    for path in paths:
+        write_text(path, render(comparison, FORMATS[path.suffix]))
+    return paths
 
 
-def _draw(prepared: Sweep) -> list[Path]:
+def _write_curve(prepared: Sweep) -> list[Path]:
+    """Write the picture of a sweep over layers, and its numbers."""
     from pivotune.report.plots import plot_layer_sweep
-    from pivotune.sweeps.layers import layer_curve, swept_term
+    from pivotune.sweeps.layer_curve import layer_curve, swept_term
     from pivotune.text.files import write_json
 
     term = swept_term(prepared.cells)
@@ -210,15 +196,3 @@ def _draw(prepared: Sweep) -> list[Path]:
     plot_layer_sweep(curve, paths[0])
     write_json(paths[1], curve)
     return paths
-
-
-def _show_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:
-    say(f"{len(failures)} failed; the same command tries them again:")
-    for name, reason in failures.items():
-        say(f"  {name}: {reason}")
-
-
-def _printer(as_json: bool) -> Callable[[str], None]:
-    """Whole lines as they are: no wrapping, no markup."""
-    out = console(as_json)
-    return lambda line: out.print(printable(line), soft_wrap=True, markup=False)

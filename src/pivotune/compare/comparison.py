@@ -1,15 +1,18 @@
-"""The table of `pivotune compare` as data: methods x tasks, what is best, and which differences can be told apart."""
+"""Compute the table of `pivotune compare`: methods x tasks, the best of each task, and significant differences."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
-from pivotune.compare.condition_warnings import condition_warnings, with_tasks
-from pivotune.compare.seed_groups import Row, Run
+from pivotune.compare.seed_groups import Run, SeedGroup
 from pivotune.compare.significance import (
     FEWEST_ITEMS,
     RESAMPLES,
@@ -20,26 +23,46 @@ from pivotune.compare.significance import (
     holm,
     shared_items,
 )
-from pivotune.compare.table_columns import ENGLISH, PRIMARY, Column, find_figures, select_columns
 from pivotune.errors import UsageError
-from pivotune.results.aggregate import item_vectors, statistic
-from pivotune.results.files import MetricResult
-from pivotune.results.metrics import Metric
+from pivotune.results.files import TaskResult
+from pivotune.results.metrics import Metric, MetricResult, item_vectors, statistic
 
+ENGLISH = "en"
+PRIMARY, ALL = "primary", "all"
 # Figures and items that disagree by more than rounding were not written together.
 _TOLERANCE = 1e-6
+# A difference in one of these explains different prompts.
+_EXPLAINS_PROMPTS = frozenset(("split", "origin", "limit", "seed", "template"))
+_LONGEST_CONDITION = 60
+_MOST_NAMES = 4  # in a warning
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Column:
+    """One metric of one task; values equal at `digits` decimals count as equal."""
+
+    task: str
+    benchmark: str
+    language: str
+    metric: Metric
+    digits: int
+
+    @property
+    def title(self) -> str:
+        """The task without its benchmark: `vi`, `en-vi`."""
+        return self.task.removeprefix(f"{self.benchmark}_") or self.task
+
+
+@dataclass(slots=True)
+class Measurement:
     """One figure of the table.
 
     Attributes:
         value: of one run, or the mean over seeds; None where undefined.
         spread: standard error over items of one run, or standard deviation over seeds.
-        by_run: value, standard error and item count of every run of the row that has the task, by seed.
+        by_run: value, standard error and item count of every run of the group that has the task, by seed.
         best: equal to the best of the column at the precision shown.
-        difference: to the baseline; None for the baseline itself and where a warning says why.
+        difference: to the baseline; None for the baseline itself, and for pairs that a warning names.
     """
 
     value: float | None
@@ -55,15 +78,15 @@ class Comparison:
     """Methods x tasks.
 
     Attributes:
-        cells: one list per row, None where a row lacks the task.
-        baseline: index of the row that differences are to.
-        warnings: what makes figures less comparable than they look, a line each.
-        notes: how to read the table, a line each.
+        table: one list per group, with None for tasks that the group lacks.
+        baseline: index of the group that differences are to.
+        warnings: reasons why figures are less comparable than they look, one line each.
+        notes: explanations of the table, one line each.
     """
 
-    rows: Sequence[Row]
+    groups: Sequence[SeedGroup]
     columns: Sequence[Column]
-    cells: Sequence[Sequence[Cell | None]]
+    table: Sequence[Sequence[Measurement | None]]
     baseline: int
     warnings: Sequence[str]
     notes: Sequence[str]
@@ -71,8 +94,8 @@ class Comparison:
     seed: int
 
 
-def compare_rows(
-    rows: Sequence[Row],
+def compare_groups(
+    groups: Sequence[SeedGroup],
     *,
     baseline: int | None = None,
     tasks: Sequence[str] = (),
@@ -82,118 +105,163 @@ def compare_rows(
     warnings: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Compare every row with the baseline on every task.
+    """Compare every group with the baseline on every task.
 
     Args:
-        baseline: index of a row; None for the first that is plain translated fine-tuning, or else the first.
-        tasks: glob patterns of tasks; none for all. English tasks are shown with any choice.
+        baseline: index of a group; None for the first of method `tft`, else the first.
+        tasks: glob patterns of tasks; none for all. English tasks are always added.
         metrics: `primary`, `all`, or glob patterns of metrics' names.
-        warnings: lines to begin with, from loading the rows.
+        warnings: lines to begin with, from loading the groups.
         progress: called with (columns done, columns in all).
 
     Raises:
-        UsageError: a pattern that matches nothing.
+        UsageError: no results at all, or a pattern that matches nothing.
     """
     if baseline is None:
-        baseline = next((index for index, row in enumerate(rows) if row.method == "tft"), 0)
-    found: dict[str, list[str]] = {}
-    columns = select_columns(rows, tasks, metrics)
-    table: list[list[Cell | None]] = [[] for _ in rows]
-    for done, column in enumerate(columns):
-        cells = [_cell(row, column) for row in rows]
-        _add_differences(rows, cells, column, baseline, resamples, seed, found)
-        _mark_best(cells, column)
-        for line, cell in zip(table, cells, strict=True):
-            line.append(cell)
+        baseline = next((index for index, group in enumerate(groups) if group.method == "tft"), 0)
+    columns = _select_columns(groups, tasks, metrics)
+    found: dict[str, list[str]] = defaultdict(list)
+    by_column = []
+    for done, column in enumerate(columns, start=1):
+        by_column.append(_measure(groups, column, found))
+        _add_differences(groups, by_column[-1], column, baseline, resamples, seed, found)
         if progress:
-            progress(done + 1, len(columns))
-    adjusted = _adjust(table)
-    lines = [*warnings, *with_tasks(found)]
-    lines += condition_warnings(rows, list(dict.fromkeys(column.task for column in columns)))
-    result = Comparison(rows, columns, adjusted, baseline, list(dict.fromkeys(lines)), (), resamples, seed)
-    return replace(result, notes=_notes(result))
+            progress(done, len(columns))
+    table = list(zip(*by_column, strict=True))
+    measurements = [measurement for line in table for measurement in line if measurement is not None]
+    differences = [measurement.difference for measurement in measurements if measurement.difference]
+    tests = [found for found in differences if found.verdict is not None and math.isfinite(found.p)]
+    for test, adjusted in zip(tests, holm([test.p for test in tests]), strict=True):
+        test.adjusted_p = adjusted
+    lines = [*warnings, *_with_tasks(found), *_condition_warnings(groups, dict.fromkeys(c.task for c in columns))]
+    notes = _notes(columns, measurements, groups[baseline].label, resamples, seed)
+    return Comparison(groups, columns, table, baseline, list(dict.fromkeys(lines)), notes, resamples, seed)
 
 
-def _cell(row: Row, column: Column) -> Cell | None:
-    figures = find_figures(row, column.task, column.metric.name)
-    if not figures:
-        return None
-    values = [figure.value for _, figure in figures]
-    n = min(figure.n for _, figure in figures)
-    if len(figures) == 1:
-        return Cell(values[0], figures[0][1].stderr, n, tuple(figures))
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return Cell(None, None, n, tuple(figures))
-    return Cell(float(np.mean(known)), float(np.std(known, ddof=1)), n, tuple(figures))
+# ---- columns ----
 
 
-def _mark_best(cells: list[Cell | None], column: Column) -> None:
-    """In place. A row alone is not the best of anything."""
-    shown = {
-        index: round(cell.value, column.digits)
-        for index, cell in enumerate(cells)
-        if cell is not None and cell.value is not None
-    }
-    if column.metric.higher_is_better is None or len(shown) < 2:
-        return
-    best = (max if column.metric.higher_is_better else min)(shown.values())
-    for index, value in shown.items():
-        cell = cells[index]
-        if value == best and cell is not None:
-            cells[index] = replace(cell, best=True)
+def _select_columns(groups: Sequence[SeedGroup], tasks: Sequence[str], metrics: Sequence[str]) -> list[Column]:
+    """Return the columns by benchmark and metric, in the order of the results, English last."""
+    known: dict[str, TaskResult] = {}
+    for run in (run for group in groups for run in group.runs):
+        for name, task in run.results.tasks.items():
+            # A task has the metrics of all runs: COMET may be installed on one machine only.
+            earlier = known.get(name, task)
+            known[name] = replace(earlier, metrics={**task.metrics, **earlier.metrics})
+    if not known:
+        raise UsageError("no run has results of any task; pivotune evaluate measures them")
+    _check_patterns("--tasks", tasks, known)
+    chosen = [name for name in known if not tasks or any(fnmatchcase(name, pattern) for pattern in tasks)]
+    # Harm to English is always shown: on the chosen benchmarks, or on all others where those have no English.
+    english = [name for name, task in known.items() if task.language == ENGLISH]
+    benchmarks = list(dict.fromkeys(known[name].benchmark for name in chosen))
+    beside = [name for name in english if known[name].benchmark in benchmarks] or english
+    chosen = list(dict.fromkeys([*chosen, *beside]))
+    offered = dict.fromkeys(metric for name in chosen for metric in known[name].metrics)
+    _check_patterns("--metrics", [pattern for pattern in metrics if pattern not in (PRIMARY, ALL)], offered)
+    benchmarks = list(dict.fromkeys(known[name].benchmark for name in chosen))
+    chosen.sort(key=lambda name: (benchmarks.index(known[name].benchmark), known[name].language == ENGLISH))
+    columns = []
+    for task in (known[name] for name in chosen):
+        names: dict[str, None] = {}
+        for pattern in metrics:
+            matching = [name for name in task.metrics if pattern == ALL or fnmatchcase(name, pattern)]
+            names |= dict.fromkeys([task.primary] if pattern == PRIMARY else matching)
+        for name in names:
+            metric = task.metrics[name].definition
+            values = [figure.value or 0 for group in groups for _, figure in group.figures(task.name, name)]
+            # Two decimals for percentages, as in the paper; the third decimal of a nat is still far above rounding.
+            digits = 2 if metric.scale == 100 or any(abs(value) >= 10 for value in values) else 3
+            columns.append(Column(task.name, task.benchmark, task.language, metric, digits))
+    # All tasks of a benchmark under one metric, then the next metric.
+    order = list(dict.fromkeys((column.benchmark, column.metric.name) for column in columns))
+    return sorted(columns, key=lambda column: order.index((column.benchmark, column.metric.name)))
+
+
+def _check_patterns(option: str, patterns: Sequence[str], known: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise UsageError(f"{option}: nothing matches {pattern!r}; the runs have: {', '.join(known)}")
+
+
+# ---- figures and differences ----
+
+
+def _measure(groups: Sequence[SeedGroup], column: Column, warnings: dict[str, list[str]]) -> list[Measurement | None]:
+    """Return one column's figures with the best marked; a group alone has no best."""
+    measured: list[Measurement | None] = []
+    for group in groups:
+        figures = tuple(group.figures(column.task, column.metric.name))
+        if not figures:
+            measured.append(None)
+            continue
+        if len(figures) < len(group.runs):
+            line = f"only {len(figures)} of the {len(group.runs)} seeds of {group.label} have the task"
+            warnings[line].append(column.task)
+        values = [figure.value for _, figure in figures if figure.value is not None]
+        value = spread = None
+        if len(figures) == 1:
+            value, spread = figures[0][1].value, figures[0][1].stderr
+        elif len(values) == len(figures):
+            value, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+        measured.append(Measurement(value, spread, min(figure.n for _, figure in figures), figures))
+    shown = [(round(m.value, column.digits), m) for m in measured if m is not None and m.value is not None]
+    if column.metric.higher_is_better is not None and len(shown) > 1:
+        best = (max if column.metric.higher_is_better else min)(value for value, _ in shown)
+        for value, measurement in shown:
+            measurement.best = value == best
+    return measured
 
 
 def _add_differences(
-    rows: Sequence[Row],
-    cells: list[Cell | None],
+    groups: Sequence[SeedGroup],
+    measured: Sequence[Measurement | None],
     column: Column,
     baseline: int,
     resamples: int,
     seed: int,
     warnings: dict[str, list[str]],
 ) -> None:
-    """In place; a difference that cannot be had leaves a warning."""
-    theirs = cells[baseline]
-    for row, cell in zip(rows, cells, strict=True):
-        if cell is not None and len(cell.by_run) < len(row.runs):
-            _warn(
-                warnings, column, f"only {len(cell.by_run)} of the {len(row.runs)} seeds of {row.label} have the task"
-            )
+    """Set the differences of a column to the baseline; one that cannot be computed leaves a warning."""
+    theirs, name = measured[baseline], groups[baseline].label
     if theirs is None:
-        _warn(warnings, column, f"{rows[baseline].label}, the baseline, does not have the task: no differences")
+        warnings[f"{name}, the baseline, does not have the task: no differences"].append(column.task)
         return
-    for index, cell in enumerate(cells):
-        if cell is None or index == baseline:
+    for group, ours in zip(groups, measured, strict=True):
+        if ours is None or ours is theirs:
             continue
         try:
-            found = _difference(column, cell, theirs, resamples, seed)
+            found = _difference(column, ours, theirs, resamples, seed)
         except UsageError as error:
-            pair = f"{rows[index].label} and {rows[baseline].label}"
-            _warn(warnings, column, f"no difference in {column.metric.name} between {pair}: {error}")
+            line = f"no difference in {column.metric.name} between {group.label} and {name}: {error}"
+            warnings[line].append(column.task)
             continue
-        cells[index] = replace(cell, difference=found)
-        if found.n < max(cell.n, theirs.n):
-            counts = f"{found.n} items of {cell.n} and {theirs.n}: the difference is over these"
-            _warn(warnings, column, f"{rows[index].label} and {rows[baseline].label} share {counts}")
+        ours.difference = found
+        if found.n < max(ours.n, theirs.n):
+            counts = f"{found.n} items of {ours.n} and {theirs.n}: the difference is over these"
+            warnings[f"{group.label} and {name} share {counts}"].append(column.task)
 
 
-def _warn(warnings: dict[str, list[str]], column: Column, line: str) -> None:
-    warnings.setdefault(line, []).append(column.task)
-
-
-def _difference(column: Column, ours: Cell, theirs: Cell, resamples: int, seed: int) -> Difference:
-    definitions = {figure.definition for cell in (ours, theirs) for _, figure in cell.by_run}
-    if len(definitions) > 1:
-        raise UsageError("it is not made in the same way in all runs")
-    samples = [[_sample(column, run, figure) for run, figure in cell.by_run] for cell in (ours, theirs)]
-    if column.metric.form == "ratio" and "nll" in column.metric.name:
-        _check_same_units(column.metric, [*samples[0], *samples[1]])
-    return difference(column.metric, *samples, resamples=resamples, seed=seed)
+def _difference(column: Column, ours: Measurement, theirs: Measurement, resamples: int, seed: int) -> Difference:
+    metric = column.metric
+    if len({figure.definition for side in (ours, theirs) for _, figure in side.by_run}) > 1:
+        raise UsageError("the runs define it differently")
+    samples = [[_sample(column, run, figure) for run, figure in side.by_run] for side in (ours, theirs)]
+    if metric.form == "ratio" and "nll" in metric.name:
+        # Log-likelihoods per token of other tokens, or of other texts, are not comparable.
+        per = metric.fields[1]
+        everyone = [*samples[0], *samples[1]]
+        for item in shared_items(everyone):
+            counts = {count for sample in everyone if (count := sample.items[item].get(per)) is not None}
+            if len(counts) > 1:
+                found = " and ".join(map(str, sorted(counts)))
+                raise UsageError(f"item {item} has {found} {per}: other rows or another tokenizer")
+    return difference(metric, *samples, resamples=resamples, seed=seed)
 
 
 def _sample(column: Column, run: Run, figure: MetricResult) -> Sample:
-    """A run's items, if they are those that its figure was made of."""
+    """Return a run's items; refuse items that do not reproduce its figure."""
     items = run.results.items.get(column.task)
     if not items:
         raise UsageError(f"{run.results.path}: no usable items")
@@ -207,61 +275,64 @@ def _sample(column: Column, run: Run, figure: MetricResult) -> Sample:
     return Sample(items, run.seed)
 
 
-def _check_same_units(metric: Metric, samples: Sequence[Sample]) -> None:
-    """Log-likelihoods per token of other tokens, or of other texts, say nothing about each other."""
-    per = metric.fields[1]
-    for item in shared_items(samples):
-        counts = [sample.items[item].get(per) for sample in samples]
-        known = {count for count in counts if count is not None}
-        if len(known) > 1:
-            raise UsageError(
-                f"item {item} has {' and '.join(map(str, sorted(known)))} {per}: other rows or another tokenizer"
+# ---- warnings and notes ----
+
+
+def _condition_warnings(groups: Sequence[SeedGroup], tasks: Iterable[str]) -> list[str]:
+    """Return one line for each condition (limit, split, template, ...) that differs between runs."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for task in tasks:
+        by_value: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+        for group in groups:
+            for run in (run for run in group.runs if task in run.results.tasks):
+                for key, value in run.results.tasks[task].conditions.items():
+                    by_value[key][_condition_text(value)][group.label] = None
+        differing = {key: labels for key, labels in by_value.items() if len(labels) > 1}
+        if _EXPLAINS_PROMPTS.intersection(differing):
+            differing.pop("prompt_hash", None)
+        for key, labels in differing.items():
+            values = "; ".join(
+                f"{value if len(value) <= _LONGEST_CONDITION else value[: _LONGEST_CONDITION - 3] + '...'} in "
+                f"{_name_some(list(names))}"
+                for value, names in labels.items()
             )
+            verb = "the prompts differ" if key == "prompt_hash" else f"{key} differs"
+            found[f"{verb} between runs: {values}"].append(task)
+    return _with_tasks(found)
 
 
-def _adjust(table: Sequence[Sequence[Cell | None]]) -> list[list[Cell | None]]:
-    """Holm's correction over all differences of the table that could be better or worse."""
-    tested = [cell.difference for line in table for cell in line if cell is not None and _is_test(cell.difference)]
-    adjusted = iter(holm([test.p for test in tested if test is not None]))
-
-    def adjust(cell: Cell | None) -> Cell | None:
-        if cell is None or cell.difference is None or not _is_test(cell.difference):
-            return cell
-        return replace(cell, difference=replace(cell.difference, adjusted_p=next(adjusted)))
-
-    return [[adjust(cell) for cell in line] for line in table]
+def _condition_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_condition_text, value)) or "none"
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _is_test(found: Difference | None) -> bool:
-    return found is not None and found.verdict is not None and math.isfinite(found.p)
+def _with_tasks(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """Append to each warning the names of its tasks."""
+    return [f"{line} ({_name_some(list(dict.fromkeys(tasks)))})" for line, tasks in found.items()]
 
 
-def _notes(comparison: Comparison) -> list[str]:
-    cells = [cell for line in comparison.cells for cell in line if cell is not None]
-    differences = [cell.difference for cell in cells if cell.difference is not None]
-    notes = [_spread_note(cells)]
+def _name_some(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _notes(
+    columns: Sequence[Column], measurements: Sequence[Measurement], baseline: str, resamples: int, seed: int
+) -> list[str]:
+    several = {len(measurement.by_run) > 1 for measurement in measurements}
+    if several == {True}:
+        meaning = "the standard deviation over seeds; values are means over them"
+    else:
+        meaning = "the standard error over items"
+        meaning += ", the standard deviation over seeds where there are several" if True in several else ""
+    notes = [f"± is {meaning}. Bold: best of the column."]
+    differences = [measurement.difference for measurement in measurements if measurement.difference]
     if differences:
-        notes += _difference_notes(comparison, differences)
-    if not any(column.language == ENGLISH for column in comparison.columns):
-        notes.append("No run has an English task: harm to English was not measured.")
-    return notes
-
-
-def _spread_note(cells: Sequence[Cell]) -> str:
-    single = any(len(cell.by_run) == 1 for cell in cells)
-    several = any(len(cell.by_run) > 1 for cell in cells)
-    parts = ["the standard error over items"] if single else []
-    parts += ["the standard deviation over seeds where there are several"] if several and single else []
-    parts += ["the standard deviation over seeds; values are means over them"] if several and not single else []
-    return f"± is {', '.join(parts)}. Bold: best of the column."
-
-
-def _difference_notes(comparison: Comparison, differences: Sequence[Difference]) -> list[str]:
-    name = comparison.rows[comparison.baseline].label
-    notes = [
-        f"Differences are to {name}, with 95 % intervals: paired bootstrap over items ({comparison.resamples:,} "
-        f"resamples, seed {comparison.seed}). Better or worse is said only where the interval excludes zero."
-    ]
+        notes.append(
+            f"Differences are to {baseline}, with 95 % intervals: paired bootstrap over items ({resamples:,} resamples, "
+            f"seed {seed}). Better or worse is said only where the interval excludes zero."
+        )
     if any(found.num_seeds for found in differences):
         notes.append(
             "Where there are several seeds the interval covers them too (Student's t); seeds p: t-test over seeds alone."
@@ -278,4 +349,6 @@ def _difference_notes(comparison: Comparison, differences: Sequence[Difference])
             f"Intervals are not adjusted for the {len(tests)} comparisons made; after Holm's correction {kept} of "
             f"{len(told)} differences told apart stay below p 0.05."
         )
+    if not any(column.language == ENGLISH for column in columns):
+        notes.append("No run has an English task: harm to English was not measured.")
     return notes

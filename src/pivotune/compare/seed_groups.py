@@ -1,9 +1,10 @@
-"""Which results make one row of a comparison: a single run, or several that differ in their training seed only."""
+"""Find runs and group those that differ in their training seed only; each group is one row of a comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import yaml
 
 from pivotune.errors import UsageError
 from pivotune.results.files import RESULTS, RunResults, flatten, read_results, results_paths
+from pivotune.results.metrics import MetricResult
 
-# What makes two runs of one configuration two runs.
+# Keys in which runs of one group may differ.
 _IDENTITY = frozenset(("seed", "output_dir", "training.run_name"))
 _SECTIONS = ("supervision.", "training.", "data.")
 _LONGEST_VALUE = 40
@@ -41,8 +43,8 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a comparison: runs that differ in seed only, by seed."""
+class SeedGroup:
+    """A single run, or runs that differ in seed only, sorted by seed."""
 
     label: str
     runs: tuple[Run, ...]
@@ -55,28 +57,68 @@ class Row:
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs if run.seed is not None]
 
+    def figures(self, task: str, metric: str) -> list[tuple[Run, MetricResult]]:
+        """Return one metric of one task of every run that has it."""
+        entries = [(run, run.results.tasks.get(task)) for run in self.runs]
+        return [(run, entry.metrics[metric]) for run, entry in entries if entry is not None and metric in entry.metrics]
 
-def load_rows(paths: Sequence[Path], warnings: list[str]) -> list[Row]:
-    """Rows of the given runs, in the order given.
+
+def load_groups(paths: Sequence[Path], warnings: list[str]) -> list[SeedGroup]:
+    """Load runs and group them, in the order given.
 
     Args:
-        paths: run folders, results files, or folders whose direct children are run folders. One given twice counts once.
-        warnings: takes a line for each run that is left out or not what it seems.
+        paths: run folders, results files, or folders whose direct children are run folders. Duplicates count once.
+        warnings: receives a line for each run that is left out or incomplete.
 
     Raises:
         UsageError: a path that is none of these, or a results file that cannot be read.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        for target in expand(path, warnings):
+        for target in _find_runs(path, warnings):
             file = results_paths(target)[0].resolve()
             if file not in runs:
                 runs[file] = _load_run(target, warnings)
-    return _label(_group(runs.values(), warnings))
+    members = _group_by_configuration(runs.values(), warnings)
+    groups = []
+    for own in members:
+        rivals = [other[0] for other in members if len(other) > 1 and other[0].method == own[0].method]
+        groups.append(SeedGroup(own[0].name if len(own) == 1 else _describe(own[0], rivals), tuple(own)))
+    return [_with_unique_label(group, groups) for group in groups]
 
 
-def expand(path: Path, warnings: list[str]) -> list[Path]:
-    """The run folders or the results file that a path stands for."""
+def find_group(groups: Sequence[SeedGroup], wanted: str) -> int | None:
+    """Return the index of the group with this label, or with the run or runs at this path; None if there is none.
+
+    Raises:
+        UsageError: the path is a folder whose runs are in several groups.
+    """
+    labels = [group.label for group in groups]
+    if wanted in labels:
+        return labels.index(wanted)
+    path = Path(wanted).expanduser()
+    if not path.exists():
+        return None
+    files = {results_paths(target)[0].resolve() for target in _find_runs(path, [])}
+    found = [i for i, group in enumerate(groups) if any(run.results.path.resolve() in files for run in group.runs)]
+    if len(found) > 1:
+        names = ", ".join(labels[index] for index in found)
+        raise UsageError(f"--baseline: {wanted} holds several rows ({names}); name one of them")
+    return found[0] if found else None
+
+
+def short_key(key: str) -> str:
+    """Return a configuration key without its section: `thinking.layer`, `learning_rate`."""
+    return key.removeprefix(next((section for section in _SECTIONS if key.startswith(section)), ""))
+
+
+def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
+    """Return a results file, a run folder, or the run folders in a folder, `layer=5` before `layer=10`."""
+
+    def natural_order(child: Path) -> list[tuple[int, int | str]]:
+        parts = re.findall(r"\d+|\D", f"{child.name}\0")
+        return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if path.is_file():
@@ -85,106 +127,64 @@ def expand(path: Path, warnings: list[str]) -> list[Path]:
         return [path]
     if _is_run(path):
         return [path]
-    children = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir()]
-    for child in children:
-        if not _is_run(child) and (child / "config.yaml").is_file():
+    found = []
+    for child in sorted(filter(Path.is_dir, path.iterdir()), key=natural_order):
+        if _is_run(child):
+            found.append(child)
+        elif (child / "config.yaml").is_file():
             warnings.append(f"{child}: has no {RESULTS} yet; left out")
-    found = [child for child in children if _is_run(child)]
     if not found:
         raise UsageError(f"{path}: no {RESULTS} here nor in the folders in it; pivotune train and evaluate write it")
     return found
 
 
-def find_row(rows: Sequence[Row], wanted: str) -> int | None:
-    """Index of the row with this label, or of the one that holds the run or runs at this path; None if there is none.
-
-    Raises:
-        UsageError: the path is a folder of runs that are in several rows.
-    """
-    labels = [row.label for row in rows]
-    if wanted in labels:
-        return labels.index(wanted)
-    path = Path(wanted).expanduser()
-    if not path.exists():
-        return None
-    files = {results_paths(target)[0].resolve() for target in expand(path, [])}
-    found = [index for index, row in enumerate(rows) if any(run.results.path.resolve() in files for run in row.runs)]
-    if len(found) > 1:
-        names = ", ".join(labels[index] for index in found)
-        raise UsageError(f"--baseline: {wanted} holds several rows ({names}); name one of them")
-    return found[0] if found else None
-
-
 def _is_run(folder: Path) -> bool:
-    """A demo's `results.json` beside its run folders has no tasks."""
     path = folder / RESULTS
     if not path.is_file():
         return False
     if (folder / "config.yaml").is_file():
         return True
     try:
+        # A demo's `results.json` beside its run folders has no tasks.
         return "tasks" in json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError):
-        # Reading it again will say what is wrong.
+        # `read_results` names the fault.
         return True
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """`layer=5` before `layer=10`."""
-    parts: list[tuple[int, int | str]] = []
-    digits = ""
-    for character in f"{path.name}\0":
-        if character.isdecimal():
-            digits += character
-            continue
-        if digits:
-            parts.append((0, int(digits)))
-            digits = ""
-        parts.append((1, character))
-    return parts
-
-
 def _load_run(target: Path, warnings: list[str]) -> Run:
+    """Read results, and the configuration beside them or in the run folder of the evaluated model."""
     results = read_results(target)
     warnings.extend(results.problems)
-    path = results.path
-    folder = path.parent.resolve()
-    name = folder.name if path.name == RESULTS else path.stem
-    for candidate in _config_candidates(results):
-        if candidate.is_file():
-            return Run(name, results, _read_config(candidate, warnings))
-    return Run(name, results)
-
-
-def _config_candidates(results: RunResults) -> Iterator[Path]:
-    """Beside the results, or in the run folder that was evaluated into a file elsewhere."""
-    if results.path.name == RESULTS:
-        yield results.path.parent / "config.yaml"
-    model = Path(results.model)
+    folder, model = results.path.parent, Path(results.model)
+    in_run_folder = results.path.name == RESULTS
+    candidates = [folder / "config.yaml"] if in_run_folder else []
     if results.model and model.is_dir():
-        yield model / "config.yaml"
-        yield model.resolve().parent / "config.yaml"
+        candidates += [model / "config.yaml", model.resolve().parent / "config.yaml"]
+    path = next(filter(Path.is_file, candidates), None)
+    config = None
+    if path is not None:
+        try:
+            # Plain settings: a run of another version may have keys that this version lacks.
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("no settings")
+            config = flatten(settings)
+            int(config.get("seed") or 0)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            config = None
+            warnings.append(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}): its seed is not known")
+    return Run(folder.resolve().name if in_run_folder else results.path.stem, results, config)
 
 
-def _read_config(path: Path, warnings: list[str]) -> dict[str, Any] | None:
-    """Only as plain settings: a run of another version may have keys that this one does not know."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("no settings")
-        config = flatten(settings)
-        int(config.get("seed") or 0)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        warnings.append(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}): its seed is not known")
-        return None
-    return config
-
-
-def _group(runs: Iterable[Run], warnings: list[str]) -> list[list[Run]]:
-    """Runs of one configuration together; of two with the same seed the second starts a row of its own."""
+def _group_by_configuration(runs: Iterable[Run], warnings: list[str]) -> list[list[Run]]:
+    """Group runs of one configuration by seed; a second run of the same seed starts another group."""
     groups: list[tuple[str | None, list[Run]]] = []
     for run in runs:
-        key = _key(run)
+        key = None
+        if run.config is not None:
+            settings = {name: value for name, value in run.config.items() if name not in _IDENTITY}
+            key = json.dumps(settings, sort_keys=True, default=str)
         alike = [group for other, group in groups if key is not None and other == key]
         free = next((group for group in alike if run.seed not in {other.seed for other in group}), None)
         if free is not None:
@@ -199,64 +199,38 @@ def _group(runs: Iterable[Run], warnings: list[str]) -> list[list[Run]]:
     return [sorted(group, key=lambda run: run.seed or 0) for _, group in groups]
 
 
-def _key(run: Run) -> str | None:
-    if run.config is None:
-        return None
-    settings = {name: value for name, value in run.config.items() if name not in _IDENTITY}
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _label(groups: Sequence[list[Run]]) -> list[Row]:
-    """Single runs by their folder's name, groups by method and what tells them from groups of the same method."""
-    rows = []
-    for runs in groups:
-        rivals = [other[0] for other in groups if len(other) > 1 and other[0].method == runs[0].method]
-        label = runs[0].name if len(runs) == 1 else _describe(runs[0], rivals)
-        rows.append(Row(label, tuple(runs)))
-    return [_unique(row, rows) for row in rows]
-
-
 def _describe(run: Run, rivals: Sequence[Run]) -> str:
-    config = run.config or {}
-    method = run.method or run.name
-    keys = _distinguishing([rival.config or {} for rival in rivals])
-    details = ", ".join(f"{_short(key)}={_value(config.get(key))}" for key in keys)
-    return f"{method} ({details})" if details else method
-
-
-def _distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Few keys that together tell the configurations apart: again and again the one that splits them most."""
+    """Return the method, with the few settings that distinguish it from other groups of the same method."""
+    configs = [rival.config or {} for rival in rivals]
     keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in _IDENTITY]
     chosen: list[str] = []
 
     def kinds(names: Sequence[str]) -> int:
         return len({tuple(str(config.get(name)) for name in names) for config in configs})
 
+    # Greedy: add the key that splits the configurations most, until they are all distinct.
     while kinds(chosen) < len(configs):
         best = max(keys, key=lambda key: kinds([*chosen, key]))
         if kinds([*chosen, best]) == kinds(chosen):
             break
         chosen.append(best)
-    return [key for key in keys if key in chosen]
+    details = []
+    for key in (key for key in keys if key in chosen):
+        value = (run.config or {}).get(key)
+        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        short = text if len(text) <= _LONGEST_VALUE else f"...{text[3 - _LONGEST_VALUE :]}"
+        details.append(f"{short_key(key)}={short}")
+    method = run.method or run.name
+    return f"{method} ({', '.join(details)})" if details else method
 
 
-def _short(key: str) -> str:
-    section = next((section for section in _SECTIONS if key.startswith(section)), "")
-    return key.removeprefix(section)
-
-
-def _value(value: Any) -> str:
-    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _LONGEST_VALUE else f"...{text[3 - _LONGEST_VALUE :]}"
-
-
-def _unique(row: Row, rows: Sequence[Row]) -> Row:
-    """With as many parent folders as it takes to tell equal names apart."""
-    rivals = [other for other in rows if other.label == row.label and other is not row]
+def _with_unique_label(group: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
+    """Prepend as many parent folders as distinguish equal labels."""
+    rivals = [other for other in groups if other.label == group.label and other is not group]
     if not rivals:
-        return row
-    parts = row.runs[0].results.path.resolve().parent.parts
+        return group
+    parts = group.runs[0].results.path.resolve().parent.parts
     for depth in range(2, len(parts)):
         if all(other.runs[0].results.path.resolve().parent.parts[-depth:] != parts[-depth:] for other in rivals):
-            return replace(row, label="/".join(parts[-depth:]))
-    return replace(row, label=str(row.runs[0].results.path))
+            return replace(group, label="/".join(parts[-depth:]))
+    return replace(group, label=str(group.runs[0].results.path))

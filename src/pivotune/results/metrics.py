@@ -1,16 +1,32 @@
-"""Metrics as data: how the numbers of single items make one figure.
+"""Metrics as data, and their values, standard errors and bootstrap resamples from the numbers of single items.
 
-Every metric is a function of the *sum* of its items' numbers, so one implementation gives the value, its standard error
-and any bootstrap of it, for means as for corpus metrics; and a result file says how its figures were made without the
-task that made them.
+Every metric is a function of its items' *summed* numbers. An item is therefore a short vector, a resample is a vector of
+counts, and a bootstrap is one matrix product, for means as for corpus metrics. A results file holds the definition of each
+metric, so that figures can be recomputed without the task that made them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pivotune.results.corpus_metrics import BLEU_COUNTS, CHRF_COUNTS, bleu_from_statistics, chrf_from_statistics
+from pivotune.text.files import finite
+
+Array = NDArray[np.float64]
 Form = Literal["mean", "ratio", "chrf", "bleu"]
+
+# Numbers per item: mean (number, 1), ratio (two numbers), chrF++ and BLEU (their sufficient statistics).
+WIDTHS: dict[Form, int] = {"mean": 2, "ratio": 2, "chrf": CHRF_COUNTS, "bleu": BLEU_COUNTS}
+CORPUS_RESAMPLES = 1000  # for the standard error of a corpus metric: within about 2 %
+_CHUNK = 2**20  # counts drawn at a time: 8 MB of indices
+_KEPT = 2**26  # most counts cached for the next metric over as many items: 64 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +39,7 @@ class Metric:
             and `bleu` of the summed sufficient statistics in `fields[0]` (a list of counts per item).
         fields: keys of an item's record.
         scale: 100 for percentages.
-        higher_is_better: None where neither direction is (answer length).
+        higher_is_better: None where neither direction is better (answer length).
     """
 
     name: str
@@ -33,10 +49,119 @@ class Metric:
     higher_is_better: bool | None = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As written under `metrics` in `results.json`, beside `value` and `stderr`."""
+        """Return the definition as written under `metrics` in `results.json`, beside `value` and `stderr`."""
         return {
             "form": self.form,
             "fields": list(self.fields),
             "scale": self.scale,
             "higher_is_better": self.higher_is_better,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class MetricResult:
+    """A metric's value, its standard error over items, and the number of items; None where undefined."""
+
+    definition: Metric
+    value: float | None
+    stderr: float | None
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry under `metrics` in `results.json`."""
+        return {"value": self.value, "stderr": self.stderr, "n": self.n, **self.definition.to_dict()}
+
+
+def summarize(metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricResult:
+    """Return value and standard error of one metric over the items that have it (key present and not None).
+
+    The standard error of means and ratios is the linearised one of a ratio of sums (for a mean: sd / sqrt(n)); for corpus
+    metrics it is the standard deviation over 1000 resamples of the items with a fixed seed.
+
+    Raises:
+        ValueError: an item holds something other than the metric's numbers.
+    """
+    vectors, present = item_vectors(metric, records)
+    vectors = vectors[present]
+    n = len(vectors)
+    if n == 0:
+        return MetricResult(metric, None, None, 0)
+    value, error = float(statistic(metric, vectors.sum(axis=0))), math.nan
+    if n > 1 and metric.form in ("mean", "ratio"):
+        above, below = vectors.T
+        if below.sum():
+            residuals = above - above.sum() / below.sum() * below
+            error = float(abs(metric.scale) * residuals.std(ddof=1) / (below.mean() * math.sqrt(n)))
+    elif n > 1:
+        error = float(bootstrap(metric, vectors[None], CORPUS_RESAMPLES, seed=0).std(ddof=1))
+    return MetricResult(metric, finite(value), finite(error), n)
+
+
+def item_vectors(metric: Metric, records: Sequence[Mapping[str, Any]]) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the items as vectors to sum, and a mask of the items that have the metric.
+
+    Returns:
+        ([n, k] with rows of zeros for items without the metric, [n]).
+    """
+    vectors = np.zeros((len(records), WIDTHS[metric.form]))
+    present = np.zeros(len(records), dtype=bool)
+    for index, record in enumerate(records):
+        values = [record.get(name) for name in metric.fields]
+        if any(value is None for value in values):
+            continue
+        numbers = {"mean": (values[0], 1.0), "ratio": values}.get(metric.form, values[0])
+        try:
+            vectors[index] = numbers
+        except (TypeError, ValueError) as error:
+            expected = "a number" if metric.form in ("mean", "ratio") else f"{WIDTHS[metric.form]} numbers"
+            name = record.get("item", index)
+            raise ValueError(f"item {name}: {metric.name} is made of {expected}, found {str(numbers)[:60]}") from error
+        present[index] = True
+    return vectors, present
+
+
+def statistic(metric: Metric, sums: Array) -> Array:
+    """Return the metric of summed item vectors [..., k] as [...]; NaN where it is undefined (nothing counted)."""
+    if metric.form == "chrf":
+        return metric.scale * chrf_from_statistics(sums)
+    if metric.form == "bleu":
+        return metric.scale * bleu_from_statistics(sums)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return metric.scale * (sums[..., 0] / sums[..., 1])
+
+
+def bootstrap(metric: Metric, vectors: Array, resamples: int, seed: int, stream: int = 0) -> Array:
+    """Return the metric of several runs under the same random resamples of their items.
+
+    Args:
+        vectors: [runs, n, k]; all runs have the same items in the same order.
+        stream: a different number gives independent resamples.
+
+    Returns:
+        [runs, resamples].
+    """
+    runs, n, width = vectors.shape
+    flat = np.ascontiguousarray(vectors.transpose(1, 0, 2)).reshape(n, runs * width)
+    draw = _cached_counts if n * resamples <= _KEPT else _draw_counts
+    parts = [
+        statistic(metric, (counts.astype(np.float64) @ flat).reshape(-1, runs, width))
+        for counts in draw(n, resamples, seed, stream)
+    ]
+    return np.concatenate(parts).T
+
+
+@lru_cache(maxsize=1)
+def _cached_counts(n: int, resamples: int, seed: int, stream: int) -> list[NDArray[np.uint8]]:
+    return list(_draw_counts(n, resamples, seed, stream))
+
+
+def _draw_counts(n: int, resamples: int, seed: int, stream: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield how often each of n items is drawn, in chunks of [rows, n]."""
+    random = np.random.default_rng([seed, stream])
+    rows = max(1, _CHUNK // n)
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        drawn = random.integers(0, n, size=(count, n)) + n * np.arange(count)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=count * n)
+        # uint8 is enough: the chance that an item is drawn 256 times is below 1e-500.
+        yield counts.reshape(count, n).astype(np.uint8)

@@ -18,35 +18,35 @@ from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
+from pivotune.estimate.memory_changes import explained_out_of_memory
 from pivotune.layers.analysis import LayerAnalysis, read_layers_json, write_layers_json
+from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.models.sharding import is_partitioned
-from pivotune.training.distributed import ranks
-from pivotune.training.metrics import MetricsFile
-from pivotune.training.distributed.strategies import shards_weights
-from pivotune.training.resilience.faults import explained_faults
-from pivotune.training.distributed.gathering import gathered_model, is_sharded
-from pivotune.training.heldout import RowScore, score_answers, summarize
-from pivotune.training.distributed.liveness import Liveness, watched
-from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
-from pivotune.runs.model_card import model_card
-from pivotune.estimate.memory_changes import explained_out_of_memory
-from pivotune.training.preparation import (
-    heldout_examples,
-    measure_layers,
-)
-from pivotune.runs.prepare import PreparedRun
-from pivotune.training.progress import Progress, silent
-from pivotune.text.files import write_items, write_json, write_text
+from pivotune.runs.export import save_model
 from pivotune.runs.folder import make_folder, remove_half_written, write_run_config
 from pivotune.runs.lock import run_lock
+from pivotune.runs.model_card import model_card
+from pivotune.runs.prepare import PreparedRun
 from pivotune.runs.record import (
     has_rows_record,
     read_start_scores,
     write_rows_record,
     write_start_scores,
 )
-from pivotune.runs.export import save_model
+from pivotune.text.files import write_items, write_json, write_text
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.gathering import gathered_model, is_sharded
+from pivotune.training.distributed.liveness import Liveness, watched
+from pivotune.training.distributed.strategies import shards_weights
+from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.metrics import MetricsFile
+from pivotune.training.preparation import (
+    heldout_examples,
+    measure_layers,
+)
+from pivotune.training.progress import Progress, silent
+from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 

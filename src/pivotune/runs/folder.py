@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,11 @@ import yaml
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import dump_config, parse_config
 from pivotune.errors import UsageError
-from pivotune.text.redaction import redact_command, redact_settings
+from pivotune.runs.lock import LOCK, check_unlocked
 from pivotune.text.files import write_json, write_text
+from pivotune.text.redaction import redact_command, redact_settings
 from pivotune.training.resilience.checkpoints import PASSED_OVER, STAGING, is_checkpoint_name, remove_folder
 from pivotune.training.resilience.checksums import CHECKSUMS
-from pivotune.runs.lock import LOCK, check_unlocked
 
 _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
               "training.png", "english-features.safetensors", "rows.json", "start-scores.json")  # fmt: skip

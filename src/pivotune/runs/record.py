@@ -12,9 +12,9 @@ from typing import Any
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
-from pivotune.training.resilience.checkpoints import last_checkpoint
-from pivotune.training.heldout import RowScore
 from pivotune.text.files import write_json
+from pivotune.training.heldout import RowScore
+from pivotune.training.resilience.checkpoints import last_checkpoint
 
 logger = logging.getLogger(__name__)
 ROWS_FILE = "rows.json"

@@ -1,6 +1,6 @@
-"""What a sweep runs: a grid over a run configuration as cells, each of them a run of its own.
+"""Plan a sweep: grid, seeds and ablation become named cells, each with the checked configuration of one run.
 
-Nothing here trains or reads data: grid, seeds and ablation become named cells with checked configurations.
+Nothing here trains or reads data.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pivotune.compare.seed_groups import short_key
 from pivotune.config.registry import METHODS, OBJECTIVES
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import apply_changes, load_config
 from pivotune.errors import UsageError
 
-# Keys that a sweep sets itself, and what to use in place of a grid over them.
+# Keys that a sweep sets itself, and the option to use in place of a grid over them.
 _RESERVED = {"seed": "--seeds", "output_dir": "--out"}
-# Left out of names: the rest of the key says enough.
-_SECTIONS = ("supervision.", "training.", "data.")
 _LONGEST_VALUE = 40  # characters in a name; file systems allow 255 bytes for all of it
 _LONGEST_NAME = 200
 _DIGEST = 6
 _SIGNALS = tuple(OBJECTIVES)
-_TERMS = ("conversion", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Option:
 
     Attributes:
         label: its part of a cell's name (`thinking.layer=5`).
-        changes: what it sets, as after `--set`.
+        changes: its settings, as after `--set`.
     """
 
     label: str
@@ -52,7 +50,7 @@ class Cell:
 
     Attributes:
         name: of its folder, such as `thinking.layer=5,seed=0`.
-        options: what tells it from the other cells, besides the seed.
+        options: the settings that distinguish it from the other cells, besides the seed.
     """
 
     name: str
@@ -69,23 +67,24 @@ class Cell:
 
 
 def parse_grid(texts: Iterable[str]) -> list[list[Option]]:
-    """One axis for each `key=v1,v2`; commas within brackets or quotes belong to a value.
+    """Return one axis for each `key=v1,v2`; commas within brackets or quotes belong to a value.
 
     Raises:
         UsageError: not of this form, a value or key twice, or a key that a sweep sets itself.
     """
     axes: dict[str, list[str]] = {}
     for text in texts:
-        key, equals, values = text.partition("=")
+        key, _, values = text.partition("=")
         key = key.strip()
-        if not equals or not key or not values.strip():
+        if not key or not values.strip():
             raise UsageError(f"--grid {text}: expected key=value,value such as supervision.thinking.layer=5,10,15")
         if key in _RESERVED:
             raise UsageError(f"--grid {text}: use {_RESERVED[key]} for {key}")
         if key in axes:
             raise UsageError(f"--grid {text}: {key} has a --grid already; put all its values into one")
         axes[key] = _split_values(text, values)
-    names = _short_names(axes)
+    short = [short_key(key) for key in axes]
+    names = {key: name if short.count(name) == 1 else key for key, name in zip(axes, short, strict=True)}
     return [
         [Option(f"{names[key]}={_file_safe(value)}", (f"{key}={value}",)) for value in values]
         for key, values in axes.items()
@@ -93,10 +92,10 @@ def parse_grid(texts: Iterable[str]) -> list[list[Option]]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0,1,2` as numbers; none for an empty text.
+    """Return `0,1,2` as numbers; none for an empty text.
 
     Raises:
-        UsageError: something that is no whole number from 0, or a seed twice.
+        UsageError: a word that is not a whole number from 0, or a seed twice.
     """
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     bad = next((word for word in words if not (word.isascii() and word.isdecimal())), None)
@@ -108,37 +107,45 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def ablation_axis(config: RunConfig, signals: str = "") -> list[Option]:
-    """The paper's Table 3: TFT, conversion alone (+LC), thinking alone (+ET), and both, for each signal.
+    """Return the paper's Table 3: TFT, conversion alone (+LC), thinking alone (+ET), and both, for each signal.
 
     Args:
-        config: gives the signals where `signals` is empty: those of the run, each for its own term.
+        config: gives the signal of each term where `signals` is empty.
         signals: `logits`, `feature` or both, comma-separated; each is used for both terms.
 
     Raises:
         UsageError: an unknown signal, or one twice.
     """
+    names = [name.strip() for name in signals.split(",")] if signals.strip() else []
+    for name in names:
+        if name not in _SIGNALS:
+            raise UsageError(f"--signals {signals}: {name!r} found; allowed: {', '.join(_SIGNALS)}")
+    _refuse_repeats(f"--signals {signals}", names)
+    pairs = [(name, name) for name in names]
+    if not pairs:
+        own = (config.supervision.conversion.signal, config.supervision.thinking.signal)
+        fallback = next((signal for signal in own if signal != "none"), _SIGNALS[0])
+        pairs = [tuple(fallback if signal == "none" else signal for signal in own)]
     axis = [Option("tft", ("method=tft",))]
-    for conversion, thinking in _signal_pairs(config, signals):
-        axis += [
-            _ablation(conversion, "none", f"LC={conversion}"),
-            _ablation("none", thinking, f"ET={thinking}"),
-            _ablation(conversion, thinking, f"LC={conversion},ET={thinking}"),
-        ]
+    for conversion, thinking in pairs:
+        variants = {
+            f"LC={conversion}": (conversion, "none"),
+            f"ET={thinking}": ("none", thinking),
+            f"LC={conversion},ET={thinking}": (conversion, thinking),
+        }
+        for label, (low, high) in variants.items():
+            terms = (f"supervision.conversion.signal={low}", f"supervision.thinking.signal={high}")
+            axis.append(Option(label, ("method=deep-supervision", *terms)))
     return axis
 
 
 def plan_cells(
-    path: Path,
-    changes: Sequence[str],
-    axes: Sequence[Sequence[Option]],
-    *,
-    seeds: Sequence[int] = (),
-    folder: Path,
+    path: Path, changes: Sequence[str], axes: Sequence[Sequence[Option]], *, seeds: Sequence[int] = (), folder: Path
 ) -> list[Cell]:
-    """Every combination of the axes with every seed, each once; the first seed's cells come first.
+    """Return every combination of the axes with every seed, each once; the first seed's cells come first.
 
-    A key that a combination's method or signal does not use is left out of it: TFT has no thinking layer, so a grid over
-    methods and layers holds TFT once.
+    Keys that a combination's method or signals do not use are left out: TFT has no thinking layer, so a grid over methods
+    and layers holds TFT once.
 
     Args:
         path: the run configuration (YAML).
@@ -148,90 +155,55 @@ def plan_cells(
     Raises:
         UsageError: the first configuration that is not allowed, or two axes that set the same key.
     """
-    _check_axes(axes)
+    # Two axes may not set one key, nor may one axis set a key within another's.
+    for one, other in itertools.combinations([{key for option in axis for key in option.keys} for axis in axes], 2):
+        for first, second in itertools.product(sorted(one), sorted(other)):
+            if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+                both = first if first == second else f"{first} and {second}"
+                raise UsageError(f"--grid, --ablation: {both} would be set twice in each cell; leave one of them out")
     seeds = seeds or [load_config(path, changes).seed]
     combinations: dict[tuple[Option, ...], RunConfig] = {}
+    # Method, signals and whole sections of `supervision` decide which other keys a combination uses.
+    decides = re.compile(r"method|supervision(\.\w+)?|.*\.signal")
     for options in itertools.product(*axes):
-        used = _used_options(path, changes, options)
+        deciding = [option for option in options if any(map(decides.fullmatch, option.keys))]
+        config = _load(path, changes, deciding)
+        used = tuple(option for option in options if not all(_is_unused(key, config) for key in option.keys))
         if used not in combinations:
             combinations[used] = _load(path, changes, used)
-    cells = [_cell(folder, options, config, seed) for seed in seeds for options, config in combinations.items()]
+    cells = []
+    for seed, (options, config) in itertools.product(seeds, combinations.items()):
+        name = ",".join([*(option.label for option in options), f"seed={seed}"])
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[: _LONGEST_NAME - 40]}-{_digest(name)},seed={seed}"
+        own = config.model_copy(update={"seed": seed, "output_dir": str(folder / name)})
+        cells.append(Cell(name=name, options=options, config=own))
     _refuse_repeats("the sweep's cells", [cell.name for cell in cells])
     return cells
 
 
-def _cell(folder: Path, options: tuple[Option, ...], config: RunConfig, seed: int) -> Cell:
-    name = ",".join([*(option.label for option in options), f"seed={seed}"])
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME - 40]}-{_digest(name)},seed={seed}"
-    config = config.model_copy(update={"seed": seed, "output_dir": str(folder / name)})
-    return Cell(name=name, options=options, config=config)
-
-
-def _load(path: Path, changes: Sequence[str], options: Iterable[Option]) -> RunConfig:
-    own = [change for option in options for change in option.changes]
+def _load(path: Path, changes: Sequence[str], options: Sequence[Option]) -> RunConfig:
     try:
-        return load_config(path, [*changes, *own])
+        return load_config(path, [*changes, *(change for option in options for change in option.changes)])
     except UsageError as error:
-        where = f" (cell {','.join(option.label for option in options)})" if own else ""
+        where = f" (cell {','.join(option.label for option in options)})" if options else ""
         raise UsageError(f"{error}{where}") from error
 
 
-def _used_options(path: Path, changes: Sequence[str], options: tuple[Option, ...]) -> tuple[Option, ...]:
-    """The options of which this combination uses at least one key."""
-    deciding = [option for option in options if any(_decides(key) for key in option.keys)]
-    config = _load(path, changes, deciding)
-    return tuple(option for option in options if not all(_is_unused(key, config) for key in option.keys))
-
-
-def _decides(key: str) -> bool:
-    """Whether other keys may go unused because of this one."""
-    return key == "method" or (key.startswith("supervision") and key.count(".") <= 1) or key.endswith(".signal")
-
-
 def _is_unused(key: str, config: RunConfig) -> bool:
-    if not METHODS[config.method].inner_losses:
-        return key.partition(".")[0] == "supervision" or (
-            not METHODS[config.method].replay and key == "data.english_ratio"
-        )
-    signals = {term: getattr(config.supervision, term).signal for term in _TERMS}
+    method = METHODS[config.method]
+    if not method.inner_losses:
+        return key.partition(".")[0] == "supervision" or (not method.replay and key == "data.english_ratio")
+    supervision = config.supervision
+    signals = {"conversion": supervision.conversion.signal, "thinking": supervision.thinking.signal}
     section, _, rest = key.removeprefix("supervision.").partition(".")
-    if section in _TERMS:
+    if section in signals:
         return signals[section] == "none" and rest in ("layer", "weight")
     return key.startswith("supervision.") and section in _SIGNALS and section not in signals.values()
 
 
-def _check_axes(axes: Sequence[Sequence[Option]]) -> None:
-    """Two axes may not set one key, nor one axis a key within another's."""
-    keys = [{key for option in axis for key in option.keys} for axis in axes]
-    for one, other in itertools.combinations(keys, 2):
-        for first, second in itertools.product(sorted(one), sorted(other)):
-            if first == second or f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
-                both = first if first == second else f"{first} and {second}"
-                raise UsageError(f"--grid, --ablation: {both} would be set twice in each cell; leave one of them out")
-
-
-def _ablation(conversion: str, thinking: str, label: str) -> Option:
-    signals = (f"supervision.conversion.signal={conversion}", f"supervision.thinking.signal={thinking}")
-    return Option(label, ("method=deep-supervision", *signals))
-
-
-def _signal_pairs(config: RunConfig, signals: str) -> list[tuple[str, str]]:
-    names = [name.strip() for name in signals.split(",")] if signals.strip() else []
-    for name in names:
-        if name not in _SIGNALS:
-            raise UsageError(f"--signals {signals}: {name!r} found; allowed: {', '.join(_SIGNALS)}")
-    _refuse_repeats(f"--signals {signals}", names)
-    if names:
-        return [(name, name) for name in names]
-    own = [getattr(config.supervision, term).signal for term in _TERMS]
-    fallback = next((signal for signal in own if signal != "none"), _SIGNALS[0])
-    conversion, thinking = (fallback if signal == "none" else signal for signal in own)
-    return [(conversion, thinking)]
-
-
 def _split_values(grid: str, text: str) -> list[str]:
-    """The values between commas that stand outside of brackets and quotes."""
+    """Split at commas outside of brackets and quotes."""
     values, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -247,34 +219,25 @@ def _split_values(grid: str, text: str) -> list[str]:
     if depth or quote or not all(values):
         problem = "an empty value" if not (depth or quote) else "a bracket or quote that is not closed"
         raise UsageError(f"--grid {grid}: {problem} found; expected key=value,value")
-    # 1e-4 and 0.0001 are one value.
-    _refuse_repeats(f"--grid {grid}", [_as_yaml(grid, value) for value in values])
+    read = []
+    for value in values:
+        try:
+            read.append(repr(apply_changes({}, [f"value={value}"])["value"]))
+        except UsageError as error:
+            raise UsageError(f"--grid {grid}: the value {value} is not valid YAML") from error
+    # Compared as YAML, because 1e-4 and 0.0001 are one value.
+    _refuse_repeats(f"--grid {grid}", read)
     return values
-
-
-def _as_yaml(grid: str, value: str) -> str:
-    """The value as the configuration will read it."""
-    try:
-        return repr(apply_changes({}, [f"value={value}"])["value"])
-    except UsageError as error:
-        raise UsageError(f"--grid {grid}: the value {value} is not valid YAML") from error
 
 
 def _refuse_repeats(where: str, values: Sequence[Any]) -> None:
     repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
     if repeated is not None:
-        raise UsageError(f"{where}: {repeated} stands there twice")
-
-
-def _short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Keys without their section, where that leaves them apart."""
-    keys = list(keys)
-    short = [next((key.removeprefix(head) for head in _SECTIONS if key.startswith(head)), key) for key in keys]
-    return {key: name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)}
+        raise UsageError(f"{where}: {repeated} is given twice")
 
 
 def _file_safe(value: str) -> str:
-    """The value as a part of a file name; a digest tells values apart that look the same in one."""
+    """Return the value as a part of a file name, with a digest if characters had to be replaced."""
     safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", value).strip("-")[:_LONGEST_VALUE]
     return value if safe == value else f"{safe}-{_digest(value)}".lstrip("-")
 

@@ -1,6 +1,6 @@
-"""Run a sweep: train and evaluate every cell of a plan, keep what is finished, go on after a failure.
+"""Run a sweep: train and evaluate every cell of a plan, keep finished cells, and continue after a failure.
 
-What is done is read from the cells' own run folders, so a sweep that was stopped anywhere goes on with the same command.
+Progress is read from the cells' own run folders, so the same command continues a sweep that was stopped anywhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,22 @@ from pivotune.evaluation.cache import CACHE_FOLDER
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.evaluation.settings import EvaluationSettings
 from pivotune.models.loading import read_config
+from pivotune.results.files import read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
 from pivotune.runs.folder import claim_run_folder, find_change
 from pivotune.runs.prepare import prepare_run
 from pivotune.sweeps.plan import Cell
-from pivotune.sweeps.state import CellState, cell_state, is_started, is_trained, missing_tasks
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact
 from pivotune.training.arguments import build_arguments
 from pivotune.training.preparation import check_layers
+from pivotune.training.resilience.checkpoints import last_checkpoint
 from pivotune.training.resilience.preemption import StopSignals
 
 PLAN = "sweep.json"
 BASE = "base"
+DONE = "done"
+_MEASURED_WITH = ("limit", "seed", "max_new_tokens", "backend", "dtype")
 
 # Shows the progress of one training: `with watch("Training") as callback: ...`.
 Watch = Callable[[str], AbstractContextManager[TrainerCallback | None]]
@@ -45,12 +48,12 @@ Watch = Callable[[str], AbstractContextManager[TrainerCallback | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A plan whose every part was checked.
+    """A fully checked plan.
 
     Attributes:
         source: the run configuration that the cells are made from.
-        tasks: names of the tasks, groups written out; none measures the held-out rows only.
-        bases: starting models by the name of their folder; more than one where the grid is over models or templates.
+        tasks: names of the tasks, groups expanded; none measures the held-out rows only.
+        bases: starting models by the name of their folder; several in a grid over models or templates.
     """
 
     source: Path
@@ -60,9 +63,39 @@ class Sweep:
     bases: Mapping[str, RunConfig]
     settings: EvaluationSettings
 
-    def state(self, cell: Cell) -> CellState:
-        """How far one of the cells is."""
-        return cell_state(cell.folder, self.tasks, self.settings)
+    def state(self, cell: Cell) -> str:
+        """Return the remaining work of a cell, read from its folder; `done` if there is none."""
+        missing = self.missing(cell.folder)
+        if is_trained(cell.folder):
+            return f"trained; to evaluate: {', '.join(missing)}" if missing else DONE
+        if checkpoint := last_checkpoint(cell.folder):
+            return f"to go on from {checkpoint.name}"
+        return "to train again from the start" if is_started(cell.folder) else "to train"
+
+    def missing(self, folder: Path) -> tuple[str, ...]:
+        """Return the tasks that a folder's results lack, or hold for other settings (another `--limit`)."""
+        entries = read_entries(folder)
+        return tuple(name for name in self.tasks if not _is_measured(entries.get(name), self.settings))
+
+
+def is_started(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def is_trained(folder: Path) -> bool:
+    # The training writes `model/` last, and renames it into place.
+    return (folder / "model").is_dir()
+
+
+def _is_measured(entry: Mapping[str, Any] | None, settings: EvaluationSettings) -> bool:
+    """Return True for results of these settings; results of training have no settings."""
+    own = (entry or {}).get("settings") or {}
+    # The split as it was asked for (`test`), or by the benchmark's own name for it (`devtest`).
+    same_split = entry is not None and settings.split in (own.get("split"), entry.get("split"))
+    return same_split and all(own.get(key) == getattr(settings, key) for key in _MEASURED_WITH)
+
+
+# ---- checks ----
 
 
 def prepare_sweep(
@@ -73,22 +106,29 @@ def prepare_sweep(
     settings: EvaluationSettings,
     languages: Sequence[str] = (),
 ) -> Sweep:
-    """Check the folder, all configurations, the data and all tasks; loads no weights, writes nothing.
+    """Check the folder, all configurations, the data and all tasks, without loading weights or writing anything.
 
     Args:
         tasks: names as `pivotune evaluate` takes them.
-        languages: for sets and groups without a language; the run's own where this is empty.
+        languages: for benchmarks and groups without a language; the run's own where this is empty.
 
     Raises:
-        UsageError: the first thing that is wrong, in one line.
+        UsageError: the first mistake, in one line.
     """
-    _check_folder(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).is_file():
+        raise UsageError(f"--out: {folder} is not empty and not a sweep; choose another folder")
     for cell in cells:
         _check_cell(cell)
-    for cell in _typical(cells):
-        # Damaged checkpoints are the trouble of their cell alone, when its turn comes.
+    # Data are read once for all untrained cells with the same model, method and data.
+    untrained = [cell for cell in cells if not is_trained(cell.folder)]
+    data_keys = {"model", "revision", "method", "data"}
+    for cell in _distinct(untrained, lambda config: (config.model_dump_json(include=data_keys), config.lora is None)):
+        # A damaged checkpoint makes its own cell fail later, not the whole sweep.
         prepare_run(cell.config, resume=is_started(cell.folder), choose_checkpoint=False)
-    bases = _bases(cells) if tasks else {}
+    starts = _distinct(cells, lambda config: (config.model, config.revision, config.data.template))
+    bases = {BASE if n == 1 else f"{BASE}-{n}": cell.config for n, cell in enumerate(starts, start=1) if tasks}
     names: tuple[str, ...] = ()
     for config in bases.values():
         own = languages or ([config.data.language] if config.data.language else [])
@@ -97,55 +137,94 @@ def prepare_sweep(
     return Sweep(source=source, folder=folder, cells=tuple(cells), tasks=names, bases=bases, settings=settings)
 
 
+def _check_cell(cell: Cell) -> None:
+    """Check a cell without its data: its configuration is unchanged, its arguments and layers are possible."""
+    folder, config = cell.folder, cell.config
+    if is_started(folder) and (change := find_change(folder, config, ignored=("output_dir",))) is not None:
+        key, before, now = change
+        raise UsageError(
+            f"{key} is {now!r} here and was {before!r} in {folder}; choose another --out, or remove that folder to "
+            "train it again"
+        )
+    if is_trained(folder):
+        return
+    claim_run_folder(config, resume=is_started(folder))
+    args = build_arguments(config)
+    if METHODS[config.method].inner_losses:
+        model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+        check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
+
+
+def _distinct(cells: Iterable[Cell], key: Callable[[RunConfig], object]) -> list[Cell]:
+    """Return the first cell of each key."""
+    first: dict[object, Cell] = {}
+    for cell in cells:
+        first.setdefault(key(cell.config), cell)
+    return list(first.values())
+
+
+def _of_base(settings: EvaluationSettings, config: RunConfig) -> EvaluationSettings:
+    """Return settings in which a starting model gets the template of the models trained from it."""
+    template, revision, trusted = config.data.template, config.revision, config.trust_remote_code
+    return replace(settings, template=template, revision=revision, trust_remote_code=trusted)
+
+
+# ---- running ----
+
+
 def run_sweep(
     sweep: Sweep,
     *,
     announce: Callable[[str], None],
-    watch: Watch | None = None,
+    watch: Watch = lambda title: nullcontext(),
     progress: Progress | None = None,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, str]:
-    """Do everything that is not done yet: the starting model first, then cell by cell.
+    """Do all remaining work: the starting model first, then cell by cell.
 
     Args:
-        announce: is given a line before each part.
-        watch: shows the progress of a training; None shows nothing.
-        stop_signals: where signals are received that ask to stop.
+        announce: receives a line before each part.
+        watch: shows the progress of a training.
+        stop_signals: receives signals that ask to stop.
 
     Returns:
-        What failed, by cell (or `base`), with the reason in one line; empty where all is done.
+        The reasons of failures in one line each, by cell (or `base`); empty where all is done.
 
     Raises:
-        StoppedBySignalError: a signal asked to stop; the cell in hand has saved a checkpoint.
+        StoppedBySignalError: a signal asked to stop; the current cell has saved a checkpoint.
     """
     stop_signals = stop_signals or StopSignals()
-    trainings = _Trainings(watch or _unwatched, progress, stop_signals)
-    jobs: dict[str, Callable[[], None]] = {
-        name: partial(_evaluate_base, sweep, name, config, announce, progress) for name, config in sweep.bases.items()
-    }
-    for number, cell in enumerate(sweep.cells, start=1):
-        title = f"[{number}/{len(sweep.cells)}] {cell.name}"
-        jobs[cell.name] = partial(_run_cell, sweep, cell, title, trainings, announce, progress)
+    work = _Work(sweep, announce, watch, progress, stop_signals)
+    jobs: dict[str, Callable[[], None]] = {name: partial(work.do_base, name) for name in sweep.bases}
+    jobs |= {cell.name: partial(work.do_cell, number, cell) for number, cell in enumerate(sweep.cells, start=1)}
     failures: dict[str, str] = {}
-    _write_plan(sweep, failures)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    write_json(sweep.folder / PLAN, describe_sweep(sweep, failures))
     for name, job in jobs.items():
         log = sweep.folder / f"{name}.error.txt"
-        if reason := _attempt(job, log, stop_signals):
-            failures[name] = reason
-            announce(f"{name} failed: {reason} (traceback in {log})")
-        _write_plan(sweep, failures)
+        log.unlink(missing_ok=True)
+        try:
+            job()
+        except Exception as error:  # a failure of any kind must not cost the other cells
+            # A signal reaches data workers too: the failure may be its consequence.
+            stop_signals.check()
+            write_text(log, redact(traceback.format_exc()))
+            text = redact(" ".join(str(error).split())) or "no message"
+            failures[name] = text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
+            announce(f"{name} failed: {failures[name]} (traceback in {log})")
+        write_json(sweep.folder / PLAN, describe_sweep(sweep, failures))
         _free_memory()
     return failures
 
 
 def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
-    """Content of `sweep.json`: what belongs to the sweep and how far each cell is."""
+    """Return the content of `sweep.json`: the parts of the sweep and the progress of each cell."""
     cells = [
         {
             "name": cell.name,
             "changes": [redact(change) for option in cell.options for change in option.changes],
             "seed": cell.seed,
-            "state": "failed" if cell.name in failures else str(sweep.state(cell)),
+            "state": "failed" if cell.name in failures else sweep.state(cell),
             "error": failures.get(cell.name),
         }
         for cell in sweep.cells
@@ -159,159 +238,58 @@ def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _write_plan(sweep: Sweep, failures: Mapping[str, str]) -> None:
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    write_json(sweep.folder / PLAN, describe_sweep(sweep, failures))
+@dataclass
+class _Work:
+    """Trains and evaluates; the starting model's held-out scores are measured once for equal rows."""
 
+    sweep: Sweep
+    announce: Callable[[str], None]
+    watch: Watch
+    progress: Progress | None
+    stop_signals: StopSignals
+    before: dict[str, Scores] = field(default_factory=dict)
 
-class _Trainings:
-    """Trains cells one after the other; the starting model's held-out scores are measured once for equal rows."""
+    def do_base(self, name: str) -> None:
+        folder, config = self.sweep.folder / name, self.sweep.bases[name]
+        missing = self.sweep.missing(folder)
+        self.announce(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
+        self._evaluate(config.model, folder, missing, _of_base(self.sweep.settings, config))
 
-    def __init__(self, watch: Watch, progress: Progress | None, stop_signals: StopSignals) -> None:
-        self._watch = watch
-        self._progress = progress
-        self._stop_signals = stop_signals
-        self._before: dict[str, Scores] = {}
+    def do_cell(self, number: int, cell: Cell) -> None:
+        title, missing = f"[{number}/{len(self.sweep.cells)}] {cell.name}", self.sweep.missing(cell.folder)
+        self.announce(f"{title}: {self.sweep.state(cell)}")
+        if not is_trained(cell.folder):
+            self._train(cell)
+            _free_memory()
+            if missing:
+                self.announce(f"{title}: to evaluate: {', '.join(missing)}")
+        settings = replace(self.sweep.settings, trust_remote_code=cell.config.trust_remote_code)
+        self._evaluate(cell.folder, cell.folder, missing, settings)
 
-    def train(self, cell: Cell) -> None:
-        resume = is_started(cell.folder)
-        prepared = prepare_run(cell.config, resume=resume)
-        key = _held_out_key(cell.config)
-        with self._watch("Training") as callback:
+    def _train(self, cell: Cell) -> None:
+        config, resume = cell.config, is_started(cell.folder)
+        prepared = prepare_run(config, resume=resume)
+        # Every setting that the starting model's held-out scores depend on.
+        same = config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"})
+        key = json.dumps([same, METHODS[config.method].main_language, config.training.get("bf16")])
+        with self.watch("Training") as callback:
             result = execute_run(
                 prepared,
                 resume=resume,
                 callbacks=[] if callback is None else [callback],
-                progress=self._progress,
-                before=self._before.get(key),
-                stop_signals=self._stop_signals,
+                progress=self.progress,
+                before=self.before.get(key),
+                stop_signals=self.stop_signals,
             )
-        self._before[key] = result.before
+        self.before[key] = result.before
 
-
-def _run_cell(
-    sweep: Sweep,
-    cell: Cell,
-    title: str,
-    trainings: _Trainings,
-    announce: Callable[[str], None],
-    progress: Progress | None,
-) -> None:
-    state = sweep.state(cell)
-    announce(f"{title}: {state}")
-    if not state.trained:
-        trainings.train(cell)
-        _free_memory()
-        if state.missing:
-            announce(f"{title}: to evaluate: {', '.join(state.missing)}")
-    if state.missing:
-        settings = replace(
-            sweep.settings, cache=cell.folder / CACHE_FOLDER, trust_remote_code=cell.config.trust_remote_code
-        )
-        execute_evaluation(prepare_evaluation(cell.folder, state.missing, settings), cell.folder, progress=progress)
-
-
-def _evaluate_base(
-    sweep: Sweep, name: str, config: RunConfig, announce: Callable[[str], None], progress: Progress | None
-) -> None:
-    folder = sweep.folder / name
-    missing = missing_tasks(folder, sweep.tasks, sweep.settings)
-    announce(f"{name}: " + (f"to evaluate: {', '.join(missing)}" if missing else "done"))
-    if missing:
-        settings = replace(_of_base(sweep.settings, config), cache=folder / CACHE_FOLDER)
-        execute_evaluation(prepare_evaluation(config.model, missing, settings), folder, progress=progress)
-
-
-def _attempt(job: Callable[[], None], log: Path, stop_signals: StopSignals) -> str | None:
-    """Why it failed, with the traceback in `log`; None where it did not."""
-    log.unlink(missing_ok=True)
-    try:
-        job()
-    except Exception as error:  # one cell's failure, whatever it is, must not cost the others
-        # A signal reaches data workers too: what fails after it failed of it.
-        stop_signals.check()
-        write_text(log, redact(traceback.format_exc()))
-        text = redact(" ".join(str(error).split())) or "no message"
-        return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
-    return None
-
-
-def _unwatched(title: str) -> AbstractContextManager[None]:
-    return nullcontext()
+    def _evaluate(self, model: str | Path, folder: Path, tasks: Sequence[str], settings: EvaluationSettings) -> None:
+        if tasks:
+            prepared = prepare_evaluation(model, tasks, replace(settings, cache=folder / CACHE_FOLDER))
+            execute_evaluation(prepared, folder, progress=self.progress)
 
 
 def _free_memory() -> None:
     gc.collect()  # trainer and model refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).is_file():
-        raise UsageError(f"--out: {folder} is not empty and holds no sweep; choose another folder")
-
-
-def _check_cell(cell: Cell) -> None:
-    """What can be told of a cell without its data: it is what it was, its arguments and its layers are possible."""
-    folder, config = cell.folder, cell.config
-    if is_started(folder):
-        change = find_change(folder, config, ignored=("output_dir",))
-        if change is not None:
-            key, before, now = change
-            raise UsageError(
-                f"{key} is {now!r} here and was {before!r} in {folder}; choose another --out, or remove that folder to "
-                "train it again"
-            )
-    if is_trained(folder):
-        return
-    claim_run_folder(config, resume=is_started(folder))
-    args = build_arguments(config)
-    if METHODS[config.method].inner_losses:
-        model_config = read_config(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
-        check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
-
-
-def _typical(cells: Iterable[Cell]) -> list[Cell]:
-    """Untrained cells that differ in what they read: a model, a method, data."""
-    typical: dict[str, Cell] = {}
-    for cell in cells:
-        config = cell.config
-        if not is_trained(cell.folder):
-            key = json.dumps(
-                [config.model, config.revision, config.method, config.data.model_dump(), bool(config.lora)]
-            )
-            typical.setdefault(key, cell)
-    return list(typical.values())
-
-
-def _bases(cells: Iterable[Cell]) -> dict[str, RunConfig]:
-    """Each starting model, as it is evaluated, once."""
-    bases: dict[tuple[Any, ...], RunConfig] = {}
-    for cell in cells:
-        config = cell.config
-        bases.setdefault((config.model, config.revision, config.data.template), config)
-    names = [BASE, *(f"{BASE}-{number}" for number in range(2, len(bases) + 1))]
-    return dict(zip(names, bases.values(), strict=True))
-
-
-def _of_base(settings: EvaluationSettings, config: RunConfig) -> EvaluationSettings:
-    """A starting model is asked in the same template as what was trained from it."""
-    return replace(
-        settings,
-        template=config.data.template,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def _held_out_key(config: RunConfig) -> str:
-    """Everything that the starting model's held-out scores depend on."""
-    return json.dumps(
-        [
-            config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"}),
-            METHODS[config.method].main_language,
-            config.training.get("bf16"),
-        ]
-    )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed."""
+"""Write files atomically: to a temporary file in the same folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write a UTF-8 file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
+    """Write a file atomically; after an error the old file is unchanged."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            # Before the rename: a machine that goes down must not leave an empty file under the name.
+            # Before the rename: after a power failure the new name must not hold an empty file.
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
@@ -39,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, gzipped: the whole file or nothing."""
+    """Write one JSON object per line, gzipped, atomically."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     write_bytes(path, gzip.compress(lines.encode("utf-8")))
 

@@ -1,4 +1,4 @@
-"""The numbers of a layer sweep, from folders as finished cells leave them."""
+"""Compute the numbers of a layer sweep from the folders of finished cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pivotune.evaluation.settings import EvaluationSettings
-from pivotune.sweeps.layers import layer_curve, swept_term
+from pivotune.sweeps.layer_curve import layer_curve, swept_term
 from pivotune.sweeps.plan import parse_grid, plan_cells
 from pivotune.sweeps.run import Sweep
 
@@ -25,7 +25,7 @@ def make_sweep(folder, *grid, seeds=(0,), tasks=("xquad_vi",), changes=()):
 
 
 def finish(cell, scores, layers=None):
-    """What training and evaluation leave in a cell's folder."""
+    """Write the files of a trained and evaluated cell."""
     cell.folder.mkdir(parents=True)
     tasks = {
         name: {"metric": "f1", "value": value, "stderr": None if value is None else 0.5}

@@ -6,10 +6,9 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 
-from pivotune.results import aggregate
-from pivotune.results.aggregate import bootstrap, item_vectors, statistic, summarize
+from pivotune.results import metrics
 from pivotune.results.corpus_metrics import bleu_from_statistics, chrf_from_statistics
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import Metric, bootstrap, item_vectors, statistic, summarize
 
 F1 = Metric("f1", "mean", ("f1",), 100.0)
 NLL = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
@@ -18,7 +17,7 @@ BLEU = Metric("bleu", "bleu", ("counts",))
 
 
 def corpus_records(count: int, width: int) -> list[dict]:
-    """Counts of sentences as they can be: hypothesis and reference n-grams, and no more matches than either."""
+    """Return possible counts of sentences: no more matches than n-grams in hypothesis or reference."""
     random = np.random.default_rng(0)
     records = []
     for _ in range(count):
@@ -45,16 +44,14 @@ def test_mean_and_its_standard_error():
 def test_items_without_the_metric_do_not_count():
     with_gaps = [{"f1": 1.0}, {"f1": None}, {}, {"f1": 0.0}, {"f1": 1}]
     assert summarize(F1, with_gaps) == summarize(F1, [{"f1": 1.0}, {"f1": 0.0}, {"f1": True}])
-    empty = summarize(F1, [{}, {"f1": None}])
-    assert empty.n == 0
-    assert empty.to_dict() == {"value": None, "stderr": None, "n": 0}
+    assert summarize(F1, [{}, {"f1": None}]).to_dict() == {"value": None, "stderr": None, "n": 0, **F1.to_dict()}
 
 
 def test_one_item_and_equal_items():
     one = summarize(F1, [{"f1": 0.5}])
-    assert one.to_dict() == {"value": 50.0, "stderr": None, "n": 1}
+    assert (one.value, one.stderr, one.n) == (50.0, None, 1)
     assert summarize(F1, [{"f1": 0.1}] * 10).stderr == pytest.approx(0, abs=1e-12)
-    assert summarize(CHRF, corpus_records(1, 24)).to_dict()["stderr"] is None
+    assert summarize(CHRF, corpus_records(1, 24)).stderr is None
 
 
 def test_ratio_equals_the_naive_one():
@@ -63,7 +60,7 @@ def test_ratio_equals_the_naive_one():
     nll = 2.0 * tokens + random.standard_normal(300) * np.sqrt(tokens)
     figure = summarize(NLL, [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)])
     assert figure.value == pytest.approx(nll.sum() / tokens.sum())
-    # Not the mean of ratios, and the error agrees with resampling whole items.
+    # The value is not the mean of ratios, and the error agrees with resampling whole items.
     resampled = [nll[pick].sum() / tokens[pick].sum() for pick in random.integers(0, 300, (4000, 300))]
     assert figure.stderr == pytest.approx(np.std(resampled), rel=0.06)
     assert abs(figure.value - np.mean(nll / tokens)) > 1e-3
@@ -71,7 +68,7 @@ def test_ratio_equals_the_naive_one():
 
 def test_ratio_without_anything_below_is_undefined():
     figure = summarize(NLL, [{"nll": 0.0, "tokens": 0}, {"nll": 0.0, "tokens": 0}])
-    assert figure.to_dict() == {"value": None, "stderr": None, "n": 2}
+    assert (figure.value, figure.stderr, figure.n) == (None, None, 2)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +107,9 @@ def test_bootstrap_equals_gathering_items_one_resample_at_a_time(metric, width):
 def test_bootstrap_in_small_chunks_without_keeping(monkeypatch):
     vectors = np.random.default_rng(0).random((2, 11, 2)) + 1
     whole = bootstrap(F1, vectors, 40, seed=0)
-    monkeypatch.setattr(aggregate, "_KEPT", 0)
+    monkeypatch.setattr(metrics, "_KEPT", 0)
     np.testing.assert_array_equal(bootstrap(F1, vectors, 40, seed=0), whole)
-    monkeypatch.setattr(aggregate, "_CHUNK", 30)
+    monkeypatch.setattr(metrics, "_CHUNK", 30)
     pieces = bootstrap(F1, vectors, 40, seed=0)
     assert pieces.shape == (2, 40)
     assert np.isfinite(pieces).all()

@@ -1,0 +1,86 @@
+"""Compute the paper's Figure 3: scores of a sweep by the supervised layer, with the entropy of the layers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from pivotune.layers.analysis import read_layers_json
+from pivotune.layers.selection import Term
+from pivotune.results.files import read_entries
+from pivotune.sweeps.plan import Cell
+from pivotune.sweeps.run import Sweep
+
+_CONFIDENCE = 1.96  # standard errors on either side: 95 %
+
+
+def swept_term(cells: Iterable[Cell]) -> Term | None:
+    """Return the term whose layer the grid varies; the thinking term if it varies both, None if neither."""
+    keys = {key for cell in cells for option in cell.options for key in option.keys}
+    terms: tuple[Term, ...] = ("thinking", "conversion")
+    return next((term for term in terms if f"supervision.{term}.layer" in keys), None)
+
+
+def layer_curve(sweep: Sweep, term: Term) -> dict[str, Any]:
+    """Return the data of `plot_layer_sweep` from the finished cells.
+
+    Returns:
+        `term`; `errors` (`seeds`: a margin is the standard deviation over seeds; `items`: the 95 % interval of the one
+        seed's items); `series`, each with `label`, `metric`, `points` (`layer`, `value`, `margin`, `seeds`) and `baseline`
+        (TFT's value, null where the sweep holds no TFT); and `layers`, the starting model's layer analysis.
+    """
+    folders = {cell.name: cell.folder for cell in sweep.cells if (cell.folder / "layers.json").is_file()}
+    analyses = {name: read_layers_json(folder / "layers.json") for name, folder in folders.items()}
+    entries = {cell.name: read_entries(cell.folder) for cell in sweep.cells}
+    tasks = sweep.tasks or tuple(dict.fromkeys(name for own in entries.values() for name in own))
+    lines: dict[str, list[Cell]] = {}
+    for cell in sweep.cells:
+        others = [option for option in cell.options if f"supervision.{term}.layer" not in option.keys]
+        if cell.name in analyses and len(others) < len(cell.options):
+            label = ", ".join(option.label for option in others if option.keys != ("method",))
+            lines.setdefault(label, []).append(cell)
+    over_seeds = len({cell.seed for cells in lines.values() for cell in cells}) > 1
+    series = []
+    for label, cells in lines.items():
+        own = {option.label for option in cells[0].options}
+        # TFT trained as these cells are, in every option that TFT has.
+        baselines = [
+            cell
+            for cell in sweep.cells
+            if cell.config.method == "tft"
+            and all(option.label in own for option in cell.options if "method" not in option.keys)
+        ]
+        for task in tasks:
+            measured = {cell.name: entry for cell in (*cells, *baselines) if (entry := entries[cell.name].get(task))}
+            measured = {name: entry for name, entry in measured.items() if entry["value"] is not None}
+            by_layer: dict[int, list[dict[str, Any]]] = {}
+            for cell in (cell for cell in cells if cell.name in measured):
+                by_layer.setdefault(analyses[cell.name][term], []).append(measured[cell.name])
+            compared = [measured[cell.name]["value"] for cell in baselines if cell.name in measured]
+            if by_layer:
+                series.append(
+                    {
+                        "task": task,
+                        "label": f"{task}, {label}" if label else task,
+                        "metric": next(iter(by_layer.values()))[0]["metric"],
+                        "points": [_point(layer, found, over_seeds) for layer, found in sorted(by_layer.items())],
+                        "baseline": statistics.fmean(compared) if compared else None,
+                    }
+                )
+    return {
+        "term": term,
+        "errors": "seeds" if over_seeds else "items",
+        "series": series,
+        "layers": next(iter(analyses.values()), None),
+    }
+
+
+def _point(layer: int, entries: list[dict[str, Any]], over_seeds: bool) -> dict[str, Any]:
+    values = [entry["value"] for entry in entries]
+    if over_seeds:
+        margin = statistics.stdev(values) if len(values) > 1 else None
+    else:
+        error = entries[0].get("stderr")
+        margin = None if error is None else _CONFIDENCE * error
+    return {"layer": layer, "value": statistics.fmean(values), "margin": margin, "seeds": len(values)}
