@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks.shapes import SHAPES
 from pivotune.config.settings import LoraSettings, RunConfig
 from pivotune.config.yaml_text import parse_config
-from pivotune.estimate.estimate import Estimate, RunRows, Target, estimate_strategies, read_rows
+from pivotune.estimate.estimate import Estimate, Target, estimate_strategies
+from pivotune.estimate.rows import RunRows, read_rows
 from pivotune.training.distributed.strategies import Strategy
 
 _LLAMA = SHAPES["llama2-7b"]

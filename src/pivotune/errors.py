@@ -1,4 +1,4 @@
-"""What one line says: a user's mistake, and what stops a training that was right."""
+"""Errors that the command line prints in one line: mistakes of the user, and faults that stop a training."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ _SPACES = {ord(character): " " for character in "\t\n\r"}
 
 
 class UsageError(ValueError):
-    """Something the user wrote is wrong: a file, row, key or option.
+    """A mistake of the user in a file, row, key or option.
 
-    The message is one line that names the place, what was found and what is allowed. The command line prints it
-    without a traceback and leaves with exit code 2; in Python it is an ordinary `ValueError`. Line ends and control
-    characters, which may come from the user's data, are made visible, and what is very long is cut.
+    The message is one line that names the place, the value found and the allowed values. The command line prints it without
+    a traceback and exits with code 2; in Python it is an ordinary `ValueError`. Line ends and control characters, which may
+    come from the user's data, are made visible, and a very long message is cut.
 
     Args:
-        told: whether another process tells the same; the command line then says nothing.
+        reported: another process reports the same mistake, so the command line prints nothing.
     """
 
-    def __init__(self, message: str, *, told: bool = False) -> None:
-        super().__init__(_one_line(message))
-        self.told = told
+    def __init__(self, message: str, *, reported: bool = False) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(printable(message.translate(_SPACES)))
+        self.reported = reported
 
 
 class TrainingError(RuntimeError):
-    """Something stopped a training that was set up well: a loss that is no number, a lost process, a vanished folder.
+    """A fault that stops a well-configured training: a non-finite loss, a lost process, a removed folder.
 
-    The message is one line that says what happened, what is kept and how to go on. The command line prints it without a
-    traceback and leaves with exit code 1.
+    The message is one line with the fault, the files that are kept and the way to continue. The command line prints it
+    without a traceback and exits with code 1.
     """
-
-
-def _one_line(message: str) -> str:
-    if len(message) > _LONGEST_MESSAGE:
-        half = _LONGEST_MESSAGE // 2
-        message = f"{message[:half]} [...] {message[-half:]}"
-    return printable(message.translate(_SPACES))

@@ -11,16 +11,16 @@ from conftest import build_tiny_model, build_tiny_tokenizer
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+pytest.importorskip("babel", reason="the package Babel is not installed")
+
 from pivotune.cli import demo as demo_verb
 from pivotune.cli.main import main
-from pivotune.cli.training_progress import TrainingProgress
+from pivotune.cli.training_display import TrainingProgress
 from pivotune.config.yaml_text import load_config
 from pivotune.demo import run as demo_module
 from pivotune.demo.rows import SUPPORTED_LANGUAGES
 from pivotune.demo.run import METHODS, DemoSettings, exact_match, run_demo
 from pivotune.training.trainer import DeepSupervisionTrainer
-
-pytest.importorskip("babel", reason="the package Babel is not installed")
 
 MODELS = ("base", *METHODS)
 PICTURES = ("layers.png", "entropy.png", "heldout.png", "training.png")

@@ -93,31 +93,31 @@ def test_sizes():
         parse_bytes("0GiB")
 
 
-def test_train_says_what_it_trains(tmp_path, capsys):
-    assert main(["train", run_file(tmp_path), "--set", "training.bf16=false"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
+def test_train_says_what_it_trains(finished):
+    printed = finished("tft", "method=tft").printed
+    line = next(line for line in printed.splitlines() if line.startswith("training"))
     assert "parameters (full fine-tuning)" in line
     assert "4 rows x 1 accumulated x 1 process = 4 rows a step, 2 steps" in line
 
 
 def test_an_estimate_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
-    from pivotune.estimate import startup
+    from pivotune.estimate import estimate as module
 
     def fail(*args, **kwargs):
         raise ValueError("no estimate")
 
-    monkeypatch.setattr(startup, "_estimate", fail)
+    monkeypatch.setattr(module, "measure_model", fail)
     assert main(["train", run_file(tmp_path), "--set", "training.bf16=false"]) == 0
     assert "\ntraining " not in capsys.readouterr().out
 
 
 def test_a_warning_where_memory_will_not_suffice(tmp_path, capsys, monkeypatch):
-    from pivotune.estimate import startup
-    from pivotune.estimate.device import Device
+    from pivotune.estimate import estimate as module
+    from pivotune.estimate.operations import Device
 
-    monkeypatch.setattr(startup, "_LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(module, "_LEAST_PARAMETERS", 0)
     small = Device(kind="cpu", name="CPU", memory=2.0**20, rate=None)
-    monkeypatch.setattr(startup, "find_device", lambda **_: small)
+    monkeypatch.setattr(module, "find_device", lambda **_: small)
     assert main(["train", run_file(tmp_path), "--set", "training.bf16=false"]) == 0
     out = capsys.readouterr().out
     assert "estimated peak" in out

@@ -62,6 +62,38 @@ def test_help_imports_nothing_heavy():
     assert result.stdout.splitlines()[-1] == "loaded [] 0"
 
 
+# Starts the command in one of the two ways that it is started, and prints the environment at the first look for torch.
+_UNTIL_TORCH = """
+import os, runpy, sys
+
+class Recorder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            raise SystemExit(0)
+
+sys.meta_path.insert(0, Recorder())
+way, *sys.argv[1:] = sys.argv[1:]
+if way == "module":
+    runpy.run_module("pivotune", run_name="__main__", alter_sys=True)
+else:
+    from pivotune.cli.main import main
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_sets_it(way, own, expected, monkeypatch):
+    """libgomp reads the variable when torch is imported."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    command = [sys.executable, "-c", _UNTIL_TORCH, way, "evaluate", "--list-tasks"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{expected}\n"), result.stderr
+
+
 @pytest.mark.parametrize("verb", [["init"], ["train"], ["analyze"], ["demo"], ["chat"], ["data"], ["data", "check"]])
 def test_every_verb_has_help(verb, capsys):
     assert main([*verb, "--help"]) == 0

@@ -5,21 +5,20 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
+from cli_runs import LAYERS, STEPS, set_options, steps, write_config, write_jsonl
+from conftest import tiny_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pivotune.cli.main import main
 from pivotune.config.yaml_text import load_config
 
-STEPS = 2
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
              "rows.json", "start-scores.json", ".lock", "model", f"checkpoint-{STEPS}"}  # fmt: skip
-LAYERS = ["supervision.conversion.layer=1", "supervision.thinking.layer=3"]
 
 
 def signals(conversion: str, thinking: str, *changes: str) -> list[str]:
@@ -47,35 +46,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    build_tiny_model().save_pretrained(folder)
-    build_tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_jsonl(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_config(folder: Path, model: Path, rows: Path | str, **changes) -> Path:
-    settings = {
-        "model": str(model),
-        "data": {"train": str(rows), "validation": 3, "language": "sw"},
-        "training": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "bf16": False,
-        },
-        "output_dir": str(folder / "run"),
-        **changes,
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-    return path
+def model(finished) -> Path:
+    return finished.model
 
 
 @pytest.fixture
@@ -83,21 +55,9 @@ def config(tmp_path, model) -> Path:
     return write_config(tmp_path, model, write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(16)))
 
 
-def words(changes) -> list[str]:
-    return [word for change in changes for word in ("--set", change)]
-
-
 def train(config: Path, *changes: str, options=()) -> Path:
-    assert main(["train", str(config), *words(changes), *options]) == 0
+    assert main(["train", str(config), *set_options(changes), *options]) == 0
     return config.parent / "run"
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run: Path) -> list[dict]:
-    return [line for line in metrics(run) if "tft_loss" in line]
 
 
 def refused(capsys, *arguments) -> str:
@@ -124,24 +84,22 @@ def check_model(run: Path, start: Path) -> None:
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.fixture(scope="module")
-def tft_step(tmp_path_factory, model) -> dict:
-    """The first logged step of plain TFT on the rows that every variant trains on."""
-    folder = tmp_path_factory.mktemp("tft")
-    config = write_config(folder, model, write_jsonl(folder / "pairs.jsonl", tiny_rows(16)))
-    return steps(train(config, "method=tft"))[0]
+def variant(finished, name: str) -> Path:
+    """The finished run of a variant; the constant schedule shows the inner losses at full weight in both steps."""
+    return finished(name, *VARIANTS[name], "supervision.schedule=constant").folder
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_signal_and_mode(name, config, model, tft_step):
-    run = train(config, *VARIANTS[name])
+def test_every_signal_and_mode(name, finished, model):
+    run = variant(finished, name)
     features = {"english-features.safetensors"} if name.endswith("frozen") else set()
     assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json"} | features
     first = steps(run)[0]
     assert [line["step"] for line in steps(run)] == [1, 2]
     # The same start and the same rows: the answer's loss is TFT's, whatever the inner losses are.
-    assert first["tft_loss"] == pytest.approx(tft_step["tft_loss"], rel=1e-5)
-    supervision = load_config(config, VARIANTS[name]).supervision
+    tft = steps(finished("tft", "method=tft").folder)[0]
+    assert first["tft_loss"] == pytest.approx(tft["tft_loss"], rel=1e-5)
+    supervision = load_config(run / "config.yaml").supervision
     inner = {}
     for term in ("conversion", "thinking"):
         signal = getattr(supervision, term).signal
@@ -150,7 +108,7 @@ def test_every_signal_and_mode(name, config, model, tft_step):
             inner[term] = first[f"{term}_loss"]
             assert 0 < inner[term] < (2 if signal == "feature" else 20)
     assert first["loss"] == pytest.approx(first["tft_loss"] + 0.3 * sum(inner.values()), rel=1e-4)
-    assert [line["supervision_factor"] for line in steps(run)] == [1.0, 0.0]
+    assert [line["supervision_factor"] for line in steps(run)] == [1.0, 1.0]
     layers = json.loads((run / "layers.json").read_text())
     for term in inner:
         assert layers[term] == getattr(supervision, term).layer
@@ -158,24 +116,21 @@ def test_every_signal_and_mode(name, config, model, tft_step):
     check_model(run, model)
 
 
-def test_variants_train_different_models(tmp_path, model):
-    """No option is silently ignored: the inner losses of the first step differ between any two of these."""
-    rows = write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(16))
+def test_variants_train_different_models(finished):
+    """No option is silently ignored: the inner losses of the first two steps differ between any two of these."""
     # detached, joint and frozen start from the same value and differ in their gradients: seen at the second step.
     chosen = [name for name in VARIANTS if "alone" not in name]
-    seen = {}
-    for name in chosen:
-        (tmp_path / name).mkdir()
-        config = write_config(tmp_path / name, model, rows)
-        changes = ["training.save_strategy=no", "supervision.schedule=constant", "data.validation=0"]
-        lines = steps(train(config, *VARIANTS[name], *changes))
-        seen[name] = tuple(round(line[term], 7) for line in lines for term in ("conversion_loss", "thinking_loss"))
+    terms = ("conversion_loss", "thinking_loss")
+    seen = {
+        name: tuple(round(line[term], 7) for line in steps(variant(finished, name)) for term in terms)
+        for name in chosen
+    }
     assert len(set(seen.values())) == len(seen)
 
 
 @pytest.mark.parametrize("method", ["sft", "tft"])
-def test_baselines(method, config, model):
-    run = train(config, f"method={method}")
+def test_baselines(method, finished, model):
+    run = finished(method, f"method={method}").folder
     assert {path.name for path in run.iterdir()} == RUN_FILES
     assert [line["step"] for line in steps(run)] == [1, 2]
     for line in steps(run):
@@ -192,10 +147,10 @@ def test_layers_are_chosen_where_none_are_given(config):
     assert load_config(run / "config.yaml").supervision.conversion.layer == "auto"
 
 
-def test_the_run_folder_describes_the_run(config, model, capsys):
-    run = train(config, *LAYERS, "seed=3")
-    resolved = load_config(run / "config.yaml")
-    assert resolved == load_config(config, [*LAYERS, "seed=3"])
+def test_the_run_folder_describes_the_run(finished, model):
+    run, config, out = astuple(finished("linear", *LAYERS, "seed=3"))
+    assert load_config(run / "config.yaml") == load_config(config, [*LAYERS, "seed=3"])
+    assert [line["supervision_factor"] for line in steps(run)] == [1.0, 0.0]
     results = json.loads((run / "results.json").read_text())
     assert (results["model"], results["method"]) == (str(model), "deep-supervision")
     assert set(results["tasks"]) == {"heldout_sw", "heldout_en"}
@@ -214,7 +169,6 @@ def test_the_run_folder_describes_the_run(config, model, capsys):
     assert f"{results['tasks']['heldout_sw']['value']:.3f}" in card
     environment = json.loads((run / "environment.json").read_text())
     assert environment["libraries"]["torch"] == torch.__version__
-    out = capsys.readouterr().out
     assert "13 rows to train on, 3 held out" in out
     assert "3 of them in English (data.english_ratio 0.25)" in out
     assert "conversion logits at layer 1, weight 0.3; thinking logits at layer 3, weight 0.3; linear schedule" in out
@@ -227,14 +181,6 @@ def test_without_held_out_rows(config, capsys):
     assert json.loads((run / "results.json").read_text())["tasks"] == {}
     assert "NLL" not in capsys.readouterr().out
     assert len(steps(run)) == STEPS
-
-
-def test_json_is_all_there_is_on_stdout(config, capsys):
-    run = train(config, *LAYERS, options=["--json"])
-    captured = capsys.readouterr()
-    printed = json.loads(captured.out)
-    assert printed == {"run": str(run), **json.loads((run / "results.json").read_text())}
-    assert "rows to train on" in captured.err
 
 
 def test_lora(config, model):
@@ -258,8 +204,8 @@ def test_validation_from_a_file_in_one_language(config, tmp_path):
 # ---- who may write where ----
 
 
-def test_a_finished_run_is_kept_unless_told(config, capsys):
-    run = train(config, "method=tft")
+def test_a_finished_run_is_kept_unless_told(finished, capsys):
+    run, config, _ = astuple(finished("tft", "method=tft"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     text = refused(capsys, "train", config)
     assert text == f"output_dir: {run} already holds a run; add --resume to go on with it or --overwrite"
@@ -423,27 +369,29 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
 
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
-    from pivotune.cli import training_progress
+    from pivotune.cli import training_display
     from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
     from pivotune.training.trainer import DeepSupervisionTrainer
 
     bars = []
-    made = training_progress.progress_bar
-    monkeypatch.setattr(training_progress, "progress_bar", lambda: bars.append(made()) or bars[-1])
+    made = training_display.progress_bar
+    monkeypatch.setattr(training_display, "progress_bar", lambda: bars.append(made()) or bars[-1])
 
     def diverge(*args, **kwargs):
         raise TrainingDivergedError("the loss is not a finite number at step 1")
 
     monkeypatch.setattr(DeepSupervisionTrainer, "training_step", diverge)
-    assert main(["train", str(config), *words(LAYERS)]) == 1
+    assert main(["train", str(config), *set_options(LAYERS)]) == 1
     assert "pivotune: stopped: the loss is not a finite number at step 1\n" in capsys.readouterr().err
     assert [bar.live.is_started for bar in bars] == [False]
 
 
 def test_as_a_program_with_warnings_as_errors(config):
-    command = [sys.executable, "-W", "error", "-m", "pivotune", "train", str(config), "--json", *words(LAYERS)]
+    command = [sys.executable, "-W", "error", "-m", "pivotune", "train", str(config), "--json", *set_options(LAYERS)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert set(json.loads(result.stdout)["tasks"]) == {"heldout_sw", "heldout_en"}
+    run = config.parent / "run"
+    assert json.loads(result.stdout) == {"run": str(run), **json.loads((run / "results.json").read_text())}
+    assert "rows to train on" in result.stderr
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr

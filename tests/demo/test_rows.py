@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import string
@@ -18,10 +19,17 @@ pytest.importorskip("babel", reason="the demo's facts come from Babel (the extra
 from babel import Locale
 
 from pivotune.demo import rows as demo
+from pivotune.demo.cldr import BilingualLocale, clean_text
 from pivotune.demo.facts import collect_facts
-from pivotune.demo.facts.cldr import BilingualLocale, clean_text
-from pivotune.demo.facts.wording import BilingualWording, Wording
-from pivotune.demo.rows import SUPPORTED_LANGUAGES, DemoData, build_demo_rows, write_demo_rows
+from pivotune.demo.rows import (
+    SUPPORTED_LANGUAGES,
+    BilingualWording,
+    DemoData,
+    Wording,
+    build_demo_rows,
+    worded_rows,
+    write_demo_rows,
+)
 from pivotune.errors import UsageError
 
 FIELDS = {"id", "prompt", "completion", "prompt_en", "completion_en", "entity", "kind"}
@@ -212,13 +220,13 @@ def test_formats_checked_by_hand(language: str) -> None:
 def test_months_and_weekdays_count_on_around_the_year_and_the_week() -> None:
     facts = {(fact.kind, fact.entity, fact.variant): fact for fact in collect_facts("de")}
     november = facts["month_later", "month:11", "3"]
-    assert (november.target["answer"], november.english["answer"]) == ("Februar", "February")
+    assert november.slots["answer"] == ("Februar", "February")
     saturday = facts["weekday_later", "weekday:5", "9"]
-    assert (saturday.target["answer"], saturday.english["answer"]) == ("Montag", "Monday")
+    assert saturday.slots["answer"] == ("Montag", "Monday")
 
 
 def test_a_row_reads_as_written() -> None:
-    rows = {row["id"]: row for row in demo._word_facts("vi")}
+    rows = {row["id"]: row for row in worded_rows("vi")}
     assert rows["vi-territory_language-territory-MZ"] == {
         "id": "vi-territory_language-territory-MZ",
         "prompt": "Ngôn ngữ chính thức của quốc gia hoặc vùng lãnh thổ này là gì: Mozambique?",
@@ -353,6 +361,7 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(arguments: dict, messag
 
 def test_without_babel_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "babel", None)
+    monkeypatch.delitem(sys.modules, "pivotune.demo.cldr")
     with pytest.raises(UsageError) as error:
-        build_demo_rows("vi")
+        importlib.import_module("pivotune.demo.cldr")
     assert str(error.value) == 'the demo needs Babel: pip install "pivotune[demo]"'

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pivotune.config.settings import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.estimate import dry_step as module
-from pivotune.estimate.dry_step import StepSettings, dry_step
+from pivotune.estimate.dry_step import dry_step
 from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 LOGITS = supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3))
@@ -30,8 +30,8 @@ def batch(count: int = 8):
     return DeepSupervisionCollator(0)(make_examples(count))
 
 
-def settings(**changes) -> StepSettings:
-    return StepSettings(**{"device": "cpu", "autocast": False, **changes})
+def run_dry(model: nn.Module, tensors, supervision: SupervisionConfig, **settings):
+    return dry_step(model, tensors, supervision, **{"device": "cpu", "autocast": False, **settings})
 
 
 def saved_bytes(model: nn.Module, supervision: SupervisionConfig) -> int:
@@ -53,7 +53,7 @@ def saved_bytes(model: nn.Module, supervision: SupervisionConfig) -> int:
 
 def test_every_family_runs_dry(distinct_family):
     """Forward and backward, and at least what a real forward pass keeps for its backward is counted."""
-    timeline = dry_step(meta(distinct_family), batch(), LOGITS, settings())
+    timeline = run_dry(meta(distinct_family), batch(), LOGITS)
     model = build_tiny_model(distinct_family)
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not _is_unused(p, model, distinct_family))
     kept = saved_bytes(model, LOGITS)
@@ -80,30 +80,29 @@ def _is_unused(parameter: nn.Parameter, model: nn.Module, family: str) -> bool:
 def test_repeated_blocks_equal_all_blocks(monkeypatch, supervision, changes):
     """Two blocks of each kind, the second repeated, give the timeline of the whole model."""
     inner = {
-        name: signal(kind=signal.signal, layer={1: 1, 3: 4}[signal.layer])
-        for name, signal in supervision.active().items()
+        name: signal(kind=term.signal, layer={1: 1, 3: 4}[term.layer]) for name, term in supervision.active().items()
     }
-    deep = supervise(**inner, english=supervision.english)
-    cut = dry_step(meta(num_hidden_layers=8), batch(2), deep, settings(**changes))
+    deep = supervise(**inner, english=supervision.feature.english)
+    cut = run_dry(meta(num_hidden_layers=8), batch(2), deep, **changes)
     monkeypatch.setattr(module, "_BLOCKS_KEPT", 99)
-    whole = dry_step(meta(num_hidden_layers=8), batch(2), deep, settings(**changes))
+    whole = run_dry(meta(num_hidden_layers=8), batch(2), deep, **changes)
     for shares in ({}, {"gradients": 0}, {"gradients": 0.25, "weight_casts": 0}):
         assert cut.peak(**shares) == pytest.approx(whole.peak(**shares), rel=0.01)
 
 
 def test_checkpoints_keep_less():
-    plain, checkpointed = (dry_step(meta(), batch(), LOGITS, settings(checkpointing=on)) for on in (False, True))
+    plain, checkpointed = (run_dry(meta(), batch(), LOGITS, checkpointing=on) for on in (False, True))
     assert checkpointed.peak(gradients=0) < 0.6 * plain.peak(gradients=0)
 
 
 def test_gradients_of_an_earlier_micro_batch_are_not_counted_again():
     """They are there from the start: the timeline holds what comes on top."""
-    timeline = dry_step(meta(), batch(2), LOGITS, settings(accumulated=True))
+    timeline = run_dry(meta(), batch(2), LOGITS, accumulated=True)
     assert timeline.peak() == timeline.peak(gradients=0)
 
 
 def test_autocast_copies_of_weights_are_counted_apart():
-    timeline = dry_step(meta(), batch(2), LOGITS, settings(autocast=True))
+    timeline = run_dry(meta(), batch(2), LOGITS, autocast=True)
     copies = timeline.peak() - timeline.peak(weight_casts=0)
     matrices = sum(p.numel() * 2 for p in build_tiny_model().parameters() if p.ndim == 2)
     assert 0.3 * matrices < copies <= matrices
@@ -111,5 +110,5 @@ def test_autocast_copies_of_weights_are_counted_apart():
 
 def test_attention_of_a_gpu_is_assumed_where_the_estimate_is_for_one():
     """Its fused kernel keeps outputs that the CPU's chunked products in bfloat16 do not."""
-    cpu, gpu = (dry_step(meta(), batch(), LOGITS, settings(autocast=True, device=kind)) for kind in ("cpu", "cuda"))
+    cpu, gpu = (run_dry(meta(), batch(), LOGITS, autocast=True, device=kind) for kind in ("cpu", "cuda"))
     assert cpu.peak(gradients=0) != gpu.peak(gradients=0)

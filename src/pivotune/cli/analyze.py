@@ -1,4 +1,4 @@
-"""`pivotune analyze`: the entropy of every layer, and where the inner losses go."""
+"""`pivotune analyze`: the entropy of every layer, and the layers for the inner losses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries, safe
+from pivotune.cli.common import console, print_json, print_lines, progress, quiet_libraries, safe
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.data.examples import Pair
+    from pivotune.layers.selection import LayerAnalysis
 
 
 def analyze(
@@ -27,8 +28,8 @@ def analyze(
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of each prompt and each answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    out: Annotated[Path, typer.Option(help="Analysis file; the picture lies beside it.")] = Path("layers.json"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an analysis that is there.")] = False,
+    out: Annotated[Path, typer.Option(help="Analysis file; the picture is written beside it.")] = Path("layers.json"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the analysis as JSON on stdout.")] = False,
 ) -> None:
     """Measure the entropy of every layer and choose the conversion and the thinking layer."""
@@ -42,43 +43,53 @@ def analyze(
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
     quiet_libraries()
     pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
-    _check_writable(out)
-    analysis = _measure(model, pairs, tokenizer, language, batch_size, tokens_per_row or None)
-    from pivotune.layers.selection import write_layers_json
-    from pivotune.report.plots import plot_entropy
-
-    write_layers_json(out, analysis)
-    plot_entropy(analysis, picture)
-    if as_json:
-        print_json(analysis)
-    else:
-        print_layers(console(as_json), analysis)
-        console(as_json).print(f"saved {safe(out)} and {safe(picture)}", soft_wrap=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Measuring takes long: whether its result can be written is known before."""
-    try:
+    try:  # before the measurement, which takes long
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
         raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
+    from pivotune.layers.measure import analyze_layers, num_sequences
+    from pivotune.layers.selection import write_layers_json
+    from pivotune.models.loading import load_model
+    from pivotune.report.plots import plot_entropy
+
+    loaded = load_model(model)
+    with progress("Measuring the layers", num_sequences(pairs)) as advance:
+        analysis = analyze_layers(
+            loaded,
+            tokenizer,
+            pairs,
+            model_name=model,
+            language=language,
+            batch_size=batch_size,
+            tokens_per_row=tokens_per_row or None,
+            progress=advance,
+        )
+    write_layers_json(out, analysis)
+    plot_entropy(analysis, picture)
+    if as_json:
+        print_json(analysis)
+    else:
+        print_layers(console(as_json), analysis)
+        print_lines(console(as_json), f"saved {out} and {picture}")
+
 
 def _encode(
     model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int
 ) -> tuple[list[Pair], Any]:
-    """Everything that can be wrong is found here, before a weight is loaded."""
+    """Check the model and encode the rows before a weight is loaded; return the rows and the tokenizer."""
+    from pivotune.models.loading import check_model, load_tokenizer, read_config
+
+    check_model(model)  # before the imports that load torch
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
     from pivotune.layers.selection import check_depth
     from pivotune.models.architecture import check_architecture
-    from pivotune.models.loading import check_model, load_tokenizer, read_config
     from pivotune.training.preparation import context_length, spread
 
-    check_model(model)
     config = read_config(model)
     check_architecture(config.model_type)
     check_depth(config.get_text_config().num_hidden_layers)
@@ -88,28 +99,8 @@ def _encode(
     return Encoder(tokenizer, load_template(template, tokenizer), limits).encode(chosen, source=data), tokenizer
 
 
-def _measure(
-    model: str, pairs: list[Pair], tokenizer: Any, language: str | None, batch_size: int, tokens_per_row: int | None
-) -> Any:
-    from pivotune.layers.measure import analyze_layers, num_sequences
-    from pivotune.models.loading import load_model
-
-    loaded = load_model(model)
-    with progress("Measuring the layers", num_sequences(pairs)) as advance:
-        return analyze_layers(
-            loaded,
-            tokenizer,
-            pairs,
-            model_name=model,
-            language=language,
-            batch_size=batch_size,
-            tokens_per_row=tokens_per_row,
-            progress=advance,
-        )
-
-
-def print_layers(out: Console, analysis: Any) -> None:
-    """A table with a line per layer, and the choice with its reason."""
+def print_layers(out: Console, analysis: LayerAnalysis) -> None:
+    """Print a table with a line per layer, and the choice with its reason."""
     from rich.table import Table
 
     target, english = analysis["target"], analysis["english"]

@@ -1,17 +1,19 @@
-"""`pivotune chat`: talk to a model or a run, or see two of them answer side by side."""
+"""`pivotune chat`: a conversation with a model or a run, or with two of them side by side."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json_line, printable, quiet_libraries, safe, stderr
+from pivotune.cli.common import console, print_lines, printable, quiet_libraries, safe, stderr
 from pivotune.errors import UsageError
+from pivotune.text.escaping import printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     template: Annotated[
-        str | None, typer.Option(help="chat, alpaca or a Jinja file; without it what a run was trained with.")
+        str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the template of the run.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
@@ -42,10 +44,10 @@ def chat(
         raise UsageError("--prompt: is empty")
     quiet_libraries()
     settings = Settings(max_new_tokens, temperature, seed)
-    # All that can be wrong is found before the first weights are read.
+    # Every mistake is found before the first weights are read.
     prepared = [_prepare(name, template, system) for name in names]
     chatters = [
-        Chatter(name, encoder, _load(name), settings, system) for name, encoder in zip(names, prepared, strict=True)
+        Chatter(name, prompts, _load(name), settings, system) for name, prompts in zip(names, prepared, strict=True)
     ]
     session = _Session(chatters, console(as_json), as_json)
     if prompt is not None:
@@ -53,19 +55,19 @@ def chat(
     elif sys.stdin.isatty():
         session.talk()
     else:
-        session.answer_all(line for line in sys.stdin)
+        session.answer_all(sys.stdin)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are generated: greedily at temperature 0, sampled with a seed otherwise."""
+    """Generation of answers: greedy at temperature 0, sampled with a seed otherwise."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """For `generate`; top-k and top-p of the model's own settings are switched off."""
+        """Return the arguments of `generate`; top-k and top-p of the model's own settings are switched off."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -73,7 +75,7 @@ class Settings:
 
 @dataclass
 class Chatter:
-    """One model in conversation. Templates without room for earlier turns start anew with every prompt."""
+    """One model in conversation. A template without earlier turns starts anew with every prompt."""
 
     name: str
     encoder: Encoder
@@ -84,10 +86,10 @@ class Chatter:
     dropped: int = 0
 
     def answer(self, prompt: str, on_text: Callable[[str], None] | None = None) -> str:
-        """Answer, remember both, and give the text without the end token; `on_text` gets it piece by piece.
+        """Return the answer without the end token and remember the turn; `on_text` gets the text piece by piece.
 
         Raises:
-            UsageError: the prompt alone is longer than the model reads.
+            UsageError: the prompt alone is longer than the model's context.
         """
         import torch
 
@@ -106,33 +108,29 @@ class Chatter:
                 **self.settings.arguments(),
             )
         text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-        self._remember(prompt, text)
+        # Templates refuse an empty answer in the history.
+        if text and takes_history(self.encoder):
+            self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         return text
 
     def reset(self) -> None:
-        """Forget the conversation, not the system message."""
+        """Forget the conversation but not the system message."""
         self.turns.clear()
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt after as many earlier turns as leave room for the answer; the oldest are forgotten first."""
-        ids = self._encode(prompt)
-        while self.turns and self._room(len(ids)) < self.settings.max_new_tokens:
+        """Encode the prompt after as many earlier turns as leave room for the answer; the oldest are dropped first."""
+        from pivotune.data.templates import Turn
+
+        while True:
+            history = (*_system_turn(self.system), *self.turns)
+            ids = self.encoder.encode_prompt(Turn(prompt, history=history))
+            if not self.turns or self._room(len(ids)) >= self.settings.max_new_tokens:
+                break
             del self.turns[:2]
             self.dropped += 1
-            ids = self._encode(prompt)
         if self._room(len(ids)) < 1:
             raise UsageError(f"{self.name}: the prompt takes {len(ids)} tokens and the model reads {self._context}")
         return ids
-
-    def _encode(self, prompt: str) -> list[int]:
-        from pivotune.data.templates import Turn
-
-        return self.encoder.encode_prompt(Turn(prompt, history=(*_system_turn(self.system), *self.turns)))
-
-    def _remember(self, prompt: str, text: str) -> None:
-        # Templates refuse an empty answer in the history, and it says nothing.
-        if text and takes_history(self.encoder):
-            self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     @property
     def _context(self) -> int | None:
@@ -141,12 +139,12 @@ class Chatter:
         return context_length(self.model.config)
 
     def _room(self, used: int) -> int:
-        """How many tokens the answer may have after `used` ones."""
+        """Return the number of tokens left for the answer after `used` ones."""
         longest = self.settings.max_new_tokens
         return longest if self._context is None else min(longest, self._context - used)
 
     def _end_ids(self) -> list[int]:
-        """What ends an answer: end-of-text, the model's own stop tokens, and the last token of this template's answers."""
+        """Return end-of-text, the model's own stop tokens, and the last token of this template's answers."""
         from pivotune.data.templates import Turn
         from pivotune.training.heldout import end_token_ids
 
@@ -158,7 +156,7 @@ class Chatter:
 
 
 def takes_history(encoder: Encoder) -> bool:
-    """Whether the template has room for earlier turns."""
+    """Return True if the template accepts earlier turns."""
     return _accepts(encoder, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
 
 
@@ -177,15 +175,15 @@ def _system_turn(system: str | None) -> list[Mapping[str, str]]:
 
 
 def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
-    """Check a model and read its tokenizer and template; a run's own template unless another is asked for."""
+    """Check a model and read its tokenizer and template: the run's own unless another is named."""
     from pivotune.data.examples import Encoder
     from pivotune.data.templates import load_template
     from pivotune.models.loading import check_model, load_tokenizer
     from pivotune.runs.folder import read_run_config
 
-    is_run = (Path(name).expanduser() / "config.yaml").is_file()
-    if template is None and is_run:
-        template = read_run_config(Path(name).expanduser()).data.template
+    folder = Path(name).expanduser()
+    if template is None and (folder / "config.yaml").is_file():
+        template = read_run_config(folder).data.template
     check_model(name)
     tokenizer = load_tokenizer(name)
     encoder = Encoder(tokenizer, load_template(template, tokenizer))
@@ -208,7 +206,7 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
 
     class _Streamer(TextStreamer):
-        """Hands over text as soon as a word is whole."""
+        """Pass text on as soon as a word is complete."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
@@ -218,12 +216,12 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
 
 @dataclass
 class _Session:
-    """Prompts in, answers out: streamed for one model, side by side for two, or as JSON."""
+    """Answers prompts: streamed for one model, side by side for two, or as JSON."""
 
     chatters: list[Chatter]
     out: Console
     as_json: bool
-    told: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
     def talk(self) -> None:
         """Read prompts from a terminal until /exit, Ctrl-D or Ctrl-C."""
@@ -233,8 +231,8 @@ class _Session:
         except KeyboardInterrupt:
             self.out.print()
 
-    def answer_all(self, prompts: Iterator[str], *, lenient: bool = False) -> None:
-        """Answer prompts as one conversation; `lenient` goes on after a prompt that cannot be answered."""
+    def answer_all(self, prompts: Iterable[str], *, lenient: bool = False) -> None:
+        """Answer prompts as one conversation; `lenient` continues after a prompt that cannot be answered."""
         for prompt in map(str.strip, prompts):
             if prompt in EXIT_WORDS:
                 return
@@ -242,27 +240,32 @@ class _Session:
                 for chatter in self.chatters:
                     chatter.reset()
             elif prompt:
-                self._answer_or_say_why(prompt, lenient)
+                try:
+                    self.answer(prompt)
+                except UsageError as error:
+                    if not lenient:
+                        raise
+                    print_lines(stderr, f"error: {error}", style="red")
 
     def answer(self, prompt: str) -> None:
         """Answer one prompt."""
-        # Undecodable bytes of a terminal are no Unicode and tokenizers fail on them.
+        # A terminal may deliver bytes that are not Unicode, on which tokenizers fail.
         prompt = prompt.encode(errors="replace").decode()
         if self.as_json:
-            self._print_json(prompt)
+            answers = {chatter.name: chatter.answer(prompt) for chatter in self.chatters}
+            # Flushed: a program may wait for the line.
+            print(printable_json(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False)), flush=True)
         elif len(self.chatters) == 1:
-            self._stream(prompt)
+            self.chatters[0].answer(prompt, lambda text: self.out.out(printable(text), end="", highlight=False))
+            self.out.print()
         else:
             self._print_columns(prompt)
-        self._tell_dropped()
-
-    def _answer_or_say_why(self, prompt: str, lenient: bool) -> None:
-        try:
-            self.answer(prompt)
-        except UsageError as error:
-            if not lenient:
-                raise
-            stderr.print(f"error: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
+        for chatter in self.chatters:
+            if chatter.dropped and chatter.name not in self.warned:
+                note = "the conversation is longer than the model reads; its oldest turns are forgotten"
+                print_lines(stderr, f"{chatter.name}: {note}", style="dim")
+                # Once is enough: it is true of every later prompt.
+                self.warned.add(chatter.name)
 
     def _typed(self) -> Iterator[str]:
         question = "" if self.as_json else "you> "
@@ -272,11 +275,6 @@ class _Session:
             except EOFError:
                 self.out.print()
                 return
-
-    def _stream(self, prompt: str) -> None:
-        chatter = self.chatters[0]
-        chatter.answer(prompt, lambda text: self.out.out(printable(text), end="", highlight=False))
-        self.out.print()
 
     def _print_columns(self, prompt: str) -> None:
         from rich.table import Table
@@ -288,17 +286,3 @@ class _Session:
             table.add_column(Text(printable(chatter.name)), ratio=1, overflow="fold")
         table.add_row(*answers)
         self.out.print(table)
-
-    def _print_json(self, prompt: str) -> None:
-        answers = {chatter.name: chatter.answer(prompt) for chatter in self.chatters}
-        print_json_line({"prompt": prompt, "answers": answers})
-
-    def _tell_dropped(self) -> None:
-        for chatter in self.chatters:
-            if chatter.dropped and chatter.name not in self.told:
-                note = (
-                    f"{chatter.name}: the conversation is longer than the model reads; its oldest turns are forgotten"
-                )
-                stderr.print(printable(note), style="dim", markup=False, soft_wrap=True)
-                # Once is enough: from here on every prompt would say it.
-                self.told.add(chatter.name)

@@ -1,4 +1,4 @@
-"""What all verbs share: consoles, progress bars, where output goes and what it may contain."""
+"""Shared by all verbs: the process's rank, consoles, JSON output, progress bars, log lines and option parsers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from pivotune.errors import UsageError
 from pivotune.text.escaping import one_line, printable, printable_json
@@ -24,57 +25,48 @@ def _number(name: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-# This process among those that `torchrun` or `accelerate launch` started together, on all machines and on this one.
+# Rank of this process among those that `torchrun` or `accelerate launch` started, on all machines and on this one.
 # Operators of clusters set WORLD_SIZE in every container; the launchers that start processes set LOCAL_RANK too.
 SEVERAL_PROCESSES = _number("WORLD_SIZE") > 1 and "LOCAL_RANK" in os.environ
 RANK, LOCAL_RANK = (_number("RANK"), _number("LOCAL_RANK")) if SEVERAL_PROCESSES else (0, 0)
 
-# What a person reads goes to stdout, unless a program reads stdout (`--json`). Of several processes the first one speaks.
+# Text for a person goes to stdout, or to stderr where a program reads stdout (`--json`). Only rank 0 prints.
 stdout = Console(highlight=False, quiet=RANK > 0)
 stderr = Console(stderr=True, highlight=False, quiet=RANK > 0)
 
-# EX_TEMPFAIL of sysexits.h: what a signal stopped can go on; job scripts ask for it to queue the job again.
+# EX_TEMPFAIL of sysexits.h: a training stopped by a signal can be resumed; job scripts queue the job again on this code.
 EXIT_STOPPED = 75
 
 
 def console(as_json: bool) -> Console:
-    """Where text for a person goes."""
+    """Return the console for text that a person reads."""
     return stderr if as_json else stdout
 
 
-@contextmanager
-def told_once() -> Iterator[None]:
-    """Mistakes inside are met by every process, and told by one of each machine."""
-    try:
-        yield
-    except UsageError as error:
-        error.told = error.told or LOCAL_RANK > 0
-        raise
+def print_lines(out: Console, *lines: str, style: str | None = None) -> None:
+    """Print whole lines as they are, to be copied: no wrapping, no markup, control characters visible."""
+    for line in lines:
+        out.print(printable(line), style=style, soft_wrap=True, markup=False)
 
 
 def print_json(content: Any) -> None:
-    """One JSON document on stdout, without colours or wrapping."""
+    """Print one JSON document on stdout, without colours or wrapping."""
     if RANK == 0:
         print(printable_json(json.dumps(content, ensure_ascii=False, indent=2)))
 
 
-def print_json_line(content: Any) -> None:
-    """One JSON document in a line of its own, at once: a program may wait for it."""
-    print(printable_json(json.dumps(content, ensure_ascii=False)), flush=True)
-
-
 def safe(text: object) -> str:
-    """Text from outside for a place that reads rich's markup: nothing in it is obeyed, by rich or by the terminal."""
+    """Escape text from outside for rich's markup and for the terminal."""
     return escape(printable(str(text)))
 
 
 def words(text: str) -> list[str]:
-    """The words of a comma-separated option."""
+    """Split a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def batch_size_option(text: str) -> int | Literal["auto"]:
-    """A number or `auto`."""
+    """Parse a number or `auto`."""
     if text == "auto":
         return "auto"
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
@@ -82,8 +74,18 @@ def batch_size_option(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def progress_bar() -> Progress:
-    """A progress display on stderr, so that stdout can be redirected."""
+@contextmanager
+def reported_once() -> Iterator[None]:
+    """Report a mistake that every process finds once per machine."""
+    try:
+        yield
+    except UsageError as error:
+        error.reported = error.reported or LOCAL_RANK > 0
+        raise
+
+
+def progress_bar() -> RichProgress:
+    """Return a progress display on stderr, so that stdout can be redirected."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -93,31 +95,31 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=stderr)
+    return RichProgress(*columns, console=stderr)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress over `total` items; call what this yields with the number of items done so far."""
+    """Show progress over `total` items; yields a function of the number of items done (`training.progress.Progress`)."""
     with progress_bar() as bar:
         task = bar.add_task(safe(title), total=total, note="")
         yield lambda done: bar.update(task, completed=done)
 
 
 class _LogLines(logging.Handler):
-    """Messages of our own loggers as harmless lines on stderr, whatever file names and files put into them."""
+    """Print messages of the package's loggers as escaped lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # Looked up each time: a progress bar that is shown puts another stream there, to write above itself.
+            # `sys.stderr` is read each time: a progress bar replaces it, to print above itself.
             print(one_line(redact(record.getMessage())), file=sys.stderr)
-        except Exception:  # a training does not end for a message
+        except Exception:  # a message must not end a training
             self.handleError(record)
 
 
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Print what the package warns of; the library alone installs no handler, and Python's own would print it raw."""
+    """Print the package's warnings; the library alone installs no handler, and Python's own would print them raw."""
     logger, handler = logging.getLogger("pivotune"), _LogLines(logging.WARNING)
     propagate = logger.propagate
     logger.addHandler(handler)
@@ -130,7 +132,7 @@ def log_on_stderr() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the screen; errors still raise."""
+    """Switch off the libraries' progress bars and notices; errors still raise."""
     import warnings
 
     import transformers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, printable, progress, quiet_libraries
+from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +33,7 @@ def demo(
     if signal not in ("logits", "feature"):
         raise UsageError(f"--signal: {signal!r} is not allowed; allowed: logits, feature")
     quiet_libraries()
-    from pivotune.cli.train import describe_run
-    from pivotune.cli.training_progress import TrainingProgress
+    from pivotune.cli.training_display import TrainingProgress, describe_run
     from pivotune.demo.run import DemoSettings, run_demo
 
     screen = console(as_json)
@@ -52,24 +51,23 @@ def demo(
         print_json(results)
     else:
         _show(screen, results)
-        for line in (
+        print_lines(
+            screen,
             f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}",
             f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}",
-        ):
-            screen.print(printable(line), soft_wrap=True, markup=False)
+        )
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
+    from pivotune.training.metrics import read_metrics
 
-    language, models = results["settings"]["language"], results["models"]
+    language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
-    plot_entropy(results["layers"], pictures[0])
+    plot_entropy(layers, pictures[0])
     profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
-    layers = results["layers"]
-    plot_entropy_comparison(
-        profiles, pictures[1], language=language, conversion=layers["conversion"], thinking=layers["thinking"]
-    )
+    marks = {name: layers[name] for name in ("conversion", "thinking")}
+    plot_entropy_comparison(profiles, pictures[1], language=language, **marks)
 
     def by_language(key: str) -> dict[str, dict[str, float]]:
         return {
@@ -78,48 +76,32 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
         }
 
     plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"))
-    plot_training(_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
+    plot_training(read_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
     return pictures
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    from pivotune.training.metrics import read_metrics
-
-    return read_metrics(path)
-
-
 def _show(screen: Console, results: dict[str, Any]) -> None:
+    """Print the layers, the scores of all models, and their answers to a few held-out questions."""
     from rich.table import Table
+    from rich.text import Text
 
-    language, layers = results["settings"]["language"], results["layers"]
+    language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     screen.print(
         f"\n[bold]layers[/]   conversion {layers['conversion']}, thinking {layers['thinking']} of "
         f"{layers['num_layers']}: {layers['reason']}"
     )
+    base = models["base"]["target"]
+    title = f"{base['rows']} held-out rows scored (nats per token, ± standard error), {base['answered']} answered"
     columns = [f"answer NLL {language}", "answer NLL en", f"exact match {language}", "exact match en"]
-    table = Table("held-out facts", *columns, title=_caption(results))
-    for name, measured in results["models"].items():
-        target, english = measured["target"], measured["english"]
-        nll = [f"{side['nll']:.3f} ± {side['stderr']:.3f}" for side in (target, english)]
-        matches = [f"{side['exact_match']:.0%}" for side in (target, english)]
-        table.add_row(_NAMES[name], *nll, *matches)
+    table = Table("held-out facts", *columns, title=title)
+    for name, measured in models.items():
+        sides = (measured["target"], measured["english"])
+        nll = [f"{side['nll']:.3f} ± {side['stderr']:.3f}" for side in sides]
+        table.add_row(_NAMES[name], *nll, *(f"{side['exact_match']:.0%}" for side in sides))
     screen.print(table)
-    _show_answers(screen, results)
 
-
-def _caption(results: dict[str, Any]) -> str:
-    base = results["models"]["base"]["target"]
-    return f"{base['rows']} held-out rows scored (nats per token, ± standard error), {base['answered']} answered"
-
-
-def _show_answers(screen: Console, results: dict[str, Any]) -> None:
-    """A few held-out questions with what each model says."""
-    from rich.table import Table
-    from rich.text import Text
-
-    models = results["models"]
     table = Table("question", "right answer", *(_NAMES[name] for name in models), show_lines=True)
-    answers = [models[name]["target"]["answers"] for name in models]
+    answers = [measured["target"]["answers"] for measured in models.values()]
     for index in range(0, len(answers[0]), max(len(answers[0]) // 5, 1)):
         first = answers[0][index]
         cells = [first["question"], first["gold"], *(group[index]["answer"] for group in answers)]

@@ -1,4 +1,4 @@
-"""`pivotune evaluate`."""
+"""`pivotune evaluate`: measure a model on benchmarks; results go into results.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pivotune.cli.common import (
     batch_size_option,
     console,
     print_json,
+    print_lines,
     printable,
     progress,
     quiet_libraries,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.evaluation.run import PreparedEvaluation
+
+_SECONDARY_METRICS = ("exact_match", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
 
 
 def evaluate(
@@ -51,7 +54,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
     batch_size: options.BatchSize = "auto",
     template: Annotated[
-        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: what a run was trained with.")
+        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: the template of the run.")
     ] = None,
     split: options.Split = None,
     pairs: Annotated[
@@ -64,7 +67,7 @@ def evaluate(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for answers, so that an interrupted evaluation goes on; default: beside the results."
+            help="Folder for answers, so that an interrupted evaluation can continue; default: beside the results."
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
@@ -92,11 +95,15 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
+    from pivotune.evaluation.cache import CACHE_FOLDER
     from pivotune.evaluation.prepare import EvaluationSettings
     from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+    from pivotune.results.files import check_target, results_paths
 
     folder = out or _default_out(run_or_model)
-    _check_out(folder, run_or_model)
+    if folder.exists() and not folder.is_dir() and folder.suffix != ".json":
+        raise UsageError(f"--out: {folder} is a file; give a folder or a .json file")
+    check_target(folder, run_or_model)
     settings = EvaluationSettings(
         data_dir=data_dir,
         split=split,
@@ -106,7 +113,7 @@ def evaluate(
         template=template,
         backend=backend,
         dtype=dtype,
-        cache=None if no_cache else cache or _beside(folder),
+        cache=None if no_cache else cache or results_paths(folder)[0].parent / CACHE_FOLDER,
         pairs=None if pairs is None else (pairs, english),
         comet=comet,
         max_new_tokens=max_new_tokens,
@@ -116,8 +123,8 @@ def evaluate(
     )
     prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
     _describe(console(as_json), prepared)
-    _tell_replaced(folder, prepared)
-    results = execute_evaluation(prepared, folder, progress=progress, on_task=_tell_done)
+    _warn_of_replaced(folder, prepared)
+    results = execute_evaluation(prepared, folder, progress=progress, on_task=_log_result)
     names = [task.task.name for task in prepared.tasks]
     if as_json:
         print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
@@ -125,17 +132,8 @@ def evaluate(
         _show(console(as_json), {name: results["tasks"][name] for name in names}, folder)
 
 
-def _check_out(folder: Path, model: str) -> None:
-    """What is wrong with the place for the results shows before anything is read."""
-    from pivotune.results.files import check_target
-
-    if folder.exists() and not folder.is_dir() and folder.suffix != ".json":
-        raise UsageError(f"--out: {folder} is a file; give a folder or a .json file")
-    check_target(folder, model)
-
-
 def _default_out(model: str) -> Path:
-    """A run keeps its results; other models get a folder of their own here."""
+    """Return the folder of a run, or a folder here for another model."""
     folder = Path(model).expanduser()
     if (folder / "config.yaml").is_file():
         return folder
@@ -143,32 +141,21 @@ def _default_out(model: str) -> Path:
     return Path("results") / re.sub(r"[^\w.-]+", "--", name)
 
 
-def _beside(out: Path) -> Path:
-    from pivotune.evaluation.cache import CACHE_FOLDER
-    from pivotune.results.files import results_paths
-
-    return results_paths(out)[0].parent / CACHE_FOLDER
-
-
 def _describe(out: Console, prepared: PreparedEvaluation) -> None:
-    """What is measured, and one whole prompt: wrong templates fail silently otherwise."""
+    """Print model and tasks, and one whole prompt, because wrong templates fail silently."""
     from rich.text import Text
 
-    out.print(f"model     {printable(prepared.model)}", soft_wrap=True, markup=False)
-    out.print(f"template  {printable(prepared.prompter.name)}", soft_wrap=True, markup=False)
+    print_lines(out, f"model     {prepared.model}", f"template  {prepared.prompter.name}")
     for task in prepared.tasks:
         size = len(task.requests) or len(task.pairs or ())
         line = f"{task.task.name}: {size} items ({task.split}) from {', '.join(task.origin[:2])}"
         if len(task.origin) > 2:
             line += f" and {len(task.origin) - 2} more"
-        out.print(printable(line), soft_wrap=True, markup=False)
-        for reason, count in task.left_out.items():
-            out.print(f"  left out: {count} items: {printable(reason)}", soft_wrap=True, markup=False)
+        print_lines(out, line, *(f"  left out: {count} items: {reason}" for reason, count in task.left_out.items()))
         if task.truncated:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
-            out.print(note, soft_wrap=True, style="yellow", markup=False)
-    for reason in prepared.missing:
-        out.print(f"left out: {printable(reason)}", soft_wrap=True, style="yellow", markup=False)
+            print_lines(out, note, style="yellow")
+    print_lines(out, *(f"left out: {reason}" for reason in prepared.missing), style="yellow")
     asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
     if asked is not None:
         gold = asked.likelihoods[asked.item.gold or 0].continuation
@@ -177,8 +164,8 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         out.print(shown, soft_wrap=True)
 
 
-def _tell_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
-    """A task that was measured before is replaced: whoever tries a small --limit should know."""
+def _warn_of_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
+    """Warn where a task replaces an earlier result of another size, as with a small --limit."""
     from pivotune.results.files import read_entries
 
     entries = read_entries(folder)
@@ -186,72 +173,50 @@ def _tell_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
         earlier = entries.get(task.task.name)
         if earlier is not None and earlier.get("n") != (len(task.requests) or len(task.pairs or ())):
             line = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
-            stderr.print(printable(line), style="yellow", soft_wrap=True, markup=False)
+            print_lines(stderr, line, style="yellow")
 
 
-def _tell_done(name: str, entry: dict[str, Any]) -> None:
-    """A log file gets no moving bars, but wants to know how far the evaluation is."""
+def _log_result(name: str, entry: dict[str, Any]) -> None:
+    """Print a finished task in a log file, which shows no moving bars."""
     if not stderr.is_terminal:
-        line = f"{name}: {entry['metric']} {_number(entry['value'])} ± {_number(entry['stderr'])} (n = {entry['n']})"
-        stderr.print(printable(line), soft_wrap=True, markup=False)
+        figure = f"{_number(entry['value'])} ± {_number(entry['stderr'])} (n = {entry['n']})"
+        print_lines(stderr, f"{name}: {entry['metric']} {figure}")
 
 
 def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
+    """Print a table of the results; a task's first line is its main metric."""
     from rich.table import Column, Table
 
     from pivotune.results.files import results_paths
 
-    figure_columns = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(
         Column("task", overflow="fold"),
         Column("metric", overflow="fold"),
-        *figure_columns,
+        *(Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")),
         "gold NLL per token",
         "in its language",
         "notes",
     )
     for name, task in tasks.items():
         metrics = task["metrics"]
-        for index, metric in enumerate(_main_metrics(task)):
+        notes = [f"{task['truncated']} prompts cut"] if task.get("truncated") else []
+        if empty := metrics.get("empty_answers", {}).get("value"):
+            notes.append(f"{empty:.0f}% empty")
+        # Only of the answers that are long enough for language identification, hence with their number.
+        language = metrics.get("in_language")
+        in_language = f"{language['value']:.0f}% of {language['n']}" if language else ""
+        last = [_number(metrics.get("nll_per_token", {}).get("value"), 3), in_language, safe(", ".join(notes))]
+        label = safe(name)
+        for metric in (task["metric"], *(metric for metric in _SECONDARY_METRICS if metric in metrics)):
             figure = metrics[metric]
-            first = index == 0
-            table.add_row(
-                safe(name) if first else "",
-                safe(metric),
-                _number(figure["value"]),
-                _number(figure["stderr"]),
-                str(figure["n"]),
-                _number(metrics.get("nll_per_token", {}).get("value"), 3) if first else "",
-                _in_language(metrics) if first else "",
-                safe(_notes(task)) if first else "",
-            )
+            numbers = (_number(figure["value"]), _number(figure["stderr"]), str(figure["n"]))
+            table.add_row(label, safe(metric), *numbers, *last)
+            label, last = "", ["", "", ""]
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
         out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
     path, _ = results_paths(folder)
-    saved = f"saved    {path}   (compare: pivotune compare {folder} OTHER)"
-    out.print(printable(saved), soft_wrap=True, markup=False)
-
-
-def _main_metrics(task: dict[str, Any]) -> list[str]:
-    shown = ("exact_match", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
-    secondary = [name for name in shown if name in task["metrics"]]
-    return [task["metric"], *secondary]
-
-
-def _in_language(metrics: dict[str, Any]) -> str:
-    """Of the answers that are long enough to tell, whose number stands beside."""
-    figure = metrics.get("in_language")
-    return f"{figure['value']:.0f}% of {figure['n']}" if figure else ""
-
-
-def _notes(task: dict[str, Any]) -> str:
-    notes = []
-    if task.get("truncated"):
-        notes.append(f"{task['truncated']} prompts cut")
-    if empty := task["metrics"].get("empty_answers", {}).get("value"):
-        notes.append(f"{empty:.0f}% empty")
-    return ", ".join(notes)
+    print_lines(out, f"saved    {path}   (compare: pivotune compare {folder} OTHER)")
 
 
 def _number(value: float | None, digits: int = 2) -> str:

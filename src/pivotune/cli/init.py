@@ -45,7 +45,7 @@ training:                             # fields of transformers.TrainingArguments
   save_strategy: epoch
   save_total_limit: 2
 
-faults: {nonfinite: stop}             # stop | skip; what a loss or gradient that is not finite does
+faults: {nonfinite: stop}             # stop | skip; on a non-finite loss or gradient
 lora: null                            # or {r: 16, alpha: 32, dropout: 0.05, target_modules: all-linear}
 output_dir: runs/{run}
 seed: 0
@@ -70,7 +70,7 @@ def init(
 
 
 def render(method: str, *, model: str, data: str, language: str) -> str:
-    """The configuration as YAML text with comments."""
+    """Return the configuration as YAML text with comments."""
     from pivotune.config.registry import METHODS
     from pivotune.config.yaml_text import to_yaml
 
@@ -78,12 +78,6 @@ def render(method: str, *, model: str, data: str, language: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()
 
     ratio = 0.25 if METHODS[method].replay else 0
-    words = {
-        "model": scalar(model),
-        "method": method,
-        "data": scalar(data),
-        "language": scalar(language),
-        "ratio": ratio,
-    }
+    head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
-    return _HEAD.format(**words) + (_SUPERVISION if METHODS[method].inner_losses else "") + tail
+    return head + (_SUPERVISION if METHODS[method].inner_losses else "") + tail

@@ -1,4 +1,4 @@
-"""The command `pivotune`. Verbs import what they need when they run: `pivotune --help` answers at once."""
+"""The command `pivotune`. Verbs import their libraries when they run, so `pivotune --help` takes under half a second."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ from pivotune.text.escaping import printable
 from pivotune.text.redaction import redact
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130  # and common.EXIT_STOPPED
+
+# Read by the libraries when they are loaded; the user's own values win.
+_ENVIRONMENT = {
+    # OpenMP threads that spin while they wait take the CPU from other programs: with one busy process beside it
+    # `pivotune demo` took more than 3.5 times as long. libgomp's GOMP_SPINCOUNT and Intel's KMP_BLOCKTIME override this.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Offsets and masks do not need the tokenizers' threads after a fork; without this every data worker warns.
+    "TOKENIZERS_PARALLELISM": "true",
+}
 
 app = typer.Typer(
     name="pivotune",
@@ -52,25 +61,25 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
 ) -> None:
-    """Options of all verbs; `--debug` is taken out before parsing, so that it may also follow the verb."""
+    """Options of all verbs. `main` removes `--debug` before parsing, so that it may also follow the verb."""
     if SEVERAL_PROCESSES and context.invoked_subcommand != "train":
         raise UsageError(
             f"`pivotune {context.invoked_subcommand}` works in one process; start it without torchrun or accelerate "
             "launch (`pivotune train` works in several)",
-            told=LOCAL_RANK > 0,
+            reported=LOCAL_RANK > 0,
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0, 2 for a mistake of the user's, 75 for a training that a signal stopped, 130 for Ctrl-C, 1 for anything else.
+    0, 2 for a mistake of the user, 75 for a training that a signal stopped, 130 for Ctrl-C, 1 for any other error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("PIVOTUNE_DEBUG"))
     words = [word for word in words if word != "--debug"]
-    # Offsets and masks do not need the tokenizers' threads after a fork; without this every data worker warns.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         with log_on_stderr():
             code = app(args=words, prog_name="pivotune", standalone_mode=False)
@@ -79,30 +88,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(error)
     except KeyboardInterrupt:
-        return _stopped()
+        return _interrupted()
     # Typer turns Ctrl-C within a verb into this code and returns it.
-    return _stopped() if code == EXIT_INTERRUPTED else int(code or 0)
+    return _interrupted() if code == EXIT_INTERRUPTED else int(code or 0)
 
 
-def _stopped() -> int:
+def _interrupted() -> int:
     print("pivotune: stopped", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr for any error; of one that all processes meet, one line in all."""
-    # Typer carries its own copy of click's exceptions: they are known by what they offer, not by their class.
+    """Print an error in one line on stderr, one line in all for an error that every process meets; return the exit code."""
+    # Typer carries its own copy of click's exceptions, which are recognized by their attributes.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
         if LOCAL_RANK == 0:
-            _show_usage(error)
+            for name in ("message", "option_name", "param_hint"):
+                if isinstance(text := getattr(error, name, None), str):
+                    setattr(error, name, printable(redact(text)))
+            getattr(error, "show", lambda: None)()
         return int(exit_code)
     if type(error).__name__ == "Abort":
-        return _stopped()
+        return _interrupted()
     text = printable(redact(" ".join(str(error).split())))
     place = f"pivotune: process {RANK}" if RANK else "pivotune"
     if isinstance(error, UsageError):
-        if not error.told:
+        if not error.reported:
             print(f"{place}: error: {text}", file=sys.stderr)
         return EXIT_USAGE
     if isinstance(error, TrainingError):
@@ -111,14 +123,6 @@ def _report(error: Exception) -> int:
         return EXIT_FAILURE
     print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
-
-
-def _show_usage(error: Exception) -> None:
-    """What Typer has to say about the words of the command line, which may hold anything."""
-    for name in ("message", "option_name", "param_hint"):
-        if isinstance(text := getattr(error, name, None), str):
-            setattr(error, name, printable(redact(text)))
-    getattr(error, "show", lambda: None)()
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def sweep(
     failures: dict[str, str] = {}
     with _stop_signals() as stop_signals:
         quiet_libraries()
-        from pivotune.cli.training_progress import TrainingProgress
+        from pivotune.cli.training_display import TrainingProgress
         from pivotune.sweeps.run import DONE, describe_sweep, prepare_sweep, run_sweep
 
         prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))

@@ -1,10 +1,8 @@
 """Parallel question-answer rows from real facts, for `pivotune demo`.
 
-The facts are the Unicode CLDR's, read through Babel (`pivotune.demo.facts`): names and codes of territories,
-currencies, languages and scripts, calendars, dates, numbers, measurements. Templates written by hand put each
-fact into a question and a short answer in the target language and in English. Rows are split by *entity*: what
-a held-out question is about (a territory, a currency, a date...) is the subject of no training row, whatever
-the kind of question.
+Templates written by hand (`pivotune/demo/templates`) put each fact of the Unicode CLDR (`pivotune.demo.facts`) into a
+question and a short answer in the target language and in English. Rows are split by *entity*: the subject of a held-out
+question (a territory, a currency, a date...) is the subject of no training row, for all kinds of question.
 """
 
 from __future__ import annotations
@@ -13,19 +11,21 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import babel
+import yaml
+
+from pivotune.demo.cldr import cldr_version
+from pivotune.demo.facts import Fact, collect_facts, stable_rank
 from pivotune.errors import UsageError
-
-if TYPE_CHECKING:
-    from pivotune.demo.facts import Fact
 
 SUPPORTED_LANGUAGES: tuple[str, ...] = ("ar", "de", "es", "fr", "id", "ja", "pt", "sw", "vi", "zh")
 
 # Facts per kind, so that plentiful kinds (territory names) do not drown the others (quarters of the year).
 MAX_ROWS_PER_KIND = 250
-
 # Facts per kind with one answer: most weeks begin on Monday and most languages are written in Latin script.
 MAX_ROWS_PER_ANSWER = 25
 
@@ -47,44 +47,18 @@ class DemoData:
 def build_demo_rows(
     language: str, *, rows: int | None = None, validation_share: float = 0.15, seed: int = 0
 ) -> DemoData:
-    """Build the demo's rows for a language of `SUPPORTED_LANGUAGES`.
+    """Build the demo's rows for a language of `SUPPORTED_LANGUAGES`, in about a second.
 
-    `rows` caps the training rows, sampled evenly over the kinds of fact; None keeps all (about 4,000).
-    `validation_share` is the share of the entities of each category (territories, currencies...) held out, at
-    least one; `rows` does not change what is held out. The result depends on the arguments
-    and the Babel release only. Takes about a second.
+    The result depends on the arguments and the Babel release only.
 
-    Raises `UsageError` for an unsupported language, a missing Babel, rows below 1, or a share outside (0, 1).
+    Args:
+        rows: number of training rows, sampled evenly over the kinds of fact; None keeps all (about 4,000). It does not
+            change the held-out rows.
+        validation_share: share of the entities of each category (territories, currencies...) held out, at least one.
+
+    Raises:
+        UsageError: an unsupported language, rows below 1, or a share outside (0, 1).
     """
-    _check_arguments(language, rows, validation_share)
-    babel_version = _require_babel()
-    from pivotune.demo.facts import cldr_version
-
-    all_rows = _word_facts(language)
-    held_out = _held_out_entities(all_rows, validation_share, seed)
-    train = _sample_evenly([row for row in all_rows if row["entity"] not in held_out], rows, seed)
-    validation = [row for row in all_rows if row["entity"] in held_out]
-    return DemoData(
-        train=_shuffled(train, seed),
-        validation=_shuffled(validation, seed),
-        language=language,
-        cldr_version=cldr_version(),
-        babel_version=babel_version,
-    )
-
-
-def write_demo_rows(data: DemoData, folder: str | Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `validation.jsonl` (UTF-8, a JSON object a line) and return their paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "validation.jsonl"
-    for path, rows in zip(paths, (data.train, data.validation), strict=True):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return paths
-
-
-def _check_arguments(language: str, rows: int | None, validation_share: float) -> None:
     if language not in SUPPORTED_LANGUAGES:
         raise UsageError(f"the demo has no language {language!r}; supported: {', '.join(SUPPORTED_LANGUAGES)}")
     if rows is not None and rows < 1:
@@ -93,82 +67,119 @@ def _check_arguments(language: str, rows: int | None, validation_share: float) -
         raise UsageError(
             f"the demo's validation_share: found {validation_share}, allowed between 0 and 1, both excluded"
         )
+    all_rows = worded_rows(language)
+    categories: defaultdict[str, set[str]] = defaultdict(set)
+    for row in all_rows:
+        categories[row["entity"].split(":", 1)[0]].add(row["entity"])
+    held_out: set[str] = set()
+    for entities in categories.values():
+        ranked = sorted(entities, key=lambda entity: stable_rank("split", seed, entity))
+        held_out.update(ranked[: max(1, round(validation_share * len(ranked)))])
+
+    def shuffled(chosen: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+        return sorted(chosen, key=lambda row: stable_rank("order", seed, row["id"]))
+
+    train = _sample_evenly([row for row in all_rows if row["entity"] not in held_out], rows, seed)
+    return DemoData(
+        train=shuffled(train),
+        validation=shuffled(row for row in all_rows if row["entity"] in held_out),
+        language=language,
+        cldr_version=cldr_version(),
+        babel_version=babel.__version__,
+    )
 
 
-def _require_babel() -> str:
-    """The version of Babel, which only the extra `demo` installs."""
-    try:
-        import babel
-    except ImportError:
-        raise UsageError('the demo needs Babel: pip install "pivotune[demo]"') from None
-    return babel.__version__
+def write_demo_rows(data: DemoData, folder: Path) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `validation.jsonl` (UTF-8, a JSON object a line) and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "validation.jsonl"
+    for path, rows in zip(paths, (data.train, data.validation), strict=True):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return paths
 
 
-def _word_facts(language: str) -> list[dict[str, str]]:
-    """All rows of the language, in the facts' order, without repeated prompts."""
-    from pivotune.demo.facts import collect_facts
-    from pivotune.demo.facts.wording import BilingualWording
+@dataclass(frozen=True)
+class Wording:
+    """The templates of one language.
 
+    `kinds` maps a kind of fact to its prompts and its completion, `categories` a category of entity to its word;
+    `language_name` is the language's name in English.
+    """
+
+    language_name: str
+    categories: dict[str, str]
+    kinds: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, language: str) -> Wording:
+        """Read the templates of a language code."""
+        path = resources.files("pivotune.demo") / "templates" / f"{language}.yaml"
+        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class BilingualWording:
+    """Puts a fact into words of the target language and of English, with the same choice of prompt in both."""
+
+    target: Wording
+    english: Wording
+
+    @classmethod
+    def load(cls, language: str) -> BilingualWording:
+        """Read the templates of a language code and of English."""
+        return cls(Wording.load(language), Wording.load("en"))
+
+    def covers(self, fact: Fact) -> bool:
+        """Return True if the target language has templates for this kind of fact."""
+        return fact.kind in self.target.kinds
+
+    def row(self, fact: Fact) -> dict[str, str]:
+        """Return `prompt`, `completion` and their English twins."""
+        number = stable_rank("prompt", fact.name) % len(self.english.kinds[fact.kind]["prompts"])
+        row = {}
+        for side, (suffix, wording) in enumerate((("", self.target), ("_en", self.english))):
+            templates = wording.kinds[fact.kind]
+            category = wording.categories.get(fact.category, "")
+            values = {name: pair[side] for name, pair in fact.slots.items()}
+            slots = {"category": category, "target_language": self.target.language_name, **values}
+            row[f"prompt{suffix}"] = templates["prompts"][number].format_map(slots)
+            row[f"completion{suffix}"] = templates["completion"].format_map(slots)
+        return row
+
+
+def worded_rows(language: str) -> list[dict[str, str]]:
+    """Return all rows of a language without repeated prompts.
+
+    At most `MAX_ROWS_PER_KIND` rows of a kind and `MAX_ROWS_PER_ANSWER` with one answer are kept, chosen by a hash of the
+    entity first, so that the kinds keep the same entities.
+    """
     wording = BilingualWording.load(language)
-    worded = ((fact, wording.row(fact)) for fact in collect_facts(language) if wording.covers(fact))
-    # An answer that is the same text in both languages does not show which language was learned.
-    usable = [(fact, row) for fact, row in worded if row["completion"] != row["completion_en"]]
+    worded = [(fact, wording.row(fact)) for fact in collect_facts(language) if wording.covers(fact)]
+    kinds: Counter[str] = Counter()
+    answers: Counter[tuple[str, str]] = Counter()
     rows: list[dict[str, str]] = []
     prompts: set[str] = set()
-    for fact, row in _limit_kinds(usable):
+    for fact, row in sorted(worded, key=lambda pair: (stable_rank(pair[0].entity), stable_rank(pair[0].name))):
+        # An answer that is the same text in both languages does not show which language was learned.
+        if row["completion"] == row["completion_en"]:
+            continue
+        answer = (fact.kind, row["completion"])
+        if kinds[fact.kind] >= MAX_ROWS_PER_KIND or answers[answer] >= MAX_ROWS_PER_ANSWER:
+            continue
+        kinds[fact.kind] += 1
+        answers[answer] += 1
         if prompts.isdisjoint((row["prompt"], row["prompt_en"])):
             prompts |= {row["prompt"], row["prompt_en"]}
             rows.append({"id": f"{language}-{fact.name}", **row, "entity": fact.entity, "kind": fact.kind})
     return rows
 
 
-def _limit_kinds(worded: Iterable[tuple[Fact, dict[str, str]]]) -> list[tuple[Fact, dict[str, str]]]:
-    """At most `MAX_ROWS_PER_KIND` facts of a kind and `MAX_ROWS_PER_ANSWER` with one answer.
-
-    Chosen by a hash of the entity first, so that the kinds keep the same entities.
-    """
-    from pivotune.demo.facts import stable_rank
-
-    kinds: Counter[str] = Counter()
-    answers: Counter[tuple[str, str]] = Counter()
-    kept = []
-    for fact, row in sorted(worded, key=lambda pair: (stable_rank(pair[0].entity), stable_rank(pair[0].name))):
-        answer = (fact.kind, row["completion"])
-        if kinds[fact.kind] < MAX_ROWS_PER_KIND and answers[answer] < MAX_ROWS_PER_ANSWER:
-            kinds[fact.kind] += 1
-            answers[answer] += 1
-            kept.append((fact, row))
-    return kept
-
-
-def _held_out_entities(rows: list[dict[str, str]], share: float, seed: int) -> set[str]:
-    """The share of the entities of every category, at least one of each."""
-    from pivotune.demo.facts import stable_rank
-
-    categories: defaultdict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        categories[row["entity"].split(":", 1)[0]].add(row["entity"])
-    held_out: set[str] = set()
-    for entities in categories.values():
-        ranked = sorted(entities, key=lambda entity: stable_rank("split", seed, entity))
-        held_out.update(ranked[: max(1, round(share * len(ranked)))])
-    return held_out
-
-
 def _sample_evenly(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
-    """`limit` rows, as many of each kind as of the others where there are; a larger limit only adds rows."""
-    from pivotune.demo.facts import stable_rank
-
-    ranked = sorted(rows, key=lambda row: stable_rank("sample", seed, row["id"]))
+    """Return `limit` rows, spread evenly over the kinds as far as they go; a larger limit only adds rows."""
     position: Counter[str] = Counter()
     rounds = []
-    for row in ranked:
+    for row in sorted(rows, key=lambda row: stable_rank("sample", seed, row["id"])):
         rounds.append((position[row["kind"]], row))
         position[row["kind"]] += 1
     return [row for _, row in sorted(rounds, key=lambda pair: pair[0])][:limit]
-
-
-def _shuffled(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    from pivotune.demo.facts import stable_rank
-
-    return sorted(rows, key=lambda row: stable_rank("order", seed, row["id"]))

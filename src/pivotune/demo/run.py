@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ from transformers import TrainerCallback
 
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import parse_config
-from pivotune.data.examples import Example, Pair
+from pivotune.data.examples import Pair
 from pivotune.demo.rows import build_demo_rows, write_demo_rows
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
 from pivotune.models.loading import check_model, load_model
-from pivotune.runs.execute import Progress, RunResult, execute_run
+from pivotune.runs.execute import RunResult, execute_run
 from pivotune.runs.prepare import PreparedRun, prepare_run
 from pivotune.text.files import write_json
 from pivotune.training.heldout import greedy_answers
 from pivotune.training.preparation import heldout_examples, spread
+from pivotune.training.progress import Progress
 
 MODEL = "bundled:smollm2-135m-instruct"
 METHODS = ("tft", "deep-supervision")
@@ -34,9 +35,9 @@ class DemoSettings:
 
     Attributes:
         rows: training rows, one epoch.
-        heldout: held-out rows whose gold answers are scored.
-        answered: held-out rows that are answered greedily for exact match.
-        profiled: rows on which the layers are measured.
+        heldout: held-out rows with scored gold answers.
+        answered: held-out rows with greedy answers, for exact match.
+        profiled: rows of the entropy profile.
     """
 
     language: str = "vi"
@@ -60,20 +61,28 @@ def run_demo(
     """Build the data, train both methods, measure all three models; write everything under `folder`.
 
     Args:
-        callback: makes the progress callback of a training run from its title.
-        on_prepared: called once with the first prepared run, to show what will be trained.
+        callback: returns the progress callback of a training run from its title.
+        on_prepared: called once with the first prepared run, to print it.
 
     Returns:
         The content of `results.json`: for `base` and each method the held-out NLL, exact match and greedy answers in both
         languages, and the entropy profile on held-out rows; and the layer analysis of the starting model.
 
     Raises:
-        UsageError: an unsupported language, a missing package, or a folder that holds something else or an earlier demo;
-            nothing is written then.
+        UsageError: an unsupported language, or a folder with other files or an earlier demo; nothing is written then.
     """
     data = build_demo_rows(settings.language, rows=settings.rows, seed=settings.seed)
     check_model(MODEL)
-    _claim_folder(folder, overwrite=overwrite)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: {folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / METHODS[0]).is_dir():
+            raise UsageError(f"--out: {folder} is not empty and holds no demo; choose another folder")
+        if not overwrite:
+            raise UsageError(f"--out: {folder} already holds a demo; add --overwrite or choose another folder")
+        (folder / "results.json").unlink(missing_ok=True)
+    # Made first: it tells an interrupted demo from a folder of the user's own files.
+    (folder / METHODS[0]).mkdir(parents=True, exist_ok=True)
     write_demo_rows(data, folder)
     prepared = {}
     for method in METHODS:
@@ -100,7 +109,7 @@ def run_demo(
 
 
 def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
-    """The run configuration of one method; what `pivotune train` would be given."""
+    """Return the run configuration of one method, as for `pivotune train`."""
     signal = {"signal": settings.signal}
     return parse_config(
         {
@@ -119,7 +128,7 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": 0.1,
                 # Two micro-batches: half of the activations, the same step. Four would take 28 MB less and 1.2 to 1.4
-                # times the time, since every one of them reads and adds to all weights.
+                # times the time, since each of them reads all weights and adds to all gradients.
                 "per_device_train_batch_size": 8,
                 "gradient_accumulation_steps": 2,
                 "per_device_eval_batch_size": 16,
@@ -132,68 +141,51 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
     )
 
 
-def _claim_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder, or check that it holds an earlier demo and may be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out: {folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / METHODS[0]).is_dir():
-            raise UsageError(f"--out: {folder} is not empty and holds no demo; choose another folder")
-        if not overwrite:
-            raise UsageError(f"--out: {folder} already holds a demo; add --overwrite or choose another folder")
-        (folder / "results.json").unlink(missing_ok=True)
-    # Made first: it tells a demo that was interrupted from a folder of somebody's own files.
-    (folder / METHODS[0]).mkdir(parents=True, exist_ok=True)
-
-
 def exact_match(answer: str, gold: str) -> bool:
-    """Equal after Unicode normalisation (NFC), with white space squeezed and the final stop left out."""
-    return _normalized(answer) == _normalized(gold)
+    """Return True if both are equal after NFC normalization, with white space squeezed and without the final stop."""
 
+    def normalized(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(".。 ")
 
-def _normalized(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(".。 ")
+    return normalized(answer) == normalized(gold)
 
 
 def _measure(
     model: Any, name: str, run: RunResult, prepared: PreparedRun, settings: DemoSettings, progress: Progress
 ) -> dict[str, Any]:
-    """NLL, exact match and layer entropy of one model on the held-out rows."""
-    measured: dict[str, Any] = {}
-    for side, examples in heldout_examples(prepared.validation).items():
-        task = run.results["tasks"][f"heldout_{settings.language if side == 'target' else 'en'}"]
-        nll = _nll(task["base"] if name == "base" else task, task["n"])
-        with progress(f"Answering {side} questions ({name})", settings.answered) as advance:
-            answers = _answer(model, prepared, spread(examples, settings.answered), advance)
-        correct = sum(exact_match(answer["answer"], answer["gold"]) for answer in answers)
-        measured[side] = {**nll, "exact_match": correct / len(answers), "answered": len(answers), "answers": answers}
-    pairs = [Pair(pair.target, None) for pair in spread(prepared.validation, settings.profiled)]
-    with progress(f"Measuring the layers ({name})", len(pairs)) as advance:
-        measured["profile"] = analyze_layers(model, prepared.tokenizer, pairs, progress=advance)["target"]
-    return measured
-
-
-def _nll(scores: dict[str, float], rows: int) -> dict[str, float]:
-    names = {"nll": "value", "stderr": "stderr", "nll_per_character": "nll_per_character"}
-    return {**{name: scores[key] for name, key in names.items()}, "rows": rows}
-
-
-def _answer(
-    model: Any, prepared: PreparedRun, examples: Sequence[Example], advance: Callable[[int], None]
-) -> list[dict[str, str]]:
+    """Return NLL, exact match, greedy answers and layer entropy of one model on the held-out rows."""
     tokenizer = prepared.tokenizer
-    answers = greedy_answers(
-        model, tokenizer, examples, max_new_tokens=32, autocast=prepared.args.bf16, progress=advance
-    )
 
     def text(ids: Any) -> str:
         return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
 
-    return [
-        {
-            "question": text(example.main.ids[slice(*example.main.query)]),
-            "gold": text(example.main.ids[example.main.answer :]),
-            "answer": answer,
+    measured: dict[str, Any] = {}
+    for side, examples in heldout_examples(prepared.validation).items():
+        task = run.results["tasks"][f"heldout_{settings.language if side == 'target' else 'en'}"]
+        scores = task["base"] if name == "base" else task
+        chosen = spread(examples, settings.answered)
+        with progress(f"Answering {side} questions ({name})", settings.answered) as advance:
+            texts = greedy_answers(
+                model, tokenizer, chosen, max_new_tokens=32, autocast=prepared.args.bf16, progress=advance
+            )
+        answers = [
+            {
+                "question": text(example.main.ids[slice(*example.main.query)]),
+                "gold": text(example.main.ids[example.main.answer :]),
+                "answer": answer,
+            }
+            for example, answer in zip(chosen, texts, strict=True)
+        ]
+        measured[side] = {
+            "nll": scores["value"],
+            "stderr": scores["stderr"],
+            "nll_per_character": scores["nll_per_character"],
+            "rows": task["n"],
+            "exact_match": sum(exact_match(item["answer"], item["gold"]) for item in answers) / len(answers),
+            "answered": len(answers),
+            "answers": answers,
         }
-        for example, answer in zip(examples, answers, strict=True)
-    ]
+    pairs = [Pair(pair.target, None) for pair in spread(prepared.validation, settings.profiled)]
+    with progress(f"Measuring the layers ({name})", len(pairs)) as advance:
+        measured["profile"] = analyze_layers(model, tokenizer, pairs, progress=advance)["target"]
+    return measured

@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory, steps, operations and time."""
+"""Estimate of a run before it starts: memory, steps, operations and time."""

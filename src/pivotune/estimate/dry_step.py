@@ -1,26 +1,29 @@
-"""One training step that allocates nothing: the real losses and backward pass on fake tensors.
+"""Dry run of one training step on fake tensors: the real losses and backward pass, without their memory.
 
 The model is cut to two blocks between any two layers that matter (where a branch leaves, where a loss reads), and the
-second block's part of the timeline is repeated as often as the whole model has such blocks. Everything else is what
-training runs, so that what a family, an attention kernel, activation checkpointing or an adapter keeps is counted and not
+second block's part of the timeline is repeated as often as the whole model has such blocks. Everything else is the code of
+training, so the activations kept by a family, an attention kernel, activation checkpointing or an adapter are counted, not
 guessed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pivotune.config.settings import SupervisionConfig
-from pivotune.estimate.allocations import AllocationLog, Timeline
 from pivotune.forward.passes import Forward, choose_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import assumed_device_kind
@@ -29,75 +32,75 @@ from pivotune.objectives.deep_supervision import deep_supervision_terms, term_co
 
 # The first block after a cut differs (branches are cut off before it), the second stands for the rest.
 _BLOCKS_KEPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """What decides a step's memory beside model and batch.
-
-    Attributes:
-        device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
-        autocast: whether products run in bfloat16.
-        checkpointing: whether activations are computed again in the backward pass, block by block.
-        accumulated: whether gradients of an earlier micro-batch are there already.
-        forward: as `supervision.logits.forward`.
-    """
-
-    device: str
-    autocast: bool
-    checkpointing: bool = False
-    accumulated: bool = False
-    forward: Forward = "auto"
+_ATEN = torch.ops.aten
+_INDEXED = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default)
+# Columns of a timeline.
+ACTIVATIONS, GRADIENTS, WEIGHT_CASTS = range(3)
 
 
 def dry_step(
-    model: nn.Module, batch: Mapping[str, Tensor], supervision: SupervisionConfig, settings: StepSettings
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    supervision: SupervisionConfig,
+    *,
+    device: str,
+    autocast: bool,
+    checkpointing: bool = False,
+    accumulated: bool = False,
+    forward: Forward = "auto",
 ) -> Timeline:
-    """The allocations of one micro-batch, forward and backward.
+    """Return the allocations of one micro-batch, forward and backward.
 
     Args:
         model: on the meta device, with its adapters; it is cut and changed, so build one for every call.
         batch: as `DeepSupervisionCollator` makes it, real tensors on the CPU.
+        device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
+        autocast: matrix products run in bfloat16.
+        checkpointing: activations are recomputed in the backward pass, block by block.
+        accumulated: gradients of an earlier micro-batch exist already.
+        forward: as `supervision.logits.forward`.
     """
     supervision, times = _cut(model, supervision)
-    model = _as_fake(model)
-    log = AllocationLog(held=_state(model), weights=model.parameters())
+    # Fake tensors on the CPU, whose kernels autograd and autocast choose as for real ones.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base.tie_weights()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted[name])
+    log = AllocationLog(held=[*model.parameters(), *model.buffers()], weights=model.parameters())
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(assumed_device_kind(settings.device))
-        if settings.checkpointing:
-            _checkpoint(model)
-        if settings.accumulated:
-            _give_gradients(model, log)
+        stack.enter_context(assumed_device_kind(device))
+        if checkpointing:
+            # `Trainer` uses non-reentrant checkpoints by default; reentrant ones keep the same tensors.
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if accumulated:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+                    log.hold(parameter.grad)
         stack.enter_context(_parts(model, log))
         stack.enter_context(log)
-        _run(model, batch, supervision, settings, log)
-    gradients = [] if settings.accumulated else [p.grad for p in model.parameters() if p.grad is not None]
+        model.train()
+        run_passes = choose_passes(model, forward)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
+            loss = weighted_total(terms, dict.fromkeys(terms, 1.0), term_counts(batch, supervision))
+        del terms
+        log.begin_backward()
+        loss.backward()
+        del loss
+    gradients = [] if accumulated else [p.grad for p in model.parameters() if p.grad is not None]
     return log.timeline(gradients, times)
 
 
-def _run(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    supervision: SupervisionConfig,
-    settings: StepSettings,
-    log: AllocationLog,
-) -> None:
-    model.train()
-    run_passes = choose_passes(model, settings.forward)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
-        terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
-        loss = weighted_total(terms, dict.fromkeys(terms, 1.0), term_counts(batch, supervision))
-    del terms
-    log.begin_backward()
-    loss.backward()
-
-
 def _cut(model: nn.Module, supervision: SupervisionConfig) -> tuple[SupervisionConfig, dict[str, int]]:
-    """Drop blocks that repeat; returns the inner losses at their new layers, and how often each part comes."""
+    """Drop blocks that repeat; return the inner losses at their new layers, and the repeat count of each part."""
     architecture = find_architecture(model)
-    layers = sorted({int(signal.layer) for signal in supervision.active().values()} - {0, architecture.num_layers})
+    layers = sorted({int(term.layer) for term in supervision.active().values()} - {0, architecture.num_layers})
     borders = [0, *layers, architecture.num_layers]
     kept: list[int] = []
     new_layers = {architecture.num_layers: 0}
@@ -117,57 +120,146 @@ def _cut(model: nn.Module, supervision: SupervisionConfig) -> tuple[SupervisionC
     return supervision.model_copy(update=terms), times
 
 
-def _as_fake(model: nn.Module) -> nn.Module:
-    """The same model with fake tensors on the CPU, whose kernels autograd and autocast choose as for real ones."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    base.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted[name])
-    return model
-
-
-def _checkpoint(model: Any) -> None:
-    # As `Trainer` does, where checkpoints are not reentrant unless asked for; those keep the same tensors.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _give_gradients(model: nn.Module, log: AllocationLog) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-            log.hold(parameter.grad)
-
-
-def _state(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 @contextmanager
 def _parts(model: nn.Module, log: AllocationLog) -> Iterator[None]:
-    """Tell the log where every block begins, forward and backward."""
-    hooks = [hook for index, block in enumerate(find_architecture(model).blocks) for hook in _hooks(index, block, log)]
+    """Mark in the log where every block begins, forward and backward."""
+
+    def hooks(index: int, block: nn.Module) -> tuple[Any, Any]:
+        def forward(*_: Any) -> None:
+            # Checkpointing repeats a block in the backward pass: that belongs to the block's backward part.
+            if not log.in_backward:
+                log.begin(f"forward {index}")
+
+        def backward(module: nn.Module, args: Any, output: Any) -> None:
+            if log.in_backward:
+                return
+            log.begin("between")
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(lambda gradient: log.begin(f"backward {index}"))
+
+        return block.register_forward_pre_hook(forward), block.register_forward_hook(backward)
+
+    installed = [hook for index, block in enumerate(find_architecture(model).blocks) for hook in hooks(index, block)]
     try:
         yield
     finally:
-        for hook in hooks:
+        for hook in installed:
             hook.remove()
 
 
-def _hooks(index: int, block: nn.Module, log: AllocationLog) -> Sequence[Any]:
-    def forward(*_: Any) -> None:
-        # Checkpoints run blocks again in the backward pass: that belongs to the block's backward part.
-        if not log.in_backward:
-            log.begin(f"forward {index}")
+class _Event(NamedTuple):
+    storage: int
+    delta: int
+    part: int
 
-    def backward(module: nn.Module, args: Any, output: Any) -> None:
-        if log.in_backward:
+
+class AllocationLog(TorchDispatchMode):
+    """Record when each storage of a fake tensor is allocated and when it is freed.
+
+    Args:
+        held: tensors that exist before and do not count: parameters and buffers.
+        weights: those of them that autocast may copy into its dtype; the copies are counted apart.
+    """
+
+    def __init__(self, *, held: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._held = {_storage_id(tensor) for tensor in held}
+        self._weights = {_storage_id(tensor) for tensor in weights}
+        self._live: dict[int, tuple[int, Any]] = {}
+        self._events: list[_Event] = []
+        self._casts: set[int] = set()
+        self._parts: list[str] = ["start"]
+        self._made = 0
+        self.in_backward = False
+
+    def begin(self, part: str) -> None:
+        """Assign the following events to `part`."""
+        self._parts.append(part)
+
+    def begin_backward(self) -> None:
+        """Start the backward pass."""
+        self.in_backward = True
+        self.begin("backward")
+
+    def hold(self, tensor: Tensor) -> None:
+        """Exclude one more tensor."""
+        self._held.add(_storage_id(tensor))
+
+    def timeline(self, gradients: Iterable[Tensor], times: Mapping[str, int]) -> Timeline:
+        """Return the log so far with the named parts repeated; `gradients` are the live gradients of the parameters.
+
+        Autocast drops its weight copies when it ends, those of all blocks at once: copies of a repeated part are scaled.
+        """
+        made_in = {event.storage: self._parts[event.part] for event in self._events if event.delta >= 0}
+        of_gradients = {self._live[_storage_id(tensor)][0] for tensor in gradients if _storage_id(tensor) in self._live}
+        parts: list[tuple[str, list[tuple[int, float]]]] = [(name, []) for name in self._parts]
+        for storage, delta, part in self._events:
+            is_cast = storage in self._casts
+            column = GRADIENTS if storage in of_gradients else WEIGHT_CASTS if is_cast else ACTIVATIONS
+            scaled: float = delta
+            if column == WEIGHT_CASTS and delta < 0:
+                scaled = delta * (times.get(made_in[storage], 1) / times.get(self._parts[part], 1))
+            parts[part][1].append((column, scaled))
+        return Timeline([(name, _columns(events)) for name, events in parts if events]).repeated(times)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _INDEXED:
+            # The number of places that a mask selects is known for a real mask, and must not be asked of a fake one.
+            places: list[Any] = []
+            for index in args[1]:
+                is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+                places += index.nonzero(as_tuple=True) if is_mask else [index]
+            args = (args[0], places, *args[2:])
+        result = func(*args, **(kwargs or {}))
+        copies_weight = func is _ATEN._to_copy.default and _storage_id(args[0]) in self._weights
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                self._record(tensor, copies_weight)
+        return result
+
+    def _record(self, tensor: Tensor, copies_weight: bool) -> None:
+        storage, key = tensor.untyped_storage(), _storage_id(tensor)
+        if key in self._held or key in self._live:
             return
-        log.begin("between")
-        states = output[0] if isinstance(output, tuple) else output
-        if states.requires_grad:
-            states.register_hook(lambda gradient: log.begin(f"backward {index}"))
+        self._made += 1
+        number, size = self._made, storage.nbytes()
+        if copies_weight:
+            self._casts.add(number)
+        self._events.append(_Event(number, size, len(self._parts) - 1))
 
-    return block.register_forward_pre_hook(forward), block.register_forward_hook(backward)
+        def freed(_: Any) -> None:
+            self._live.pop(key, None)
+            self._events.append(_Event(number, -size, len(self._parts) - 1))
+
+        self._live[key] = number, weakref.ref(storage, freed)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Changes of the allocated bytes by part, in order: (name, (events, 3)) with the columns of this module."""
+
+    parts: list[tuple[str, np.ndarray]]
+
+    def repeated(self, times: Mapping[str, int]) -> Timeline:
+        """Return the timeline of a model in which the named parts occur this many times in a row, the others once."""
+        return Timeline([(name, np.tile(deltas, (times.get(name, 1), 1))) for name, deltas in self.parts])
+
+    def peak(self, *, gradients: float = 1.0, weight_casts: float = 1.0) -> float:
+        """Return the peak bytes, with the given share of the gradients and of the weight copies counted."""
+        if not self.parts:
+            return 0.0
+        shares = np.array([1.0, gradients, weight_casts])
+        alive = np.concatenate([deltas for _, deltas in self.parts]) @ shares
+        return max(0.0, float(alive.cumsum().max()))
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _columns(events: list[tuple[int, float]]) -> np.ndarray:
+    deltas = np.zeros((len(events), 3))
+    for row, (column, delta) in enumerate(events):
+        deltas[row, column] = delta
+    return deltas

@@ -1,14 +1,16 @@
-"""Floating-point operations of a run, and how long a device takes for them.
+"""Floating-point operations of a run, and the time a device takes for them.
 
-The formula is that of docs/performance.md, with every row's own lengths, and with attention and adapters in it. d is the
-width, V the vocabulary, L the number of blocks.
+The formula is that of docs/performance.md, with each row's own lengths, attention and adapters. d is the width, V the
+vocabulary, L the number of blocks.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,32 +18,32 @@ from torch import nn
 
 from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import Example
-from pivotune.models.architecture import Architecture, find_architecture
+from pivotune.models.architecture import find_architecture
 from pivotune.objectives.base import InnerLoss
 from pivotune.objectives.cosine import english_layer
 
-# Dense bfloat16 products in TFLOP/s as the vendors state them, by part of the device's name.
+# Dense bfloat16 products in TFLOP/s from the vendors' data sheets, by part of the device's name.
 KNOWN_DEVICES = {
     "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
     "A10": 125.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "MI300X": 1307.0, "MI250X": 383.0,
 }  # fmt: skip
 # Share of that rate which a training step reaches. On a GPU an assumption (0.3 to 0.5 is usual for models of 1 B parameters
-# and more); on a CPU, where the rate is measured with the model's own shapes, what a run reached (docs/scaling.md).
-GPU_UTILIZATION = 0.4
-CPU_UTILIZATION = {torch.float32: 0.65, torch.bfloat16: 0.65}
-_RATE_ROUNDS = 5
+# and more); on a CPU, where the rate is measured with the model's own shapes, the share of measured runs (docs/scaling.md).
+GPU_UTILIZATION, CPU_UTILIZATION = 0.4, 0.65
+_RATE_ROUNDS, _RATE_TOKENS = 5, 2048
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What the products of one token cost, in operations, by where they are.
+    """Operations of one token.
 
     Attributes:
         block: forward pass of one block.
-        backward: of a block's trained part, relative to its forward pass: 2 for trained weights, 1 for frozen ones.
-        recomputed: 1 where activation checkpoints run a block's forward pass again, else 0.
+        backward: backward pass of a block relative to its forward pass: 2 for trained weights, 1 for frozen ones.
+        recomputed: 1 where activation checkpointing repeats a block's forward pass, else 0.
         head: forward pass of the head, 2dV.
-        head_trained: whether its weight gets a gradient.
+        head_trained: True where the head's weight gets a gradient.
         attention: operations for one query and one key, forward and backward, in one block.
         num_layers: L.
     """
@@ -61,14 +63,18 @@ class Costs:
 
 
 def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool) -> Costs:
-    """Costs from the shapes of a model on the meta device.
+    """Return the costs from the shapes of a model on the meta device.
 
     Args:
-        whole_squares: attention multiplies all pairs and computes its weights again in the backward pass, as
-            `eager_chunked_attention` does; otherwise half of them, as fused kernels do.
+        whole_squares: attention multiplies all pairs and recomputes its weights in the backward pass, as
+            `eager_chunked_attention` does; otherwise half of the pairs, as fused kernels do.
     """
     architecture = find_architecture(model)
-    frozen, trained = _matrices(architecture)
+    counts = {False: 0, True: 0}
+    for parameter in architecture.blocks.parameters():
+        if parameter.ndim >= 2:
+            counts[parameter.requires_grad] += parameter.numel()
+    frozen, trained = counts[False] / architecture.num_layers, counts[True] / architecture.num_layers
     config: Any = getattr(model, "config", None)
     config = config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -77,7 +83,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
     pair = 14.0 if whole_squares else 7.0
     return Costs(
         block=2.0 * (frozen + trained),
-        # Frozen matrices pass the gradient on; trained ones also take their own.
+        # Frozen matrices pass the gradient on; trained ones also get their own.
         backward=(frozen + 2.0 * trained) / (frozen + trained),
         recomputed=float(checkpointing),
         head=2.0 * head.numel(),
@@ -88,87 +94,100 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
 
 
 def row_operations(example: Example, costs: Costs, supervision: SupervisionConfig, *, separate: bool = False) -> float:
-    """Operations of one row, forward and backward.
+    """Return the operations of one row, forward and backward.
 
     Args:
-        separate: whether the English branches run their prompt again (`supervision.logits.forward: separate`).
+        separate: the English branches repeat the prompt's forward pass (`supervision.logits.forward: separate`).
     """
-    tokens, answer = len(example.main.ids), example.main.num_answer_tokens
+    main, parallel = example.main, example.parallel
+    tokens = len(main.ids)
     total = costs.num_layers * (costs.step * tokens + costs.attention * tokens**2)
-    total += costs.head * answer * (3 if costs.head_trained else 2)
-    if example.parallel is None:
+    total += costs.head * main.num_answer_tokens * (3 if costs.head_trained else 2)
+    if parallel is None:
         return total
-    query, english = example.main.answer, example.parallel
-    lengths = {"conversion": english.num_query_tokens, "thinking": english.num_answer_tokens}
+    query = main.answer
+    lengths = {
+        "conversion": (parallel.num_query_tokens, main.num_query_tokens),
+        "thinking": (parallel.num_answer_tokens, main.num_answer_tokens),
+    }
+    feature_layers = []
     for name, signal in supervision.active().items():
-        if signal.signal == "logits":
-            # The head is frozen: its gradient goes to the states alone.
-            total += 2 * costs.head * _scored(name, lengths[name], example, supervision)
-            if supervision.logits.mode == "autoregressive":
-                run = lengths[name] - 1 + (query if separate else 0)
-                pairs = run * (run + (0 if separate else 2 * query))
-                total += int(signal.layer) * (costs.step * run + costs.attention * pairs)
-    return total + _english_pass(example, costs, supervision)
+        if signal.signal == "feature":
+            feature_layers.append(english_layer(InnerLoss(name, int(signal.layer)), costs.num_layers))
+            continue
+        autoregressive = supervision.logits.mode == "autoregressive"
+        english, target = lengths[name]
+        # `positional` cuts the English tokens to the target's length. The head is frozen: only the states get a gradient.
+        total += 2 * costs.head * (english if autoregressive else min(english, target))
+        if autoregressive:
+            run = english - 1 + (query if separate else 0)
+            pairs = run * (run + (0 if separate else 2 * query))
+            total += int(signal.layer) * (costs.step * run + costs.attention * pairs)
+    if feature_layers and supervision.feature.english != "frozen":
+        # The forward pass of the English row that the feature signal compares with; frozen features are computed once.
+        tokens = len(parallel.ids)
+        joint = supervision.feature.english == "joint"
+        share = 1.0 if joint else 2 / 7
+        step = costs.step if joint else costs.block
+        total += max(feature_layers) * (step * tokens + share * costs.attention * tokens**2)
+    return total
 
 
-def _scored(name: str, length: int, example: Example, supervision: SupervisionConfig) -> int:
-    """English tokens that the head scores: `positional` cuts them to the target's length."""
-    if supervision.logits.mode == "autoregressive":
-        return length
-    main = example.main
-    return min(length, main.num_query_tokens if name == "conversion" else main.num_answer_tokens)
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device: `kind` is `cpu` or `cuda`; `memory` in bytes, `rate` in operations per second, None where unknown."""
+
+    kind: str
+    name: str
+    memory: float | None
+    rate: float | None
 
 
-def _english_pass(example: Example, costs: Costs, supervision: SupervisionConfig) -> float:
-    """The pass over the English row that the feature signal compares with; none where its vectors are kept."""
-    layers = [
-        english_layer(InnerLoss(name, int(signal.layer)), costs.num_layers)
-        for name, signal in supervision.active().items()
-        if signal.signal == "feature"
-    ]
-    if not layers or supervision.feature.english == "frozen" or example.parallel is None:
-        return 0.0
-    tokens = len(example.parallel.ids)
-    joint = supervision.feature.english == "joint"
-    share = 1.0 if joint else 2 / 7
-    return max(layers) * ((costs.step if joint else costs.block) * tokens + share * costs.attention * tokens**2)
+def find_device(*, use_cpu: bool = False) -> Device:
+    """Return the device that training would use here."""
+    if torch.cuda.is_available() and not use_cpu:
+        properties = torch.cuda.get_device_properties(0)
+        rate = known_rate(properties.name)
+        return Device(kind="cuda", name=properties.name, memory=properties.total_memory, rate=rate)
+    return Device(kind="cpu", name=f"CPU, {torch.get_num_threads()} threads", memory=_machine_memory(), rate=None)
 
 
-def _matrices(architecture: Architecture) -> tuple[float, float]:
-    """Values of a block's frozen and trained matrices, the mean over blocks."""
-    counts = {False: 0, True: 0}
-    for parameter in architecture.blocks.parameters():
-        if parameter.ndim >= 2:
-            counts[parameter.requires_grad] += parameter.numel()
-    return counts[False] / architecture.num_layers, counts[True] / architecture.num_layers
+def _machine_memory() -> float | None:
+    """Return the physical memory, or the limit of the container."""
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (ValueError, OSError, AttributeError):
+        return None
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text()))
+    return float(min(limits))
 
 
 def known_rate(device_name: str) -> float | None:
-    """Operations per second of a known accelerator, or None."""
+    """Return the operations per second of a known accelerator, or None."""
     for name, teraflops in KNOWN_DEVICES.items():
         if name.lower() in device_name.lower():
             return teraflops * 1e12
     return None
 
 
-def measured_cpu_rate(shapes: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype) -> float:
-    """Operations per second of this CPU for products of `tokens` rows with matrices of these shapes; the best of five."""
-    shapes = list(shapes)
-    best = 0.0
-    for rows, columns in shapes:
-        states, weight = torch.randn(tokens, columns, dtype=dtype), torch.randn(rows, columns, dtype=dtype)
-        torch.nn.functional.linear(states, weight)
-        seconds = min(_seconds(states, weight) for _ in range(_RATE_ROUNDS))
-        best = max(best, 2.0 * tokens * rows * columns / seconds)
-    return best
+def training_rate(device: Device, model_config: Any, *, autocast: bool, tokens: int) -> float | None:
+    """Return the operations per second that training reaches on one device; None for a GPU of unknown rate.
 
-
-def _seconds(states: torch.Tensor, weight: torch.Tensor) -> float:
-    started = time.perf_counter()
+    A CPU's rate is measured now: the best of five products of up to `tokens` rows with a matrix of the model's widths.
+    """
+    if device.kind != "cpu":
+        return None if device.rate is None else device.rate * GPU_UTILIZATION
+    text = model_config.get_text_config()
+    inner, width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.hidden_size
+    dtype = torch.bfloat16 if autocast else torch.float32
+    tokens = min(_RATE_TOKENS, tokens)
+    states, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(inner, width, dtype=dtype)
     torch.nn.functional.linear(states, weight)
-    return time.perf_counter() - started
-
-
-def seconds_needed(operations: float, rate: float, processes: int) -> float:
-    """Seconds for so many operations over `processes` devices of this rate each."""
-    return operations / (rate * processes)
+    seconds = []
+    for _ in range(_RATE_ROUNDS):
+        started = time.perf_counter()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * tokens * inner * width / min(seconds) * CPU_UTILIZATION

@@ -1,33 +1,121 @@
-"""Which rows a run trains on, how long they are, its largest micro-batch, and how many steps it takes."""
+"""Rows of a run: their lengths, the largest micro-batch, and the number of optimizer steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 
+from pivotune.config.registry import METHODS
+from pivotune.config.settings import RunConfig
+from pivotune.data.datasets import training_examples
 from pivotune.data.examples import Example, Pair, Side
-from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.errors import UsageError
+from pivotune.estimate.memory import read_model_config
+from pivotune.models.loading import load_tokenizer
+from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.batching import length_grouped_order
+from pivotune.training.preparation import build_encoder, load_run_rows, spread
 
-# More rows than these change the longest micro-batch little.
-_ROWS_ORDERED = 20_000
+# Rows that are tokenized, enough to know their lengths, and rows that are put in order: more change the longest
+# micro-batch little.
+SAMPLE_ROWS, _ROWS_ORDERED = 512, 20_000
 # Mean tokens of translated Alpaca rows (docs/performance.md): query and answer, and of the English ones.
 TYPICAL_TOKENS = {"query": 105, "answer": 165, "english_query": 70, "english_answer": 110}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """What `Trainer` does with the rows.
+class RunRows:
+    """Rows of a run, or a sample of them.
 
     Attributes:
-        rows: trained on in an epoch.
-        rows_per_step: over all micro-batches and processes.
+        examples: a sample of the training examples, or all of them.
+        rows: number of training rows; None where it is unknown.
+        assumed: True where the lengths are typical ones, not those of real rows.
+    """
+
+    examples: Sequence[Example]
+    rows: int | None
+    assumed: bool = False
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a row, both sides."""
+        return fmean(map(num_tokens, self.examples))
+
+
+def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
+    """Count the rows of a local file and tokenize a sample of them.
+
+    Args:
+        rows: number of training rows, if known; then only the sample is read.
+
+    Raises:
+        UsageError: an unusable local file.
+    """
+    args = build_arguments(config, here=False)
+    try:
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    except UsageError:  # a folder that holds nothing but a config.json
+        tokenizer = None
+    if tokenizer is None or not Path(config.data.train).is_file():
+        return RunRows(examples=_examples(assumed_pairs(args), args), rows=rows, assumed=True)
+    if rows is not None:
+        data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
+        config = config.model_copy(update={"data": data})
+    train = load_run_rows(config.data, config.method, config.seed).train
+    encoder = build_encoder(args, tokenizer, read_model_config(config))
+    pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
+    if not pairs:
+        raise UsageError(f"{config.data.train}: no row is left to train on")
+    return RunRows(examples=_examples(pairs, args), rows=rows or len(train))
+
+
+def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int) -> RunRows:
+    """Return the rows of a run from its encoded rows, or from a sample of them."""
+    return RunRows(examples=_examples(pairs, args), rows=rows)
+
+
+def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
+    return training_examples(pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=args.seed)
+
+
+def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
+    """Return rows of typical length, and one row at the token limits, for runs without data or tokenizer."""
+    longest = (args.data.max_prompt_tokens, args.data.max_completion_tokens)
+
+    def side(query: int, answer: int) -> Side:
+        query, answer = min(query, longest[0]), min(answer, longest[1])
+        return Side(ids=np.ones(query + answer, dtype=np.int32), query=(0, query), answer=query, characters=answer)
+
+    typical = Pair(
+        target=side(TYPICAL_TOKENS["query"], TYPICAL_TOKENS["answer"]),
+        english=side(TYPICAL_TOKENS["english_query"], TYPICAL_TOKENS["english_answer"]),
+    )
+    # One in a hundred reaches the limits.
+    return [Pair(target=side(*longest), english=side(*longest)), *[typical] * 99]
+
+
+def num_tokens(example: Example) -> int:
+    """Return the tokens of a row, both sides."""
+    parallel = example.parallel
+    return len(example.main.ids) + (parallel.num_query_tokens + parallel.num_answer_tokens if parallel else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Rows and optimizer steps of a run.
+
+    Attributes:
+        rows: training rows of an epoch.
+        rows_per_step: rows of a step, over all micro-batches and processes.
         steps: optimizer steps of the whole run.
-        rows_seen: over all epochs.
+        rows_seen: rows over all epochs.
     """
 
     rows: int
@@ -37,7 +125,7 @@ class Schedule:
 
 
 def training_schedule(args: DeepSupervisionConfig, rows: int, processes: int) -> Schedule:
-    """Steps and rows as `Trainer` and accelerate count them.
+    """Count steps and rows as `Trainer` and accelerate do.
 
     Every process gets as many batches as the one with the most; with `dataloader_drop_last` as the one with the fewest.
     """
@@ -58,11 +146,11 @@ def training_schedule(args: DeepSupervisionConfig, rows: int, processes: int) ->
 def largest_batch(
     examples: Sequence[Example], args: DeepSupervisionConfig, *, rows: int, processes: int
 ) -> list[Example]:
-    """The micro-batch with the most tokens of an epoch, in the order of `group_by_length` or at random.
+    """Return the micro-batch with the most tokens of an epoch, in the order of `group_by_length` or at random.
 
     Args:
         examples: all rows, or a sample of them.
-        rows: how many there are.
+        rows: number of training rows.
     """
     count = max(min(rows, _ROWS_ORDERED), len(examples))
     indices = [row % len(examples) for row in range(count)]
@@ -75,27 +163,3 @@ def largest_batch(
         order = torch.randperm(count, generator=generator).tolist()
     batches = [[examples[indices[row]] for row in order[start : start + size]] for start in range(0, count, size)]
     return max(batches, key=lambda batch: sum(map(num_tokens, batch)))
-
-
-def num_tokens(example: Example) -> int:
-    """Tokens of a row, both sides."""
-    parallel = example.parallel
-    return len(example.main.ids) + (parallel.num_query_tokens + parallel.num_answer_tokens if parallel else 0)
-
-
-def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
-    """Rows of typical length and of the longest that the limits allow, where no data or tokenizer is at hand."""
-    typical, most = TYPICAL_TOKENS, (args.data.max_prompt_tokens, args.data.max_completion_tokens)
-
-    def pair(query: int, answer: int, english_query: int, english_answer: int) -> Pair:
-        return Pair(target=_side(query, answer, most), english=_side(english_query, english_answer, most))
-
-    longest = pair(*most, *most)
-    usual = pair(typical["query"], typical["answer"], typical["english_query"], typical["english_answer"])
-    # One in a hundred reaches the limits.
-    return [longest, *[usual] * 99]
-
-
-def _side(query: int, answer: int, most: tuple[int, int]) -> Side:
-    query, answer = min(query, most[0]), min(answer, most[1])
-    return Side(ids=np.ones(query + answer, dtype=np.int32), query=(0, query), answer=query, characters=answer)

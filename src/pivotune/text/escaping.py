@@ -1,11 +1,11 @@
-"""Text from outside (rows, model folders, configurations, file names) made harmless where it is shown or written."""
+"""Escape text from outside (rows, model folders, configurations, file names) for the terminal, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 import re
 
-# Everything that moves the cursor, changes colours or turns the direction of text, but not line ends and tabs; and halves
-# of surrogate pairs, which no file and no terminal takes.
+# Characters that move the cursor, change colours or turn the direction of text, except line ends and tabs; and halves of
+# surrogate pairs, which no file and no terminal accepts.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -13,45 +13,45 @@ _LATEX = {
     "–": "--",
 }  # fmt: skip
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~$&])")
-# What spreadsheets take for the beginning of a formula.
+# First characters of a formula in spreadsheets.
 _FORMULA = ("=", "+", "-", "@", "\t")
 
 
 def printable(text: str) -> str:
-    """The text with every control and direction character made visible, one for one: data must not drive the terminal."""
-    return _CONTROL.sub(lambda match: _visible(match.group()), text.replace("\r\n", "\n"))
+    """Replace each control and direction character by a visible one, so that data cannot control the terminal."""
+
+    def visible(match: re.Match[str]) -> str:
+        # Unicode has pictures of the ASCII controls (U+2400 and on).
+        code = ord(match.group())
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+    return _CONTROL.sub(visible, text.replace("\r\n", "\n"))
 
 
 def printable_json(document: str) -> str:
-    """A JSON document in which such characters are written as JSON's own escapes; its meaning stays the same."""
-    # Outside of strings JSON has line ends and blanks only, and these are not touched.
+    """Replace such characters in a JSON document by JSON escapes, which mean the same."""
+    # Outside of strings JSON has line ends and blanks only, which are left alone.
     return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", document)
 
 
 def one_line(text: str) -> str:
-    """White space of any kind as one blank, control characters visible."""
+    """Squeeze white space of any kind into single blanks and make control characters visible."""
     return printable(" ".join(text.split()))
 
 
 def markdown(text: str) -> str:
-    """Text of a paragraph or a table's cell."""
+    """Escape the text of a paragraph or of a table's cell."""
     return _MARKDOWN.sub(r"\\\1", one_line(text))
 
 
 def latex(text: str) -> str:
-    """Text outside of mathematics."""
+    """Escape text outside of mathematics."""
     return "".join(_LATEX.get(character, character) for character in one_line(text))
 
 
 def csv_text(value: object) -> object:
-    """A cell: text that a spreadsheet would compute gets an apostrophe in front; numbers stay numbers."""
+    """Prefix text that a spreadsheet would compute with an apostrophe; numbers stay numbers."""
     if not isinstance(value, str):
         return value
     text = printable(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-def _visible(character: str) -> str:
-    """Unicode has pictures of the ASCII controls (U+2400 and on)."""
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"

@@ -1,7 +1,7 @@
-"""Secrets taken out of whatever is written or shown: access tokens, passwords, keys.
+"""Remove secrets from all output: access tokens, passwords, keys.
 
-A secret is known by the name it stands under (`hub_token`, `password`, `api_key`...), by its form (a Hugging Face token,
-the credentials of a URL...), or because an environment variable with such a name (`HF_TOKEN`) holds it.
+A secret is recognized by its key (`hub_token`, `password`, `api_key`...), by its form (a Hugging Face token, the
+credentials of a URL...), or as the value of an environment variable with such a name (`HF_TOKEN`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _TEXT_TOKEN = re.compile(
     r"(?:.*[_.-])?(?:pad|eos|bos|unk|cls|sep|mask|eot|eom|boi|eoi|image|audio|video|special|end|begin|start|stop)_token",
     re.IGNORECASE,
 )
-# Keys of people and services are long and have no other meaning; GitHub, GitLab, OpenAI, AWS and Google publish these.
+# Forms that GitHub, GitLab, OpenAI, AWS, Google and Slack publish; keys are long and have no other meaning.
 _FORMS = re.compile(
     r"(?<![A-Za-z0-9])()(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
     r"|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{35}|AKIA[A-Z0-9]{16}|xox[abpr]-[A-Za-z0-9-]{20,})"
 )
-# Also with one slash: a path would have lost the other. To the last `@`: a password may hold one.
+# Also with one slash, because a path loses the other. Up to the last `@`, because a password may contain one.
 _URL_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^\s/\"']+(?=@)")
 _BEARER = re.compile(r"(?i)(?<=bearer )()[A-Za-z0-9._~+/=-]{8,}")
-# `basic` alone is a word of any text.
+# Only after `authorization`: `basic` alone is an ordinary word.
 _HEADER = re.compile(r"(?i)(authorization[\"']?\s*[=:]\s*[\"']?(?:basic|token)\s+)[^\s\"',;}]+")
 # `hub_token=x`, `hub_token: "x"`, `'hub_token': 'x'`, `?token=x`.
 _NAMED = re.compile(
     rf"(?<![A-Za-z0-9_.-])(?P<name>[A-Za-z0-9_.-]*?{_NAME})(?P<mark>[\"']?\s*[=:]\s*)"
-    # Within quotes a quote may stand behind a backslash, or twice; quotes may also be left open.
+    # Within quotes a quote is escaped by a backslash or doubled; quotes may also be left open.
     r"(?P<value>\"(?:[^\"\\]|\\.|\"\")*\"|'(?:[^'\\]|\\.|'')*'|[\"']?[^\s,;&}\])\"']+)",
     re.IGNORECASE,
 )
@@ -41,17 +41,19 @@ _OPTION = re.compile(
     rf"(?<![\w-])--(?P<name>(?:[a-z0-9]+[_.-])*{_NAME})(?P<mark>\s+)(?P<value>(?!(?-i:[a-z]+)(?![^\s,;]))[^\s,;]{{8,}})",
     re.IGNORECASE,
 )
-_SHORTEST = 8  # characters of an environment variable that are taken for a secret
+_SHORTEST = 8  # characters of a secret in an environment variable
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what stands under this key is a secret: `hub_token`, but not `pad_token` or `max_prompt_tokens`."""
+    """Return True for the key of a secret: `hub_token`, but not `pad_token` or `max_prompt_tokens`."""
     return _SECRET_NAME.fullmatch(name) is not None and _TEXT_TOKEN.fullmatch(name) is None
 
 
 def redact(text: str) -> str:
-    """The text without anything that looks like a secret."""
-    for value in _secrets_of_environment():
+    """Replace everything in a text that looks like a secret."""
+    values = (value.strip() for name, value in os.environ.items() if is_secret_name(name))
+    # The longest first, because one may be a part of another.
+    for value in sorted({value for value in values if len(value) >= _SHORTEST}, key=len, reverse=True):
         text = text.replace(value, REDACTED)
     for pattern in (_FORMS, _URL_CREDENTIALS, _BEARER, _HEADER):
         text = pattern.sub(rf"\g<1>{REDACTED}", text)
@@ -59,19 +61,24 @@ def redact(text: str) -> str:
 
 
 def redact_settings(value: Any) -> Any:
-    """Plain settings to be written: secrets under their own key are left out, those within texts are replaced.
+    """Drop secrets under their own key from plain settings, and replace those within texts.
 
-    A key that is left out is read back as not set, so that no placeholder is ever taken for a token.
+    A dropped key is read back as not set, so that no placeholder is ever used as a token.
     """
     if isinstance(value, Mapping):
-        return {key: redact_settings(item) for key, item in value.items() if not _is_set_secret(key, item)}
+        return {
+            key: redact_settings(item)
+            for key, item in value.items()
+            # A flag or an empty value under such a key is no secret.
+            if item is None or isinstance(item, bool) or not (isinstance(key, str) and is_secret_name(key))
+        }
     if isinstance(value, (list, tuple)):
         return [redact_settings(item) for item in value]
     return redact(value) if isinstance(value, str) else value
 
 
 def redact_command(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with the value behind `--token` taken out as well as that of `token=`."""
+    """Redact the words of a command line: the value behind `--token` as well as that of `token=`."""
     shown, hide_next = [], False
     for word in words:
         shown.append(REDACTED if hide_next else redact(word))
@@ -79,20 +86,8 @@ def redact_command(words: Sequence[str]) -> list[str]:
     return shown
 
 
-def _is_set_secret(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and is_secret_name(key) and value is not None and not isinstance(value, bool)
-
-
 def _without_value(match: re.Match[str]) -> str:
-    """What stands under a name, which may be an option's; in a text `mytoken` is one too."""
+    """Replace the value behind a name, which may be an option's; in a text `mytoken` is one too."""
     if _TEXT_TOKEN.fullmatch(match["name"].replace("-", "_")) or match["value"] == REDACTED:
         return match.group()
     return match.group().removesuffix(match["value"]) + REDACTED
-
-
-def _secrets_of_environment() -> list[str]:
-    """The longest first: one may be a part of another."""
-    values = {
-        value.strip() for name, value in os.environ.items() if is_secret_name(name) and len(value.strip()) >= _SHORTEST
-    }
-    return sorted(values, key=len, reverse=True)

@@ -33,8 +33,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
-from pivotune.data.check.language import Detector
-from pivotune.data.check.text import Text
+from pivotune.data.check.language import Detector, Text
 from pivotune.errors import UsageError
 from pivotune.results.metrics import Metric
 from pivotune.text.languages import find_language

@@ -58,7 +58,7 @@ def on_main(function: Callable[[], _Result]) -> _Result:
     result, problem = outcome
     if problem is not None:
         is_mistake, text = problem
-        raise UsageError(text, told=True) if is_mistake else OtherRankError(f"the main process has failed: {text}")
+        raise UsageError(text, reported=True) if is_mistake else OtherRankError(f"the main process has failed: {text}")
     return cast(_Result, result)
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from tiny_training import run_config
 
-from pivotune.estimate.memory_changes import memory_changes
-from pivotune.estimate.out_of_memory import MemoryExhaustedError, explained_out_of_memory
+from pivotune.estimate.memory_changes import MemoryExhaustedError, explained_out_of_memory, memory_changes
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
 from pivotune.training.arguments import build_arguments

@@ -1,0 +1,145 @@
+"""Output of training on the terminal: the run before it starts, a progress bar with the loss terms, and the result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pivotune.cli.common import print_lines, printable, progress_bar, safe, stderr
+from pivotune.cli.estimate import gibibytes, training_line
+from pivotune.config.registry import METHODS
+from pivotune.data.examples import preview
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pivotune.data.examples import Side
+    from pivotune.runs.execute import RunResult
+    from pivotune.runs.prepare import PreparedRun
+
+_SHOWN = ("loss", "tft_loss", "conversion_loss", "thinking_loss")
+_ROLE_STYLES = {"template": "dim", "query": "cyan", "answer": "green"}
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar over optimizer steps on the main process; as a context manager it also stops when training raises."""
+
+    def __init__(self, title: str = "Training") -> None:
+        self._title = title
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._bar = progress_bar()
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = {name: logs[name] for name in _SHOWN if logs and name in logs}
+        if not (self._bar and shown):
+            return
+        note = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in shown.items())
+        self._bar.update(self._task, note=note)
+        if not stderr.is_terminal:
+            # A log file shows no moving bar, so each logged step is a line.
+            stderr.print(f"{self._title}: step {state.global_step} of {state.max_steps}  {note}", soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe_run(out: Console, prepared: PreparedRun) -> None:
+    """Print model, method and rows, and one decoded example with its mask, because wrong masks fail silently."""
+    config, report = prepared.config, prepared.report
+    method, name = METHODS[config.method], config.method
+    if method.inner_losses:
+        terms = []
+        for term in ("conversion", "thinking"):
+            signal = getattr(config.supervision, term)
+            if signal.signal != "none":
+                terms.append(f"{term} {signal.signal} at layer {signal.layer}, weight {signal.weight:g}")
+        name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
+    out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
+    out.print(f"[bold]method[/]   {name}", soft_wrap=True)
+    out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
+    replayed = round(config.data.english_ratio * len(prepared.train))
+    if method.replay and replayed:
+        out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
+    if report.cut:
+        cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
+        out.print(f"         cut at the token limits: {safe(cut)}")
+    for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
+        for reason, count in skipped.items():
+            out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
+    print_example(out, prepared.tokenizer, getattr(prepared.train[0], method.main_language))
+
+
+def print_example(out: Console, tokenizer: Any, side: Side) -> None:
+    """Print one example decoded from its tokens, coloured by role."""
+    out.print("[bold]example[/]  (only the [green]answer[/] is trained on; [cyan]query[/]; [dim]template[/])")
+    segments = ((printable(segment.text), _ROLE_STYLES[segment.role]) for segment in preview(tokenizer, side))
+    out.print(Text.assemble(*segments), soft_wrap=True)
+
+
+def describe_training(out: Console, prepared: PreparedRun) -> None:
+    """Print trained parameters, steps and the estimated peak memory; nothing where the estimate fails."""
+    if out.quiet:
+        return
+    from pivotune.estimate.estimate import startup_estimate
+
+    found = startup_estimate(prepared.config, prepared.args, prepared.train)
+    if found is None:
+        return
+    line = training_line(prepared.config, prepared.args, found)
+    if found.peak is not None:
+        has = "" if found.device.memory is None else f" (has {gibibytes(found.device.memory)})"
+        line += f"; estimated peak {gibibytes(found.peak)} a device{has}"
+    out.print(f"[bold]training[/] {line}", soft_wrap=True)
+    if found.too_much:
+        warning = "the device's memory will probably not suffice; `pivotune estimate` lists changes that fit"
+        out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
+
+
+def describe_result(out: Console, result: RunResult) -> None:
+    """Print the chosen layers, the held-out NLL before and after training, and the model's folder."""
+    if chosen := result.layers:
+        layers = f"conversion {chosen['conversion']}, thinking {chosen['thinking']}: {safe(chosen['reason'])}"
+        out.print(f"[bold]layers[/]   {layers}", soft_wrap=True)
+    if result.results["tasks"]:
+        table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
+        for name, task in result.results["tasks"].items():
+            base = task["base"]
+            numbers = (base["value"], task["value"], base["nll_per_character"], task["nll_per_character"])
+            table.add_row(safe(name.removeprefix("heldout_")), str(task["n"]), *(f"{number:.3f}" for number in numbers))
+        out.print(table)
+    print_lines(out, f"saved    {result.folder / 'model'}   (chat with it: pivotune chat {result.folder})")
