@@ -75,10 +75,11 @@ def trace_step() -> dict[str, set[str]]:
     )
     ids = torch.arange(3, 15, dtype=torch.int32).numpy()
     pairs = [Pair(Side(ids, (1, 4), 6, 9), Side(ids[:10], (1, 4), 5, 9), row) for row in range(1, 17)]
+    layers = {"conversion": {"layer": 1}, "thinking": {"layer": 3}}
     with tempfile.TemporaryDirectory() as folder:
         args = DeepSupervisionConfig(
             folder, max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", save_strategy="no",
-            disable_tqdm=True, supervision=SupervisionConfig.model_validate({"conversion": {"layer": 1}, "thinking": {"layer": 3}}),
+            disable_tqdm=True, supervision=SupervisionConfig.model_validate(layers),
         )  # fmt: skip
         tokenizer: Any = Tokenizer()
         trainer = DeepSupervisionTrainer(
