@@ -87,7 +87,7 @@ def test_a_templates_text_before_the_answer_is_in_the_prompt(name):
     side = Encoder(tokenizer, loaded).encode([Row("một con mèo", "hai con chó", "", "")])[0].target
     context = prompter.context("một con mèo", 8).text
     assert context.endswith(fixed)
-    assert prompter.delimiter("|") == space
+    assert prompter.lead == (fixed, space)
     ids = functools.reduce(operator.iadd, prompter.encode_pair(context, f"{space}hai con chó"), [])
     assert ids == side.ids[: len(ids)].tolist()
 

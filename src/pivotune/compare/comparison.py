@@ -29,10 +29,8 @@ from pivotune.results.metrics import Metric, MetricResult, item_vectors, statist
 
 ENGLISH = "en"
 PRIMARY, ALL = "primary", "all"
-# Figures and items that disagree by more than rounding were not written together.
-_TOLERANCE = 1e-6
-# A difference in one of these explains different prompts.
-_EXPLAINS_PROMPTS = frozenset(("split", "origin", "limit", "seed", "template"))
+_TOLERANCE = 1e-6  # figures and items that disagree by more than rounding were not written together
+_EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template"}  # a difference in one explains different prompts
 _LONGEST_CONDITION = 60
 _MOST_NAMES = 4  # in a warning
 
@@ -80,8 +78,7 @@ class Comparison:
     Attributes:
         table: one list per group, with None for tasks that the group lacks.
         baseline: index of the group that differences are to.
-        warnings: reasons why figures are less comparable than they look, one line each.
-        notes: explanations of the table, one line each.
+        warnings, notes: reasons why figures are less comparable than they look, and explanations; one line each.
     """
 
     groups: Sequence[SeedGroup]
@@ -231,16 +228,16 @@ def _add_differences(
     for group, ours in zip(groups, measured, strict=True):
         if ours is None or ours is theirs:
             continue
+        line = None
         try:
-            found = _difference(column, ours, theirs, resamples, seed)
+            found = ours.difference = _difference(column, ours, theirs, resamples, seed)
+            if found.n < max(ours.n, theirs.n):
+                counts = f"{found.n} items of {ours.n} and {theirs.n}: the difference is over these"
+                line = f"{group.label} and {name} share {counts}"
         except UsageError as error:
             line = f"no difference in {column.metric.name} between {group.label} and {name}: {error}"
+        if line:
             warnings[line].append(column.task)
-            continue
-        ours.difference = found
-        if found.n < max(ours.n, theirs.n):
-            counts = f"{found.n} items of {ours.n} and {theirs.n}: the difference is over these"
-            warnings[f"{group.label} and {name} share {counts}"].append(column.task)
 
 
 def _difference(column: Column, ours: Measurement, theirs: Measurement, resamples: int, seed: int) -> Difference:
@@ -253,7 +250,7 @@ def _difference(column: Column, ours: Measurement, theirs: Measurement, resample
         per = metric.fields[1]
         everyone = [*samples[0], *samples[1]]
         for item in shared_items(everyone):
-            counts = {count for sample in everyone if (count := sample.items[item].get(per)) is not None}
+            counts = {sample.items[item].get(per) for sample in everyone} - {None}
             if len(counts) > 1:
                 found = " and ".join(map(str, sorted(counts)))
                 raise UsageError(f"item {item} has {found} {per}: other rows or another tokenizer")
@@ -321,11 +318,11 @@ def _notes(
     columns: Sequence[Column], measurements: Sequence[Measurement], baseline: str, resamples: int, seed: int
 ) -> list[str]:
     several = {len(measurement.by_run) > 1 for measurement in measurements}
+    meaning = "the standard error over items"
+    if True in several:
+        meaning += ", the standard deviation over seeds where there are several"
     if several == {True}:
         meaning = "the standard deviation over seeds; values are means over them"
-    else:
-        meaning = "the standard error over items"
-        meaning += ", the standard deviation over seeds where there are several" if True in several else ""
     notes = [f"± is {meaning}. Bold: best of the column."]
     differences = [measurement.difference for measurement in measurements if measurement.difference]
     if differences:

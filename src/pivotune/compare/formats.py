@@ -23,30 +23,27 @@ from pivotune.text.escaping import csv_text, latex, markdown, one_line
 from pivotune.text.files import finite
 
 FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
-MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.UNDECIDED: "≈", None: ""}
-LEGEND = "▲ better, ▼ worse, ≈ not told apart."
-MISSING = "–"
-ARROWS = {True: "↑", False: "↓", None: ""}
+# Mark, mark in LaTeX and colour of a verdict.
+_MARKS = {
+    Verdict.BETTER: ("▲", "^{+}", "green"), Verdict.WORSE: ("▼", "^{-}", "red"), Verdict.UNDECIDED: ("≈", "", "dim"),
+    None: ("", "", "dim"),
+}  # fmt: skip
+_LEGEND = "▲ better, ▼ worse, ≈ not told apart."
+_LATEX_LEGEND = "$^{+}$ better, $^{-}$ worse; no mark: not told apart."
+_MISSING = "–"
+_ARROWS = {True: ("↑", r" $\uparrow$"), False: ("↓", r" $\downarrow$"), None: ("", "")}
 _CSV_FIELDS = (
     "row", "kind", "method", "seeds", "path", "task", "benchmark", "language", "metric", "higher_is_better", "value",
     "stderr", "seed_sd", "n", "best", "baseline", "difference", "low", "high", "p", "adjusted_p", "n_shared",
     "seed_test", "seed_t", "seed_degrees", "seed_p", "verdict",
 )  # fmt: skip
 
-_LATEX_MARKS = {Verdict.BETTER: "^{+}", Verdict.WORSE: "^{-}", Verdict.UNDECIDED: "", None: ""}
-_LATEX_LEGEND = "$^{+}$ better, $^{-}$ worse; no mark: not told apart."
-_LATEX_ARROWS = {True: r" $\uparrow$", False: r" $\downarrow$", None: ""}
-_STYLES = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.UNDECIDED: "dim", None: "dim"}
 _NAME_WIDTH = 30  # longer names continue in the lines that the differences need anyway
 _GAP = 3  # characters between two columns of a terminal
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """Return the content of a file.
-
-    Args:
-        form: one of the values of `FORMATS`.
-    """
+    """Return the content of a file; `form` is one of the values of `FORMATS`."""
     if form == "json":
         return json.dumps(to_dict(comparison), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     return {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}[form](comparison)
@@ -55,20 +52,22 @@ def render(comparison: Comparison, form: str) -> str:
 # ---- parts of all formats ----
 
 
-def value_text(measurement: Measurement | None, column: Column) -> str:
+def _value_text(measurement: Measurement | None, column: Column) -> str:
     """Return `29.65 ± 1.20`, or a dash where there is no value."""
     if measurement is None or measurement.value is None:
-        return MISSING
+        return _MISSING
     value = _number(measurement.value, column.digits)
     return value if measurement.spread is None else f"{value} ± {measurement.spread:.{column.digits}f}"
 
 
-def difference_text(found: Difference, column: Column) -> str:
-    """Return `+2.31 [0.21, 4.40]`, without the interval where there is none."""
-    value = _number(found.value, column.digits, "+")
-    if not math.isfinite(found.low):
-        return value
-    return f"{value} [{_number(found.low, column.digits)}, {_number(found.high, column.digits)}]"
+def _difference_texts(found: Difference | None, column: Column) -> tuple[str, str]:
+    """Return `+2.31 [0.21, 4.40]`, without the interval where there is none, and the p-value of the test over seeds."""
+    if found is None:
+        return "", ""
+    text, test = _number(found.value, column.digits, "+"), found.seed_test
+    if math.isfinite(found.low):
+        text += f" [{_number(found.low, column.digits)}, {_number(found.high, column.digits)}]"
+    return text, "" if test is None else "seeds p < 0.001" if test.p < 0.001 else f"seeds p {test.p:.3f}"
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -77,12 +76,12 @@ def _number(value: float, digits: int, sign: str = "") -> str:
     return f"{0:{sign}.{digits}f}" if float(text) == 0 else text
 
 
-def seed_text(found: Difference) -> str:
-    """Return the p-value of the t-test over seeds; empty where there is none."""
-    if found.seed_test is None:
-        return ""
-    p = found.seed_test.p
-    return "seeds p < 0.001" if p < 0.001 else f"seeds p {p:.3f}"
+def _below_value(measurement: Measurement | None, column: Column) -> list[str]:
+    """Return the lines below a value: the difference with its mark, and the test over seeds."""
+    if measurement is None or (found := measurement.difference) is None:
+        return []
+    text, test = _difference_texts(found, column)
+    return list(filter(None, [f"{text} {_MARKS[found.verdict][0]}".rstrip(), test]))
 
 
 def group_facts(comparison: Comparison, index: int) -> str:
@@ -100,7 +99,7 @@ def group_title(comparison: Comparison, index: int) -> str:
 
 def metric_title(column: Column) -> str:
     """Return `f1 ↑`."""
-    return f"{column.metric.name} {ARROWS[column.metric.higher_is_better]}".strip()
+    return f"{column.metric.name} {_ARROWS[column.metric.higher_is_better][0]}".strip()
 
 
 def column_count(comparison: Comparison, index: int) -> str:
@@ -113,7 +112,7 @@ def column_count(comparison: Comparison, index: int) -> str:
 def notes(comparison: Comparison) -> list[str]:
     """Return the comparison's notes, with the legend of the marks where there are any."""
     found = [measurement.difference for line in comparison.table for measurement in line if measurement is not None]
-    legend = [LEGEND] if any(difference and difference.verdict for difference in found) else []
+    legend = [_LEGEND] if any(difference and difference.verdict for difference in found) else []
     return [*comparison.notes[:1], *legend, *comparison.notes[1:]]
 
 
@@ -128,12 +127,8 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
         "seed": comparison.seed,
         "confidence": CONFIDENCE / 100,
         "rows": [
-            {
-                "label": group.label,
-                "method": group.method,
-                "seeds": group.seeds,
-                "paths": [str(run.results.path) for run in group.runs],
-            }
+            {"label": group.label, "method": group.method, "seeds": group.seeds}
+            | {"paths": [str(run.results.path) for run in group.runs]}
             for group in comparison.groups
         ],
         "cells": [
@@ -194,14 +189,8 @@ def _cell_dict(column: Column, measurement: Measurement) -> dict[str, Any]:
         "n": measurement.n,
         "best": measurement.best,
         "runs": [
-            {
-                "path": str(run.results.path),
-                "seed": run.seed,
-                "value": figure.value,
-                "stderr": figure.stderr,
-                "n": figure.n,
-            }
-            for run, figure in measurement.by_run
+            {"path": str(run.results.path), "seed": run.seed, "value": own.value, "stderr": own.stderr, "n": own.n}
+            for run, own in measurement.by_run
         ],
         "difference": found and {**finite(asdict(found)), "covers": "items and seeds" if found.num_seeds else "items"},
     }
@@ -221,11 +210,9 @@ def to_markdown(comparison: Comparison) -> str:
     for index, measurements in enumerate(comparison.table):
         cells = [markdown(group_title(comparison, index))]
         for measurement, column in zip(measurements, comparison.columns, strict=True):
-            text = value_text(measurement, column)
-            parts = [f"**{text}**" if measurement and measurement.best else text]
-            if measurement and (found := measurement.difference):
-                parts += [f"{difference_text(found, column)} {MARKS[found.verdict]}".rstrip(), seed_text(found)]
-            cells.append("<br>".join(filter(None, parts)))
+            text = _value_text(measurement, column)
+            first = f"**{text}**" if measurement and measurement.best else text
+            cells.append("<br>".join([first, *_below_value(measurement, column)]))
         lines.append(f"| {' | '.join(cells)} |")
     below = [*(f"**Warning:** {markdown(line)}" for line in comparison.warnings), *map(markdown, notes(comparison))]
     return "\n".join(lines) + "\n\n" + "\n\n".join(below) + "\n"
@@ -235,7 +222,7 @@ def to_latex(comparison: Comparison) -> str:
     """Return a `table` for the package booktabs, with each method's differences below its values."""
     columns = comparison.columns
     heads = [
-        f"{latex(column.benchmark)} ({latex(column.metric.name)}{_LATEX_ARROWS[column.metric.higher_is_better]})"
+        f"{latex(column.benchmark)} ({latex(column.metric.name)}{_ARROWS[column.metric.higher_is_better][1]})"
         for column in columns
     ]
     groups = [(head, len(list(same))) for head, same in groupby(heads)]
@@ -260,14 +247,13 @@ def _latex_lines(comparison: Comparison, index: int) -> list[str]:
     """Return one method's values, then its differences and its tests over seeds where there are any."""
     values, differences, tests = [latex(group_title(comparison, index))], [""], [""]
     for measurement, column in zip(comparison.table[index], comparison.columns, strict=True):
-        text = latex(value_text(measurement, column))
+        text = latex(_value_text(measurement, column))
         values.append(rf"\textbf{{{text}}}" if measurement and measurement.best else text)
-        below = ["", ""]
-        if measurement and (found := measurement.difference):
-            # In mathematics a hyphen is a minus, and a space needs a tilde.
-            interval = difference_text(found, column).replace(" ", "~")
-            below = [f"${interval}{_LATEX_MARKS[found.verdict]}$", latex(seed_text(found))]
-        for line, small in zip((differences, tests), below, strict=True):
+        found = measurement and measurement.difference
+        interval, test = _difference_texts(found, column)
+        # In mathematics a hyphen is a minus, and a space needs a tilde.
+        interval = f"${interval.replace(' ', '~')}{_MARKS[found.verdict][1]}$" if found else ""
+        for line, small in ((differences, interval), (tests, latex(test))):
             line.append(rf"{{\footnotesize {small}}}" if small else "")
     return [" & ".join(line) + r" \\" for line in (values, differences, tests) if any(line)]
 
@@ -278,11 +264,9 @@ def _latex_lines(comparison: Comparison, index: int) -> list[str]:
 def render_terminal(
     comparison: Comparison, width: int, printable: Callable[[str], str] = str
 ) -> Iterator[RenderableType]:
-    """Yield tables, warnings and notes to print: one table per benchmark and metric, split where it is too wide.
+    """Yield tables, warnings and notes to print: one table per benchmark and metric, split beyond `width` characters.
 
-    Args:
-        width: of the terminal, in characters.
-        printable: makes names from files harmless.
+    `printable` makes names from files harmless.
     """
     columns = comparison.columns
     titles, heads = [], []
@@ -315,12 +299,9 @@ def render_terminal(
 
 
 def _terminal_cell(measurement: Measurement | None, column: Column) -> Text:
-    """Return the value, and below it the difference and the test over seeds."""
-    text = Text(value_text(measurement, column), style="bold" if measurement and measurement.best else "")
-    if measurement is None or (found := measurement.difference) is None:
-        return text
-    lines = [f"{difference_text(found, column)} {MARKS[found.verdict]}".rstrip(), seed_text(found)]
-    return Text.assemble(text, *(("\n" + line, _STYLES[found.verdict]) for line in filter(None, lines)))
+    text = Text(_value_text(measurement, column), style="bold" if measurement and measurement.best else "")
+    style = _MARKS[measurement.difference.verdict][2] if measurement and measurement.difference else ""
+    return Text.assemble(text, *(("\n" + line, style) for line in _below_value(measurement, column)))
 
 
 def _text_width(text: Text) -> int:

@@ -23,11 +23,7 @@ _LONGEST_VALUE = 40
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One model's results, with the configuration it was trained with.
-
-    Attributes:
-        config: content of the run's `config.yaml`, keys joined by points; None for a model that was not trained here.
-    """
+    """One model's results, with the flattened `config.yaml` of its training; None for a model not trained here."""
 
     name: str
     results: RunResults
@@ -73,13 +69,10 @@ def load_groups(paths: Sequence[Path], warnings: list[str]) -> list[SeedGroup]:
     Raises:
         UsageError: a path that is none of these, or a results file that cannot be read.
     """
-    runs: dict[Path, Run] = {}
-    for path in paths:
-        for target in _find_runs(path, warnings):
-            file = results_paths(target)[0].resolve()
-            if file not in runs:
-                runs[file] = _load_run(target, warnings)
-    members = _group_by_configuration(runs.values(), warnings)
+    targets: dict[Path, Path] = {}
+    for target in (target for path in paths for target in _find_runs(path, warnings)):
+        targets.setdefault(results_paths(target)[0].resolve(), target)
+    members = _group_by_configuration([_load_run(target, warnings) for target in targets.values()], warnings)
     groups = []
     for own in members:
         rivals = [other[0] for other in members if len(other) > 1 and other[0].method == own[0].method]
@@ -88,11 +81,7 @@ def load_groups(paths: Sequence[Path], warnings: list[str]) -> list[SeedGroup]:
 
 
 def find_group(groups: Sequence[SeedGroup], wanted: str) -> int | None:
-    """Return the index of the group with this label, or with the run or runs at this path; None if there is none.
-
-    Raises:
-        UsageError: the path is a folder whose runs are in several groups.
-    """
+    """Return the index of the group with this label, or with the run or runs at this path; None if there is none."""
     labels = [group.label for group in groups]
     if wanted in labels:
         return labels.index(wanted)
@@ -121,11 +110,9 @@ def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
 
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
-    if path.is_file():
-        if path.suffix != ".json":
-            raise UsageError(f"{path}: expected a run folder or its {RESULTS}, found a {path.suffix or 'plain'} file")
-        return [path]
-    if _is_run(path):
+    if path.is_file() and path.suffix != ".json":
+        raise UsageError(f"{path}: expected a run folder or its {RESULTS}, found a {path.suffix or 'plain'} file")
+    if path.is_file() or _is_run(path):
         return [path]
     found = []
     for child in sorted(filter(Path.is_dir, path.iterdir()), key=natural_order):

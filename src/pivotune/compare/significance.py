@@ -28,8 +28,6 @@ _PRINTED_ZERO = 5e-4
 
 
 class Verdict(StrEnum):
-    """The conclusion from an interval: it lies on one side of zero, or holds zero."""
-
     BETTER = "better"
     WORSE = "worse"
     UNDECIDED = "not told apart"
@@ -37,12 +35,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run's items of one task.
-
-    Attributes:
-        items: item id -> its numbers.
-        seed: seed of the training run; None for a model that was not trained here, which has no spread over seeds.
-    """
+    """One run's numbers by item id; `seed` is None for a model that was not trained here."""
 
     items: Mapping[str, Mapping[str, Any]]
     seed: int | None = None
@@ -128,12 +121,15 @@ def difference(
         # Twice the smaller tail beyond zero, counting the observed difference itself among the resamples.
         beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
         p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
-    verdict = _verdict(metric, low, high, found.n)
+    verdict = None if metric.higher_is_better is None else Verdict.UNDECIDED
+    # A bound that is printed as zero counts as zero (smoothing leaves BLEU of nonsense at 0.0002).
+    if verdict and found.n >= FEWEST_ITEMS and (low > _PRINTED_ZERO or high < -_PRINTED_ZERO):
+        verdict = Verdict.BETTER if (low > 0) == metric.higher_is_better else Verdict.WORSE
     return Difference(found.value, low, high, p, found.n, found.num_seeds, seed_test, verdict)
 
 
 def shared_items(samples: Sequence[Sample]) -> list[str]:
-    """Return the ids that all samples have, sorted, so that no result depends on the order of a file."""
+    """Return the ids that all samples have, sorted."""
     return sorted(set.intersection(*(set(sample.items) for sample in samples)))
 
 
@@ -142,12 +138,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Rejecting those below 0.05 makes any error at all in at most 5 % of cases.
     """
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    order, count = np.argsort(p_values, kind="stable"), len(p_values)
+    adjusted = np.ones(count)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(count, 0, -1) * np.asarray(p_values)[order]))
+    return adjusted.tolist()
 
 
 def _paired(metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> _Resampled:
@@ -178,11 +172,8 @@ def _unpaired(
     draws = bootstrap(metric, vectors, resamples, seed)
     value = float(_minus(values[:ours].mean(), values[ours:].mean()))
     drawn = _minus(draws[:ours].mean(axis=0), draws[ours:].mean(axis=0))
-    trained = [
-        group
-        for samples, group in ((run, values[:ours]), (baseline, values[ours:]))
-        if all(sample.seed is not None for sample in samples)
-    ]
+    sides = ((run, values[:ours]), (baseline, values[ours:]))
+    trained = [group for samples, group in sides if all(sample.seed is not None for sample in samples)]
     degrees = sum(len(group) - 1 for group in trained)
     if degrees == 0:
         return _Resampled(value, drawn, len(ids))
@@ -210,13 +201,3 @@ def _minus(ours: NDArray[Any], theirs: NDArray[Any]) -> Any:
     """Return the difference, with rounding errors set to zero, so that equal runs do not differ."""
     result = np.asarray(ours - theirs)
     return np.where(np.abs(result) <= _ROUNDING * np.maximum(np.abs(ours), np.abs(theirs)), 0.0, result)
-
-
-def _verdict(metric: Metric, low: float, high: float, n: int) -> Verdict | None:
-    """Return better or worse only if the whole interval lies on one side of zero."""
-    if metric.higher_is_better is None:
-        return None
-    # A bound that is printed as zero counts as zero (smoothing leaves BLEU of nonsense at 0.0002).
-    if n < FEWEST_ITEMS or not (low > _PRINTED_ZERO or high < -_PRINTED_ZERO):
-        return Verdict.UNDECIDED
-    return Verdict.BETTER if (low > 0) == metric.higher_is_better else Verdict.WORSE

@@ -1,8 +1,4 @@
-"""Requests to a model, its answers, and their cache on disk: an interrupted evaluation continues without recomputation.
-
-The cache is one JSON Lines file per model and precision. A batch's lines are written when the batch is done; a line cut
-short by a kill is skipped on reading.
-"""
+"""Requests to a model, its answers, and their cache on disk: an interrupted evaluation continues without recomputation."""
 
 from __future__ import annotations
 
@@ -70,11 +66,9 @@ Answer = LogProbability | str
 
 
 class AnswerCache:
-    """Answers of one model by request.
+    """Answers of one model by request, in one JSON Lines file per `identity` (weights, precision, versions).
 
-    Args:
-        folder: for the files; None keeps answers in memory only.
-        identity: everything except the request that an answer depends on (weights, precision, versions).
+    Without a folder answers are in memory only. A batch's lines are written together; reading skips a line cut short.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:

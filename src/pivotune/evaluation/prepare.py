@@ -31,17 +31,12 @@ class EvaluationSettings:
         split: split of all sets; None for the usual one of each set.
         limit: items of each task; None for all.
         seed: draws the `limit` items at random; None takes the first ones, as lm-evaluation-harness does.
-        batch_size: requests per batch.
         template: `chat`, `alpaca`, a Jinja file, `none` for plain text, or None for the run's own.
-        backend: `hf` or `vllm`.
-        dtype: of the weights: `auto`, `float32` or `bfloat16`.
         cache: folder for answers, so that an interrupted evaluation continues; None keeps none.
         pairs: the user's own parallel text, and its English side in a separate file.
         comet: COMET checkpoint; None uses the default one if this machine has it.
         max_new_tokens: limit of an answer; None for each task's own.
         skip_missing: leave out sets without data and report them, instead of an error.
-        trust_remote_code: run the model's own code.
-        revision: branch, tag or commit of a Hub model.
     """
 
     data_dir: Path | None = None
@@ -97,11 +92,7 @@ def prepare_evaluation(
 
     Args:
         model: run folder, model folder, Hub name or bundled model.
-        tasks: names as in `find_tasks`.
-        languages: for sets and groups without a language; if empty, the run's own language.
-
-    Raises:
-        UsageError: the first mistake, in one line.
+        tasks, languages: as in `find_tasks`; no languages for the run's own language.
     """
     # Imports torch, which the settings alone do not need.
     from pivotune.training.preparation import context_length
@@ -125,16 +116,8 @@ def prepare_evaluation(
         completion = template.render(Turn("question", "answer")).completion
         end_token_ids = tokenizer(completion, add_special_tokens=False)["input_ids"][-1:]
     prompter = Prompter(tokenizer, template, context_length(model_config))
-    prepared, missing = _read_tasks(wanted, settings, prompter)
-    return PreparedEvaluation(
-        model=name,
-        method=run.method if run else None,
-        settings=settings,
-        prompter=prompter,
-        end_token_ids=end_token_ids,
-        tasks=prepared,
-        missing=missing,
-    )
+    found = _read_tasks(wanted, settings, prompter)
+    return PreparedEvaluation(name, run.method if run else None, settings, prompter, end_token_ids, *found)
 
 
 def _check_settings(settings: EvaluationSettings) -> None:

@@ -28,11 +28,7 @@ class Prompter:
 
     Without a template (`--template none`) texts and tokens are those of lm-evaluation-harness without a chat template:
     white space at the end of a context belongs to the continuation, and an empty context is the begin-of-text token.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        template: the run's template, or None for plain text.
-        max_length: limit of the model's context in tokens; None for no limit.
+    `max_length` limits the model's context in tokens.
     """
 
     def __init__(self, tokenizer: Any, template: Template | None, max_length: int | None) -> None:
@@ -45,25 +41,18 @@ class Prompter:
     def name(self) -> str:
         return "none" if self.template is None else self.template.name
 
-    def delimiter(self, wanted: str) -> str:
-        """Return the text between context and answer: `wanted`, or the template's spaces there."""
-        return wanted if self.template is None else self._lead[1]
-
     def context(self, query: str, reserve: int, cuttable: tuple[int, int] | None = None) -> Context:
         """Return the prompt of a query that leaves room for `reserve` more tokens.
 
-        Args:
-            cuttable: span of the query that loses its beginning in a too long prompt; None for the whole query. The
-                rest of the query and the template's words stay.
+        In a too long prompt the span `cuttable` (None: the whole query) loses its beginning; the rest of the query and the
+        template's words stay.
 
         Raises:
             UsageError: the rest alone does not fit.
         """
         text = self._rendered(query)
-        if self.max_length is None:
-            return Context(text)
-        excess = len(self.encode_context(text)) + reserve - self.max_length
-        if excess <= 0:
+        excess = 0 if self.max_length is None else len(self.encode_context(text)) + reserve - self.max_length
+        if self.max_length is None or excess <= 0:
             return Context(text)
         # Drop the first `excess` tokens of the span; a few more if the rest takes more tokens than before.
         start, end = cuttable or (0, len(query))
@@ -87,8 +76,7 @@ class Prompter:
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the token ids of a prompt and of its continuation.
 
-        Under a template, tokens that would merge across the border stay apart, because generation begins at the border
-        too.
+        Under a template no token merges across the border, because generation begins there too.
         """
         if not context:
             ids = self._ids(continuation)
@@ -102,14 +90,11 @@ class Prompter:
         return prompt, self._ids(continuation)
 
     def _rendered(self, query: str) -> str:
-        return query if self.template is None else self.template.render(Turn(query)).prompt + self._lead[0]
+        return query if self.template is None else self.template.render(Turn(query)).prompt + self.lead[0]
 
     @cached_property
-    def _lead(self) -> tuple[str, str]:
-        """Return the template's text between prompt and answer (an empty thinking block), and the spaces at its end.
-
-        The spaces share tokens with answers.
-        """
+    def lead(self) -> tuple[str, str]:
+        """Return the template's text before an answer (an empty thinking block), and the spaces that end it."""
         assert self.template is not None
         lead, found, _ = self.template.render(Turn("question", _ANSWER)).completion.partition(_ANSWER)
         fixed = lead.rstrip(" ") if found else ""
@@ -140,12 +125,9 @@ class ItemRequests:
 
 
 def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: int | None = None) -> ItemRequests:
-    """Return the requests of one item under the run's template.
-
-    Raises:
-        UsageError: the model's context has no room for the prompt.
-    """
-    delimiter = prompter.delimiter(item.delimiter)
+    """Return the requests of one item under the run's template."""
+    # Text between context and answer: the task's, or the template's spaces there.
+    delimiter = item.delimiter if prompter.template is None else prompter.lead[1]
     texts = item.choices if task.kind == "choice" else (item.gold_answer,)
     continuations = [f"{delimiter}{text}" for text in texts]
     max_new_tokens = max_new_tokens or task.max_new_tokens
@@ -161,6 +143,5 @@ def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: in
         except UsageError as error:
             raise UsageError(f"{task.name}, item {item.id}: {error}") from error
     likelihoods = tuple(Likelihood(context.text, text) for text in continuations)
-    if task.kind == "choice":
-        return ItemRequests(item, context, likelihoods)
-    return ItemRequests(item, context, likelihoods, Generation(context.text, max_new_tokens, tuple(task.stop)))
+    generation = None if task.kind == "choice" else Generation(context.text, max_new_tokens, tuple(task.stop))
+    return ItemRequests(item, context, likelihoods, generation)

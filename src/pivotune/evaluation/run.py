@@ -1,8 +1,4 @@
-"""Evaluate one model on any tasks, as `pivotune evaluate` does.
-
-`prepare_evaluation` finds every mistake and reads all data; `execute_evaluation` runs the model task by task and writes
-the results of each finished task.
-"""
+"""Evaluate one model on any tasks, as `pivotune evaluate` does, and write the results of each finished task."""
 
 from __future__ import annotations
 
@@ -51,6 +47,7 @@ ANSWER_METRICS = (
     Metric("empty_answers", "mean", ("empty",), 100.0, higher_is_better=False),
 )
 COMET = Metric("comet", "mean", ("comet",), 100.0)
+_WRITTEN_SETTINGS = ("limit", "seed", "split", "template", "max_new_tokens", "backend", "dtype")
 # Longest detail of a choice in the items file (a subject): the question itself is in the data set.
 _DETAIL_CHARACTERS = 64
 
@@ -75,7 +72,7 @@ def evaluate_model(
         The content of `results.json`.
 
     Raises:
-        UsageError: the first mistake, in one line, before any weight is loaded.
+        UsageError: before any weight is loaded.
     """
     prepared = prepare_evaluation(model, tasks, EvaluationSettings(**settings), languages)
     return execute_evaluation(prepared, None if out is None else Path(out), progress=progress)
@@ -88,15 +85,7 @@ def execute_evaluation(
     progress: Progress | None = None,
     on_task: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer, score and write every task.
-
-    Args:
-        out: a folder, or the result file itself; other tasks in it stay. None writes nothing.
-        on_task: called with the name and the entry of each written task.
-
-    Returns:
-        The whole content of `results.json`.
-    """
+    """Answer, score and write every task; call `on_task` with its name and entry; return as `evaluate_model`."""
     if out is not None:
         check_target(out, prepared.model)
     evaluator = Evaluator(prepared, progress or silent)
@@ -117,11 +106,11 @@ class Evaluator:
     """Evaluate tasks with one model; its weights are loaded for the first answer that is not in the cache."""
 
     def __init__(self, prepared: PreparedEvaluation, progress: Progress) -> None:
-        self._prepared = prepared
-        self._progress = progress
+        self._prepared, self._progress = prepared, progress
         settings, prompter = prepared.settings, prepared.prompter
         self._fingerprint = model_fingerprint(prepared.model, settings.revision)
         self._versions = installed_versions()
+        self._loading = {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "revision")}
         identity = {
             "model": self._fingerprint,
             "dtype": settings.dtype,
@@ -143,17 +132,14 @@ class Evaluator:
         else:
             records = self._answer_items(definition, task.requests)
             metrics = [*definition.metrics, *GOLD_METRICS, *(() if definition.kind == "choice" else ANSWER_METRICS)]
-            prompts = [
-                [asked.item.id, asked.context.text, [request.continuation for request in asked.likelihoods]]
-                for asked in task.requests
-            ]
+            prompts = [[a.item.id, a.context.text, [r.continuation for r in a.likelihoods]] for a in task.requests]
             more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
             if definition.kind == "translation":
-                problem = _add_comet(task.requests, records, settings.comet)
-                if problem:
-                    more["comet"] = f"left out: {problem}"
-                else:
+                try:
+                    _add_comet(task.requests, records, settings.comet)
                     metrics.insert(len(definition.metrics), COMET)
+                except CometUnavailableError as error:
+                    more["comet"] = f"left out: {error}"
         entry = {
             **_figures(metrics, records),
             # The origin of the figures, for readers and for `compare`, which warns about differences.
@@ -165,11 +151,8 @@ class Evaluator:
             "truncated": task.truncated,
             "model_fingerprint": self._fingerprint,
             "versions": self._versions,
-            "settings": {
-                **{name: getattr(settings, name) for name in ("limit", "seed", "split")},
-                "template": self._prepared.prompter.name,
-                **{name: getattr(settings, name) for name in ("max_new_tokens", "backend", "dtype")},
-            },
+            "settings": {name: getattr(settings, name) for name in _WRITTEN_SETTINGS}
+            | {"template": self._prepared.prompter.name},
             **more,
         }
         return entry, records
@@ -177,13 +160,8 @@ class Evaluator:
     @cached_property
     def model(self) -> Any:
         """Load the weights, with merged adapters, onto the GPU if there is one."""
-        model: Any = merge_adapters(load_model(self._prepared.model, **self._loading_options))
+        model: Any = merge_adapters(load_model(self._prepared.model, **self._loading))
         return model.to("cuda") if torch.cuda.is_available() else model
-
-    @property
-    def _loading_options(self) -> dict[str, Any]:
-        settings = self._prepared.settings
-        return {name: getattr(settings, name) for name in ("dtype", "trust_remote_code", "revision")}
 
     @cached_property
     def engine(self) -> Engine:
@@ -194,7 +172,7 @@ class Evaluator:
                 prepared.prompter,
                 batch_size=settings.batch_size,
                 end_token_ids=prepared.end_token_ids,
-                **self._loading_options,
+                **self._loading,
             )
         ends = {*end_token_ids(self.model, prepared.prompter.tokenizer), *prepared.end_token_ids}
         return transformers_engine(
@@ -245,11 +223,8 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
         # A NaN of a broken model is never the likeliest.
         values = [-math.inf if math.isnan(score.logprob) else score.logprob for score in scores]
         chosen = max(range(len(values)), key=values.__getitem__)
-        details = {
-            key: value
-            for key, value in item.details.items()
-            if isinstance(value, (str, int)) and len(str(value)) <= _DETAIL_CHARACTERS
-        }
+        short = {key: value for key, value in item.details.items() if len(str(value)) <= _DETAIL_CHARACTERS}
+        details = {key: value for key, value in short.items() if isinstance(value, (str, int))}
         record |= {"choice": chosen, "correct": int(chosen == item.gold), **details}
     else:
         text = cast(str, answer_to(asked.generation)).strip()
@@ -275,7 +250,7 @@ def _figures(metrics: Sequence[Metric], records: Sequence[Mapping[str, Any]]) ->
     for metric in metrics:
         figure = summarize(metric, records)
         if figure.n:
-            figures[metric.name] = {**figure.to_dict(), **metric.to_dict()}
+            figures[metric.name] = figure.to_dict()
     primary = metrics[0].name
     top = {key: figures[primary][key] for key in ("value", "stderr", "n", "higher_is_better")}
     return {"metric": primary, **top, "metrics": figures}
@@ -285,18 +260,10 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
-def _add_comet(requests: Sequence[ItemRequests], records: list[dict[str, Any]], checkpoint: str | None) -> str:
-    """Add COMET to the records of translations, or return the reason why it is unavailable."""
-    items = [asked.item for asked in requests]
-    try:
-        scores = comet_scores(
-            [str(item.details["source"]) for item in items],
-            [record["answer"] for record in records],
-            [item.gold_answer for item in items],
-            checkpoint=checkpoint,
-        )
-    except CometUnavailableError as error:
-        return str(error)
+def _add_comet(requests: Sequence[ItemRequests], records: list[dict[str, Any]], checkpoint: str | None) -> None:
+    """Add COMET to the records of translations."""
+    sources = [str(asked.item.details["source"]) for asked in requests]
+    references = [asked.item.gold_answer for asked in requests]
+    scores = comet_scores(sources, [record["answer"] for record in records], references, checkpoint=checkpoint)
     for record, score in zip(records, scores, strict=True):
         record["comet"] = score
-    return ""

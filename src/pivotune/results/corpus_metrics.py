@@ -37,35 +37,22 @@ def check_sacrebleu(task: str) -> None:
 
 
 def chrf_statistics(hypothesis: str, reference: str) -> list[int]:
-    """Return the 24 counts of one sentence: n-grams in the hypothesis, in the reference and in both.
-
-    The orders are characters 1-6, then words 1-2.
-    """
+    """Return 24 counts: n-grams in hypothesis, reference and both, for characters of order 1-6, then words 1-2."""
     # sacrebleu has a public function for BLEU's counts but none for chrF's; a test compares these with its corpus score.
     statistics = _chrf()._extract_corpus_statistics([hypothesis], [[reference]])
     return [int(count) for count in statistics[0]]
 
 
 def bleu_statistics(hypothesis: str, reference: str, language: str) -> list[int]:
-    """Return the 10 counts of one sentence: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis.
-
-    Args:
-        language: of both texts; it selects the tokenizer (`bleu_tokenizer`).
-    """
+    """Return 10 counts: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis."""
     score = _bleu(bleu_tokenizer(language)).corpus_score([hypothesis], [[reference]])
     return [int(count) for count in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
 
 
 def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
-    """Return corpus chrF++ in 0..100.
+    """Return corpus chrF++ in 0..100, (...), of summed `chrf_statistics`, (..., 24).
 
     Precision and recall are averaged over the orders in which both sides have n-grams, then F = 5PR / (4P + R).
-
-    Args:
-        sums: (..., 24), summed over sentences as `chrf_statistics` orders them.
-
-    Returns:
-        (...), float64.
     """
     counts = np.asarray(sums, dtype=np.float64)
     assert counts.shape[-1:] == (CHRF_COUNTS,), f"the last axis must hold {CHRF_COUNTS} counts: {counts.shape}"
@@ -82,16 +69,10 @@ def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
 
 
 def bleu_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
-    """Return corpus BLEU in 0..100.
+    """Return corpus BLEU in 0..100, (...), of summed `bleu_statistics`, (..., 10).
 
     The k-th order without a match has precision 1 / (2^k n-grams) (NIST smoothing). A corpus without any match, or with
     hypotheses too short for a 4-gram, scores 0.
-
-    Args:
-        sums: (..., 10), summed over sentences as `bleu_statistics` orders them.
-
-    Returns:
-        (...), float64.
     """
     counts = np.asarray(sums, dtype=np.float64)
     assert counts.shape[-1:] == (BLEU_COUNTS,), f"the last axis must hold {BLEU_COUNTS} counts: {counts.shape}"

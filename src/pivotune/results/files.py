@@ -1,7 +1,6 @@
-"""Read and write `results.json` and its items file; tasks of earlier evaluations stay.
+"""Read and write `results.json` and its items file.
 
-Reading is strict about `results.json` and lenient about the items: without them a table still has its figures but no
-intervals, and `RunResults.problems` holds one line for each reason.
+Reading is strict about `results.json` and lenient about the items: without them a table has figures but no intervals.
 """
 
 from __future__ import annotations
@@ -30,12 +29,7 @@ Items = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """One task of a run.
-
-    Attributes:
-        primary: name of the metric that represents the task.
-        conditions: settings that the figures depend on, by name (split, origin, limit, ...).
-    """
+    """One task of a run; `conditions` are the settings that its figures depend on (split, origin, limit, ...)."""
 
     name: str
     primary: str
@@ -50,7 +44,6 @@ class RunResults:
     """All results of one model.
 
     Attributes:
-        path: the `results.json` read.
         items: task -> item id -> numbers, without texts; tasks with unusable items are missing.
         problems: one line for each reason why items are not used.
     """
@@ -71,21 +64,13 @@ def results_paths(target: Path) -> tuple[Path, Path]:
 
 
 def read_entries(target: Path) -> dict[str, Any]:
-    """Return the tasks in a run folder's results or a results file, as they are written; empty without such a file.
-
-    Raises:
-        UsageError: the file is not a results file.
-    """
+    """Return the tasks in a run folder's results or a results file, as they are written; empty without such a file."""
     path, _ = results_paths(target)
     return _read_json(path)["tasks"] if path.exists() else {}
 
 
 def read_results(target: Path) -> RunResults:
-    """Read the results of a run folder, or a results file.
-
-    Raises:
-        UsageError: there is no such file, or it is not a results file.
-    """
+    """Read the results of a run folder, or a results file; raise UsageError if there is none."""
     path, items_path = results_paths(target)
     content = _read_json(path)
     tasks = {name: _parse_task(f"{path}: task {name}", name, entry) for name, entry in content["tasks"].items()}
@@ -96,11 +81,7 @@ def read_results(target: Path) -> RunResults:
 
 
 def check_target(target: Path, model: str) -> None:
-    """Refuse, before an evaluation, every target that `write_results` would refuse after it.
-
-    Raises:
-        UsageError: the file holds results of another model, or is not a results file.
-    """
+    """Raise UsageError for a file that holds results of another model, or is not a results file."""
     path, _ = results_paths(target)
     # In a run folder `model` is the model that training started from, so the trained one differs.
     if path.exists() and (earlier := _read_json(path).get("model")) is not None:
@@ -122,14 +103,13 @@ def write_results(
     is renamed to end in `.broken`.
 
     Args:
-        items: lines of the items file, each with `task` and `item`.
+        items: lines of the items file, each with `task` (one of `tasks`) and `item`.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        UsageError: the file holds results of another model, is not a results file, or cannot be written.
-        ValueError: an item belongs to none of `tasks`.
+        UsageError: the file cannot be written, or as in `check_target`.
     """
     path, items_path = results_paths(target)
     check_target(target, model)
@@ -138,10 +118,7 @@ def write_results(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = _kept_lines(items_path, tasks)
-        for item in items:
-            if item["task"] not in tasks:
-                raise ValueError(f"an item of {item['task']}, which is not among the tasks written")
-            lines.append(json.dumps(finite(item), ensure_ascii=False) + "\n")
+        lines += [json.dumps(finite(item), ensure_ascii=False) + "\n" for item in items]
         # Items first: after a crash between the two writes the old figures do not match the items, which readers detect.
         write_bytes(items_path, gzip.compress("".join(lines).encode("utf-8"), 6))
         write_json(path, merged)

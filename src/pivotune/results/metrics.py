@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -50,12 +50,9 @@ class Metric:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the definition as written under `metrics` in `results.json`, beside `value` and `stderr`."""
-        return {
-            "form": self.form,
-            "fields": list(self.fields),
-            "scale": self.scale,
-            "higher_is_better": self.higher_is_better,
-        }
+        definition = {**asdict(self), "fields": list(self.fields)}
+        del definition["name"]
+        return definition
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +154,7 @@ def _cached_counts(n: int, resamples: int, seed: int, stream: int) -> list[NDArr
 
 def _draw_counts(n: int, resamples: int, seed: int, stream: int) -> Iterator[NDArray[np.uint8]]:
     """Yield how often each of n items is drawn, in chunks of [rows, n]."""
-    random = np.random.default_rng([seed, stream])
-    rows = max(1, _CHUNK // n)
+    random, rows = np.random.default_rng([seed, stream]), max(1, _CHUNK // n)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         drawn = random.integers(0, n, size=(count, n)) + n * np.arange(count)[:, None]

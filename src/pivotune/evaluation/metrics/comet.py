@@ -30,13 +30,11 @@ def comet_scores(
     """Return COMET of every translation, about 0 (unrelated) to 1 (perfect).
 
     Args:
-        sources, hypotheses, references: sentence by sentence.
         checkpoint: a `.ckpt` file, a folder with `checkpoints/model.ckpt`, or a Hub name in the local cache; None for
             wmt22-comet-da, the paper's likeliest choice.
 
     Raises:
         CometUnavailableError: unbabel-comet or the weights are missing.
-        UsageError: a path without a checkpoint.
     """
     path = find_checkpoint(checkpoint)
     if not sources:

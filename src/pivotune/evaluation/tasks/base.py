@@ -1,8 +1,4 @@
-"""Definitions of benchmarks: a name, languages, a reader of items, and the scoring of answers.
-
-A task is a benchmark in one language (`xquad_vi`). Its items are plain data, equal for the publisher's files and the
-Hub. `Metric`s define how the numbers of items in `results.items.jsonl.gz` give the figures in `results.json`.
-"""
+"""Definitions of benchmarks; a task is a benchmark in one language (`xquad_vi`), its items are plain data."""
 
 from __future__ import annotations
 
@@ -27,8 +23,7 @@ class Item:
         id: unique within the task and equal in every run; paired tests join on it.
         query: the user's text, put into the run's template. May be empty (XNLI scores whole sentences).
         references: gold answers, the likeliest first: its likelihood is reported.
-        choices: continuations; the likeliest is the model's answer.
-        gold: index of the right choice.
+        choices: continuations; the likeliest is the model's answer, and `gold` the index of the right one.
         delimiter: text between query and answer without a template (`--template none`).
         cuttable: span of the query that loses its beginning in a too long prompt (the passage, the sentence to
             translate); None for the whole query.
@@ -55,7 +50,6 @@ class TaskData:
 
     Attributes:
         items: `Item`s or `SentencePair`s that count; both have an `id`.
-        split: their split.
         origin: file names or a Hub name.
         left_out: number of skipped records by reason (MKQA's questions without a short answer).
     """
@@ -72,8 +66,6 @@ class Task:
 
     Attributes:
         name: as after `--tasks` and in results (`xquad_vi`, `flores_en-vi`).
-        benchmark: the set's name (`xquad`).
-        language: code of the measured language, as in `data.language`.
         kind: `answer` and `translation` are generated greedily; `choice` takes the likeliest continuation; `alignment`
             compares hidden states.
         metrics: the first is the primary one.
@@ -81,7 +73,6 @@ class Task:
         answer_language: language of right answers; None for answers without one (numbers, names).
         score: numbers of an item from a generated answer (may be empty), for `answer` and `translation`; `metrics`
             refer to their names. Choices are scored by `run.score_item`.
-        max_new_tokens: limit of a generated answer.
         stop: strings that end generation after the first word.
     """
 
@@ -102,8 +93,6 @@ class Benchmark:
     """A set of tasks, by language.
 
     Attributes:
-        name: prefix of its tasks' names.
-        title: for tables and messages.
         languages: codes of the published languages.
         tasks: tasks of one language (translation has two: into and out of it).
         homepage: source of the publisher's files.

@@ -29,11 +29,9 @@ _UNDETERMINED = "und"
 def harness_items(
     name: str, docs: Mapping[str, Mapping[str, Any]], details: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Item]:
-    """Return items with the texts of the harness's task `name`.
+    """Return items with the texts of the harness's task `name`; `docs` and `details` are by item id.
 
-    Args:
-        docs: item id -> record with the fields of the harness's dataset on the Hub.
-        details: item id -> `Item.details`.
+    A document has the fields of the harness's dataset on the Hub.
     """
     manager = _manager(name)
     from datasets import Dataset
@@ -49,14 +47,9 @@ def harness_items(
 
 
 def harness_task(name: str) -> Task | None:
-    """Return any other multiple-choice task of the harness by its own name (`belebele_vie_Latn`), zero-shot, from the
-    Hub.
+    """Return any other multiple-choice task of the harness by its own name, zero-shot, from the Hub; None if unknown.
 
-    Returns:
-        None for an unknown name. `language` is `und` for a name without a language.
-
-    Raises:
-        UsageError: the harness is not installed, or the task is of an unsupported kind.
+    `language` is `und` for a name without a language.
     """
     entry = _manager(name).task_index.get(name)
     if entry is None:

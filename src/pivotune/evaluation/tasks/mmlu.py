@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from pivotune.data.formats import file_type
@@ -63,7 +64,15 @@ def _read(language: str, source: Source) -> TaskData:
         hub_records = tables.read_hub(task, hub, split.hub_name, _COLUMNS)
         records = ((_subject(record, _ANY_SUBJECT), record) for record in hub_records)
     origin = tables.origin_of(source, files) or [tables.hub_name(*hub)]
-    docs = tables.by_id(task, origin, _docs(records))
+
+    def questions() -> Iterator[tuple[str, str, dict[str, str]]]:
+        numbers: Counter[str] = Counter()
+        for subject, record in records:
+            numbers[subject] += 1
+            texts = {name: record.text(name) for name in ("instruction", *_OPTIONS)}
+            yield f"{subject}/{numbers[subject]}", record.place, {**texts, "answer": record.label("answer", _ANSWERS)}
+
+    docs = tables.by_id(task, origin, questions())
     details = {identifier: {"subject": identifier.rpartition("/")[0]} for identifier in docs}
     # The first question of every subject, then the second ones, and so on.
     place = {subject: index for index, subject in enumerate(dict.fromkeys(d["subject"] for d in details.values()))}
@@ -83,11 +92,8 @@ def _file_records(task: str, files: Sequence[Path]) -> Iterator[tuple[str, Recor
         by_subject[subject].append(path)
     for subject, paths in by_subject.items():
         path = tables.only_file(task, paths)
-        is_csv = file_type(path) == ".csv"
-        for record in (
-            tables.read_table(path, _COLUMNS, delimiter=",") if is_csv else tables.read_objects(path, _COLUMNS)
-        ):
-            yield _subject(record, subject), record
+        read = partial(tables.read_table, delimiter=",") if file_type(path) == ".csv" else tables.read_objects
+        yield from ((_subject(record, subject), record) for record in read(path, _COLUMNS))
 
 
 def _subject(record: Record, default: str) -> str:
@@ -95,14 +101,6 @@ def _subject(record: Record, default: str) -> str:
     named = record.values.get("Subject") or record.values.get("subject")
     in_id, slash, _ = str(record.values.get("id", "")).partition("/")
     return str(named or (in_id if slash else "") or default)
-
-
-def _docs(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, str, dict[str, str]]]:
-    numbers: Counter[str] = Counter()
-    for subject, record in records:
-        numbers[subject] += 1
-        texts = {name: record.text(name) for name in ("instruction", *_OPTIONS)}
-        yield f"{subject}/{numbers[subject]}", record.place, {**texts, "answer": record.label("answer", _ANSWERS)}
 
 
 MMLU = choice_benchmark("mmlu", "MMLU", _LANGUAGES, _HOMEPAGE, _read, open_ended=True)

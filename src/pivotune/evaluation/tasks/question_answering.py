@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,17 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.metrics.answers import QUESTION_ANSWERING_METRICS, RuleName, exact_match, f1_score
 from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Benchmark, Item, Reader, Task, TaskData
-from pivotune.evaluation.tasks.tables import Hub, Record, Source, Split
+from pivotune.evaluation.tasks.tables import Record, Source, Split
 
 # Passage, question, answer, as the harness's XQuAD tasks word them (its Arabic word for the passage lacks a letter).
 _LABELS = {
-    "ar": ("سياق", "سؤال", "إجابة"),
-    "de": ("Kontext", "Frage", "Antwort"),
-    "el": ("Συμφραζόμενα", "Ερώτηση", "Απάντηση"),
-    "en": ("Context", "Question", "Answer"),
-    "es": ("Contexto", "Pregunta", "Respuesta"),
-    "hi": ("प्रसंग", "सवाल", "उत्तर"),
-    "ro": ("Context", "Întrebare", "Răspuns"),
-    "ru": ("Контекст", "Вопрос", "Ответ"),
-    "th": ("บริบท", "คำถาม", "คำตอบ"),
-    "tr": ("Bağlam", "Soru", "Cevap"),
-    "vi": ("Bối cảnh", "Câu hỏi", "Trả lời"),
-    "zh": ("语境", "问题", "回答"),
-}
+    "ar": ("سياق", "سؤال", "إجابة"), "de": ("Kontext", "Frage", "Antwort"),
+    "el": ("Συμφραζόμενα", "Ερώτηση", "Απάντηση"), "en": ("Context", "Question", "Answer"),
+    "es": ("Contexto", "Pregunta", "Respuesta"), "hi": ("प्रसंग", "सवाल", "उत्तर"),
+    "ro": ("Context", "Întrebare", "Răspuns"), "ru": ("Контекст", "Вопрос", "Ответ"),
+    "th": ("บริบท", "คำถาม", "คำตอบ"), "tr": ("Bağlam", "Soru", "Cevap"),
+    "vi": ("Bối cảnh", "Câu hỏi", "Trả lời"), "zh": ("语境", "问题", "回答"),
+}  # fmt: skip
 # MKQA's languages with their words for yes and no, the commonest first.
 _YES_NO = {
     "ar": ("نعم", "لا"), "da": ("ja", "nej"), "de": ("ja", "nein"), "en": ("yes", "no"), "es": ("sí si", "no"),
@@ -78,37 +73,23 @@ def _answer_benchmark(
         }
 
     def tasks(language: str) -> list[Task]:
-        task = Task(
-            name=f"{name}_{language}",
-            benchmark=name,
-            language=language,
-            kind="answer",
-            metrics=QUESTION_ANSWERING_METRICS,
-            read=partial(read, language),
-            # Language identification has no regions: answers to zh_hk should be zh.
-            answer_language=language.partition("_")[0],
-            score=partial(score, language),
-        )
-        return [task]
+        task = Task(f"{name}_{language}", name, language, "answer", QUESTION_ANSWERING_METRICS, partial(read, language))
+        # Language identification has no regions: answers to zh_hk should be zh.
+        return [replace(task, answer_language=language.partition("_")[0], score=partial(score, language))]
 
     return Benchmark(name, title, languages, tasks, homepage, open_ended)
 
 
-def _read_xquad(language: str, source: Source) -> TaskData:
-    # The publisher gives the only split no name; this is the Hub's and the harness's.
-    splits = [Split("validation", [f"xquad.{language}.json"])]
-    return _read_squad(XQUAD, language, splits, ("google/xquad", f"xquad.{language}"), source)
-
-
-def _read_mlqa(language: str, source: Source) -> TaskData:
-    name = f"context-{language}-question-{language}.json"
-    splits = [Split("test", [f"test-{name}"]), Split("validation", [f"dev-{name}"], aliases=["val", "dev"])]
-    return _read_squad(MLQA, language, splits, ("facebook/mlqa", f"mlqa.{language}.{language}"), source)
-
-
-def _read_squad(benchmark: Benchmark, language: str, splits: Sequence[Split], hub: Hub, source: Source) -> TaskData:
-    task = f"{benchmark.name}_{language}"
+def _read_squad(name: str, language: str, source: Source) -> TaskData:
+    task, benchmark = f"{name}_{language}", XQUAD if name == "xquad" else MLQA
     tables.check_published(task, source, language, benchmark.languages)
+    if name == "xquad":
+        # The publisher gives the only split no name; this is the Hub's and the harness's.
+        splits, hub = [Split("validation", [f"xquad.{language}.json"])], ("google/xquad", f"xquad.{language}")
+    else:
+        file = f"context-{language}-question-{language}.json"
+        splits = [Split("test", [f"test-{file}"]), Split("validation", [f"dev-{file}"], aliases=["val", "dev"])]
+        hub = ("facebook/mlqa", f"mlqa.{language}.{language}")
     opened = tables.open_set(task, source, splits, benchmark.homepage, read=_squad_questions, hub=hub)
     placed = (_squad_item(record, language) for record in opened.records)
     items = tables.by_id(task, opened.origin, ((item.id, place, item) for place, item in placed))
@@ -203,22 +184,22 @@ def _mkqa_type(answer: Any, place: str) -> str:
 
 def _mkqa_golds(answer: Mapping[str, Any], answer_type: str, place: str, language: str) -> list[str]:
     """Return the text, then aliases; for yes and no the language's words first. A null text is the empty answer."""
-    text = (
-        "" if answer.get("text", "") is None else tables.text_member(answer, "text", place, may_be_blank=True).strip()
-    )
     aliases = [] if answer.get("aliases") is None else tables.member(answer, "aliases", list, place)
+    text = "" if answer.get("text", "") is None else tables.text_member(answer, "text", place, may_be_blank=True)
     named = {f"alias {number}": alias for number, alias in enumerate(aliases, start=1)}
-    texts = [text, *(tables.text_member(named, name, place, may_be_blank=True).strip() for name in named)]
+    texts = [text.strip(), *(tables.text_member(named, name, place, may_be_blank=True).strip() for name in named)]
     if answer_type != "binary":
         return texts
     yes, no = _YES_NO.get(language, ("", ""))
-    return [*{"yes": yes, "no": no}.get(text.lower(), "").split(), *texts]
+    return [*{"yes": yes, "no": no}.get(texts[0].lower(), "").split(), *texts]
 
 
 _XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 _XQUAD_HOMEPAGE = "https://github.com/google-deepmind/xquad"
-XQUAD = _answer_benchmark("xquad", "XQuAD", _XQUAD_LANGUAGES, _XQUAD_HOMEPAGE, "mlqa", _read_xquad, open_ended=True)
+XQUAD = _answer_benchmark(
+    "xquad", "XQuAD", _XQUAD_LANGUAGES, _XQUAD_HOMEPAGE, "mlqa", partial(_read_squad, "xquad"), True
+)
 _MLQA_LANGUAGES = ("ar", "de", "en", "es", "hi", "vi", "zh")
 _MLQA_HOMEPAGE = "https://github.com/facebookresearch/MLQA"
-MLQA = _answer_benchmark("mlqa", "MLQA", _MLQA_LANGUAGES, _MLQA_HOMEPAGE, "mlqa", _read_mlqa, open_ended=True)
+MLQA = _answer_benchmark("mlqa", "MLQA", _MLQA_LANGUAGES, _MLQA_HOMEPAGE, "mlqa", partial(_read_squad, "mlqa"), True)
 MKQA = _answer_benchmark("mkqa", "MKQA", tuple(_YES_NO), "https://github.com/apple/ml-mkqa", "mkqa", _read_mkqa)

@@ -1,12 +1,9 @@
-"""Find and read benchmark data: publishers' files in a folder, or data sets of the Hugging Face Hub.
-
-`choose_split` finds files by name. `read_table`, `read_objects` and `read_hub` give `Record`s: fields under one set of
-names for all spellings of the publishers, and errors with file and line.
-"""
+"""Find and read benchmark data: publishers' files in a folder, or data sets of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,32 +32,22 @@ class MissingDataError(UsageError):
 
 @dataclass(frozen=True)
 class Source:
-    """Files below `data_dir`, or the Hub for None.
-
-    Attributes:
-        data_dir: folder with publishers' original files; they are found by name at any depth.
-        split: requested split (`test`, `validation`); None for the usual one of each benchmark.
-        pairs: the user's own parallel text (`--pairs`, `--english`): lines, or any form of training data.
-    """
+    """Files of `EvaluationSettings` (found by name at any depth of `data_dir`), or the Hub without `data_dir`."""
 
     data_dir: Path | None = None
     split: str | None = None
     pairs: tuple[Path, Path | None] | None = None
 
-    def find(self, *patterns: str) -> list[Path]:
-        """Return the files that match the first matching pattern.
+    def find(self, pattern: str) -> list[Path]:
+        """Return the files that match the pattern.
 
         Args:
-            patterns: `fnmatch` patterns of a file name (`xquad.vi.json`) or of the last folders and a name
+            pattern: `fnmatch` pattern of a file name (`xquad.vi.json`) or of the last folders and a name
                 (`mmlu_ar/test/*.csv`); gzipped files (`.gz` added) match too.
         """
-        for pattern in patterns:
-            depth = pattern.count("/") + 1
-            tails = [(path, "/".join(path.parts[-depth:])) for path in self._files]
-            found = [path for path, tail in tails if fnmatchcase(tail, pattern) or fnmatchcase(tail, f"{pattern}.gz")]
-            if found:
-                return found
-        return []
+        depth = pattern.count("/") + 1
+        tails = [(path, "/".join(path.parts[-depth:])) for path in self._files]
+        return [path for path, tail in tails if fnmatchcase(tail, pattern) or fnmatchcase(tail, f"{pattern}.gz")]
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -72,7 +59,6 @@ class Split:
     """One part of a set.
 
     Attributes:
-        name: as in results.
         patterns: of its files, as for `Source.find`.
         aliases: other values of `--split`.
         hub: its name on the Hub, if different.
@@ -106,12 +92,7 @@ def choose_split(
 ) -> tuple[Split, list[Path]]:
     """Return the requested split, else the first one in the folder, and its files (none for the Hub).
 
-    Args:
-        splits: in order of preference.
-        keep: returns False for a file with the right name and other content.
-
-    Raises:
-        UsageError: unknown split, or no file of it in the folder.
+    `keep` returns False for a file with the right name and other content.
     """
     wanted = [split for split in splits if source.split in (None, split.name, *split.aliases)]
     if not wanted:
@@ -156,8 +137,7 @@ class Record:
 
     Attributes:
         values: by the names in `Columns`; further fields keep their own name.
-        number: 1-based line or row.
-        place: file and line, or Hub name and row, for messages.
+        number: 1-based line or row; `place` adds the file or Hub name, for messages.
     """
 
     values: Mapping[str, Any]
@@ -207,11 +187,7 @@ def open_set(
 
 
 def by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, str, Value]]) -> dict[str, Value]:
-    """Map ids to values, in order, from (id, place, value); paired tests join on these ids.
-
-    Raises:
-        UsageError: repeated id, or no rows.
-    """
+    """Map ids to values, in order, from (id, place, value); refuse repeated ids, on which paired tests join."""
     values: dict[str, Value] = {}
     places: dict[str, str] = {}
     for identifier, place, value in rows:
@@ -238,10 +214,9 @@ def read_table(
         unquote: undo CSV quoting of single cells of a tab-separated file.
     """
     rows = _tab_rows(path, unquote) if delimiter == "\t" else _csv_rows(path)
-    first = next(rows, None)
-    if first is None:
+    line, cells = first = next(rows, (0, []))
+    if not cells:
         raise UsageError(f"{path}: no rows in it")
-    line, cells = first
     names = [cell.strip() for cell in cells]
     found = {name.casefold() for name in names}
     if header is None:
@@ -267,25 +242,18 @@ def read_objects(path: Path, columns: Columns = MappingProxyType({})) -> Iterato
         place = f"{path}, {word} {number}"
         if not isinstance(value, dict):
             raise UsageError(f"{place}: {type(value).__name__} {value!r:.40}; allowed: an object")
-        yield _record(value, columns, number, place)
+        yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
 
 
 def read_hub(task: str, hub: Hub, split: str, columns: Columns) -> Iterator[Record]:
     """Yield the records of a Hub dataset's split."""
     for number, value in read_hub_records(task, *hub, split):
-        yield _record(value, columns, number, f"{hub_name(*hub)}, row {number}")
-
-
-def _record(values: Mapping[str, Any], columns: Columns, number: int, place: str) -> Record:
-    return Record(dict(zip(_fields(values, columns, place), values.values(), strict=True)), number, place)
+        place = f"{hub_name(*hub)}, row {number}"
+        yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
 
 
 def read_hub_records(task: str, path: str, config: str | None, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (number, record) for every record of a Hub dataset's split.
-
-    Raises:
-        MissingDataError: the dataset cannot be loaded; the message names it and --data-dir.
-    """
+    """Yield (number, record) for every record of a Hub dataset's split."""
     from datasets import load_dataset
 
     try:
@@ -322,14 +290,9 @@ def _tab_rows(path: Path, unquote: bool) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(read_lines(path), start=1):
         if text := line.rstrip("\r\n"):
             cells = text.split("\t")
-            yield number, [_unquoted(cell) for cell in cells] if unquote else cells
-
-
-def _unquoted(cell: str) -> str:
-    """Undo CSV quoting; a quotation inside the text holds single quotes and is left alone."""
-    inner = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if is_quoted else cell
+            # A quotation inside the text holds single quotes and is left alone.
+            quoted = [bool(unquote and re.fullmatch(r'"([^"]|"")*"', cell)) for cell in cells]
+            yield number, [c[1:-1].replace('""', '"') if q else c for c, q in zip(cells, quoted, strict=True)]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -346,11 +309,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def member(record: Any, key: str, kind: type[str] | type[list] | type[dict], place: str) -> Any:
-    """Return `record[key]`, an object's member of the given kind.
-
-    Raises:
-        UsageError: one line with place, found and required kind.
-    """
+    """Return `record[key]`, an object's member of the given kind; raise UsageError for anything else."""
     if not isinstance(record, Mapping):
         raise UsageError(f"{place}: found {_describe(record)}, where an object with {key!r} is needed")
     if key not in record:

@@ -60,15 +60,10 @@ class SentencePair(NamedTuple):
 
 
 def read_parallel(set_name: str, task: str, source: Source, language: str) -> TaskData:
-    """Read the sentence pairs of one set in a language and English.
-
-    Args:
-        set_name: a key of `PARALLEL_READERS`.
-        task: its name, for messages.
+    """Read the sentence pairs of one set (a key of `PARALLEL_READERS`) in a language and English.
 
     Raises:
         MissingDataError: the set is absent from the source.
-        UsageError: malformed files, unknown language or split; one line.
     """
     return PARALLEL_READERS[set_name](task, source, find_language(language))
 
@@ -118,13 +113,11 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
     # Part of XTREME, which names its only split validation.
     hub = ("google/xtreme", f"tatoeba.{code}")
     columns = {name: [name] for name in ("source_sentence", "target_sentence", "source_lang")}
-    target, english = [], []
+    pairs = []
     for record in tables.read_hub(task, hub, split.hub_name, columns):
         sides = [record.text("source_sentence"), record.text("target_sentence")]
-        if record.text("source_lang") == "eng":
-            sides.reverse()
-        target.append(sides[0])
-        english.append(sides[1])
+        pairs.append(sides[::-1] if record.text("source_lang") == "eng" else sides)
+    target, english = ([sides[index] for sides in pairs] for index in (0, 1))
     return _align(target, english, [tables.hub_name(*hub)] * 2, split.name, "row")
 
 
@@ -143,7 +136,7 @@ def _read_own(task: str, source: Source, language: Language) -> TaskData:
             f"{target}: holds one side only; give the other with --english FILE, or both in one of "
             f"{describe_file_types()}"
         )
-    return _align(_read_lines(target), _read_lines(english), [str(target), str(english)], "all", "line")
+    return _align_files(target, english, [str(target), str(english)], "all")
 
 
 def _read_own_rows(target: Path, english: Path | None) -> TaskData:
@@ -175,31 +168,27 @@ def _read_files(
     split, targets = tables.choose_split(task, source, splits, homepage, lambda path: bool(english_files(path)))
     target = tables.only_file(task, targets)
     english = tables.only_file(task, english_files(target))
-    names = tables.origin_of(source, (target, english))
-    return _align(_read_lines(target), _read_lines(english), names, split.name, "line")
+    return _align_files(target, english, tables.origin_of(source, (target, english)), split.name)
 
 
-def _read_lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_lines(path)]
+def _align_files(target: Path, english: Path, names: Sequence[str], split: str) -> TaskData:
+    sides = ([line.strip() for line in read_lines(path)] for path in (target, english))
+    return _align(*sides, names, split, "line")
 
 
 def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], split: str, unit: str) -> TaskData:
     """Join two sides in order; `names` (of both sides) and `unit` are for messages."""
     if len(target) != len(english):
-        raise UsageError(
-            f"{names[0]} has {len(target)} {unit}s, {names[1]} has {len(english)}: they are joined in order and must be "
-            "equally many"
-        )
+        counts = f"{names[0]} has {len(target)} {unit}s, {names[1]} has {len(english)}"
+        raise UsageError(f"{counts}: they are joined in order and must be equally many")
     pairs = []
     for number, sides in enumerate(zip(target, english, strict=True), start=1):
         if all(sides):
             pairs.append(SentencePair(f"{split}-{number}", *sides))
         elif any(sides):
             empty, other = names if not sides[0] else reversed(names)
-            raise UsageError(
-                f"{empty}, {unit} {number}: is empty, but {other} has a sentence there; allowed: a sentence in both, or "
-                "none in both"
-            )
+            allowed = "allowed: a sentence in both, or none in both"
+            raise UsageError(f"{empty}, {unit} {number}: is empty, but {other} has a sentence there; {allowed}")
     if not pairs:
         raise UsageError(f"{names[0]}: holds no sentence")
     left_out = {"both sides are empty": len(target) - len(pairs)} if len(pairs) < len(target) else {}
@@ -217,23 +206,15 @@ PARALLEL_READERS: dict[str, Callable[[str, Source, Language], TaskData]] = {
 def _parallel_benchmark(name: str, title: str, homepage: str, languages: Sequence[str] = ()) -> Benchmark:
     """Return translation in both directions; empty `languages` for files of any language."""
 
+    def task(source: str, target: str, language: str) -> Task:
+        task_name = f"{name}_{source}-{target}"
+        read, score = partial(_read_translation, name, task_name, source, target), partial(score_translation, target)
+        known = (task_name, name, language, "translation", TRANSLATION_METRICS, read)
+        return Task(*known, answer_language=target, score=score, max_new_tokens=_MAX_NEW_TOKENS)
+
     def tasks(language: str) -> list[Task]:
         code = _code_beside_english(name, language)
         return [task("en", code, code), task(code, "en", code)]
-
-    def task(source: str, target: str, language: str) -> Task:
-        task_name = f"{name}_{source}-{target}"
-        return Task(
-            name=task_name,
-            benchmark=name,
-            language=language,
-            kind="translation",
-            metrics=TRANSLATION_METRICS,
-            read=partial(_read_translation, name, task_name, source, target),
-            answer_language=target,
-            score=partial(score_translation, target),
-            max_new_tokens=_MAX_NEW_TOKENS,
-        )
 
     # File names are made from a language's codes, so files of any language can be read.
     return Benchmark(name, title, languages, tasks, homepage, open_ended=True)
@@ -256,26 +237,18 @@ def _read_translation(set_name: str, task: str, source_code: str, target_code: s
     items = []
     for pair in data.items:
         sentence, reference = (pair.target, pair.english) if into_english else (pair.english, pair.target)
-        cuttable = (len(instruction), len(instruction) + len(sentence))
-        details = {"source": sentence}
+        cuttable, details = (len(instruction), len(instruction) + len(sentence)), {"source": sentence}
         query = f"{instruction}{sentence}"
         items.append(Item(pair.id, query, (reference,), delimiter="\n", cuttable=cuttable, details=details))
     return replace(data, items=items)
 
 
 def score_translation(language: str, hypothesis: str, item: Item) -> dict[str, float | list[int]]:
-    """Return counts for corpus chrF++ and BLEU (`corpus_metrics`), and the sentence's own chrF++ in 0..100.
-
-    Args:
-        language: of the translation.
-    """
+    """Return counts for corpus chrF++ and BLEU (`corpus_metrics`), and the sentence's own chrF++ in 0..100."""
     hypothesis, reference = hypothesis.strip(), item.references[0]
     counts = chrf_statistics(hypothesis, reference)
-    return {
-        "chrf_stats": counts,
-        "bleu_stats": bleu_statistics(hypothesis, reference, language),
-        "chrf": float(chrf_from_statistics(counts)),
-    }
+    bleu = bleu_statistics(hypothesis, reference, language)
+    return {"chrf_stats": counts, "bleu_stats": bleu, "chrf": float(chrf_from_statistics(counts))}
 
 
 FLORES = _parallel_benchmark("flores", "FLORES-200", _FLORES_HOMEPAGE, flores_languages())
@@ -292,10 +265,6 @@ def alignment_task(set_name: str | None, language: str) -> Task:
     Args:
         set_name: a key of `PARALLEL_READERS`; None for the user's own pairs if given, else for the first published set
             in the source's folder (FLORES from the Hub).
-        language: any code of `find_language`.
-
-    Raises:
-        UsageError: unknown language, or English.
     """
     code = _code_beside_english(ALIGNMENT, language)
     name = "_".join(part for part in (ALIGNMENT, set_name, code) if part)
@@ -304,10 +273,8 @@ def alignment_task(set_name: str | None, language: str) -> Task:
 
 
 def _read_alignment(set_name: str | None, task: str, code: str, source: Source) -> TaskData:
-    if set_name is not None or source.pairs:
-        return read_parallel(set_name or "pairs", task, source, code)
-    if source.data_dir is None:
-        return read_parallel("flores", task, source, code)
+    if set_name is not None or source.pairs or source.data_dir is None:
+        return read_parallel(set_name or ("pairs" if source.pairs else "flores"), task, source, code)
     published = (FLORES, NTREX, TATOEBA)
     for benchmark in published:
         try:

@@ -48,15 +48,10 @@ def _read(language: str, source: Source) -> TaskData:
         folder = re.fullmatch(r"truthfulqa[_-]([a-z]{2})", path.parent.name.casefold())
         return folder is None or folder[1] == language
 
+    splits = [Split("validation", patterns, ("val",), None if is_english else "val", files)]
+    hub = ("truthfulqa/truthful_qa", "multiple_choice") if is_english else ("alexandrainst/m_truthfulqa", language)
     opened = tables.open_set(
-        task,
-        source,
-        [Split("validation", patterns, ("val",), None if is_english else "val", files)],
-        _HOMEPAGE,
-        read=_file_records,
-        hub=("truthfulqa/truthful_qa", "multiple_choice") if is_english else ("alexandrainst/m_truthfulqa", language),
-        columns=_JSON_COLUMNS,
-        keep=keep,
+        task, source, splits, _HOMEPAGE, read=_file_records, hub=hub, columns=_JSON_COLUMNS, keep=keep
     )
     numbered = ((str(number), record.place, record) for number, record in enumerate(opened.records, start=1))
     records = tables.by_id(task, opened.origin, numbered)
@@ -115,12 +110,5 @@ def _json_answers(record: Record) -> tuple[Sequence[Any], Sequence[Any]]:
     return choices, labels
 
 
-TRUTHFULQA = choice_benchmark(
-    "truthfulqa",
-    "TruthfulQA (MC1)",
-    _LANGUAGES,
-    _HOMEPAGE,
-    _read,
-    metric=Metric("mc1", "mean", ("correct",), 100.0),
-    open_ended=True,
-)
+_MC1 = Metric("mc1", "mean", ("correct",), 100.0)
+TRUTHFULQA = choice_benchmark("truthfulqa", "TruthfulQA (MC1)", _LANGUAGES, _HOMEPAGE, _read, _MC1, open_ended=True)
