@@ -147,7 +147,7 @@ def test_generation_settings_of_the_model_are_set_aside(tokenizer):
 def test_a_batch_that_does_not_fit_is_halved(tokenizer, monkeypatch):
     ours = engine(tokenizer, batch_size=8)
     requests = likelihoods()[:8]
-    whole = Engine._answer
+    whole = Engine._score
     sizes = []
 
     def limited(self, batch):
@@ -156,7 +156,7 @@ def test_a_batch_that_does_not_fit_is_halved(tokenizer, monkeypatch):
             raise torch.OutOfMemoryError("too much")
         return whole(self, batch)
 
-    monkeypatch.setattr(Engine, "_answer", limited)
+    monkeypatch.setattr(Engine, "_score", limited)
     assert len(answers(ours, requests)) == 8
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 

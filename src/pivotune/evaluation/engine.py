@@ -1,8 +1,7 @@
 """Models behind lm-evaluation-harness: its language model classes generate and score, on Transformers or vLLM.
 
-The Transformers class is the harness's own, except for likelihoods: they are computed from the final hidden states of
-the continuation's tokens alone. The harness makes logits for every token of every prompt, which for a vocabulary of
-256,000 takes more memory than the model.
+On Transformers likelihoods are computed from the final hidden states of the continuation's tokens alone. The harness makes
+logits for every token of every prompt, which for a vocabulary of 256,000 takes more memory than the model.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 
@@ -35,8 +35,7 @@ class Engine:
     Attributes:
         lm: a language model of lm-evaluation-harness.
         prompter: tokenizes as training did; the harness's own border rule moves white space between prompt and answer.
-        batch_size: requests per batch, or `auto`.
-        device_type: `cpu` or `cuda`, for automatic sizes.
+        device_type: `cpu` or `cuda`, for automatic batch sizes.
         generation_tokens: limit of prompt and answer tokens in one batch of generations, by memory of keys and values.
         generation_options: further options of the backend for every generation.
     """
@@ -70,8 +69,10 @@ class Engine:
 
     def answer(self, batch: Sequence[Question]) -> dict[Request, Answer]:
         """Return the answers to one batch; a batch that does not fit the GPU's memory is halved."""
+        self.lm.batch_size_per_gpu = len(batch)
+        answer: Any = self._score if isinstance(batch[0], Likelihood) else self._generate
         try:
-            return self._answer(batch)
+            return answer(batch)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError" or len(batch) == 1:
                 raise
@@ -80,16 +81,9 @@ class Engine:
         half = len(batch) // 2
         return {**self.answer(batch[:half]), **self.answer(batch[half:])}
 
-    def _answer(self, batch: Sequence[Question]) -> dict[Request, Answer]:
-        self.lm.batch_size_per_gpu = len(batch)
-        is_scored = isinstance(batch[0], Likelihood)
-        return self._score(cast(Any, batch)) if is_scored else self._generate(cast(Any, batch))
-
     def _score(self, requests: Sequence[Likelihood]) -> dict[Request, Answer]:
         pairs = [self.prompter.encode_pair(request.context, request.continuation) for request in requests]
-        encoded = [
-            ((request.context, request.continuation), *ids) for request, ids in zip(requests, pairs, strict=True)
-        ]
+        encoded = [((r.context, r.continuation), *ids) for r, ids in zip(requests, pairs, strict=True)]
         # The harness's method for tokenized requests; its text method would tokenize anew.
         scores = self.lm._loglikelihood_tokens(encoded, disable_tqdm=True)
         return {
@@ -101,16 +95,11 @@ class Engine:
         from lm_eval.api.instance import Instance
 
         stop = self.lm.stop_strings = requests[0].stop
+        # Stop strings count after the first word: the harness would end at a line break before it.
+        options = {"until": [], "do_sample": False, **self.generation_options}
         instances = []
         for request in requests:
-            options = {
-                # Stop strings count after the first word: the harness would end at a line break before it.
-                "until": [],
-                "max_gen_toks": request.max_new_tokens,
-                "do_sample": False,
-                **self.generation_options,
-            }
-            arguments = (request.context, options)
+            arguments = (request.context, {**options, "max_gen_toks": request.max_new_tokens})
             instances.append(Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0))
         answers: dict[Request, Answer] = {}
         for request, text in zip(requests, self.lm.generate_until(instances, disable_tqdm=True), strict=True):
@@ -139,9 +128,8 @@ def transformers_engine(
 ) -> Engine:
     """Return an engine on a loaded Transformers model, on its device.
 
-    Args:
-        end_token_ids: tokens that end an answer. The model's other generation settings (sampling, penalties) are
-            ignored: answers are greedy for every model.
+    `end_token_ids` end an answer. The model's other generation settings (sampling, penalties) are ignored: answers are
+    greedy for every model.
     """
     from transformers import GenerationConfig
 
@@ -243,9 +231,7 @@ class _StopAfterWord:
     """Stopping criterion of Transformers: a row ends at a stop string after its first word."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._start = prompt_length
-        self._stop = tuple(stop)
+        self._tokenizer, self._start, self._stop = tokenizer, prompt_length, tuple(stop)
         self._ended: list[bool] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
@@ -277,22 +263,15 @@ def _continuation_scores(
         targets += continuation[len(continuation) - scored :]
     architecture = find_architecture(model)
     length = max(map(len, rows))
-    input_ids = [[*row, *[row[-1]] * (length - len(row))] for row in rows]
-    attention_mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    batch = {
-        "input_ids": torch.tensor(input_ids, device=architecture.device),
-        "attention_mask": torch.tensor(attention_mask, device=architecture.device),
+    columns = {
+        "input_ids": [[*row, *[row[-1]] * (length - len(row))] for row in rows],
+        "attention_mask": [[1] * len(row) + [0] * (length - len(row)) for row in rows],
     }
+    batch = {name: torch.tensor(column, device=architecture.device) for name, column in columns.items()}
     states = choose_passes(model)(model, batch, PassRequest()).main.final  # after the final norm, (R, T, width)
     assert states is not None
-    index = torch.tensor(
-        [(row, start + step) for row, start, count in places for step in range(count)], device=states.device
-    )
-    labels = torch.tensor(targets, device=states.device)
-    label_scores = score_labels(architecture, states[index[:, 0], index[:, 1]], labels)
-    logprobs, greedy = label_scores.log_probabilities.tolist(), label_scores.greedy.tolist()
-    scores, start = [], 0
-    for *_, count in places:
-        scores.append((sum(logprobs[start : start + count]), all(greedy[start : start + count])))
-        start += count
-    return scores
+    index = [(row, start + step) for row, start, count in places for step in range(count)]
+    predicting = states[torch.tensor(index, device=states.device).unbind(1)]
+    found = score_labels(architecture, predicting, torch.tensor(targets, device=states.device))
+    logprobs, greedy = iter(found.log_probabilities.tolist()), iter(found.greedy.tolist())
+    return [(sum(islice(logprobs, count)), all(list(islice(greedy, count)))) for *_, count in places]

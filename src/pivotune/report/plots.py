@@ -1,8 +1,7 @@
 """Draw figures of analyses and runs, from plain dictionaries as they stand in the result files.
 
-Every function makes its own `Figure` and saves it; nothing touches pyplot's global state. The file type follows the
-path's suffix (PNG, PDF, SVG). Colours are those of Okabe and Ito, which colour-blind readers can tell apart, and every
-series also differs in marker or line style. Missing values (null) leave a gap.
+The file type follows the path's suffix (PNG, PDF, SVG). Colours are those of Okabe and Ito (2008), which colour-blind
+readers can tell apart, and every series also differs in marker or line style. Missing values (null) leave a gap.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 PathLike = str | os.PathLike[str]
 
-# Okabe and Ito (2008), without the yellow that vanishes on white.
+# Without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
@@ -31,21 +30,14 @@ DOTS_PER_INCH = 150
 WIDTH = 8.6  # inches: 1290 pixels, a column of a web page or a full page of a paper
 FONT = "DejaVu Sans"  # comes with matplotlib, so the figures are the same everywhere
 MOST_MARKERS = 45
-LONGEST_LABEL = 30
-LONGEST_TITLE = 36  # characters of a model name
+LONGEST_LABEL, LONGEST_TITLE = 30, 36  # characters of a model name
 MARK_POINTS = 13  # height of the names of i and j above a panel
 CONFIDENCE = 1.96  # standard errors on either side: 95 %
 
 _TRAINING_LABELS = {
-    "loss": "total",
-    "tft_loss": "answer (TFT)",
-    "conversion_loss": "conversion",
-    "thinking_loss": "thinking",
-    "eval_nll": "held-out",
-    "eval_loss": "held-out",
-    "eval_target_nll": "target language",
-    "eval_english_nll": "English",
-}
+    "loss": "total", "tft_loss": "answer (TFT)", "conversion_loss": "conversion", "thinking_loss": "thinking",
+    "eval_nll": "held-out", "eval_loss": "held-out", "eval_target_nll": "target language", "eval_english_nll": "English",
+}  # fmt: skip
 _METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL\n(nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}
 _SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
 _INNER = ("conversion_loss", "thinking_loss")
@@ -54,11 +46,7 @@ _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_l
 
 
 def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
-    """Draw the mean entropy of every layer with the chosen layers i and j; below it agreement and English share.
-
-    Args:
-        layers: content of `layers.json` (`pivotune.layers.selection.LayerAnalysis`).
-    """
+    """Draw the mean entropy of every layer of `layers.json` with i and j; below it agreement and English share."""
     languages = {layers.get("language") or "target": layers["target"]}
     if layers.get("english"):
         languages["en"] = layers["english"]
@@ -93,12 +81,7 @@ def plot_entropy_comparison(
     conversion: int | None = None,
     thinking: int | None = None,
 ) -> None:
-    """Draw the entropy by layer of several models on the same text, such as before training and after each method.
-
-    Args:
-        profiles: name of the model -> its profile (`LayerProfile.to_dict()`).
-        language: code of the text's language, for the title.
-    """
+    """Draw the entropy by layer of several models (profiles by name) on the same text, before and after training."""
     figure, all_axes = new_figure((3.4,))
     for index, (name, profile) in enumerate(profiles.items()):
         _draw_entropy(all_axes[0], profile, short_name(name, f"model {index + 1}"), index)
@@ -113,8 +96,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
     """Draw loss terms and held-out likelihood over the steps of a run, a panel for each kind that was logged.
 
     Args:
-        metrics: lines of `metrics.jsonl`: `step` with `loss`, `tft_loss`, `conversion_loss`, `thinking_loss`,
-            `eval_target_nll`, `eval_english_nll` or other keys that end in `_loss` or `_nll`.
+        metrics: lines of `metrics.jsonl`: `step` with keys that end in `loss` or `_nll`.
     """
     logged = list(dict.fromkeys(key for line in metrics if "step" in line for key in line))
     losses = [key for key in logged if f"_{key}".endswith("_loss") and not key.startswith(("eval_", "train_"))]
@@ -133,9 +115,9 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
             name = _TRAINING_LABELS.get(key) or drawable(key.removeprefix("eval_").replace("_", " "), "other")
             _draw_line(axes, steps, values, name, _TRAINING_COLOURS.get(key, index))
         axes.set_ylabel(label)
-        _draw_legend(axes, *axes.get_legend_handles_labels())
+        _draw_legend(axes)
     if not panels:
-        _draw_notice(all_axes[0], "no loss was logged")
+        all_axes[0].text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=all_axes[0].transAxes)
     all_axes[-1].set_xlabel("optimizer step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     set_title(all_axes[0], "Training")
@@ -150,9 +132,7 @@ def plot_metric_bars(
 ) -> None:
     """Draw held-out NLL as grouped bars: a group for each language, a bar in it for each method, its value above it.
 
-    Args:
-        results: method -> language -> value.
-        errors: standard errors in the same form, drawn as 95 % intervals.
+    `results` and their standard `errors` (drawn as 95 % intervals) are by method, then language.
     """
     languages = list(dict.fromkeys(language for values in results.values() for language in values))
     figure, (axes,) = new_figure((3.6,))
@@ -168,15 +148,14 @@ def plot_metric_bars(
             text = f"{height:.2f}" if math.isfinite(height) else "n/a"
             top = sum(number for number in (height, margin) if math.isfinite(number)) if text != "n/a" else 0.0
             _add_note(axes, text, (place, top), "data", 2, ha="center", color="black")
-    axes.set_xticks(
-        range(len(languages)), [drawable(language, f"language {n}") for n, language in enumerate(languages, 1)]
-    )
+    names = [drawable(language, f"language {n}") for n, language in enumerate(languages, 1)]
+    axes.set_xticks(range(len(languages)), names)
     axes.set_ylabel("held-out answer NLL (nats per token)")
     axes.set_xlabel("language of question and answer")
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)
-    _draw_legend(axes, *axes.get_legend_handles_labels())
+    _draw_legend(axes)
     set_title(axes, "Held-out answers (lower is better)", "bars: 95 % interval of the mean" if errors else "")
     save_figure(figure, path)
 
@@ -185,9 +164,7 @@ def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
     """Draw scores by the supervised layer (the paper's Figure 3), with the entropy of the layers on a second axis.
 
     A panel for each metric; in it a line for each task, with TFT as a dashed line of the same colour if it was trained.
-
-    Args:
-        curve: the result of `pivotune.sweeps.layer_curve.layer_curve`.
+    `curve` is the result of `pivotune.sweeps.layer_curve.layer_curve`.
     """
     layers, series = curve["layers"], curve["series"]
     metrics = list(dict.fromkeys(one["metric"] for one in series))
@@ -202,13 +179,10 @@ def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
                 style = {"color": _colour(index), "linestyle": DASHED, "linewidth": 1.2}
                 axes.axhline(one["baseline"], label=f"TFT: {label.strip()}", **style)
         axes.set_ylabel(_METRIC_LABELS.get(metric) or drawable(str(metric).replace("_", " "), "score"))
-        handles, labels = axes.get_legend_handles_labels()
-        if layers:
-            twin_handles, twin_labels = _draw_entropy_behind(axes, layers["target"]["entropy"])
-            handles, labels = handles + twin_handles, labels + twin_labels
-        _draw_legend(axes, handles, labels, aside=1.13 if layers else 1.01)
+        entropy = _draw_entropy_behind(axes, layers["target"]["entropy"]) if layers else ()
+        _draw_legend(axes, *entropy, aside=1.13 if layers else 1.01)
     if not series:
-        _draw_notice(all_axes[0], "no cell is finished")
+        all_axes[0].text(0.5, 0.5, "no cell is finished", ha="center", va="center", transform=all_axes[0].transAxes)
     all_axes[-1].set_xlabel(f"{curve['term']} layer (after k blocks)")
     all_axes[-1].xaxis.set_major_locator(_layer_ticks())
     set_title(all_axes[0], f"Score by {curve['term']} layer", _SWEEP_ERRORS[curve["errors"]])
@@ -301,15 +275,13 @@ def _draw_margins(axes: Axes, x: Sequence[float], y: Sequence[float], margins: S
         axes.errorbar(x, y, yerr=margins, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
 
 
-def _draw_legend(axes: Axes, handles: Sequence[Any], labels: Sequence[Any], *, aside: float = 1.01) -> None:
-    """Draw a legend right of the axes, `aside` of their width from their left border."""
+def _draw_legend(axes: Axes, *more: Sequence[Any], aside: float = 1.01) -> None:
+    """Draw the axes' legend, with `more` handles and labels, `aside` of their width right of their left border."""
+    own = axes.get_legend_handles_labels()
+    handles, labels = ([*first, *added] for first, added in zip(own, more or ([], []), strict=True))
     if handles:
         place = {"loc": "upper left", "bbox_to_anchor": (aside, 1.0), "borderaxespad": 0}
         axes.legend(handles, labels, **place, frameon=False, handlelength=2.6, prop={"family": FONT, "size": 9})
-
-
-def _draw_notice(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
 def _add_note(axes: Axes, text: str, place: tuple[float, float], coordinates: Any, lift: float, **style: Any) -> None:
@@ -361,7 +333,7 @@ def _finish_layers(all_axes: Sequence[Axes], num_layers: int) -> None:
     """Add labels and legends to panels over layers."""
     all_axes[0].set_ylabel("mean entropy (nats)")
     for axes in all_axes:
-        _draw_legend(axes, *axes.get_legend_handles_labels())
+        _draw_legend(axes)
     all_axes[-1].set_xlabel("layer k (after k blocks; 0 = embeddings)")
     all_axes[-1].set_xlim(-0.5, num_layers + 0.5)
     all_axes[-1].xaxis.set_major_locator(_layer_ticks())

@@ -58,21 +58,13 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
                 by_layer.setdefault(analyses[cell.name][term], []).append(measured[cell.name])
             compared = [measured[cell.name]["value"] for cell in baselines if cell.name in measured]
             if by_layer:
-                series.append(
-                    {
-                        "task": task,
-                        "label": f"{task}, {label}" if label else task,
-                        "metric": next(iter(by_layer.values()))[0]["metric"],
-                        "points": [_point(layer, found, over_seeds) for layer, found in sorted(by_layer.items())],
-                        "baseline": statistics.fmean(compared) if compared else None,
-                    }
-                )
-    return {
-        "term": term,
-        "errors": "seeds" if over_seeds else "items",
-        "series": series,
-        "layers": next(iter(analyses.values()), None),
-    }
+                name, metric = f"{task}, {label}" if label else task, next(iter(by_layer.values()))[0]["metric"]
+                points = [_point(layer, found, over_seeds) for layer, found in sorted(by_layer.items())]
+                baseline = statistics.fmean(compared) if compared else None
+                line = {"task": task, "label": name, "metric": metric, "points": points, "baseline": baseline}
+                series.append(line)
+    errors, layers = "seeds" if over_seeds else "items", next(iter(analyses.values()), None)
+    return {"term": term, "errors": errors, "series": series, "layers": layers}
 
 
 def _point(layer: int, entries: list[dict[str, Any]], over_seeds: bool) -> dict[str, Any]:

