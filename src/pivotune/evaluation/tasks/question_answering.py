@@ -67,10 +67,8 @@ def _answer_benchmark(
     """Return a benchmark with greedy answers, scored by token F1 and exact match."""
 
     def score(language: str, answer: str, item: Item) -> dict[str, float]:
-        return {
-            "f1": f1_score(answer, item.references, language, rules),
-            "exact_match": exact_match(answer, item.references, language, rules),
-        }
+        scorers = {"f1": f1_score, "exact_match": exact_match}
+        return {key: scorer(answer, item.references, language, rules) for key, scorer in scorers.items()}
 
     def tasks(language: str) -> list[Task]:
         task = Task(f"{name}_{language}", name, language, "answer", QUESTION_ANSWERING_METRICS, partial(read, language))
@@ -163,23 +161,19 @@ def _mkqa_item(record: Any, number: int, place: str, language: str) -> Item:
     golds: list[str] = []
     for index, answer in enumerate(answers, start=1):
         where = f"{place}, answer {index} in {key!r}"
-        types.append(_mkqa_type(answer, where))
+        kind = answer.get("type") if isinstance(answer, Mapping) else None
+        if type(kind) is not int or not 0 <= kind < len(_MKQA_TYPES):
+            name = tables.member(answer, "type", str, where)
+            if name not in _MKQA_TYPES:
+                raise UsageError(f"{where}: unknown type {name!r}; allowed: {', '.join(_MKQA_TYPES)}")
+            kind = _MKQA_TYPES.index(name)
+        types.append(_MKQA_TYPES[kind])
         golds += _mkqa_golds(answer, types[-1], where, language)
     # The first answer's likelihood is reported, so the empty one comes last; without any text there is no answer.
     references = tuple(dict.fromkeys(gold for gold in golds if gold))
     if references and "" in golds:
         references = (*references, "")
     return Item(item_id, query, references, details={"types": list(dict.fromkeys(types))})
-
-
-def _mkqa_type(answer: Any, place: str) -> str:
-    value = answer.get("type") if isinstance(answer, Mapping) else None
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(_MKQA_TYPES):
-        return _MKQA_TYPES[value]
-    name = tables.member(answer, "type", str, place)
-    if name not in _MKQA_TYPES:
-        raise UsageError(f"{place}: unknown type {name!r}; allowed: {', '.join(_MKQA_TYPES)}")
-    return name
 
 
 def _mkqa_golds(answer: Mapping[str, Any], answer_type: str, place: str, language: str) -> list[str]:

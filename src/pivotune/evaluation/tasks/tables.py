@@ -39,12 +39,7 @@ class Source:
     pairs: tuple[Path, Path | None] | None = None
 
     def find(self, pattern: str) -> list[Path]:
-        """Return the files that match the pattern.
-
-        Args:
-            pattern: `fnmatch` pattern of a file name (`xquad.vi.json`) or of the last folders and a name
-                (`mmlu_ar/test/*.csv`); gzipped files (`.gz` added) match too.
-        """
+        """Return the files that match a `fnmatch` pattern of the last folders and the name, plain or gzipped."""
         depth = pattern.count("/") + 1
         tails = [(path, "/".join(path.parts[-depth:])) for path in self._files]
         return [path for path, tail in tails if fnmatchcase(tail, pattern) or fnmatchcase(tail, f"{pattern}.gz")]
@@ -78,9 +73,8 @@ class Split:
 
 def missing_data(task: str, source: Source, wanted: str, homepage: str) -> MissingDataError:
     """Return the error for a set that is not in the folder."""
-    return MissingDataError(
-        f"{task}: no {wanted} below {source.data_dir}; get it from {homepage}, or leave out --data-dir to use the Hub"
-    )
+    advice = f"get it from {homepage}, or leave out --data-dir to use the Hub"
+    return MissingDataError(f"{task}: no {wanted} below {source.data_dir}; {advice}")
 
 
 def choose_split(
@@ -110,9 +104,8 @@ def choose_split(
 def check_published(task: str, source: Source, language: str, languages: Sequence[str]) -> None:
     """Raise UsageError for a language that the Hub does not have, before a download."""
     if source.data_dir is None and language not in languages:
-        raise UsageError(
-            f"{task}: the Hub has this set in {', '.join(languages)}; another language needs its file and --data-dir"
-        )
+        has = f"the Hub has this set in {', '.join(languages)}"
+        raise UsageError(f"{task}: {has}; another language needs its file and --data-dir")
 
 
 def only_file(task: str, files: Sequence[Path]) -> Path:
@@ -133,11 +126,9 @@ def hub_name(path: str, config: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file or of the Hub.
+    """One record of a file or of the Hub: values by the names in `Columns`, 1-based number, and place for messages.
 
-    Attributes:
-        values: by the names in `Columns`; further fields keep their own name.
-        number: 1-based line or row; `place` adds the file or Hub name, for messages.
+    Fields beyond `Columns` keep their own name.
     """
 
     values: Mapping[str, Any]
@@ -190,12 +181,10 @@ def by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, str, Value
     """Map ids to values, in order, from (id, place, value); refuse repeated ids, on which paired tests join."""
     values: dict[str, Value] = {}
     places: dict[str, str] = {}
-    for identifier, place, value in rows:
-        if identifier in values:
-            raise UsageError(
-                f"{place}: the id {identifier!r} is that of {places[identifier]} too; ids must be distinct"
-            )
-        values[identifier], places[identifier] = value, place
+    for key, place, value in rows:
+        if key in values:
+            raise UsageError(f"{place}: the id {key!r} is that of {places[key]} too; ids must be distinct")
+        values[key], places[key] = value, place
     if not values:
         raise UsageError(f"{task}: no questions in {', '.join(origin)}")
     return values
@@ -204,13 +193,10 @@ def by_id(task: str, origin: Sequence[str], rows: Iterable[tuple[str, str, Value
 def read_table(
     path: Path, columns: Columns, *, delimiter: str = "\t", header: bool | None = None, unquote: bool = False
 ) -> Iterator[Record]:
-    """Yield the records of a table.
-
-    Tab-separated files are read unchanged (`"` is text); comma-separated files are CSV as spreadsheets write it.
+    """Yield the records of a table: tab-separated, where `"` is text, or CSV as spreadsheets write it.
 
     Args:
-        header: True for column names in the first row; None to detect them. Without a header the cells are `columns` in
-            order.
+        header: True for column names in the first row; None to detect them, or take the cells as `columns` in order.
         unquote: undo CSV quoting of single cells of a tab-separated file.
     """
     rows = _tab_rows(path, unquote) if delimiter == "\t" else _csv_rows(path)
@@ -237,18 +223,19 @@ def read_table(
 
 def read_objects(path: Path, columns: Columns = MappingProxyType({})) -> Iterator[Record]:
     """Yield the records of a JSON or JSON Lines file."""
-    word = numbered_by(path)
-    for number, value in read_file(path):
-        place = f"{path}, {word} {number}"
-        if not isinstance(value, dict):
-            raise UsageError(f"{place}: {type(value).__name__} {value!r:.40}; allowed: an object")
-        yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
+    return _records(read_file(path), columns, f"{path}, {numbered_by(path)}")
 
 
 def read_hub(task: str, hub: Hub, split: str, columns: Columns) -> Iterator[Record]:
     """Yield the records of a Hub dataset's split."""
-    for number, value in read_hub_records(task, *hub, split):
-        place = f"{hub_name(*hub)}, row {number}"
+    return _records(read_hub_records(task, *hub, split), columns, f"{hub_name(*hub)}, row")
+
+
+def _records(numbered: Iterable[tuple[int, Any]], columns: Columns, unit: str) -> Iterator[Record]:
+    for number, value in numbered:
+        place = f"{unit} {number}"
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{place}: {type(value).__name__} {value!r:.40}; allowed: an object")
         yield Record(dict(zip(_fields(value, columns, place), value.values(), strict=True)), number, place)
 
 

@@ -3,10 +3,7 @@
 Sets: FLORES-200 (NLLB team 2022; devtest, as usual), NTREX-128 (Federmann et al. 2022), Tatoeba (Artetxe and Schwenk
 2019) and the user's own pairs. Text files hold one sentence a line, and line n of both files belongs together. Pairs
 with two empty lines are left out and counted. An empty line on one side only is refused: it usually shifts every
-following line.
-
-Translations are measured by chrF++ and BLEU, and by COMET (the paper's metric) if it is installed. Alignment is
-measured by `pivotune.evaluation.metrics.alignment`.
+following line. Translations are measured by chrF++ and BLEU, and by COMET (the paper's metric) if it is installed.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.base import Benchmark, Item, Task, TaskData
 from pivotune.evaluation.tasks.tables import MissingDataError, Source, Split
-from pivotune.results.corpus_metrics import bleu_statistics, check_sacrebleu, chrf_from_statistics, chrf_statistics
+from pivotune.results.corpus_metrics import bleu_statistics, chrf_from_statistics, chrf_statistics
 from pivotune.results.metrics import Metric
 from pivotune.text.languages import Language, find_language, flores_languages
 
@@ -106,10 +104,8 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
     split, _ = tables.choose_split(task, source, splits, _TATOEBA_HOMEPAGE)
     code = next((code for code in language.iso639_3 if code in _XTREME_CODES), None)
     if code is None:
-        raise MissingDataError(
-            f"{task}: the Hub has this set in {', '.join(TATOEBA.languages)}; another language needs its files and "
-            "--data-dir"
-        )
+        has = f"the Hub has this set in {', '.join(TATOEBA.languages)}"
+        raise MissingDataError(f"{task}: {has}; another language needs its files and --data-dir")
     # Part of XTREME, which names its only split validation.
     hub = ("google/xtreme", f"tatoeba.{code}")
     columns = {name: [name] for name in ("source_sentence", "target_sentence", "source_lang")}
@@ -132,10 +128,8 @@ def _read_own(task: str, source: Source, language: Language) -> TaskData:
     if is_data:
         return _read_own_rows(target, english)
     if english is None:
-        raise UsageError(
-            f"{target}: holds one side only; give the other with --english FILE, or both in one of "
-            f"{describe_file_types()}"
-        )
+        other = f"give the other with --english FILE, or both in one of {describe_file_types()}"
+        raise UsageError(f"{target}: holds one side only; {other}")
     return _align_files(target, english, [str(target), str(english)], "all")
 
 
@@ -172,8 +166,8 @@ def _read_files(
 
 
 def _align_files(target: Path, english: Path, names: Sequence[str], split: str) -> TaskData:
-    sides = ([line.strip() for line in read_lines(path)] for path in (target, english))
-    return _align(*sides, names, split, "line")
+    ours, theirs = ([line.strip() for line in read_lines(path)] for path in (target, english))
+    return _align(ours, theirs, names, split, "line")
 
 
 def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], split: str, unit: str) -> TaskData:
@@ -229,7 +223,8 @@ def _code_beside_english(prefix: str, language: str) -> str:
 
 
 def _read_translation(set_name: str, task: str, source_code: str, target_code: str, source: Source) -> TaskData:
-    check_sacrebleu(task)
+    if find_spec("sacrebleu") is None:
+        raise UsageError(f"{task}: chrF++ and BLEU need sacrebleu; install it with: pip install 'pivotune[eval]'")
     into_english = target_code == "en"
     data = read_parallel(set_name, task, source, source_code if into_english else target_code)
     source_name, target_name = (find_language(code).name for code in (source_code, target_code))
@@ -253,9 +248,8 @@ def score_translation(language: str, hypothesis: str, item: Item) -> dict[str, f
 
 FLORES = _parallel_benchmark("flores", "FLORES-200", _FLORES_HOMEPAGE, flores_languages())
 NTREX = _parallel_benchmark("ntrex", "NTREX-128", _NTREX_HOMEPAGE)
-TATOEBA = _parallel_benchmark(
-    "tatoeba", "Tatoeba", _TATOEBA_HOMEPAGE, [find_language(code).code for code in _XTREME_CODES]
-)
+_TATOEBA_LANGUAGES = [find_language(code).code for code in _XTREME_CODES]
+TATOEBA = _parallel_benchmark("tatoeba", "Tatoeba", _TATOEBA_HOMEPAGE, _TATOEBA_LANGUAGES)
 PAIRS = _parallel_benchmark("pairs", "own pairs", "the option --pairs")
 
 

@@ -66,14 +66,10 @@ def _file_records(path: Path) -> Iterator[Record]:
 
 
 def _item(record: Record, identifier: str, language: str) -> Item:
-    if "best" in record.values:
-        texts, labels = _table_answers(record, _FULL_STOPS.get(language, "."))
-    else:
-        texts, labels = _json_answers(record)
+    texts, labels = _table_answers(record, language) if "best" in record.values else _json_answers(record)
     if len(texts) != len(labels) or not all(isinstance(text, str) for text in texts):
         raise record.error(f"{len(texts)} answers with {len(labels)} labels; allowed: as many texts as labels")
-    unknown = [label for label in labels if label not in (0, 1)]
-    if unknown:
+    if unknown := [label for label in labels if label not in (0, 1)]:
         raise record.error(f"label is {unknown[0]!r:.60}; allowed: 0, 1")
     right = [text for text, label in zip(texts, labels, strict=True) if label == 1]
     if len(right) != 1 or not right[0].strip():
@@ -81,18 +77,17 @@ def _item(record: Record, identifier: str, language: str) -> Item:
     choices = tuple(dict.fromkeys(text for text in texts if text.strip()))
     if len(choices) < 2:
         raise record.error("no wrong answer; at least 1 is needed")
-    category = record.values.get("Category")
-    details = {"category": category} if category else {}
+    details = {"category": category} if (category := record.values.get("Category")) else {}
     question = record.text("question").strip()
     return Item(identifier, question, choices=choices, gold=choices.index(right[0]), details=details)
 
 
-def _table_answers(record: Record, full_stop: str) -> tuple[list[str], list[int]]:
+def _table_answers(record: Record, language: str) -> tuple[list[str], list[int]]:
     """Return the best answer and the incorrect ones; each ends with a full stop, as in the publisher's own script."""
     incorrect = record.text("incorrect")
     separator = next((mark for mark in _SEPARATORS if mark in incorrect), _SEPARATORS[0])
     wrong = [piece for piece in map(str.strip, incorrect.split(separator)) if piece]
-    texts = (record.text("best").strip(), *wrong)
+    full_stop, texts = _FULL_STOPS.get(language, "."), (record.text("best").strip(), *wrong)
     closed = [text if text.endswith((".", "。", "।")) else text + full_stop for text in texts]
     return closed, [1] + [0] * len(wrong)
 
