@@ -110,9 +110,6 @@ def compare_groups(
         metrics: `primary`, `all`, or glob patterns of metrics' names.
         warnings: lines to begin with, from loading the groups.
         progress: called with (columns done, columns in all).
-
-    Raises:
-        UsageError: no results at all, or a pattern that matches nothing.
     """
     if baseline is None:
         baseline = next((index for index, group in enumerate(groups) if group.method == "tft"), 0)
@@ -197,11 +194,10 @@ def _measure(groups: Sequence[SeedGroup], column: Column, warnings: dict[str, li
             line = f"only {len(figures)} of the {len(group.runs)} seeds of {group.label} have the task"
             warnings[line].append(column.task)
         values = [figure.value for _, figure in figures if figure.value is not None]
-        value = spread = None
-        if len(figures) == 1:
-            value, spread = figures[0][1].value, figures[0][1].stderr
-        elif len(values) == len(figures):
-            value, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+        value, spread = figures[0][1].value, figures[0][1].stderr
+        if len(figures) > 1:
+            defined = len(values) == len(figures)
+            value, spread = (float(np.mean(values)), float(np.std(values, ddof=1))) if defined else (None, None)
         measured.append(Measurement(value, spread, min(figure.n for _, figure in figures), figures))
     shown = [(round(m.value, column.digits), m) for m in measured if m is not None and m.value is not None]
     if column.metric.higher_is_better is not None and len(shown) > 1:

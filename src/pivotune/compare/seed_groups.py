@@ -127,16 +127,13 @@ def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     path = folder / RESULTS
-    if not path.is_file():
-        return False
-    if (folder / "config.yaml").is_file():
-        return True
+    if not path.is_file() or (folder / "config.yaml").is_file():
+        return path.is_file()
     try:
         # A demo's `results.json` beside its run folders has no tasks.
         return "tasks" in json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError):
-        # `read_results` names the fault.
-        return True
+        return True  # `read_results` names the fault
 
 
 def _load_run(target: Path, warnings: list[str]) -> Run:
@@ -178,10 +175,10 @@ def _group_by_configuration(runs: Iterable[Run], warnings: list[str]) -> list[li
             free.append(run)
             continue
         if alike:
-            warnings.append(
-                f"{run.results.path.parent} and {alike[0][0].results.path.parent} have one configuration and one seed, "
-                "or a copy was made: shown as rows of their own"
+            both = (
+                f"{run.results.path.parent} and {alike[0][0].results.path.parent} have one configuration and one seed"
             )
+            warnings.append(f"{both}, or a copy was made: shown as rows of their own")
         groups.append((key, [run]))
     return [sorted(group, key=lambda run: run.seed or 0) for _, group in groups]
 
@@ -213,11 +210,11 @@ def _describe(run: Run, rivals: Sequence[Run]) -> str:
 
 def _with_unique_label(group: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
     """Prepend as many parent folders as distinguish equal labels."""
-    rivals = [other for other in groups if other.label == group.label and other is not group]
-    if not rivals:
+    alike = [other.runs[0].results.path for other in groups if other.label == group.label and other is not group]
+    if not alike:
         return group
-    parts = group.runs[0].results.path.resolve().parent.parts
+    parts, rivals = (group.runs[0].results.path.resolve().parent.parts, [path.resolve().parent.parts for path in alike])
     for depth in range(2, len(parts)):
-        if all(other.runs[0].results.path.resolve().parent.parts[-depth:] != parts[-depth:] for other in rivals):
+        if parts[-depth:] not in [rival[-depth:] for rival in rivals]:
             return replace(group, label="/".join(parts[-depth:]))
     return replace(group, label=str(group.runs[0].results.path))

@@ -1,4 +1,4 @@
-"""Test whether two methods differ: paired intervals over items and training seeds.
+"""Test whether two methods differ: intervals over items and training seeds.
 
 Over items the interval is a paired percentile bootstrap. Training seeds are too few for that: the resampled mean of three
 seeds falls between the lowest and the highest of them and covers the truth in three cases of four, not in 95 %. Their part
@@ -53,17 +53,15 @@ class SeedTest:
 
 @dataclass(slots=True)
 class Difference:
-    """Run minus baseline.
+    """Run minus baseline, in the metric's unit.
 
     Attributes:
-        value: in the metric's unit.
         low, high: 95 % interval; NaN for a single item.
-        p: two-sided, from the same resamples as the interval; not adjusted.
+        p: two-sided, from the same resamples as the interval; `adjusted_p` has Holm's correction over a table.
         n: items that both have (for seeds with items of their own: the smallest number).
         num_seeds: seeds that the interval covers; 0 where it covers items only.
         seed_test: None with fewer than two seeds or without any spread over them.
         verdict: None for metrics without a better direction.
-        adjusted_p: `p` after Holm's correction over a table; None until then.
     """
 
     value: float
@@ -97,9 +95,6 @@ def difference(
 
     Items are joined by id; those that only one side has are left out. Runs are paired by seed if both methods have the
     same seeds. For a metric that some items lack, each side's value is over the items that it has.
-
-    Raises:
-        UsageError: no item is shared.
     """
     seeds = [sample.seed for sample in run]
     paired = None not in seeds and sorted(map(str, seeds)) == sorted(str(sample.seed) for sample in baseline)

@@ -19,7 +19,6 @@ from pivotune.text.files import finite, write_bytes, write_json
 
 RESULTS = "results.json"
 ITEMS = "results.items.jsonl.gz"
-# Keys of a task's entry that its figures depend on; the rest describes them.
 _CONDITIONS = ("split", "origin", "prompt_hash", "template", "limit", "revision", "settings", "versions")
 # The first releases wrote no metric definitions; training's held-out NLL was their only metric.
 _IMPLIED = {"nll": {"form": "ratio", "fields": ["nll", "tokens"], "higher_is_better": False}}
@@ -175,7 +174,7 @@ def _parse_metric(where: str, name: str, entry: Any) -> MetricResult:
     if form not in get_args(Form):
         raise UsageError(f"{where}: form {form!r} is not known; allowed: {', '.join(get_args(Form))}")
     needed = 2 if form == "ratio" else 1
-    if not isinstance(fields, list) or len(fields) != needed or not all(isinstance(key, str) for key in fields):
+    if not isinstance(fields, list) or [type(key) for key in fields] != [str] * needed:
         raise UsageError(f"{where}: fields {fields!r} are not allowed; {form} takes {needed} name(s)")
     if better not in (True, False, None):
         raise UsageError(f"{where}: higher_is_better {better!r} is not allowed; true, false or null")

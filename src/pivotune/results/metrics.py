@@ -1,8 +1,7 @@
 """Metrics as data, and their values, standard errors and bootstrap resamples from the numbers of single items.
 
 Every metric is a function of its items' *summed* numbers. An item is therefore a short vector, a resample is a vector of
-counts, and a bootstrap is one matrix product, for means as for corpus metrics. A results file holds the definition of each
-metric, so that figures can be recomputed without the task that made them.
+counts, and a bootstrap is one matrix product, for means as for corpus metrics.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ class Metric:
     """One metric of a task.
 
     Attributes:
-        name: the field's name for it (`f1`, `accuracy`, `chrf++`, `nll_per_token`).
         form: `mean` of `fields[0]` over the items that have it; `ratio` of the sums of `fields[0]` and `fields[1]`; `chrf`
             and `bleu` of the summed sufficient statistics in `fields[0]` (a list of counts per item).
         fields: keys of an item's record.
@@ -74,9 +72,6 @@ def summarize(metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricRes
 
     The standard error of means and ratios is the linearised one of a ratio of sums (for a mean: sd / sqrt(n)); for corpus
     metrics it is the standard deviation over 1000 resamples of the items with a fixed seed.
-
-    Raises:
-        ValueError: an item holds something other than the metric's numbers.
     """
     vectors, present = item_vectors(metric, records)
     vectors = vectors[present]
@@ -95,10 +90,10 @@ def summarize(metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricRes
 
 
 def item_vectors(metric: Metric, records: Sequence[Mapping[str, Any]]) -> tuple[Array, NDArray[np.bool_]]:
-    """Return the items as vectors to sum, and a mask of the items that have the metric.
+    """Return the items as vectors to sum, [n, k], and a mask of the items that have the metric, [n].
 
-    Returns:
-        ([n, k] with rows of zeros for items without the metric, [n]).
+    Raises:
+        ValueError: an item holds something other than the metric's numbers.
     """
     vectors = np.zeros((len(records), WIDTHS[metric.form]))
     present = np.zeros(len(records), dtype=bool)
@@ -128,28 +123,17 @@ def statistic(metric: Metric, sums: Array) -> Array:
 
 
 def bootstrap(metric: Metric, vectors: Array, resamples: int, seed: int, stream: int = 0) -> Array:
-    """Return the metric of several runs under the same random resamples of their items.
+    """Return the metric of several runs under the same random resamples of their items, [runs, resamples].
 
     Args:
         vectors: [runs, n, k]; all runs have the same items in the same order.
         stream: a different number gives independent resamples.
-
-    Returns:
-        [runs, resamples].
     """
     runs, n, width = vectors.shape
     flat = np.ascontiguousarray(vectors.transpose(1, 0, 2)).reshape(n, runs * width)
     draw = _cached_counts if n * resamples <= _KEPT else _draw_counts
-    parts = [
-        statistic(metric, (counts.astype(np.float64) @ flat).reshape(-1, runs, width))
-        for counts in draw(n, resamples, seed, stream)
-    ]
-    return np.concatenate(parts).T
-
-
-@lru_cache(maxsize=1)
-def _cached_counts(n: int, resamples: int, seed: int, stream: int) -> list[NDArray[np.uint8]]:
-    return list(_draw_counts(n, resamples, seed, stream))
+    sums = [counts.astype(np.float64) @ flat for counts in draw(n, resamples, seed, stream)]
+    return statistic(metric, np.concatenate(sums).reshape(-1, runs, width)).T
 
 
 def _draw_counts(n: int, resamples: int, seed: int, stream: int) -> Iterator[NDArray[np.uint8]]:
@@ -161,3 +145,6 @@ def _draw_counts(n: int, resamples: int, seed: int, stream: int) -> Iterator[NDA
         counts = np.bincount(drawn.ravel(), minlength=count * n)
         # uint8 is enough: the chance that an item is drawn 256 times is below 1e-500.
         yield counts.reshape(count, n).astype(np.uint8)
+
+
+_cached_counts = lru_cache(maxsize=1)(lambda *arguments: list(_draw_counts(*arguments)))

@@ -9,7 +9,7 @@ For every layer k = 0..L ("after k decoder blocks"):
 - mean cosine of translations, to be read beside the mean cosine of other sentences: in many layers all sentences are
   near one another.
 
-Shapes: B sentences of a batch, T tokens, D width, L layers, N pairs.
+Shapes: B sentences of a batch, D width, L layers, N pairs.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def measure_alignment(
         layers.append(torch.stack([both_directions(target, english), centered, (target * english).sum(-1)]).cpu())
         non_pairs.append(mean_of_non_pairs(target, english))
     figures = torch.stack(layers)  # (L + 1, 3, N)
-    names = ("retrieval", "centered_retrieval", "cosine")
     items = zip(pairs, figures[1:].mean(0).T.tolist(), strict=True)
+    records = [
+        {"item": pair.id, "retrieval": r, "centered_retrieval": c, "cosine": near} for pair, (r, c, near) in items
+    ]
     retrieval, centered_retrieval, cosine = figures.mean(2).T.tolist()
     by_layer = {
         "retrieval_accuracy": [100 * value for value in retrieval],
@@ -103,7 +105,7 @@ def measure_alignment(
         "chance": 100 / len(pairs),
         "truncated": sum(len(ids) > max_tokens for ids in token_ids),
     }
-    return Alignment([{"item": pair.id, **dict(zip(names, values, strict=True))} for pair, values in items], by_layer)
+    return Alignment(records, by_layer)
 
 
 @torch.no_grad()
@@ -147,11 +149,9 @@ def pooled_states(
 def _batch_means(architecture: Architecture, token_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Return (B, L + 1, D), fp32, on the CPU."""
     width = max(1, *(len(ids) for ids in token_ids))
-    input_ids = torch.zeros(len(token_ids), width, dtype=torch.long)  # behind the mask any valid id will do
-    mask = torch.zeros(len(token_ids), width, dtype=torch.bool)
-    for row, ids in enumerate(token_ids):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        mask[row, : len(ids)] = True
+    # Behind the mask any valid id will do.
+    input_ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in token_ids], dtype=torch.long)
+    mask = torch.tensor([[column < len(ids) for column in range(width)] for ids in token_ids])
     layers = range(architecture.num_layers + 1)
     with tap(architecture, layers) as taps:
         attention_mask = mask.long()
@@ -161,7 +161,7 @@ def _batch_means(architecture: Architecture, token_ids: Sequence[Sequence[int]],
     mask[:, 0] &= mask.sum(1) == 1
     means = []
     for layer in layers:
-        states = taps.hidden_states.pop(layer)
+        states = taps.hidden_states.pop(layer)  # (B, T, D)
         kept = mask.to(states.device)[:, :, None]
         sums = states.float().masked_fill(~kept, 0.0).sum(1)
         means.append((sums / kept.sum(1).clamp(min=1)).cpu())
