@@ -139,13 +139,9 @@ def transformers_engine(
     )
     # Hides warnings about an already loaded model and about padding.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = _language_model_class(model.config.model_type)(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=1,
-        max_length=prompter.max_length or 1 << 20,
-        add_bos_token=bool(prompter.begin_ids),
-    )
+    options = {"max_length": prompter.max_length or 1 << 20, "add_bos_token": bool(prompter.begin_ids)}
+    harness_class = _language_model_class(model.config.model_type)
+    lm = harness_class(pretrained=model, tokenizer=tokenizer, batch_size=1, **options)
     return Engine(lm, prompter, batch_size, model.device.type, _generation_tokens(model))
 
 
@@ -167,26 +163,19 @@ def vllm_engine(
     *,
     batch_size: int | Literal["auto"],
     end_token_ids: Sequence[int],
-    revision: str | None = None,
     **options: Any,
 ) -> Engine:
-    """Return an engine on vLLM; the harness loads the model with `options` (dtype, trust_remote_code)."""
+    """Return an engine on vLLM; the harness loads the model with `options` (dtype, trust_remote_code, revision)."""
     from lm_eval.api.registry import get_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     backend: Any = get_model("vllm")
-    lm = backend(
-        pretrained=location,
-        tokenizer=location,
-        revision=revision,
-        tokenizer_revision=revision,
-        batch_size="auto",
-        max_length=prompter.max_length,
-        add_bos_token=bool(prompter.begin_ids),
-        **options,
-    )
-    # vLLM makes its own batches; ours only set how often answers are cached.
-    size = 1024 if batch_size == "auto" else batch_size
+    options |= {"tokenizer": location, "tokenizer_revision": options.get("revision"), "batch_size": "auto"}
+    options |= {"max_length": prompter.max_length, "add_bos_token": bool(prompter.begin_ids)}
+    lm = backend(pretrained=location, **options)
+    size = (
+        1024 if batch_size == "auto" else batch_size
+    )  # vLLM makes its own batches; ours set how often answers are cached
     # An end token other than the tokenizer's own would otherwise stand in the answer.
     generation_options = {"stop_token_ids": list(end_token_ids), "skip_special_tokens": True}
     return Engine(lm, prompter, size, "cuda", generation_options=generation_options)
@@ -215,14 +204,9 @@ def _language_model_class(model_type: str) -> Any:
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             criterion = _StopAfterWord(self.tokenizer, context.shape[1], self.stop_strings)
-            return self.model.generate(
-                input_ids=context,
-                attention_mask=options["attention_mask"],
-                max_length=max_length,
-                stopping_criteria=StoppingCriteriaList([criterion]),
-                do_sample=False,
-                use_cache=True,
-            )
+            inputs = {"input_ids": context, "attention_mask": options["attention_mask"], "max_length": max_length}
+            criteria = StoppingCriteriaList([criterion])
+            return self.model.generate(**inputs, stopping_criteria=criteria, do_sample=False, use_cache=True)
 
     return SelectiveHFLM
 

@@ -50,9 +50,6 @@ def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | N
             (`alignment_vi`, `alignment_tatoeba_vi`) or any multiple-choice task of lm-evaluation-harness.
         languages: for sets and groups without a language.
         own: the run's language, in place of empty `languages`; `paper` stays vi, ar and zh.
-
-    Raises:
-        UsageError: unknown name, a language that a set does not have, or a set without any language.
     """
     tasks: dict[str, Task] = {}
     for name in names:
@@ -71,9 +68,9 @@ def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
         return _group(head, [tail] if tail else languages)
     if head == ALIGNMENT:
         set_name, _, rest = tail.partition("_")
-        if set_name not in PARALLEL_READERS:
-            return [alignment_task(None, language) for language in _needed(head, [tail] if tail else languages)]
-        return [alignment_task(set_name, language) for language in _needed(tail, [rest] if rest else languages)]
+        known_set, rest = (set_name, rest) if set_name in PARALLEL_READERS else (None, tail)
+        chosen = _needed(tail if known_set else head, [rest] if rest else languages)
+        return [alignment_task(known_set, language) for language in chosen]
     if name in known:
         return [task for language in _needed(name, languages) for task in _in_language(known[name], language)]
     if head in known and _DIRECTION.fullmatch(tail):
@@ -89,12 +86,9 @@ def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
 
 def _group(group: str, languages: Sequence[str]) -> Sequence[Task]:
     """Return a group's published tasks, and English ones too: harm to English is always shown."""
-    if group == "english":
-        languages = ("en",)
-    elif group != "paper" or languages:
-        languages = _needed(group, languages)
-    else:
-        languages = PAPER_LANGUAGES
+    if group in ("english", "paper"):
+        languages = ("en",) if group == "english" else languages or PAPER_LANGUAGES
+    languages = _needed(group, languages)
 
     def published(language: str) -> list[Task]:
         sets = [name for name in GROUPS[group] if not (language == "en" and name in _TRANSLATION)]
@@ -112,9 +106,8 @@ def _in_language(benchmark: Benchmark, language: str) -> Sequence[Task]:
         language = find_language(language).code
     if language in benchmark.languages or benchmark.open_ended:
         return benchmark.tasks(language)
-    raise UsageError(
-        f"--tasks: {benchmark.title} has no language {language!r}; it has {', '.join(sorted(benchmark.languages))}"
-    )
+    has = ", ".join(sorted(benchmark.languages))
+    raise UsageError(f"--tasks: {benchmark.title} has no language {language!r}; it has {has}")
 
 
 def _needed(name: str, languages: Sequence[str]) -> Sequence[str]:

@@ -48,8 +48,7 @@ ANSWER_METRICS = (
 )
 COMET = Metric("comet", "mean", ("comet",), 100.0)
 _WRITTEN_SETTINGS = ("limit", "seed", "split", "template", "max_new_tokens", "backend", "dtype")
-# Longest detail of a choice in the items file (a subject): the question itself is in the data set.
-_DETAIL_CHARACTERS = 64
+_DETAIL_CHARACTERS = 64  # longest detail of a choice in the items file (a subject, not the question itself)
 
 
 def evaluate_model(
@@ -140,6 +139,7 @@ class Evaluator:
                     metrics.insert(len(definition.metrics), COMET)
                 except CometUnavailableError as error:
                     more["comet"] = f"left out: {error}"
+        written = {name: getattr(settings, name) for name in _WRITTEN_SETTINGS}
         entry = {
             **_figures(metrics, records),
             # The origin of the figures, for readers and for `compare`, which warns about differences.
@@ -151,8 +151,7 @@ class Evaluator:
             "truncated": task.truncated,
             "model_fingerprint": self._fingerprint,
             "versions": self._versions,
-            "settings": {name: getattr(settings, name) for name in _WRITTEN_SETTINGS}
-            | {"template": self._prepared.prompter.name},
+            "settings": written | {"template": self._prepared.prompter.name},
             **more,
         }
         return entry, records
@@ -165,19 +164,12 @@ class Evaluator:
 
     @cached_property
     def engine(self) -> Engine:
-        prepared, settings = self._prepared, self._prepared.settings
-        if settings.backend == "vllm":
-            return vllm_engine(
-                resolve_model(prepared.model),
-                prepared.prompter,
-                batch_size=settings.batch_size,
-                end_token_ids=prepared.end_token_ids,
-                **self._loading,
-            )
-        ends = {*end_token_ids(self.model, prepared.prompter.tokenizer), *prepared.end_token_ids}
-        return transformers_engine(
-            self.model, prepared.prompter, batch_size=settings.batch_size, end_token_ids=sorted(ends)
-        )
+        prompter, size, ends = self._prepared.prompter, self._prepared.settings.batch_size, self._prepared.end_token_ids
+        if self._prepared.settings.backend == "vllm":
+            name = resolve_model(self._prepared.model)
+            return vllm_engine(name, prompter, batch_size=size, end_token_ids=ends, **self._loading)
+        ends = sorted({*end_token_ids(self.model, prompter.tokenizer), *ends})
+        return transformers_engine(self.model, prompter, batch_size=size, end_token_ids=ends)
 
     def _answer_items(self, task: Task, items: Sequence[ItemRequests]) -> list[dict[str, Any]]:
         """Answer the requests that are not in the cache, and score all items.
@@ -230,13 +222,8 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
         text = cast(str, answer_to(asked.generation)).strip()
         assert task.score is not None
         is_right = in_language(text, task.answer_language) if task.answer_language and text else None
-        record |= {
-            **task.score(text, item),
-            "answer": text,
-            "answer_characters": len(text),
-            "empty": int(not text),
-            "in_language": None if is_right is None else int(is_right),
-        }
+        record |= {**task.score(text, item), "answer": text, "answer_characters": len(text), "empty": int(not text)}
+        record["in_language"] = None if is_right is None else int(is_right)
     gold = scores[0] if item.gold is None else scores[item.gold]
     record |= {"gold_nll": -gold.logprob, "gold_tokens": gold.tokens, "gold_characters": len(item.gold_answer)}
     if asked.context.truncated:

@@ -361,7 +361,7 @@ def test_each_direction_is_tokenized_as_its_output(source):
 
 def test_without_sacrebleu_a_line_says_so_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(translation, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"flores_en-vi: .* need sacrebleu"):
+    with pytest.raises(UsageError, match=r"flores_en-vi: .* need sacrebleu; .* pip install .pivotune\[eval\]"):
         FLORES.tasks("vi")[0].read(Source(tmp_path))
 
 

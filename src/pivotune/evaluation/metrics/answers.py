@@ -40,10 +40,7 @@ from pivotune.text.languages import find_language
 
 RuleName = Literal["mlqa", "mkqa"]
 
-QUESTION_ANSWERING_METRICS = (
-    Metric("f1", "mean", ("f1",), scale=100.0),
-    Metric("exact_match", "mean", ("exact_match",), scale=100.0),
-)
+QUESTION_ANSWERING_METRICS = tuple(Metric(name, "mean", (name,), scale=100.0) for name in ("f1", "exact_match"))
 
 _ARTICLES = {
     "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
@@ -107,7 +104,6 @@ def f1_score(prediction: str, references: Sequence[str], language: str, rules: R
     def f1(gold: list[str]) -> float:
         if not predicted and not gold:
             return rule.f1_of_two_empty
-        # 2PR / (P + R) with P = common / len(predicted) and R = common / len(gold).
         return 2 * (Counter(predicted) & Counter(gold)).total() / (len(predicted) + len(gold))
 
     return max(f1(_tokens(reference, language, rule)) for reference in references)

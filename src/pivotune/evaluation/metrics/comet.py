@@ -67,9 +67,8 @@ def find_checkpoint(checkpoint: str | None = None) -> Path:
                 return path / _CHECKPOINT_FILE
             raise UsageError(f"--comet {path}: has no {_CHECKPOINT_FILE}; allowed: a .ckpt file, or a folder with one")
         if path.suffix == ".ckpt" or path.is_absolute() or checkpoint.count("/") != 1:
-            raise UsageError(
-                f"--comet {checkpoint}: no such file; allowed: a .ckpt file, a model's folder, or a Hub name"
-            )
+            allowed = "allowed: a .ckpt file, a model's folder, or a Hub name"
+            raise UsageError(f"--comet {checkpoint}: no such file; {allowed}")
     from huggingface_hub import snapshot_download
 
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint

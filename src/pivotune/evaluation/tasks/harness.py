@@ -76,9 +76,8 @@ def _read_from_hub(name: str, source: Source) -> TaskData:
         raise
     except Exception as error:  # the Hub, the network, the task's own code: they share no narrower type
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"{name}: lm-evaluation-harness cannot load it ({reason[:200]}); such tasks are read from the Hub"
-        ) from error
+        problem = f"lm-evaluation-harness cannot load it ({reason[:200]})"
+        raise UsageError(f"{name}: {problem}; such tasks are read from the Hub") from error
     config = task.config
     if task.multiple_input or task.multiple_target or config.doc_to_image or config.doc_to_audio or config.gen_prefix:
         raise _unsupported(name, "of several inputs or targets")
@@ -97,9 +96,8 @@ def _item(task: Any, identifier: str, doc: Mapping[str, Any], details: Mapping[s
     target = task.doc_to_target(doc)
     gold = choices.index(target) if target in choices else target
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise UsageError(
-            f"{task.config.task}, item {identifier}: answer {target!r:.60}; allowed: one of {len(choices)}"
-        )
+        where = f"{task.config.task}, item {identifier}"
+        raise UsageError(f"{where}: answer {target!r:.60}; allowed: one of {len(choices)}")
     # A task's description (none of our own sets has one) stands before the question, as without a chat template.
     description = task.resolve_field(doc, task.config.description) or ""
     query = f"{description}{task.doc_to_text(doc)}"
@@ -118,9 +116,8 @@ def _manager(task: str) -> Any:
     try:
         return _task_manager()
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{task}: needs lm-evaluation-harness ({error.name} is not installed): pip install 'pivotune[eval]'"
-        ) from error
+        needs = f"needs lm-evaluation-harness ({error.name} is not installed)"
+        raise UsageError(f"{task}: {needs}: pip install 'pivotune[eval]'") from error
 
 
 def _unsupported(name: str, kind: str) -> UsageError:
