@@ -221,10 +221,8 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     """Return a `table` for the package booktabs, with each method's differences below its values."""
     columns = comparison.columns
-    heads = [
-        f"{latex(column.benchmark)} ({latex(column.metric.name)}{_ARROWS[column.metric.higher_is_better][1]})"
-        for column in columns
-    ]
+    metrics = [f"{latex(c.metric.name)}{_ARROWS[c.metric.higher_is_better][1]}" for c in columns]
+    heads = [f"{latex(column.benchmark)} ({metric})" for column, metric in zip(columns, metrics, strict=True)]
     groups = [(head, len(list(same))) for head, same in groupby(heads)]
     rules, start = [], 2
     for _, width in groups:

@@ -65,9 +65,6 @@ def load_groups(paths: Sequence[Path], warnings: list[str]) -> list[SeedGroup]:
     Args:
         paths: run folders, results files, or folders whose direct children are run folders. Duplicates count once.
         warnings: receives a line for each run that is left out or incomplete.
-
-    Raises:
-        UsageError: a path that is none of these, or a results file that cannot be read.
     """
     targets: dict[Path, Path] = {}
     for target in (target for path in paths for target in _find_runs(path, warnings)):

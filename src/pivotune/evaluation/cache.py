@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,17 +94,16 @@ class AnswerCache:
 
     def add(self, answers: Mapping[Request, Answer]) -> None:
         """Keep the answers of one batch, all or none of them on disk."""
-        keyed = {_key(request): answer for request, answer in answers.items()}
-        self._answers.update(keyed)
-        if self.path is None:
-            return
         lines = []
-        for key, answer in keyed.items():
+        for request, answer in answers.items():
+            key = _key(request)
+            self._answers[key] = answer
             content = answer if isinstance(answer, str) else [answer.logprob, answer.tokens]
             lines.append(json.dumps({"request": key, "answer": content}) + "\n")
-        # One write: a kill between two lines of a batch would change the batches that are computed next time.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        if self.path is not None:
+            # One write: a kill between two lines of a batch would change the batches that are computed next time.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
 
     def _read(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -154,8 +154,6 @@ def installed_versions() -> dict[str, str]:
     """Return the versions of all installed packages that figures depend on."""
     versions = {}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions

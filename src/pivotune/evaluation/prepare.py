@@ -121,8 +121,9 @@ def prepare_evaluation(
 
 
 def _check_settings(settings: EvaluationSettings) -> None:
-    if settings.backend not in BACKENDS:
-        raise UsageError(f"--backend: {settings.backend!r} found; allowed: {', '.join(BACKENDS)}")
+    for name, allowed in (("backend", BACKENDS), ("dtype", DTYPES)):
+        if getattr(settings, name) not in allowed:
+            raise UsageError(f"--{name}: {getattr(settings, name)!r} found; allowed: {', '.join(allowed)}")
     if find_spec("lm_eval") is None:
         raise UsageError("evaluation needs lm-evaluation-harness: pip install 'pivotune[eval]'")
     if settings.backend == "vllm" and find_spec("vllm") is None:
@@ -131,8 +132,6 @@ def _check_settings(settings: EvaluationSettings) -> None:
         value = getattr(settings, name)
         if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}: {value} found; allowed: 1 or more")
-    if settings.dtype not in DTYPES:
-        raise UsageError(f"--dtype: {settings.dtype!r} found; allowed: {', '.join(DTYPES)}")
     if settings.comet is not None:
         # A requested COMET must be there; without `--comet` it is optional.
         from pivotune.evaluation.metrics.comet import CometUnavailableError, find_checkpoint
@@ -163,9 +162,8 @@ def _read_tasks(
         items = _sample(data.items, settings)
         if not items:
             raise UsageError(f"{task.name}: {', '.join(data.origin)} holds no items")
-        if task.kind == "alignment":
-            content: dict[str, Any] = {"pairs": items}
-        else:
+        content: dict[str, Any] = {"pairs": items}
+        if task.kind != "alignment":
             content = {"requests": [item_requests(task, item, prompter, settings.max_new_tokens) for item in items]}
         prepared.append(PreparedTask(task, data.split, data.origin, left_out=data.left_out, **content))
     if missing and (not settings.skip_missing or not prepared):

@@ -69,9 +69,6 @@ def evaluate_model(
 
     Returns:
         The content of `results.json`.
-
-    Raises:
-        UsageError: before any weight is loaded.
     """
     prepared = prepare_evaluation(model, tasks, EvaluationSettings(**settings), languages)
     return execute_evaluation(prepared, None if out is None else Path(out), progress=progress)

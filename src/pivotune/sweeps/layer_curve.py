@@ -44,12 +44,8 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
     for label, cells in lines.items():
         own = {option.label for option in cells[0].options}
         # TFT trained as these cells are, in every option that TFT has.
-        baselines = [
-            cell
-            for cell in sweep.cells
-            if cell.config.method == "tft"
-            and all(option.label in own for option in cell.options if "method" not in option.keys)
-        ]
+        baselines = [cell for cell in sweep.cells if cell.config.method == "tft"]
+        baselines = [c for c in baselines if own.issuperset(o.label for o in c.options if "method" not in o.keys)]
         for task in tasks:
             measured = {cell.name: entry for cell in (*cells, *baselines) if (entry := entries[cell.name].get(task))}
             measured = {name: entry for name, entry in measured.items() if entry["value"] is not None}
@@ -68,10 +64,8 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
 
 
 def _point(layer: int, entries: list[dict[str, Any]], over_seeds: bool) -> dict[str, Any]:
-    values = [entry["value"] for entry in entries]
+    values, error = [entry["value"] for entry in entries], entries[0].get("stderr")
+    margin = None if error is None else _CONFIDENCE * error
     if over_seeds:
         margin = statistics.stdev(values) if len(values) > 1 else None
-    else:
-        error = entries[0].get("stderr")
-        margin = None if error is None else _CONFIDENCE * error
     return {"layer": layer, "value": statistics.fmean(values), "margin": margin, "seeds": len(values)}

@@ -98,19 +98,13 @@ def ablation_axis(config: RunConfig, signals: str = "") -> list[Option]:
         if name not in _SIGNALS:
             raise UsageError(f"--signals {signals}: {name!r} found; allowed: {', '.join(_SIGNALS)}")
     _refuse_repeats(f"--signals {signals}", names)
-    pairs = [(name, name) for name in names]
-    if not pairs:
-        own = (config.supervision.conversion.signal, config.supervision.thinking.signal)
-        fallback = next((signal for signal in own if signal != "none"), _SIGNALS[0])
-        pairs = [tuple(fallback if signal == "none" else signal for signal in own)]
+    own = [config.supervision.conversion.signal, config.supervision.thinking.signal]
+    fallback = next((signal for signal in own if signal != "none"), _SIGNALS[0])
+    pairs = [(name, name) for name in names] or [[fallback if signal == "none" else signal for signal in own]]
     axis = [Option("tft", ("method=tft",))]
     for conversion, thinking in pairs:
-        variants = {
-            f"LC={conversion}": (conversion, "none"),
-            f"ET={thinking}": ("none", thinking),
-            f"LC={conversion},ET={thinking}": (conversion, thinking),
-        }
-        for label, (low, high) in variants.items():
+        both = (f"LC={conversion},ET={thinking}", conversion, thinking)
+        for label, low, high in ((f"LC={conversion}", conversion, "none"), (f"ET={thinking}", "none", thinking), both):
             terms = (f"supervision.conversion.signal={low}", f"supervision.thinking.signal={high}")
             axis.append(Option(label, ("method=deep-supervision", *terms)))
     return axis

@@ -222,7 +222,7 @@ def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass
 class _Work:
-    """Trains and evaluates; the starting model's held-out scores are measured once for equal rows."""
+    """Train and evaluate; measure the starting model's held-out scores once for equal rows."""
 
     sweep: Sweep
     announce: Callable[[str], None]
@@ -254,16 +254,14 @@ class _Work:
         # Every setting that the starting model's held-out scores depend on.
         same = config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"})
         key = json.dumps([same, METHODS[config.method].main_language, config.training.get("bf16")])
+        shared: dict[str, Any] = {
+            "progress": self.progress,
+            "stop_signals": self.stop_signals,
+            "before": self.before.get(key),
+        }
         with self.watch("Training") as callback:
-            result = execute_run(
-                prepared,
-                resume=resume,
-                callbacks=[] if callback is None else [callback],
-                progress=self.progress,
-                before=self.before.get(key),
-                stop_signals=self.stop_signals,
-            )
-        self.before[key] = result.before
+            callbacks = [] if callback is None else [callback]
+            self.before[key] = execute_run(prepared, resume=resume, callbacks=callbacks, **shared).before
 
     def _evaluate(self, model: str | Path, folder: Path, tasks: Sequence[str], settings: EvaluationSettings) -> None:
         if tasks:
