@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -71,6 +71,11 @@ class Measurement:
     difference: Difference | None = None
 
 
+Groups = Sequence[SeedGroup]
+Figures = list[Measurement | None]  # of one column, by group
+Warnings = dict[str, list[str]]  # line -> the tasks it is about
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Methods x tasks.
@@ -81,7 +86,7 @@ class Comparison:
         warnings, notes: reasons why figures are less comparable than they look, and explanations; one line each.
     """
 
-    groups: Sequence[SeedGroup]
+    groups: Groups
     columns: Sequence[Column]
     table: Sequence[Sequence[Measurement | None]]
     baseline: int
@@ -92,7 +97,7 @@ class Comparison:
 
 
 def compare_groups(
-    groups: Sequence[SeedGroup],
+    groups: Groups,
     *,
     baseline: int | None = None,
     tasks: Sequence[str] = (),
@@ -114,7 +119,7 @@ def compare_groups(
     if baseline is None:
         baseline = next((index for index, group in enumerate(groups) if group.method == "tft"), 0)
     columns = _select_columns(groups, tasks, metrics)
-    found: dict[str, list[str]] = defaultdict(list)
+    found: Warnings = defaultdict(list)
     by_column = []
     for done, column in enumerate(columns, start=1):
         by_column.append(_measure(groups, column, found))
@@ -132,10 +137,7 @@ def compare_groups(
     return Comparison(groups, columns, table, baseline, list(dict.fromkeys(lines)), notes, resamples, seed)
 
 
-# ---- columns ----
-
-
-def _select_columns(groups: Sequence[SeedGroup], tasks: Sequence[str], metrics: Sequence[str]) -> list[Column]:
+def _select_columns(groups: Groups, tasks: Sequence[str], metrics: Sequence[str]) -> list[Column]:
     """Return the columns by benchmark and metric, in the order of the results, English last."""
     known: dict[str, TaskResult] = {}
     for run in (run for group in groups for run in group.runs):
@@ -179,12 +181,9 @@ def _check_patterns(option: str, patterns: Sequence[str], known: Iterable[str]) 
             raise UsageError(f"{option}: nothing matches {pattern!r}; the runs have: {', '.join(known)}")
 
 
-# ---- figures and differences ----
-
-
-def _measure(groups: Sequence[SeedGroup], column: Column, warnings: dict[str, list[str]]) -> list[Measurement | None]:
+def _measure(groups: Groups, column: Column, warnings: Warnings) -> Figures:
     """Return one column's figures with the best marked; a group alone has no best."""
-    measured: list[Measurement | None] = []
+    measured: Figures = []
     for group in groups:
         figures = tuple(group.figures(column.task, column.metric.name))
         if not figures:
@@ -208,13 +207,7 @@ def _measure(groups: Sequence[SeedGroup], column: Column, warnings: dict[str, li
 
 
 def _add_differences(
-    groups: Sequence[SeedGroup],
-    measured: Sequence[Measurement | None],
-    column: Column,
-    baseline: int,
-    resamples: int,
-    seed: int,
-    warnings: dict[str, list[str]],
+    groups: Groups, measured: Figures, column: Column, baseline: int, resamples: int, seed: int, warnings: Warnings
 ) -> None:
     """Set the differences of a column to the baseline; one that cannot be computed leaves a warning."""
     theirs, name = measured[baseline], groups[baseline].label
@@ -268,12 +261,9 @@ def _sample(column: Column, run: Run, figure: MetricResult) -> Sample:
     return Sample(items, run.seed)
 
 
-# ---- warnings and notes ----
-
-
-def _condition_warnings(groups: Sequence[SeedGroup], tasks: Iterable[str]) -> list[str]:
+def _condition_warnings(groups: Groups, tasks: Iterable[str]) -> list[str]:
     """Return one line for each condition (limit, split, template, ...) that differs between runs."""
-    found: dict[str, list[str]] = defaultdict(list)
+    found: Warnings = defaultdict(list)
     for task in tasks:
         by_value: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
         for group in groups:
@@ -300,7 +290,7 @@ def _condition_text(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _with_tasks(found: Mapping[str, Sequence[str]]) -> list[str]:
+def _with_tasks(found: Warnings) -> list[str]:
     """Append to each warning the names of its tasks."""
     return [f"{line} ({_name_some(list(dict.fromkeys(tasks)))})" for line, tasks in found.items()]
 

@@ -41,6 +41,9 @@ class Sample:
     seed: int | None = None
 
 
+Samples = Sequence[Sample]
+
+
 @dataclass(frozen=True, slots=True)
 class SeedTest:
     """Student's t-test over training seeds: `paired` by seed, `two-sample`, or `one-sample` against a fixed model."""
@@ -89,7 +92,7 @@ class _Resampled:
 
 
 def difference(
-    metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], *, resamples: int = RESAMPLES, seed: int = 0
+    metric: Metric, run: Samples, baseline: Samples, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
     """Return the difference of two methods on one task, each with one run or with several that differ in seed only.
 
@@ -123,8 +126,8 @@ def difference(
     return Difference(found.value, low, high, p, found.n, found.num_seeds, seed_test, verdict)
 
 
-def shared_items(samples: Sequence[Sample]) -> list[str]:
-    """Return the ids that all samples have, sorted."""
+def shared_items(samples: Samples) -> list[str]:
+    """Return the ids that all samples have, sorted, so that no result depends on the order of a file."""
     return sorted(set.intersection(*(set(sample.items) for sample in samples)))
 
 
@@ -139,7 +142,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _paired(metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> _Resampled:
+def _paired(metric: Metric, run: Samples, baseline: Samples, resamples: int, seed: int) -> _Resampled:
     """Subtract seed by seed; seeds with the same items share their resamples, others have resamples of their own."""
     partners = {sample.seed: sample for sample in baseline} if len(run) > 1 else {run[0].seed: baseline[0]}
     streams: dict[tuple[str, ...], int] = {}
@@ -157,9 +160,7 @@ def _paired(metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], r
     return _Resampled(mean, np.mean(draws, axis=0), min(counts), len(values), error, len(values) - 1, "paired")
 
 
-def _unpaired(
-    metric: Metric, run: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int
-) -> _Resampled:
+def _unpaired(metric: Metric, run: Samples, baseline: Samples, resamples: int, seed: int) -> _Resampled:
     """Subtract the means over seeds, all on the items that every run has."""
     ids, vectors = _joined(metric, [*run, *baseline])
     ours = len(run)
@@ -179,7 +180,7 @@ def _unpaired(
     return _Resampled(value, drawn, len(ids), sum(map(len, trained)), error, degrees, kind)
 
 
-def _joined(metric: Metric, samples: Sequence[Sample]) -> tuple[list[str], Array]:
+def _joined(metric: Metric, samples: Samples) -> tuple[list[str], Array]:
     """Return the shared items for which at least one sample has the metric, and their vectors [samples, n, k]."""
     ids = shared_items(samples)
     parts = [item_vectors(metric, [sample.items[name] for name in ids]) for sample in samples]

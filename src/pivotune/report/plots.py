@@ -7,7 +7,6 @@ readers can tell apart, and every series also differs in marker or line style. M
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-PathLike = str | os.PathLike[str]
 
 # Without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -45,7 +42,7 @@ _INNER = ("conversion_loss", "thinking_loss")
 _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_loss": 3, "eval_english_nll": 1}
 
 
-def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
+def plot_entropy(layers: Mapping[str, Any], path: str | Path) -> None:
     """Draw the mean entropy of every layer of `layers.json` with i and j; below it agreement and English share."""
     languages = {layers.get("language") or "target": layers["target"]}
     if layers.get("english"):
@@ -75,7 +72,7 @@ def plot_entropy(layers: Mapping[str, Any], path: PathLike) -> None:
 
 def plot_entropy_comparison(
     profiles: Mapping[str, Mapping[str, Any]],
-    path: PathLike,
+    path: str | Path,
     *,
     language: str | None = None,
     conversion: int | None = None,
@@ -92,7 +89,7 @@ def plot_entropy_comparison(
     save_figure(figure, path)
 
 
-def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+def plot_training(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw loss terms and held-out likelihood over the steps of a run, a panel for each kind that was logged.
 
     Args:
@@ -126,7 +123,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: PathLike) -> None:
 
 def plot_metric_bars(
     results: Mapping[str, Mapping[str, float | None]],
-    path: PathLike,
+    path: str | Path,
     *,
     errors: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
@@ -160,7 +157,7 @@ def plot_metric_bars(
     save_figure(figure, path)
 
 
-def plot_layer_sweep(curve: Mapping[str, Any], path: PathLike) -> None:
+def plot_layer_sweep(curve: Mapping[str, Any], path: str | Path) -> None:
     """Draw scores by the supervised layer (the paper's Figure 3), with the entropy of the layers on a second axis.
 
     A panel for each metric; in it a line for each task, with TFT as a dashed line of the same colour if it was trained.
@@ -214,7 +211,7 @@ def set_title(axes: Axes, title: str, subtitle: str = "", *, above: float = 0) -
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=above + (19 if subtitle else 8))
 
 
-def save_figure(figure: Figure, path: PathLike) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure with all of its text in one font; missing folders are made."""
     for axes in figure.axes:
         for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pivotune.text.languages import find_language
-
-if TYPE_CHECKING:
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
 
 WORD_ORDER, CHARACTER_ORDER, BETA, NGRAM_ORDER = 2, 6, 2, 4
 CHRF_COUNTS, BLEU_COUNTS = 3 * (CHARACTER_ORDER + WORD_ORDER), 2 + 2 * NGRAM_ORDER
@@ -32,13 +28,13 @@ _MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko
 def chrf_statistics(hypothesis: str, reference: str) -> list[int]:
     """Return 24 counts: n-grams in hypothesis, reference and both, for characters of order 1-6, then words 1-2."""
     # sacrebleu has a public function for BLEU's counts but none for chrF's; a test compares these with its corpus score.
-    statistics = _chrf()._extract_corpus_statistics([hypothesis], [[reference]])
+    statistics = _scorer()._extract_corpus_statistics([hypothesis], [[reference]])
     return [int(count) for count in statistics[0]]
 
 
 def bleu_statistics(hypothesis: str, reference: str, language: str) -> list[int]:
     """Return 10 counts: tokens of hypothesis and reference, n-grams in both, n-grams of the hypothesis."""
-    score = _bleu(bleu_tokenizer(language)).corpus_score([hypothesis], [[reference]])
+    score = _scorer(bleu_tokenizer(language)).corpus_score([hypothesis], [[reference]])
     return [int(count) for count in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
 
 
@@ -52,10 +48,8 @@ def chrf_from_statistics(sums: ArrayLike) -> NDArray[np.float64]:
     hypothesis, reference, matches = np.moveaxis(counts.reshape(*counts.shape[:-1], -1, 3), -1, 0)
     used = (hypothesis > 0) & (reference > 0)
     orders = np.maximum(used.sum(-1), 1)
-    precision, recall = (
-        np.divide(matches, total, out=np.zeros_like(matches), where=used).sum(-1) / orders
-        for total in (hypothesis, reference)
-    )
+    shares = (np.divide(matches, n, out=np.zeros_like(matches), where=used) for n in (hypothesis, reference))
+    precision, recall = (share.sum(-1) / orders for share in shares)
     denominator = BETA**2 * precision + recall
     product = (1 + BETA**2) * precision * recall
     return 100 * np.divide(product, denominator, out=np.zeros_like(product), where=denominator > 0)
@@ -91,14 +85,9 @@ def bleu_tokenizer(language: str) -> str:
 
 
 @cache
-def _chrf() -> CHRF:
-    from sacrebleu.metrics.chrf import CHRF
+def _scorer(bleu_tokenizer: str | None = None) -> Any:
+    """Return sacrebleu's BLEU with a tokenizer, or its chrF++ without."""
+    from sacrebleu.metrics import BLEU, CHRF
 
-    return CHRF(char_order=CHARACTER_ORDER, word_order=WORD_ORDER, beta=BETA)
-
-
-@cache
-def _bleu(tokenizer: str) -> BLEU:
-    from sacrebleu.metrics.bleu import BLEU
-
-    return BLEU(tokenize=tokenizer)
+    order = {"char_order": CHARACTER_ORDER, "word_order": WORD_ORDER, "beta": BETA}
+    return BLEU(tokenize=bleu_tokenizer) if bleu_tokenizer else CHRF(**order)

@@ -199,9 +199,9 @@ def _split_values(grid: str, text: str) -> list[str]:
 
 
 def _refuse_repeats(where: str, values: Sequence[Any]) -> None:
-    repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if repeated is not None:
-        raise UsageError(f"{where}: {repeated} is given twice")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise UsageError(f"{where}: {value} is given twice")
 
 
 def _file_safe(value: str) -> str:

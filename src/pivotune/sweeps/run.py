@@ -90,9 +90,6 @@ def is_trained(folder: Path) -> bool:
     return (folder / "model").is_dir()
 
 
-# ---- checks ----
-
-
 def prepare_sweep(
     source: Path,
     folder: Path,
@@ -155,9 +152,6 @@ def _of_base(settings: EvaluationSettings, config: RunConfig) -> EvaluationSetti
     """Return settings in which a starting model gets the template of the models trained from it."""
     template, revision, trusted = config.data.template, config.revision, config.trust_remote_code
     return replace(settings, template=template, revision=revision, trust_remote_code=trusted)
-
-
-# ---- running ----
 
 
 def run_sweep(

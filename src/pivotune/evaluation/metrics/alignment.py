@@ -15,7 +15,7 @@ Shapes: B sentences of a batch, D width, L layers, N pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from pivotune.errors import UsageError
 from pivotune.evaluation.tasks.translation import SentencePair
 from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.models.taps import evaluation_mode, tap
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Rows of N similarities held at once.
 _CHUNK = 512
@@ -51,7 +48,7 @@ class Alignment(NamedTuple):
 
 def measure_alignment(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     pairs: Sequence[SentencePair],
     *,
     batch_size: int = 16,
@@ -76,7 +73,7 @@ def measure_alignment(
     if len(pairs) < 2:
         raise UsageError(f"alignment: needs at least 2 sentence pairs, found {len(pairs)}")
     sentences = list(dict.fromkeys(text for pair in pairs for text in (pair.target, pair.english)))
-    token_ids: Any = tokenizer(sentences, add_special_tokens=True)["input_ids"]
+    token_ids = tokenizer(sentences, add_special_tokens=True)["input_ids"]
     pooled = pooled_states(model, [ids[:max_tokens] for ids in token_ids], batch_size=batch_size, progress=progress)
     if progress is not None:
         progress(2 * len(pairs))

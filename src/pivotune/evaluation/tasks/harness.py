@@ -23,7 +23,6 @@ OKAPI_LANGUAGES = (
     "ar", "bn", "ca", "da", "de", "es", "eu", "fr", "gu", "hi", "hr", "hu", "hy", "id", "it", "kn",
     "ml", "mr", "ne", "nl", "pt", "ro", "ru", "sk", "sr", "sv", "ta", "te", "uk", "vi", "zh",
 )  # fmt: skip
-_UNDETERMINED = "und"
 
 
 def harness_items(
@@ -59,7 +58,7 @@ def harness_task(name: str) -> Task | None:
     kind = "Python class" if entry.kind.name == "PY_TASK" else (entry.cfg or {}).get("output_type", "generate_until")
     if kind != "multiple_choice":
         raise _unsupported(name, f"of kind {kind}")
-    language = _UNDETERMINED
+    language = "und"
     parts = name.split("_")
     # The longest of the last parts that is a code: `vi` in `arc_vi`, `vie_Latn` in `belebele_vie_Latn`.
     for first in range(len(parts) - 1, 0, -1):

@@ -22,7 +22,6 @@ Columns = Mapping[str, Sequence[str]]
 # Dataset and configuration on the Hub.
 Hub = tuple[str, str | None]
 
-_KEYS_SHOWN = 8
 _KINDS = {str: "text", list: "a list", dict: "an object"}
 
 
@@ -300,7 +299,7 @@ def member(record: Any, key: str, kind: type[str] | type[list] | type[dict], pla
     if not isinstance(record, Mapping):
         raise UsageError(f"{place}: found {_describe(record)}, where an object with {key!r} is needed")
     if key not in record:
-        keys = ", ".join(repr(name) for name in list(record)[:_KEYS_SHOWN]) or "nothing"
+        keys = ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
         raise UsageError(f"{place}: no {key!r}; found {keys}")
     if not isinstance(record[key], kind):
         raise UsageError(f"{place}: {key!r} is {_describe(record[key])}; {_KINDS[kind]} is needed")
