@@ -210,7 +210,7 @@ def _with_unique_label(group: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGro
     alike = [other.runs[0].results.path for other in groups if other.label == group.label and other is not group]
     if not alike:
         return group
-    parts, rivals = (group.runs[0].results.path.resolve().parent.parts, [path.resolve().parent.parts for path in alike])
+    parts, *rivals = (path.resolve().parent.parts for path in (group.runs[0].results.path, *alike))
     for depth in range(2, len(parts)):
         if parts[-depth:] not in [rival[-depth:] for rival in rivals]:
             return replace(group, label="/".join(parts[-depth:]))

@@ -173,9 +173,8 @@ def vllm_engine(
     options |= {"tokenizer": location, "tokenizer_revision": options.get("revision"), "batch_size": "auto"}
     options |= {"max_length": prompter.max_length, "add_bos_token": bool(prompter.begin_ids)}
     lm = backend(pretrained=location, **options)
-    size = (
-        1024 if batch_size == "auto" else batch_size
-    )  # vLLM makes its own batches; ours set how often answers are cached
+    # vLLM makes its own batches; ours only set how often answers are cached.
+    size = 1024 if batch_size == "auto" else batch_size
     # An end token other than the tokenizer's own would otherwise stand in the answer.
     generation_options = {"stop_token_ids": list(end_token_ids), "skip_special_tokens": True}
     return Engine(lm, prompter, size, "cuda", generation_options=generation_options)

@@ -31,7 +31,7 @@ class MissingDataError(UsageError):
 
 @dataclass(frozen=True)
 class Source:
-    """Files of `EvaluationSettings` (found by name at any depth of `data_dir`), or the Hub without `data_dir`."""
+    """Files found by name at any depth of `data_dir`, or the Hub without it; fields as in `EvaluationSettings`."""
 
     data_dir: Path | None = None
     split: str | None = None
