@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import HERE, run_together
+from process_pool import run_ranks
 from run_folders import as_it_was_at_step_2, metrics, write_run
 from safetensors.torch import load_file
 
@@ -58,10 +57,8 @@ def finished(single, tmp_path_factory) -> dict[str, Any]:
                 for name in ("base", "rows.jsonl"):
                     # The same model and rows under the same names: a resumed run is held to its configuration.
                     _use(folder / "run.yaml", str(folder / name), str(single / name))
-            made[engine] = (
-                folder,
-                run_together([sys.executable, str(HERE / "run_worker.py"), engine, str(folder)], folder),
-            )
+            texts = run_ranks(folder, program="worker:run_and_resume", arguments=[engine, str(folder)])
+            made[engine] = folder, texts
         return made[engine]
 
     return get
@@ -124,15 +121,7 @@ def test_steps_of_other_rows_are_refused(finished, single, tmp_path, capfd):
 
 def test_a_mistake_is_one_line_of_one_process(tmp_path):
     write_run(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "pivotune",
-        "train",
-        str(tmp_path / "run.yaml"),
-        "--set",
-        "data.train=nowhere.jsonl",
-    ]
+    words = ["train", str(tmp_path / "run.yaml"), "--set", "data.train=nowhere.jsonl"]
     with pytest.raises(AssertionError, match=r"exit codes \[2, 2\]") as raised:
-        run_together(command, tmp_path)
+        run_ranks(tmp_path, arguments=words)
     assert str(raised.value).count("pivotune: error: nowhere.jsonl: no such file") == 1

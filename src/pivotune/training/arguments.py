@@ -26,7 +26,8 @@ from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig, Su
 from pivotune.config.training_ranges import check_ranges
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
-from pivotune.training.distributed.strategies import check_engine
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.strategies import check_fsdp, fsdp_version
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
@@ -99,7 +100,8 @@ class DeepSupervisionConfig(TrainingArguments):
         if self.mixed_precision in ("bf16", "fp16"):
             # Trainer obeys the launcher (`accelerate launch`): scoring and estimates must agree with it.
             setattr(self, self.mixed_precision, True)
-        check_engine(self)
+        ranks.set_timeout(self.ddp_timeout)
+        check_fsdp(fsdp_version(self))
 
     def _read_sections(self) -> None:
         """Replace mappings and JSON texts by checked sections."""
