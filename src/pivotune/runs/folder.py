@@ -40,7 +40,17 @@ _IN_OPTIMIZER_STATE = tuple(
 )
 # Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-_LIBRARIES = ("pivotune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "numpy")
+_LIBRARIES = (
+    "pivotune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 # ---- who may write ----
 

@@ -320,7 +320,7 @@ class FaultTolerantTrainer(Trainer):
             # One language may be evaluated already; the resumed run evaluates both.
             self.state.log_history = [line for line in lines if line["step"] != step or not _is_evaluation(line)]
             self.save_and_stop.evaluation_due = True
-            self._save_checkpoint(self.model_wrapped, None)
+            self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
             raise self.save_and_stop.stopped_at(step) from None
 
     # ---- checkpoints ----
@@ -373,19 +373,25 @@ class FaultTolerantTrainer(Trainer):
             (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_best_model(self) -> None:
-        named, problem = self.state.best_model_checkpoint, ""
-        best = ranks.on_main(lambda: own_checkpoint(named, self._folder))
-        if best is None:
-            problem = "not one of this run"
-        elif damage := ranks.on_main(lambda: find_damage(best)):
-            best, problem = None, f"damaged ({damage})"
+        named = self.state.best_model_checkpoint
+        best, problem = ranks.on_main(lambda: self._check_best(named))
         # Otherwise the last checkpoints would be deleted in favour of one that cannot be used.
         self.state.best_model_checkpoint = None if best is None else str(best)
         if best is None:
             logger.warning("the best checkpoint %s is %s; the last weights are kept", named, problem)
             return
-        ranks.on_main(lambda: check_checkpoint(best))
         super()._load_best_model()
+
+    def _check_best(self, named: str | None) -> tuple[Path | None, str]:
+        """Return the best checkpoint if it can be loaded, or None and the reason."""
+        best = own_checkpoint(named, self._folder)
+        if best is None:
+            return None, "not one of this run"
+        damage = find_damage(best)
+        if damage is not None:
+            return None, f"damaged ({damage})"
+        check_checkpoint(best)
+        return best, ""
 
 
 def _must_exist(folder: Path) -> None:
