@@ -16,6 +16,8 @@ from pivotune.cli.main import main
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp2", "fsdp2-sharded")
+# AdamW divides by the gradient's size: rounding of a tiny one moved a weight by 1.6e-5 in four steps at a rate of 0.01.
+ROUNDED = 3e-5
 # Two processes share micro-batches of 8 rows; one takes two of 4.
 TWO, ONE = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
@@ -71,7 +73,7 @@ def _use(path: Path, before: str, now: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_run_is_that_of_one_process(engine, finished, single):
     folder, texts = finished(engine)
-    assert_same_weights(folder / "a" / "model", single / "a" / "model", 1e-5)
+    assert_same_weights(folder / "a" / "model", single / "a" / "model", ROUNDED)
     assert_same_lines(folder / "a", single / "a", 1e-5)
     results = [json.loads((path / "a" / "results.json").read_text())["tasks"] for path in (folder, single)]
     assert results[0].keys() == results[1].keys() == {"heldout_sw", "heldout_en"}
@@ -98,14 +100,14 @@ def test_one_process_resumes_two(finished, single, tmp_path, capfd):
     folder, _ = finished("ddp")
     as_it_was_at_step_2(folder / "a", tmp_path / "run")
     assert main(["train", str(single / "run.yaml"), "--set", f"output_dir={tmp_path / 'run'}", "--resume"]) == 0
-    assert_same_weights(tmp_path / "run" / "model", single / "a" / "model", 1e-5)
+    assert_same_weights(tmp_path / "run" / "model", single / "a" / "model", ROUNDED)
     assert_same_lines(tmp_path / "run", single / "a", 1e-5)
     assert "4 x 1 accumulated x 2 processes" in capfd.readouterr().err
 
 
 def test_two_processes_resume_one(finished, single):
     folder, texts = finished("ddp")
-    assert_same_weights(folder / "c" / "model", single / "a" / "model", 1e-5)
+    assert_same_weights(folder / "c" / "model", single / "a" / "model", ROUNDED)
     assert_same_lines(folder / "c", single / "a", 1e-5)
     assert "4 x 2 accumulated x 1 processes" in texts[0]
 

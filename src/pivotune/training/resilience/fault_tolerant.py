@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,6 +106,7 @@ class PivotuneCounters(TrainerCallback, ExportableState):
     # ---- events ----
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give counters, and other callbacks' attributes, the values of the checkpoint that the run resumes from."""
         self._clear(state.global_step)
         kept = cast(dict[str, Any], state.stateful_callbacks)
         for callback in (*self._trainer.callback_handler.callbacks, control):
@@ -318,7 +318,9 @@ class FaultTolerantTrainer(Trainer):
         except EvaluationStoppedError:
             step, lines = self.state.global_step, self.state.log_history
             # One language may be evaluated already; the resumed run evaluates both.
-            self.state.log_history = [line for line in lines if line["step"] != step or not _is_evaluation(line)]
+            self.state.log_history = [
+                line for line in lines if line["step"] != step or not any(name.startswith("eval_") for name in line)
+            ]
             self.save_and_stop.evaluation_due = True
             self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
             raise self.save_and_stop.stopped_at(step) from None
@@ -329,6 +331,11 @@ class FaultTolerantTrainer(Trainer):
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
+    def _check_folder(self) -> None:
+        """Refuse to make a run folder that has vanished again: its content is gone."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self._folder))
+
     def _best_checkpoint(self, *, saving: Path | None = None) -> str | None:
         """Return the checkpoint of the best step if it exists or is being saved."""
         best = self._folder / f"checkpoint-{self.state.best_global_step}"
@@ -337,7 +344,7 @@ class FaultTolerantTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self._folder / f"checkpoint-{self.state.global_step}"
-        ranks.agree(partial(_must_exist, folder.parent))
+        ranks.agree(self._check_folder)
         best = self._best_checkpoint(saving=folder)
         self.counters.collect()
 
@@ -392,13 +399,3 @@ class FaultTolerantTrainer(Trainer):
             return None, f"damaged ({damage})"
         check_checkpoint(best)
         return best, ""
-
-
-def _must_exist(folder: Path) -> None:
-    """A run folder that has vanished is not made again: its content is gone."""
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
-
-
-def _is_evaluation(line: dict[str, Any]) -> bool:
-    return any(name.startswith("eval_") for name in line)

@@ -56,7 +56,7 @@ class StepRecord:
         """
         bad = [index for index, loss in enumerate(self._losses) if not math.isfinite(loss.item())]
         if bad:
-            # A test may add losses without terms.
+            # The `compute_loss` of a subclass may record no terms.
             terms = [self._terms[index] for index in bad if index < len(self._terms)]
             found = {name: value.item() for each in terms for name, value in each.items()}
             broken = ", ".join(f"{name} {value:g}" for name, value in found.items() if not math.isfinite(value))
