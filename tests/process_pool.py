@@ -172,15 +172,16 @@ def run_ranks(
 
 def _run(request: dict[str, Any]) -> int:
     """Run a request in the child."""
-    from faults import injection
-
-    from pivotune.cli.main import main
-
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request.get("environment", {}))
+    # Only now: the command line reads its rank from the environment when it is imported.
+    from faults import injection
+
+    from pivotune.cli.main import main
+
     try:
         injection.inject(request.get("faults", {}))
         if "program" in request:
@@ -219,6 +220,7 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     # Imported ahead of the forks.
+    import typer  # noqa: F401
     from faults import injection  # noqa: F401
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
 

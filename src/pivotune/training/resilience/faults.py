@@ -57,10 +57,11 @@ def explain(error: OSError | RuntimeError, folder: Path) -> Exception | None:
             "lower training.dataloader_num_workers or free memory, and go on with --resume"
         )
     if ranks.world_size() > 1 and _LOST_RANK.search(str(error)):
-        reason = " ".join(str(error).split())[:160]
+        # gloo begins with its own source file.
+        reason = re.sub(r"^\[[^]]*:\d+\] ", "", " ".join(str(error).split())).partition(". ")[0][:160]
+        timed_out = ", with a longer faults.hang_timeout if that rank was only slow" if "imed out" in reason else ""
         return TrainingError(
-            f"lost the connection to another rank ({reason}); {kept(folder)}; go on with --resume (a rank that is slow but "
-            "healthy needs a longer faults.hang_timeout)"
+            f"lost the connection to another rank ({reason}); {kept(folder)}; go on with --resume{timed_out}"
         )
     return None
 
