@@ -34,7 +34,7 @@ def one_for_all(rank: int) -> None:
     mistake = raised_by(lambda: ranks.on_main(lambda: fail(UsageError("row 3 is empty"))))
     assert isinstance(mistake, UsageError)
     assert str(mistake) == "row 3 is empty"
-    assert mistake.told == (rank == 1)
+    assert mistake.reported == (rank == 1)
     failure = raised_by(lambda: ranks.on_main(lambda: fail(KeyError("x"))))
     assert isinstance(failure, KeyError if rank == 0 else ranks.OtherRankError)
     assert rank == 0 or "the main process has failed" in str(failure)

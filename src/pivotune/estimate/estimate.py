@@ -20,7 +20,7 @@ from pivotune.estimate.operations import Device, find_device, measure_costs, row
 from pivotune.estimate.rows import RunRows, Schedule, largest_batch, num_tokens, rows_of, training_schedule
 from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
-from pivotune.training.distributed.strategies import Strategy, strategy_of, sharding_unsupported_reason
+from pivotune.training.distributed.strategies import Strategy, sharding_unsupported_reason, strategy_of
 from pivotune.training.preparation import assumed_supervision, spread
 
 logger = logging.getLogger(__name__)

@@ -67,7 +67,11 @@ def on_main(function: Callable[[], _Result]) -> _Result:
     result, problem = outcome
     if problem is not None:
         is_usage_error, text = problem
-        raise UsageError(text, reported=True) if is_usage_error else OtherRankError(f"the main process has failed: {text}")
+        raise (
+            UsageError(text, reported=True)
+            if is_usage_error
+            else OtherRankError(f"the main process has failed: {text}")
+        )
     return cast(_Result, result)
 
 
