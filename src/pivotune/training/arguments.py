@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ class DeepSupervisionConfig(TrainingArguments):
             # Every trained parameter is used in every step. DDP would search the model's output, which no loss reads.
             self.ddp_find_unused_parameters = False
         if self.ddp_timeout == TrainingArguments.ddp_timeout:
-            self.ddp_timeout = int(self.faults.hang_timeout) or 7 * 24 * 3600
+            self.ddp_timeout = math.ceil(self.faults.hang_timeout) or 7 * 24 * 3600
         if self.data_seed is None:
             # Otherwise accelerate orders rows by the last seed of torch, and a resumed run in another order.
             self.data_seed = self.seed
