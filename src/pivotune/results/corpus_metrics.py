@@ -85,9 +85,11 @@ def bleu_tokenizer(language: str) -> str:
 
 
 @cache
-def _scorer(bleu_tokenizer: str | None = None) -> Any:
+def _scorer(tokenizer: str | None = None) -> Any:
     """Return sacrebleu's BLEU with a tokenizer, or its chrF++ without."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
-    order = {"char_order": CHARACTER_ORDER, "word_order": WORD_ORDER, "beta": BETA}
-    return BLEU(tokenize=bleu_tokenizer) if bleu_tokenizer else CHRF(**order)
+    if tokenizer is None:
+        return CHRF(char_order=CHARACTER_ORDER, word_order=WORD_ORDER, beta=BETA)
+    return BLEU(tokenize=tokenizer)
