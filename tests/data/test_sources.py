@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pivotune.data.sources import Row, iter_records, load_rows
+from pivotune.data.formats import read_file
+from pivotune.data.sources import Row, load_rows
 from pivotune.errors import UsageError
 
 FORMS = {
@@ -116,16 +117,6 @@ class TestForms:
 
 
 class TestRecords:
-    def test_numbers_and_records_whatever_their_form(self, tmp_path):
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"question": 1}\n\n[2]\n')
-        assert list(iter_records(path)) == [(1, {"question": 1}), (3, [2])]
-
-    def test_reading_stops_where_the_reader_stops(self, tmp_path):
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"question": 1}\nbroken\n')
-        assert next(iter(iter_records(path))) == (1, {"question": 1})
-
     @pytest.mark.parametrize(("name", "content"), [
         ("a.json", "[]"), ("a.json", '{"data": []}'), ("a.json", "\n"), ("a.jsonl", "\n \n"),
         ("a.csv", "prompt,completion\n"),
@@ -440,7 +431,7 @@ class TestRealFiles:
 
     def test_prompt_wins_over_the_alpaca_keys_beside_it(self, shared_data):
         path = shared_data / "train" / "zh.jsonl.gz"
-        record = next(record for _, record in iter_records(path) if record["input"])
+        record = next(record for _, record in read_file(path) if record["input"])
         row = next(row for row in load_rows(path, limit=100) if row.id == record["id"])
         assert row.prompt == record["prompt"] == f"{record['instruction']}\n{record['input']}"
         assert row.prompt_en == record["prompt_en"]

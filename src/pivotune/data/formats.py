@@ -15,9 +15,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, cast
 
-from pivotune.data.json_files import read_json, read_jsonl
 from pivotune.data.lazy import writing_temporary_data
-from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text_lines
+from pivotune.data.rows import RowError
+from pivotune.data.text_files import NumberedRecords, open_file, read_json, read_jsonl, text_lines
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
 
@@ -36,7 +36,7 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
     file may be an array, `{"data": [...]}`, or JSON Lines.
 
     Args:
-        keep_bad: yield a `BadRecord` instead of raising where one record cannot be read and the next one can.
+        keep_bad: yield a `RowError` instead of raising where one record cannot be read and the next one can.
 
     Raises:
         UsageError: the file is missing, a folder, empty, of unknown type, unreadable, not UTF-8 or malformed.
@@ -47,7 +47,7 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
         raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
     with _reading(path):
         for number, record in reader(path):
-            if isinstance(record, BadRecord) and not keep_bad:
+            if isinstance(record, RowError) and record.error and not keep_bad:
                 raise record.error
             yield number, record
 
@@ -68,7 +68,6 @@ def file_type(path: Path) -> str:
 
 
 def is_data_file_name(path: Path) -> bool:
-    """Return True if the name has the suffix of a data file."""
     return file_type(path) in _READERS
 
 
@@ -121,35 +120,29 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
     try:
         header = [cell.strip() for cell in next(reader, [])]
         _refuse_repeated_columns(header, f"{path}, line 1: the header")
-        while True:
-            # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
+        # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
+        first_line = reader.line_num + 1
+        for row in reader:
+            number += bool(row)
+            if any(row[len(header) :]):
+                fault = f"{len(row)} cells, but the header names {len(header)} columns"
+                error = UsageError(f"{path}, line {first_line}: {fault}")
+                yield number, RowError("", "has more cells than the header", f" ({fault})", error)
+            elif row:
+                yield number, dict(zip_longest(header, row[: len(header)]))
             first_line = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                break
-            if row:
-                number += 1
-                if any(row[len(header) :]):
-                    fault = f"{len(row)} cells, but the header names {len(header)} columns"
-                    error = UsageError(f"{path}, line {first_line}: {fault}")
-                    yield number, BadRecord("has more cells than the header", f" ({fault})", error)
-                else:
-                    yield number, dict(zip_longest(header, row[: len(header)]))
     except csv.Error as error:
-        raise UsageError(f"{path}, line {first_line}: broken CSV: {_csv_fault(error)}") from error
+        faults = {
+            "new-line character": "a carriage return that ends no line; put quotes around the cell, or save the file with "
+            "\\n line ends",
+            "unexpected end of data": "a quote is left open",
+            "field limit": f"a cell has more than {_LONGEST_CELL:,} characters; is a quote left open?",
+        }
+        fault = next((fault for part, fault in faults.items() if part in str(error)), str(error))
+        raise UsageError(f"{path}, line {first_line}: broken CSV: {fault}") from error
     finally:
         csv.field_size_limit(previous_limit)
         lines.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _csv_fault(error: csv.Error) -> str:
-    if "new-line character" in str(error):
-        return "a carriage return that ends no line; put quotes around the cell, or save the file with \\n line ends"
-    if "unexpected end of data" in str(error):
-        return "a quote is left open"
-    if "field limit" in str(error):
-        return f"a cell has more than {_LONGEST_CELL:,} characters; is a quote left open?"
-    return str(error)
 
 
 def _refuse_repeated_columns(names: list[str], place: str) -> None:
