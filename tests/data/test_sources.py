@@ -191,9 +191,9 @@ class TestBadRows:
 
     def test_what_is_not_needed_may_be_bad(self):
         rows = load_rows(pairs(2, r1="prompt_en", r2={"completion_en": 3}), need_english=False)
-        assert [(row.has_target, row.has_english) for row in rows] == [(True, False)] * 2
+        assert [tuple(turn.is_whole for turn in row.sides) for row in rows] == [(True, False)] * 2
         rows = load_rows(pairs(1, r1="completion"), need_target=False)
-        assert [(row.has_target, row.has_english) for row in rows] == [(False, True)]
+        assert [tuple(turn.is_whole for turn in row.sides) for row in rows] == [(False, True)]
 
     LINES = (
         json.dumps({"prompt": "Swali", "completion": "Jibu", "prompt_en": "Q", "completion_en": "A"}).encode(),
@@ -267,10 +267,6 @@ class TestBadRows:
         rows = load_rows(path, on_bad_row="skip", limit=2)
         assert [row.number for row in rows] == [2, 3]
         assert (rows.total, rows.skipped) == (3, {"`prompt` is missing": 1})
-
-    def test_wrong_options(self):
-        assert error_of(pairs(1), on_bad_row="drop") == ("data.on_bad_row: 'drop' is not allowed; allowed: error, skip")
-        assert error_of(pairs(1), limit=0) == "limit: must be at least 1, found 0"
 
 
 class TestTwoFiles:
@@ -426,7 +422,7 @@ class TestRealFiles:
         seconds = time.process_time() - start
         assert (len(rows), rows.total, rows.skipped) == (count, count, {})
         assert len({row.id for row in rows}) == count
-        assert all(row.has_target and row.has_english and not row.input and not row.input_en for row in rows)
+        assert all(all(turn.is_whole for turn in row.sides) and not row.input and not row.input_en for row in rows)
         assert seconds < 10  # about 0.5 on an idle core; a bound that only a slow design breaks
 
     def test_prompt_wins_over_the_alpaca_keys_beside_it(self, shared_data):

@@ -30,10 +30,9 @@ _PARQUET_BUFFER = 2**20
 
 
 def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
-    """Yield (number, record) for every record of a data file; the number is 1-based.
+    """Yield (number, record) for every record of a data file, without reading it whole.
 
-    JSON Lines are numbered by line (blank lines are skipped but counted), all others by row. All are streamed. A `.json`
-    file may be an array, `{"data": [...]}`, or JSON Lines.
+    JSON Lines are numbered by line from 1 (blank lines are skipped but counted), all others by row.
 
     Args:
         keep_bad: yield a `RowError` instead of raising where one record cannot be read and the next one can.
@@ -85,9 +84,8 @@ def missing_file_error(path: Path) -> UsageError:
     if not path.parent.is_dir():
         return UsageError(f"{path}: no such file, and no folder {path.parent}")
     names = sorted(entry.name for entry in path.parent.iterdir())
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
-    return UsageError(f"{path}: no such file{hint}")
+    hints = [f"; did you mean {path.parent / name}?" for name in difflib.get_close_matches(path.name, names, n=1)]
+    return UsageError(f"{path}: no such file{''.join(hints)}")
 
 
 def _check_file(path: Path) -> None:

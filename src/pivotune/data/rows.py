@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Number
-from typing import Any, NamedTuple
+from typing import Any
 
+from pivotune.data.templates import Message, Turn
 from pivotune.errors import UsageError
 from pivotune.text.json_text import RepeatedKeyError, parse_json, shown
 
@@ -16,9 +17,6 @@ EMPTY = "is empty"
 ENGLISH_SUFFIX = "_en"
 # Names from the data are cut in messages.
 _LONGEST_NAME = 60
-
-# One turn of a chat, as chat templates take it: {"role": "system" | "user" | "assistant", "content": text}.
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +35,18 @@ class Row:
     completion_en: str
     input: str = ""
     input_en: str = ""
-    history: tuple[Message, ...] = ()
-    history_en: tuple[Message, ...] = ()
+    history: Sequence[Message] = ()
+    history_en: Sequence[Message] = ()
     id: str = ""
     number: int = 0
 
     @property
-    def has_target(self) -> bool:
-        return bool(self.prompt and self.completion)
-
-    @property
-    def has_english(self) -> bool:
-        return bool(self.prompt_en and self.completion_en)
+    def sides(self) -> tuple[Turn, Turn]:
+        """The target side and the English side."""
+        return (
+            Turn(self.prompt, self.completion, self.input, self.history),
+            Turn(self.prompt_en, self.completion_en, self.input_en, self.history_en),
+        )
 
 
 class RowError(Exception):
@@ -64,13 +62,6 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return f"`{self.key}` {self.reason}" if self.key else f"the row {self.reason}"
-
-
-class _Side(NamedTuple):
-    prompt: str = ""
-    completion: str = ""
-    input: str = ""
-    history: tuple[Message, ...] = ()
 
 
 # Keys of one side in each form. The first complete form of a side is read, so that `prompt`/`completion` win over the
@@ -121,7 +112,7 @@ def record_id(record: Any) -> str:
         return ""
 
 
-def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
+def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn:
     try:
         form = _find_form(record, suffix)
         if form is None:
@@ -138,11 +129,11 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Sid
         prompt, completion = (_text(record, key + suffix) for key in form)
         key = f"input{suffix}"
         has_input = form[0] == "instruction" and _text_fault(record.get(key)) not in (MISSING, EMPTY)
-        return _Side(prompt, completion, _text(record, key) if has_input else "")
+        return Turn(prompt, completion, _text(record, key) if has_input else "")
     except RowError:
         if needed:
             raise
-        return _Side()
+        return Turn("")
 
 
 def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None:
@@ -184,20 +175,8 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)
 
 
-def _parse_chat(value: Any, key: str) -> _Side:
-    messages = [message for item in _as_list(value, key) if (message := _read_message(item, key)) is not None]
-    if not messages:
-        raise RowError(key, EMPTY)
-    if messages[-1]["role"] != "assistant":
-        raise RowError(key, "does not end with the assistant's answer")
-    if len(messages) < 2 or messages[-2]["role"] != "user":
-        raise RowError(key, "has no user turn right before the last answer")
-    *history, query, answer = messages
-    return _Side(query["content"], answer["content"], "", tuple(history))
-
-
-def _as_list(value: Any, key: str) -> list[Any]:
-    """Return a list of messages as it is, from an array, or from the JSON text of a CSV cell."""
+def _parse_chat(value: Any, key: str) -> Turn:
+    """Read a list of messages, an array of them, or the JSON text of a CSV cell."""
     if isinstance(value, str):
         if not value.strip():
             raise RowError(key, EMPTY)
@@ -211,7 +190,15 @@ def _as_list(value: Any, key: str) -> list[Any]:
         value = value.tolist()
     if not isinstance(value, list | tuple):
         raise RowError(key, f"is {_kind(value)}, not a list of messages")
-    return list(value)
+    messages = [message for item in value if (message := _read_message(item, key)) is not None]
+    if not messages:
+        raise RowError(key, EMPTY)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(key, "does not end with the assistant's answer")
+    if len(messages) < 2 or messages[-2]["role"] != "user":
+        raise RowError(key, "has no user turn right before the last answer")
+    *history, query, answer = messages
+    return Turn(query["content"], answer["content"], history=tuple(history))
 
 
 def _read_message(item: Any, key: str) -> Message | None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from pivotune.errors import UsageError
 
 RowSource = str | os.PathLike[str] | Iterable[Any]
 
-_ON_BAD_ROW = ("error", "skip")
 _OBJECTS = "a file, a Hub dataset name, a datasets.Dataset or a list of dicts"
 _HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[^/:]+))?(?::(?P<split>.+))?")
@@ -103,7 +102,7 @@ def load_rows(
     english: RowSource | None = None,
     need_target: bool = True,
     need_english: bool = True,
-    on_bad_row: str = "error",
+    on_bad_row: Literal["error", "skip"] = "error",
     needed_by: str = "",
     limit: int | None = None,
 ) -> Rows:
@@ -124,10 +123,6 @@ def load_rows(
         UsageError: the source cannot be read, the two sources do not fit together, or rows are bad (see `on_bad_row`; a
             source without any usable row is always refused).
     """
-    if on_bad_row not in _ON_BAD_ROW:
-        raise UsageError(f"data.on_bad_row: {on_bad_row!r} is not allowed; allowed: {', '.join(_ON_BAD_ROW)}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit: must be at least 1, found {limit}")
     target = _open_source(source, keep_bad=on_bad_row == "skip")
     outcomes: Iterator[Row | _BadRow]
     if english is None:

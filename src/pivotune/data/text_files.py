@@ -49,8 +49,10 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
         while raw := file.readline(_LONGEST_LINE + 1):
             number += 1
             if len(raw) > _LONGEST_LINE:
-                size = f"{_LONGEST_LINE // 2**20} MiB" if _LONGEST_LINE >= 2**20 else f"{_LONGEST_LINE} bytes"
-                raise UsageError(f"{path}, line {number}: longer than {size}; does the file have the type of its name?")
+                limit = f"{_LONGEST_LINE / 2**20:g} MiB"
+                raise UsageError(
+                    f"{path}, line {number}: longer than {limit}; does the file have the type of its name?"
+                )
             yield number, raw, "utf-8-sig" if number == 1 else "utf-8"
 
 

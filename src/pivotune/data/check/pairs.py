@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pivotune.data.check.language import side_texts
 from pivotune.data.check.result import Findings, Shift
 from pivotune.data.check.rows import RowCheck
-from pivotune.data.check.shifts import RATIO_CHARACTERS, TraceTable, disagreements, find_shifts, row_trace
+from pivotune.data.check.shifts import RATIO_CHARACTERS, TraceTable, disagreements, find_shifts, side_trace
 from pivotune.data.rows import Row
 
 # Robust z-score of the log length ratio. Ratios have long tails: the usual 3.5 flags hundreds of good rows in 30,000.
@@ -70,7 +71,7 @@ def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list
 
 def _why_misaligned(rows: Sequence[Row], index: int, strange: Strange | None, unusual_length: bool) -> str:
     words = [f"words of the {strange.part} do not belong to the English ones"] if strange else []
-    signals = [*disagreements(row_trace(rows[index])), *(["length ratio"] if unusual_length else [])]
+    signals = [*disagreements(*map(side_trace, side_texts(rows[index]))), *(["length ratio"] if unusual_length else [])]
     return "; ".join(words + signals)
 
 
@@ -86,7 +87,7 @@ def _ratio_outliers(traces: TraceTable) -> dict[int, float]:
         far = np.abs(distance) > max(RATIO_Z * spread, math.log(RATIO_FACTOR))
         outliers.update(zip(part[far].tolist(), np.exp(distance[far]).tolist(), strict=True))
     # Code is as long on both sides in any language.
-    return {index: factor for index, factor in outliers.items() if not traces.is_code(index)}
+    return {index: factor for index, factor in outliers.items() if not traces.is_code[index]}
 
 
 class Strange(NamedTuple):
@@ -130,20 +131,19 @@ class _Lexicon:
         self._learned = learned
         sample = learned[:: math.ceil(len(learned) / LEXICON_SAMPLE)]
         self._sample = frozenset(sample)
-        self._target = _known_terms(checked.terms, sample, checked.num_terms)
-        self._english = _known_terms(checked.terms_en, sample, checked.num_terms)
+        self._target = _known_terms(checked.terms, sample, len(checked.term_ids))
+        self._english = _known_terms(checked.terms_en, sample, len(checked.term_ids))
         # Numbers of sampled rows: with both words (English words, target words), and with each word.
         self._together = np.zeros((LEXICON_WORDS, LEXICON_WORDS), dtype=np.float32)
+        self._counts, self._counts_en = np.zeros((2, LEXICON_WORDS), dtype=np.float32)
         for start in range(0, len(sample), 1024):
-            part = sample[start : start + 1024]
-            english, target = (_presence(terms["pair"], part) for terms in (self._english, self._target))
+            english, target = np.zeros((2, len(sample[start : start + 1024]), LEXICON_WORDS), dtype=np.float32)
+            for index, row in enumerate(sample[start : start + 1024]):
+                english[index, self._english["pair"][row]] = 1
+                target[index, self._target["pair"][row]] = 1
             self._together += english.T @ target
-        self._counts, self._counts_en = (
-            np.bincount(np.concatenate([terms["pair"][row] for row in sample]), minlength=LEXICON_WORDS).astype(
-                np.float32
-            )
-            for terms in (self._target, self._english)
-        )
+            self._counts += target.sum(axis=0)
+            self._counts_en += english.sum(axis=0)
 
     def strangers(self, part: str) -> dict[int, float] | None:
         """Return the rows that agree no better than strangers -> the gap; None if the lexicon cannot separate them."""
@@ -202,7 +202,7 @@ def _precise_limit(gains: np.ndarray, strange: np.ndarray) -> float:
 
 
 def _known_terms(
-    terms: Sequence[tuple[np.ndarray, np.ndarray]], sample: Sequence[int], num_terms: int
+    terms: Sequence[list[np.ndarray]], sample: Sequence[int], num_terms: int
 ) -> dict[str, list[np.ndarray]]:
     """Return the terms of prompts, answers and both as indices of the lexicon, which holds the most frequent terms."""
     pairs = [np.union1d(prompt, answer) for prompt, answer in terms]
@@ -214,11 +214,3 @@ def _known_terms(
     places[frequent] = np.arange(len(frequent))
     known = {"pair": pairs, "prompt": [row[0] for row in terms], "answer": [row[1] for row in terms]}
     return {part: [(found := places[ids])[found >= 0] for ids in rows] for part, rows in known.items()}
-
-
-def _presence(terms: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
-    """Return 1 where a row has a word, float32 (rows, words)."""
-    present = np.zeros((len(rows), LEXICON_WORDS), dtype=np.float32)
-    for index, row in enumerate(rows):
-        present[index, terms[row]] = 1
-    return present

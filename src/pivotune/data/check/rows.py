@@ -11,7 +11,7 @@ import numpy as np
 
 from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, side_texts
 from pivotune.data.check.result import Findings
-from pivotune.data.check.shifts import Trace, TraceTable, side_trace
+from pivotune.data.check.shifts import TraceTable, side_trace
 from pivotune.data.rows import Row
 
 # A copy may lose or change a word or two; translations share far fewer, even into related languages.
@@ -30,27 +30,25 @@ class RowCheck:
 
     Attributes:
         numbers: int64 for each row, its place in the source.
-        traces: of all rows.
         terms, terms_en: numbers of the terms of prompt and answer, of every `terms_step`-th row.
+        term_ids: the number of each term.
     """
 
     def __init__(self, language: str, found: Findings, num_rows: int) -> None:
-        self._language = language
         self._found = found
         self._detector = Detector(language)
-        self._term_ids: dict[str, int] = {}
-        self._num_rows = num_rows
+        self.term_ids: dict[str, int] = {}
         # 64-bit hashes of prompts, of whole target sides and of English sides, to find repetitions.
         self._prompts, self._targets, self._english = array("q"), array("q"), array("q")
         self.terms_step = math.ceil(num_rows / LEXICON_COMPARED)
-        self.terms: list[tuple[np.ndarray, np.ndarray]] = []
-        self.terms_en: list[tuple[np.ndarray, np.ndarray]] = []
+        self.terms: list[list[np.ndarray]] = []
+        self.terms_en: list[list[np.ndarray]] = []
         self.traces = TraceTable()
         self.numbers = array("q")
 
     def add(self, row: Row) -> None:
         """Check the next row."""
-        index = len(self.numbers)
+        index, detector = len(self.numbers), self._detector
         self.numbers.append(row.number)
         prompt = hash((row.prompt, row.input, str(row.history) if row.history else ""))
         self._prompts.append(prompt)
@@ -61,17 +59,27 @@ class RowCheck:
         if escapes and not any(_HTML_ESCAPE.search(text.text) for text in english):
             self._found.add("html_escapes", index, " ".join(dict.fromkeys(escapes)), len(escapes))
         copied_prompt, copied_answer = (_is_copy(one, other) for one, other in zip(target, english, strict=True))
-        if copied_prompt or (target[0].words == english[0].words and self._detector.is_english(english[0])):
+        if copied_prompt or (target[0].words == english[0].words and detector.is_english(english[0])):
             note = "prompt and answer" if copied_answer else "the prompt"
             self._found.add("untranslated", index, note, float(copied_answer))
         else:
             if copied_answer:
                 self._found.add("copied_answer", index, "the answer")
-            self._check_languages(index, target, english)
+            if detector.knows_target:
+                for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
+                    if guess := detector.foreign(one, without=other):
+                        self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
+            if target[0].words == english[0].words and detector.may_be_foreign(english[0]):
+                self._found.add("english_not_english", index, "prompt is the same as the target's", 1.0)
+            for name, text in zip(("prompt", "answer"), english, strict=True):
+                guess = detector.not_english(text)
+                # An English task may ask for an answer in a third language ("Translate into French").
+                if guess and (name == "prompt" or detector.is_target(guess.label)):
+                    self._found.add("english_not_english", index, f"{name} looks like {guess.label}", guess.score)
         if index % self.terms_step == 0:
             self.terms.append(self._ids(target))
             self.terms_en.append(self._ids(english))
-        self.traces.append(Trace(side_trace(target), side_trace(english)))
+        self.traces.append(side_trace(target), side_trace(english))
 
     def check_repeats(self) -> None:
         """Flag exact duplicates; among the others, earlier prompts with another answer and earlier English sides."""
@@ -86,40 +94,20 @@ class RowCheck:
             for index in np.flatnonzero(first < places).tolist():
                 self._found.add(kind, index, f"{title} row {self.numbers[int(first[index])]}")
 
-    @property
-    def num_terms(self) -> int:
-        return len(self._term_ids)
-
     def notes(self) -> list[str]:
         """Return the checks that were not possible, and doubts about the language asked for."""
-        notes = self._detector.notes(self._language)
+        notes = self._detector.notes()
         if self.terms_step > 1:
             notes.append(
-                f"words were compared on {len(self.terms):,} of {self._num_rows:,} rows, spread over the data: among the "
-                "others misaligned pairs are found by numbers, links, lists and lengths only"
+                f"words were compared on {len(self.terms):,} of {len(self.numbers):,} rows, spread over the data: among "
+                "the others misaligned pairs are found by numbers, links, lists and lengths only"
             )
         return notes
 
-    def _check_languages(self, index: int, target: list[Text], english: list[Text]) -> None:
-        detector = self._detector
-        if detector.knows_target:
-            for name, one, other in zip(("prompt", "answer"), target, english, strict=True):
-                if guess := detector.foreign(one, without=other):
-                    self._found.add("wrong_language", index, f"{name} looks like {guess.label}", guess.score)
-        if target[0].words == english[0].words and detector.may_be_foreign(english[0]):
-            self._found.add("english_not_english", index, "prompt is the same as the target's", 1.0)
-        prompt, answer = map(detector.not_english, english)
-        if prompt:
-            self._found.add("english_not_english", index, f"prompt looks like {prompt.label}", prompt.score)
-        # An English task may ask for an answer in a third language ("Translate into French").
-        elif answer and detector.is_target(answer.label):
-            self._found.add("english_not_english", index, f"answer looks like {answer.label}", answer.score)
-
-    def _ids(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
+    def _ids(self, texts: list[Text]) -> list[np.ndarray]:
         """Return the numbers of the different terms of prompt and answer."""
-        ids = self._term_ids
-        prompt, answer = ([ids.setdefault(term, len(ids)) for term in text.terms()] for text in texts)
-        return np.array(prompt, dtype=np.int32), np.array(answer, dtype=np.int32)
+        ids = self.term_ids
+        return [np.array([ids.setdefault(term, len(ids)) for term in text.terms()], dtype=np.int32) for text in texts]
 
 
 def _is_copy(target: Text, english: Text) -> bool:
