@@ -380,7 +380,8 @@ def test_template_longer_than_the_limit(tokenizer):
         encoder.encode(rows, source="pairs.jsonl")
     frame = len(encoder.encode_prompt(Turn("q"))) - 1
     assert one_line(raised) == (
-        f"pairs.jsonl: line 7: the template alone takes {frame} tokens and data.max_prompt_tokens is 5; allow more"
+        f"pairs.jsonl: line 7: the template alone takes more than the 5 tokens of data.max_prompt_tokens; "
+        f"allow more (it takes {frame})"
     )
 
 
@@ -389,8 +390,8 @@ def test_nothing_left_for_the_answer(byte_encoder):
     with pytest.raises(UsageError) as raised:
         encoder.encode([row_of(10, 5, 40, 5, number=3)], source="pairs.jsonl")
     assert one_line(raised) == (
-        "pairs.jsonl: line 3: the prompt takes 42 of the model's 42 tokens and nothing is left for the answer; "
-        "lower data.max_prompt_tokens"
+        "pairs.jsonl: line 3: the prompt fills the model's 42 tokens and nothing is left for the answer; "
+        "lower data.max_prompt_tokens (it takes 42)"
     )
 
 

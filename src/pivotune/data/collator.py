@@ -18,11 +18,7 @@ IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
 
 
 class ExampleDataset(Dataset):
-    """Examples as a map-style dataset. An item is the `Example` itself; the collator pads.
-
-    Attributes:
-        examples: as given; lazy ones stay lazy.
-    """
+    """Examples as a map-style dataset; lazy ones stay lazy. An item is the `Example` itself; the collator pads."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples

@@ -94,8 +94,8 @@ class Example:
 class _UnfitRowError(UsageError):
     """A row that the limits cut to nothing; `reason` is the same for all rows with this problem, to count them by."""
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, tokens: int) -> None:
+        super().__init__(f"{reason} (it takes {tokens})")
         self.reason = reason
 
 
@@ -223,10 +223,8 @@ class Encoder:
         frame = side.answer - side.num_query_tokens
         room = min(side.num_query_tokens, self.limits.prompt - frame)
         if room < 1:
-            raise _UnfitRowError(
-                f"the template alone takes {frame} tokens and data.max_prompt_tokens is {self.limits.prompt}; allow more",
-                f"the template alone takes more than the {self.limits.prompt} tokens of data.max_prompt_tokens; allow more",
-            )
+            limit = f"the {self.limits.prompt} tokens of data.max_prompt_tokens"
+            raise _UnfitRowError(f"the template alone takes more than {limit}; allow more", frame)
         return room
 
     def _answer_room(self, side: Side, longest_prompt: int) -> int:
@@ -235,12 +233,8 @@ class Encoder:
         if context is not None:
             room = min(room, context - longest_prompt)
             if room < 1:
-                raise _UnfitRowError(
-                    f"the prompt takes {longest_prompt} of the model's {context} tokens and nothing is left for "
-                    "the answer; lower data.max_prompt_tokens",
-                    f"the prompt fills the model's {context} tokens and nothing is left for the answer; "
-                    "lower data.max_prompt_tokens",
-                )
+                problem = f"the prompt fills the model's {context} tokens and nothing is left for the answer"
+                raise _UnfitRowError(f"{problem}; lower data.max_prompt_tokens", longest_prompt)
         if side.num_answer_tokens == 0:
             raise UsageError("the answer has no tokens")
         return min(room, side.num_answer_tokens)

@@ -40,11 +40,10 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
     Raises:
         UsageError: the file is missing, a folder, empty, of unknown type, unreadable, not UTF-8 or malformed.
     """
-    _check_file(path)
-    reader = _READERS.get(file_type(path))
-    if reader is None:
-        raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
     with _reading(path):
+        reader = _READERS.get(file_type(path))
+        if reader is None:
+            raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
         for number, record in reader(path):
             if isinstance(record, RowError) and record.error and not keep_bad:
                 raise record.error
@@ -53,17 +52,13 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
-    _check_file(path)
     with _reading(path):
         yield from text_lines(path)
 
 
 def file_type(path: Path) -> str:
     """Return the suffix of the format, in lower case and without `.gz`: '.jsonl' for 'Pairs.JSONL.gz'."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def is_data_file_name(path: Path) -> bool:
@@ -88,7 +83,9 @@ def missing_file_error(path: Path) -> UsageError:
     return UsageError(f"{path}: no such file{''.join(hints)}")
 
 
-def _check_file(path: Path) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Refuse what is no file, and turn the errors of reading and decompressing into one line."""
     if not path.exists():
         raise missing_file_error(path)
     if path.is_dir():
@@ -97,11 +94,6 @@ def _check_file(path: Path) -> None:
         raise UsageError(f"{path}: is a folder; give {found}")
     if path.is_file() and path.stat().st_size == 0:
         raise UsageError(f"{path}: the file is empty")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the errors of reading and decompressing into one line."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:

@@ -80,13 +80,7 @@ _KINDS = {
 def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool) -> Row:
     """Read one record in any form: `prompt`/`completion`, Alpaca or chat, English keys with `_en` at the end.
 
-    A side that is not needed is read where it is whole, and is left empty otherwise.
-
-    Args:
-        record: a mapping from column to value; other columns are ignored.
-        number: the record's 1-based place in its source.
-        need_target: require the query and answer in the target language.
-        need_english: require the query and answer in English.
+    A side that is not needed is read where it is whole, and is left empty otherwise. Other columns are ignored.
 
     Raises:
         RowError: a needed text is missing, blank or no text, or a chat does not end with the assistant's answer.

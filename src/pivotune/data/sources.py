@@ -46,8 +46,7 @@ class Rows(LazySequence[Row]):
     Attributes:
         rows: the rows themselves.
         source: the source's name, for messages and the run folder.
-        total: number of rows that were read, usable or not.
-        skipped: number of rows left out, by reason; empty unless `on_bad_row="skip"`.
+        total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
     """
 
     rows: Sequence[Row]

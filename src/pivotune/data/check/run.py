@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from pivotune.data.check.language import base_language
-from pivotune.data.check.pairs import check_pairs
 from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Lengths
-from pivotune.data.check.rows import RowCheck
+from pivotune.data.check.rows import RowCheck, check_pairs
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.lazy import Subset
 from pivotune.data.rows import Row
