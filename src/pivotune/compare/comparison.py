@@ -23,6 +23,7 @@ from pivotune.compare.significance import (
     holm,
     shared_items,
 )
+from pivotune.config.registry import BASELINE_METHOD
 from pivotune.errors import UsageError
 from pivotune.results.files import TaskResult
 from pivotune.results.metrics import Metric, MetricResult, item_vectors, statistic
@@ -117,7 +118,7 @@ def compare_groups(
         progress: called with (columns done, columns in all).
     """
     if baseline is None:
-        baseline = next((index for index, group in enumerate(groups) if group.method == "tft"), 0)
+        baseline = next((index for index, group in enumerate(groups) if group.method == BASELINE_METHOD), 0)
     columns = _select_columns(groups, tasks, metrics)
     found: Warnings = defaultdict(list)
     by_column = []

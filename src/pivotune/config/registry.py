@@ -71,6 +71,8 @@ METHODS: Registry[Any] = Registry(
     # The paper's name: plain supervised fine-tuning on the English rows.
     aliases={"sft": "english-only"},
 )
+# The method that tables and figures compare others with.
+BASELINE_METHOD = "tft"
 # The names are the values of `signal`.
 OBJECTIVES: Registry[Any] = Registry(
     {

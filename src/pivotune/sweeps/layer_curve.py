@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from pivotune.config.registry import BASELINE_METHOD
 from pivotune.layers.selection import TermName, read_layers_json
 from pivotune.results.files import read_entries
 from pivotune.sweeps.plan import Cell
@@ -44,7 +45,7 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
     for label, cells in lines.items():
         own = {option.label for option in cells[0].options}
         # TFT trained as these cells are, in every option that TFT has.
-        baselines = [cell for cell in sweep.cells if cell.config.method == "tft"]
+        baselines = [cell for cell in sweep.cells if cell.config.method == BASELINE_METHOD]
         baselines = [c for c in baselines if own.issuperset(o.label for o in c.options if "method" not in o.keys)]
         for task in tasks:
             measured = {cell.name: entry for cell in (*cells, *baselines) if (entry := entries[cell.name].get(task))}

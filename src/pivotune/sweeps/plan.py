@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pivotune.compare.seed_groups import short_key
-from pivotune.config.registry import METHODS, OBJECTIVES
+from pivotune.config.registry import BASELINE_METHOD, METHODS, OBJECTIVES
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import apply_changes, load_config
 from pivotune.errors import UsageError
@@ -101,7 +101,7 @@ def ablation_axis(config: RunConfig, signals: str = "") -> list[Option]:
     own = [config.supervision.conversion.signal, config.supervision.thinking.signal]
     fallback = next((signal for signal in own if signal != "none"), _SIGNALS[0])
     pairs = [(name, name) for name in names] or [[fallback if signal == "none" else signal for signal in own]]
-    axis = [Option("tft", ("method=tft",))]
+    axis = [Option(BASELINE_METHOD, (f"method={BASELINE_METHOD}",))]
     for conversion, thinking in pairs:
         both = (f"LC={conversion},ET={thinking}", conversion, thinking)
         for label, low, high in ((f"LC={conversion}", conversion, "none"), (f"ET={thinking}", "none", thinking), both):
