@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +28,7 @@ def chat(
     compare: Annotated[str | None, typer.Option(help="Another run or model, to answer side by side.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the template of the run.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the run's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
@@ -43,13 +41,12 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt: is empty")
     quiet_libraries()
-    settings = Settings(max_new_tokens, temperature, seed)
     # Every mistake is found before the first weights are read.
-    prepared = [_prepare(name, template, system) for name in names]
     chatters = [
-        Chatter(name, prompts, _load(name), settings, system) for name, prompts in zip(names, prepared, strict=True)
+        Chatter(name, _prepare(name, template, system), None, max_new_tokens, temperature, seed, system)
+        for name in names
     ]
-    session = _Session(chatters, console(as_json), as_json)
+    session = _Session([replace(chatter, model=_load(chatter.name)) for chatter in chatters], console(as_json), as_json)
     if prompt is not None:
         session.answer(prompt)
     elif sys.stdin.isatty():
@@ -58,29 +55,19 @@ def chat(
         session.answer_all(sys.stdin)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Generation of answers: greedy at temperature 0, sampled with a seed otherwise."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `generate`; top-k and top-p of the model's own settings are switched off."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-
-
 @dataclass
 class Chatter:
-    """One model in conversation. A template without earlier turns starts anew with every prompt."""
+    """One model in conversation: greedy at temperature 0, else sampled with a seed, without top-k and top-p.
+
+    A template without earlier turns starts anew with every prompt.
+    """
 
     name: str
     encoder: Encoder
     model: Any
-    settings: Settings
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
     system: str | None = None
     turns: list[Mapping[str, str]] = field(default_factory=list)
     dropped: int = 0
@@ -95,7 +82,10 @@ class Chatter:
 
         ids = self._prompt_ids(prompt)
         inputs = torch.tensor([ids], device=next(self.model.parameters()).device)
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.seed)
+        sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            sampling |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=inputs,
@@ -105,17 +95,13 @@ class Chatter:
                 pad_token_id=self.encoder.tokenizer.pad_token_id,
                 eos_token_id=self._end_ids(),
                 streamer=_streamer(self.encoder.tokenizer, on_text) if on_text else None,
-                **self.settings.arguments(),
+                **sampling,
             )
         text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
         # Templates refuse an empty answer in the history.
         if text and takes_history(self.encoder):
             self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         return text
-
-    def reset(self) -> None:
-        """Forget the conversation but not the system message."""
-        self.turns.clear()
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Encode the prompt after as many earlier turns as leave room for the answer; the oldest are dropped first."""
@@ -124,7 +110,7 @@ class Chatter:
         while True:
             history = (*_system_turn(self.system), *self.turns)
             ids = self.encoder.encode_prompt(Turn(prompt, history=history))
-            if not self.turns or self._room(len(ids)) >= self.settings.max_new_tokens:
+            if not self.turns or self._room(len(ids)) >= self.max_new_tokens:
                 break
             del self.turns[:2]
             self.dropped += 1
@@ -140,8 +126,8 @@ class Chatter:
 
     def _room(self, used: int) -> int:
         """Return the number of tokens left for the answer after `used` ones."""
-        longest = self.settings.max_new_tokens
-        return longest if self._context is None else min(longest, self._context - used)
+        context = self._context
+        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - used)
 
     def _end_ids(self) -> list[int]:
         """Return end-of-text, the model's own stop tokens, and the last token of this template's answers."""
@@ -238,7 +224,7 @@ class _Session:
                 return
             if prompt == RESET_WORD:
                 for chatter in self.chatters:
-                    chatter.reset()
+                    chatter.turns.clear()
             elif prompt:
                 try:
                     self.answer(prompt)

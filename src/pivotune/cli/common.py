@@ -86,16 +86,9 @@ def reported_once() -> Iterator[None]:
 
 def progress_bar() -> RichProgress:
     """Return a progress display on stderr, so that stdout can be redirected."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    return RichProgress(*columns, console=stderr)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+    return RichProgress(*columns, TextColumn("{task.fields[note]}"), console=stderr)
 
 
 @contextmanager

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 _EXCERPT_CHARACTERS = 160
 # In the order in which the texts of a row are shown.
-_TEXT_TITLES = {
-    "prompt": "prompt",
-    "prompt_en": "English prompt",
-    "completion": "answer",
-    "completion_en": "English answer",
-}
+_TITLES = ("prompt", "English prompt", "answer", "English answer")
+_TEXT_TITLES = dict(zip(("prompt", "prompt_en", "completion", "completion_en"), _TITLES, strict=True))
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
@@ -70,12 +66,10 @@ def check(
     pairs = encoder.encode(rows[:100], on_bad_row="skip") if encoder else []
     example = pairs[0].target if pairs else None
     if as_json:
-        segments = None
-        if encoder and example:
-            from pivotune.data.examples import preview
+        from pivotune.data.examples import preview
 
-            shown = preview(encoder.tokenizer, example)
-            segments = [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
+        shown = preview(encoder.tokenizer, example) if encoder and example else None
+        segments = shown and [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
         print_json({**found.to_dict(), "example": segments})
         return
     out = console(as_json)
