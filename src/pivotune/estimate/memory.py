@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -37,11 +36,9 @@ _STATE_BYTES = {
 # bitsandbytes keeps this many states of one byte and a scale for every 256 values, in float32 for small tensors;
 # Transformers requests float32 states of embeddings.
 _EIGHT_BIT_STATES = {
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2),
-    **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), 2),
-    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3),
-    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
-}
+    "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "galore_adamw_8bit": 2, "galore_adamw_8bit_layerwise": 2,
+    "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "lion_8bit": 1, "paged_lion_8bit": 1, "rmsprop_bnb_8bit": 1,
+}  # fmt: skip
 _EIGHT_BIT_LEAST = 4096
 # DeepSpeed's defaults, in values: the reduce bucket, and the limit of gathered weights under ZeRO-3.
 _REDUCE_BUCKET, _GATHERED_LIMIT = 500_000_000, 1_000_000_000
@@ -64,12 +61,10 @@ def read_model_config(config: RunConfig) -> Any:
 
 def meta_model(config: RunConfig, model_config: Any) -> nn.Module:
     """Build the model of a run with its adapters on the meta device: shapes and dtypes, no memory."""
-    if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
-    else:  # as `execute_run` loads the weights: float32 unless they are frozen under adapters
-        stored = getattr(model_config, "dtype", None) or torch.float32
-        dtype = torch.float32 if config.lora is None else stored
-    settings = {} if not config.trust_remote_code else {"trust_remote_code": True}
+    # As `execute_run` loads the weights: float32 unless they are frozen under adapters.
+    stored = (config.lora and getattr(model_config, "dtype", None)) or torch.float32
+    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    settings = {"trust_remote_code": True} if config.trust_remote_code else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
         return model if config.lora is None else add_adapters(model, build_lora_config(config.lora, model))
@@ -105,14 +100,16 @@ class ModelSize:
 
     @property
     def gradient_bytes(self) -> float:
-        """Gradients have the dtype of their weights."""
         return self.trained_bytes
 
 
 def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> ModelSize:
     """Return the sizes of a model as `meta_model` builds it."""
     architecture = find_architecture(model)
-    packed = {id(weight): weight.numel() for weight in _quantizable(architecture.blocks)} if quantized else {}
+    # The frozen matrices of the linear layers in the blocks; embeddings and head are not quantized.
+    linear = [module for module in architecture.blocks.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    frozen = [module.weight for module in linear if quantized and not module.weight.requires_grad]
+    packed = {id(weight): weight.numel() for weight in frozen}
     total = trained = 0
     bytes_of = {True: 0.0, False: 0.0}
     for parameter in model.parameters():
@@ -133,13 +130,6 @@ def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> Model
         num_layers=len(blocks),
         largest=max(packed.values(), default=0),
     )
-
-
-def _quantizable(blocks: nn.ModuleList) -> Iterator[Tensor]:
-    """Yield the frozen matrices of the linear layers in the blocks; embeddings and head are not quantized."""
-    for module in blocks.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad:
-            yield module.weight
 
 
 def optimizer_bytes(model: nn.Module, optimizer: str) -> float:

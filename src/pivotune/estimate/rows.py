@@ -64,7 +64,7 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     except UsageError:  # a folder that holds nothing but a config.json
         tokenizer = None
     if tokenizer is None or not Path(config.data.train).is_file():
-        return RunRows(examples=_examples(assumed_pairs(args), args), rows=rows, assumed=True)
+        return rows_of(assumed_pairs(args), args, rows=rows, assumed=True)
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
@@ -73,16 +73,14 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
     if not pairs:
         raise UsageError(f"{config.data.train}: no row is left to train on")
-    return RunRows(examples=_examples(pairs, args), rows=rows or len(train))
+    return rows_of(pairs, args, rows=rows or len(train))
 
 
-def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int) -> RunRows:
+def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int | None, assumed: bool = False) -> RunRows:
     """Return the rows of a run from its encoded rows, or from a sample of them."""
-    return RunRows(examples=_examples(pairs, args), rows=rows)
-
-
-def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
-    return training_examples(pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=args.seed)
+    ratio = args.data.english_ratio
+    examples = training_examples(pairs, METHODS[args.method], english_ratio=ratio, seed=args.seed)
+    return RunRows(examples=examples, rows=rows, assumed=assumed)
 
 
 def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
@@ -135,12 +133,8 @@ def training_schedule(args: DeepSupervisionConfig, rows: int, processes: int) ->
     of_one = batches // processes if down else -(-batches // processes)
     steps_per_epoch = max(-(-of_one // window), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    return Schedule(
-        rows=rows,
-        rows_per_step=size * window * processes,
-        steps=steps,
-        rows_seen=rows * steps / steps_per_epoch,
-    )
+    seen = rows * steps / steps_per_epoch
+    return Schedule(rows=rows, rows_per_step=size * window * processes, steps=steps, rows_seen=seen)
 
 
 def largest_batch(

@@ -41,9 +41,8 @@ def analyze_layers(
     Args:
         pairs: encoded rows; all of them are measured.
         lens: called as `lens(hidden_states, layer)` on raw states; None for the logit lens (see `profile_layers`).
-        tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. Tokens of
-            one text are alike, so more rows add more information than more tokens, and the lens costs a head product per
-            token and layer.
+        tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. More rows
+            add more information than more tokens of one text.
         progress: called with the number of sequences done so far, both languages together.
 
     Raises:
@@ -128,9 +127,8 @@ def english_looking_tokens(
         return None, "the target texts have no letters, so English-looking tokens cannot be told"
     latin_share = sum(character in latin for character in letters) / len(letters)
     if latin_share >= 0.5:
-        return None, (
-            f"{latin_share:.0%} of the target language's letters are Latin, so English-looking tokens cannot be told"
-        )
+        share = f"{latin_share:.0%} of the target language's letters are Latin"
+        return None, f"{share}, so English-looking tokens cannot be told"
     vocabulary = tokenizer.get_vocab()
     looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
