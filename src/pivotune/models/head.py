@@ -40,9 +40,8 @@ def readout(architecture: Architecture, normed: Tensor, *, frozen: bool) -> Tens
 def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
     """Yield logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
 
-    Blocks are rows of the head's matrix, so products of a few hundred rows run at full speed while the logits fit into
-    the cache. All share one buffer: a block may be overwritten, and the next one replaces it. A head that must be called
-    as a module (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
+    All share one buffer: a block may be overwritten, and the next one replaces it. A head that must be called as a module
+    (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
     """
     head = plain_head(architecture)
     if head is None:

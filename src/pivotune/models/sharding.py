@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -131,14 +132,8 @@ def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *te
             module.forward = before
 
 
-class _InPlace:
+class _InPlace(partial):
     """A forward set by `in_place_of_forward`, recognized by its class."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        return self._function(*tensors)
 
 
 def whole(tensor: Tensor, *, frozen: bool) -> Tensor:
