@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +80,12 @@ class Chatter:
             UsageError: the prompt alone is longer than the model's context.
         """
         import torch
+        from transformers import TextStreamer
 
+        streamer: Any = None
+        if on_text is not None:
+            streamer = TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         ids = self._prompt_ids(prompt)
         inputs = torch.tensor([ids], device=next(self.model.parameters()).device)
         torch.manual_seed(self.seed)
@@ -94,7 +100,7 @@ class Chatter:
                 use_cache=True,
                 pad_token_id=self.encoder.tokenizer.pad_token_id,
                 eos_token_id=self._end_ids(),
-                streamer=_streamer(self.encoder.tokenizer, on_text) if on_text else None,
+                streamer=streamer,
                 **sampling,
             )
         text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
@@ -136,9 +142,8 @@ class Chatter:
 
         tokenizer = self.encoder.tokenizer
         completion = self.encoder.template.render(Turn("question", "answer")).completion
-        return sorted(
-            {*end_token_ids(self.model, tokenizer), tokenizer(completion, add_special_tokens=False)["input_ids"][-1]}
-        )
+        last = tokenizer(completion, add_special_tokens=False)["input_ids"][-1]
+        return sorted({*end_token_ids(self.model, tokenizer), last})
 
 
 def takes_history(encoder: Encoder) -> bool:
@@ -186,18 +191,6 @@ def _load(name: str) -> Any:
     with stderr.status(f"Loading {safe(name)}"):
         model: Any = load_model(name)
     return model.to("cuda") if torch.cuda.is_available() else model
-
-
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class _Streamer(TextStreamer):
-        """Pass text on as soon as a word is complete."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
-
-    return _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @dataclass
@@ -250,17 +243,13 @@ class _Session:
             if chatter.dropped and chatter.name not in self.warned:
                 note = "the conversation is longer than the model reads; its oldest turns are forgotten"
                 print_lines(stderr, f"{chatter.name}: {note}", style="dim")
-                # Once is enough: it is true of every later prompt.
                 self.warned.add(chatter.name)
 
     def _typed(self) -> Iterator[str]:
-        question = "" if self.as_json else "you> "
-        while True:
-            try:
-                yield input(question)
-            except EOFError:
-                self.out.print()
-                return
+        with suppress(EOFError):
+            while True:
+                yield input("" if self.as_json else "you> ")
+        self.out.print()
 
     def _print_columns(self, prompt: str) -> None:
         from rich.table import Table

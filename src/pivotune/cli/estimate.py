@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pivotune.estimate.operations import Device
     from pivotune.training.arguments import DeepSupervisionConfig
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 _OPERATION_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
@@ -85,7 +84,7 @@ def parse_bytes(text: str) -> float:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"--gpu-memory: {text!r} found; allowed: a size such as 80GiB")
-    return float(match[1]) * _UNITS[match[2].upper()]
+    return float(match[1]) * 1024.0 ** " KMGT".index(match[2].upper() or " ")
 
 
 def gibibytes(size: float) -> str:

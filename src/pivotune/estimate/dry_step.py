@@ -55,9 +55,7 @@ def dry_step(
         batch: as `DeepSupervisionCollator` makes it, real tensors on the CPU.
         device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
         autocast: matrix products run in bfloat16.
-        checkpointing: activations are recomputed in the backward pass, block by block.
         accumulated: gradients of an earlier micro-batch exist already.
-        forward: as `supervision.logits.forward`.
     """
     supervision, times = _cut(model, supervision)
     # Fake tensors on the CPU, whose kernels autograd and autocast choose as for real ones.

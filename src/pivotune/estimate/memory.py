@@ -72,15 +72,12 @@ def meta_model(config: RunConfig, model_config: Any) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Parameter counts (values, tied weights once) and bytes of a model.
+    """Parameter counts (values, tied weights once) and bytes of a model with its adapters.
 
     Attributes:
-        total, trained: parameters of the model with its adapters.
-        frozen_bytes, trained_bytes: bytes of the stored weights; buffers are among the frozen ones.
-        optimizer_bytes: bytes of the optimizer's states.
+        frozen_bytes, trained_bytes: of the stored weights; buffers are among the frozen ones.
         block: parameters of the largest decoder block.
         outside: parameters outside the blocks (embeddings, final norm, head).
-        num_layers: decoder blocks.
         largest: values of the largest quantized matrix, which is dequantized for its product; 0 without quantization.
     """
 
@@ -91,7 +88,6 @@ class ModelSize:
     optimizer_bytes: float
     block: int
     outside: int
-    num_layers: int
     largest: int = 0
 
     @property
@@ -127,7 +123,6 @@ def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> Model
         optimizer_bytes=optimizer_bytes(model, optimizer),
         block=max(blocks),
         outside=total - sum(blocks),
-        num_layers=len(blocks),
         largest=max(packed.values(), default=0),
     )
 
@@ -136,9 +131,7 @@ def optimizer_bytes(model: nn.Module, optimizer: str) -> float:
     """Return the bytes of the optimizer's states for the trained parameters of a model."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     total = 0.0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         count = parameter.numel()
         if optimizer in ("adafactor", "galore_adafactor", "galore_adafactor_layerwise"):
             # Rows and columns of the second moment (Shazeer and Stern 2018), no first moment.
@@ -156,11 +149,8 @@ def optimizer_bytes(model: nn.Module, optimizer: str) -> float:
 class Memory:
     """Bytes on one device. Not all parts are alive at the same time, so `peak` is less than their sum.
 
-    Attributes:
-        weights, gradients, optimizer: this device's share of them.
-        activations: peak of one micro-batch, weight copies for autocast included.
-        communication: gathered weights and buffers of the strategy.
-        peak: peak of the whole step, in the backward pass or in the optimizer's step.
+    `activations` is the peak of one micro-batch with autocast's weight copies, `communication` the strategy's gathered
+    weights and buffers, `peak` the peak of the whole step, in the backward pass or in the optimizer's step.
     """
 
     weights: float

@@ -31,12 +31,9 @@ TYPICAL_TOKENS = {"query": 105, "answer": 165, "english_query": 70, "english_ans
 
 @dataclass(frozen=True, kw_only=True)
 class RunRows:
-    """Rows of a run, or a sample of them.
+    """Training examples of a run, or a sample of them, and the number of its rows, None where it is unknown.
 
-    Attributes:
-        examples: a sample of the training examples, or all of them.
-        rows: number of training rows; None where it is unknown.
-        assumed: True where the lengths are typical ones, not those of real rows.
+    `assumed` is True where the lengths are typical ones, not those of real rows.
     """
 
     examples: Sequence[Example]
@@ -50,10 +47,7 @@ class RunRows:
 
 
 def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
-    """Count the rows of a local file and tokenize a sample of them.
-
-    Args:
-        rows: number of training rows, if known; then only the sample is read.
+    """Count the rows of a local file (read only the sample if `rows` gives their number) and tokenize a sample of them.
 
     Raises:
         UsageError: an unusable local file.
@@ -107,14 +101,7 @@ def num_tokens(example: Example) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rows and optimizer steps of a run.
-
-    Attributes:
-        rows: training rows of an epoch.
-        rows_per_step: rows of a step, over all micro-batches and processes.
-        steps: optimizer steps of the whole run.
-        rows_seen: rows over all epochs.
-    """
+    """Rows of an epoch, of a step (all micro-batches and processes) and of all epochs; optimizer steps of the run."""
 
     rows: int
     rows_per_step: int
@@ -140,12 +127,7 @@ def training_schedule(args: DeepSupervisionConfig, rows: int, processes: int) ->
 def largest_batch(
     examples: Sequence[Example], args: DeepSupervisionConfig, *, rows: int, processes: int
 ) -> list[Example]:
-    """Return the micro-batch with the most tokens of an epoch, in the order of `group_by_length` or at random.
-
-    Args:
-        examples: all rows, or a sample of them.
-        rows: number of training rows.
-    """
+    """Return the micro-batch with the most tokens of an epoch of `rows` rows; `examples` may be a sample of them."""
     count = max(min(rows, _ROWS_ORDERED), len(examples))
     indices = [row % len(examples) for row in range(count)]
     lengths = [len(examples[index].main.ids) for index in indices]

@@ -95,7 +95,6 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
        than `LARGEST_RISE` of the two drops.
 
     Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason names the falls.
-    Multiplying a curve with R >= 1 nat by a factor >= 1, or adding a constant, does not change the choice.
 
     Raises:
         UsageError: fewer than 4 values, that is fewer than 3 layers.

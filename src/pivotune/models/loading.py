@@ -54,11 +54,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
-    """Raise the errors of loading `name` that can be found without reading weights or the tokenizer.
-
-    Raises:
-        UsageError: as `read_config`; no tokenizer beside the model.
-    """
+    """Raise the errors of `read_config`, and one for a model without a tokenizer; no weight is read."""
     read_config(name, trust_remote_code=trust_remote_code, revision=revision)
     tokenizer_files(name, revision)
 
@@ -69,8 +65,7 @@ def load_tokenizer(
     """Load the tokenizer of a model (of an adapter without one: of its base), padding on the right.
 
     A tokenizer without a padding token pads with its end-of-text token. So padding cannot be recognized by its id: masks
-    and labels must be built from lengths, as the collator does, or the model would not learn to stop. A chat template
-    that ends turns with another token than `eos_token` is left as it is.
+    and labels must be built from lengths, as the collator does, or the model would not learn to stop.
 
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files.

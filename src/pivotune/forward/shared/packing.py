@@ -103,7 +103,6 @@ class PackedSegment:
     """The main sequences, or the tokens of one branch: packed positions `start` to `stop`.
 
     Attributes:
-        start: packed position of its first token.
         layer: the last layer k that the segment runs through; None for all.
         queries, keys: maps to padded rows for attention, of its tokens and of the tokens that these may see.
         prompt_lengths: (R,) tokens of the prompt before each row of a branch; None for main sequences.
@@ -131,9 +130,7 @@ class PackedSegment:
     def mask(self, window: int | None, *, explicit: bool = False) -> Tensor | None:
         """Return the keys that each query sees, (R or 1, 1, Q, K) bool; made once for all blocks.
 
-        Args:
-            window: how far back a query sees, itself included (sliding-window attention); None for no limit.
-            explicit: return a mask for plain causal attention too, instead of None.
+        With a `window` a query sees that many tokens, itself included. Plain causal attention gets a mask if `explicit`.
         """
         if window is not None and window >= self.keys.length:
             window = None
@@ -197,7 +194,6 @@ class Packing:
 
     @property
     def num_tokens(self) -> int:
-        """N, of all segments."""
         return self.input_ids.shape[1]
 
     def present(self, num_tokens: int) -> Sequence[PackedSegment]:
