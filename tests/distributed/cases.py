@@ -73,7 +73,7 @@ def build(name: str, folder: Path, num_processes: int, **changes: Any) -> DeepSu
         folder,
         model=model,
         rows=make_pairs(case.pop("rows", 13)),
-        trainer={"peft_config": adapters},
+        trainer={"peft_config": adapters, "stop_signals": case.pop("stop_signals", None)},
         per_device_train_batch_size=together // num_processes,
         per_device_eval_batch_size=4 // num_processes,
         **case,

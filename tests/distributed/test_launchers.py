@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_folders import metrics, write_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # The file as it is, with what a machine without GPUs needs.

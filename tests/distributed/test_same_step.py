@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, build
-from processes import run_cases
+from process_pool import run_ranks
 from safetensors.torch import load_file
 from tiny_training import make_pairs, step_logs
 
@@ -41,7 +41,9 @@ def outcome(results: dict[str, Path], engine: str, tmp_path_factory: Any) -> Pat
         pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
     if engine not in results:
         results[engine] = tmp_path_factory.mktemp(engine)
-        run_cases(engine, results[engine], ENGINES[engine][0])
+        env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if engine.startswith("zero") else {}
+        arguments = [engine, str(results[engine]), ENGINES[engine][0]]
+        run_ranks(results[engine], environment=env, program="worker:run_cases", arguments=arguments)
     return results[engine]
 
 

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
-from processes import HERE, run_together
+from process_pool import run_ranks
 
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.shared_saving import save_together
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Results, mistakes and failures of one process reach the other; folders are whole or not there."""
-    texts = run_together([sys.executable, str(HERE / "together.py"), str(tmp_path)], tmp_path)
+    texts = run_ranks(tmp_path, program="together:main", arguments=[str(tmp_path)])
     assert all("all as promised" in text for text in texts)
 
 
@@ -25,7 +22,7 @@ def test_one_process_does_everything_itself(tmp_path):
         ranks.agree(lambda: {}["missing"])
     with pytest.raises(UsageError, match="wrong"):
         ranks.on_main(_wrong)
-    save_together(tmp_path / "folder", lambda staging: (staging / "file").write_text("new"))
+    ranks.save_together(tmp_path / "folder", lambda staging: (staging / "file").write_text("new"))
     assert (tmp_path / "folder" / "file").read_text() == "new"
 
 

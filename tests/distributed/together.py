@@ -1,10 +1,9 @@
-"""What two processes do together outside of training; each asserts its own side (`python together.py FOLDER`)."""
+"""Program of one rank of two: collective work outside the training step; each rank asserts its own side."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from cases import build
 
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.shared_saving import save_together
 from pivotune.training.resilience.checkpoints import STAGING
-from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
+from pivotune.training.resilience.nonfinite import TrainingDivergedError
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
 
@@ -36,7 +34,7 @@ def one_for_all(rank: int) -> None:
     mistake = raised_by(lambda: ranks.on_main(lambda: fail(UsageError("row 3 is empty"))))
     assert isinstance(mistake, UsageError)
     assert str(mistake) == "row 3 is empty"
-    assert mistake.told == (rank == 1)
+    assert mistake.reported == (rank == 1)
     failure = raised_by(lambda: ranks.on_main(lambda: fail(KeyError("x"))))
     assert isinstance(failure, KeyError if rank == 0 else ranks.OtherRankError)
     assert rank == 0 or "the main process has failed" in str(failure)
@@ -70,9 +68,9 @@ def stopped_together(rank: int, folder: Path) -> None:
     assert isinstance(failure, TrainingDivergedError)
     assert "at step 1" in str(failure)
     assert ("in rows of another process" in str(failure)) == (rank == 0)
-    signalled = build("tft", folder / "signalled", 2)
-    signalled.stop_signals = StopSignals()
-    signalled.stop_signals.received = "SIGTERM" if rank == 1 else None
+    signals = StopSignals()
+    signals.received = "SIGTERM" if rank == 1 else None
+    signalled = build("tft", folder / "signalled", 2, stop_signals=signals)
     stop = raised_by(signalled.train)
     assert isinstance(stop, StoppedBySignalError)
     assert stop.name == ("SIGTERM" if rank == 1 else "a signal to another process")
@@ -83,13 +81,13 @@ def saved(rank: int, folder: Path) -> None:
     def write(staging: Path) -> None:
         (staging / f"part-{rank}").write_text(str(rank))
 
-    save_together(folder / "whole", write)
+    ranks.save_together(folder / "whole", write)
     assert sorted(path.name for path in (folder / "whole").glob("part-*")) == ["part-0", "part-1"]
     # The main process cannot begin: a file stands where the folder should be.
     if rank == 0:
         (folder / "file").write_text("")
     ranks.gather_objects(None)
-    failure = raised_by(lambda: save_together(folder / "file" / "below", write))
+    failure = raised_by(lambda: ranks.save_together(folder / "file" / "below", write))
     assert isinstance(failure, UsageError if rank == 0 else ranks.OtherRankError)
     assert str(folder / "file") in str(failure)
 
@@ -102,7 +100,7 @@ def left_alone(rank: int, folder: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
 
-    failure = raised_by(lambda: save_together(folder / "broken", broken))
+    failure = raised_by(lambda: ranks.save_together(folder / "broken", broken))
     if rank == 1:
         assert isinstance(failure, OSError)
         print("all as promised", flush=True)
@@ -112,7 +110,8 @@ def left_alone(rank: int, folder: Path) -> None:
     assert not (folder / STAGING).exists()
 
 
-def main(folder: Path) -> None:
+def main(path: str) -> None:
+    folder = Path(path)
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     one_for_all(rank)
@@ -123,7 +122,3 @@ def main(folder: Path) -> None:
     left_alone(rank, folder)
     print("all as promised", flush=True)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,11 +1,10 @@
-"""One of two processes: trains the cases it is told and writes what came out (`python worker.py ENGINE FOLDER CASE...`)."""
+"""Programs of one rank of two: train cases and save their logs and weights; run `pivotune train` and resume it."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,16 @@ from typing import Any
 
 import torch
 from cases import build, build_model
+from run_folders import as_it_was_at_step_2
 from safetensors.torch import save_file
 from tiny_training import make_pairs, step_logs
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from pivotune.cli.main import main
 from pivotune.models.sharding import is_fsdp
-from pivotune.training.distributed.gathering import gathered_model
+from pivotune.runs.export import gathered_model
+from pivotune.training.distributed import ranks
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 
@@ -96,7 +98,10 @@ class ReductionCheck(DeepSupervisionTrainer):
         return loss
 
 
-def run(engine: str, folder: Path, names: list[str]) -> None:
+def run_cases(engine: str, path: str, names: list[str]) -> None:
+    """Train cases (see `cases.py`); their results lie in the folder by name."""
+    folder = Path(path)
+    warnings.simplefilter("ignore")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if engine.startswith("fsdp2"):
         shard_on_cpu(activation_checkpointing=engine == "fsdp2-checkpointing")
@@ -121,7 +126,23 @@ def run(engine: str, folder: Path, names: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def train(path: Path, *words: str) -> None:
+    # Accelerate leaves it for later programs of a process, and FSDP2 on a CPU is refused where it is asked for.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    code = main(["train", str(path / "run.yaml"), *words])
+    assert code == 0, f"exit code {code}"
+
+
+def run_and_resume(engine: str, folder: str) -> None:
+    """Run `a` as `run.yaml` describes; resume `b`, a copy of `a` at step 2, and `c`, a run of one process, if present."""
+    path = Path(folder)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    run(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    if engine.startswith("fsdp2"):
+        kind = "SHARDED_STATE_DICT" if engine == "fsdp2-sharded" else "FULL_STATE_DICT"
+        shard_on_cpu(state_dict_type=kind)
+    train(path, "--set", f"output_dir={path / 'a'}")
+    ranks.on_main(lambda: as_it_was_at_step_2(path / "a", path / "b"))
+    train(path, "--set", f"output_dir={path / 'b'}", "--resume")
+    if (path / "c").exists():
+        train(path, "--set", f"output_dir={path / 'c'}", "--resume")
+    torch.distributed.destroy_process_group()

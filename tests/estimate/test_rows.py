@@ -9,8 +9,7 @@ from pivotune.config.registry import METHODS
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import training_examples
 from pivotune.estimate.rows import assumed_pairs, largest_batch, num_tokens, training_schedule
-from pivotune.training.batching import group_by_length
-from pivotune.training.resilience.data_order import order_of
+from pivotune.training.batching import order_of, train_sampler
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_rows_seen_are_epochs_times_rows(tmp_path):
 def test_the_largest_batch_is_that_of_the_sampler(tmp_path):
     args = arguments(tmp_path)
     examples = training_examples(make_pairs(48), METHODS["tft"])
-    order = list(group_by_length(ExampleDataset(examples), args, order_of(args, 4), lambda: 0))
+    order = list(train_sampler(ExampleDataset(examples), args, order_of(args, 4), lambda: 0))
     batches = [[examples[row] for row in order[start : start + 4]] for start in range(0, 48, 4)]
     batch = largest_batch(examples, args, rows=48, processes=1)
     assert sum(map(num_tokens, batch)) == max(sum(map(num_tokens, item)) for item in batches)

@@ -20,30 +20,31 @@ from transformers import TrainerCallback
 
 from pivotune.errors import TrainingError
 from pivotune.runs import execute as run_module
-from pivotune.runs import lock as run_lock
-from pivotune.training.distributed import liveness
+from pivotune.runs import folder as run_folder
 from pivotune.training.metrics import MetricsFile
+from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 
 def inject(faults: dict[str, Any]) -> None:
     """Install the faults of a scenario, by the names of the functions below."""
-    run_lock.WAIT_SECONDS = 0.3
+    run_folder.WAIT_SECONDS = 0.3
     for name, options in faults.items():
         globals()[f"inject_{name}"](**options)
 
 
 def at_step(step: int, action: Callable[[Any], None]) -> None:
     """Do something once, when optimizer step `step` (from 1) has its batches."""
-    begin, done = DeepSupervisionTrainer._begin_step, []
+    get, done = DeepSupervisionTrainer.get_batch_samples, []
 
-    def begin_step(self: Any) -> None:
-        begin(self)
+    def get_batches(self: Any, *args: Any) -> Any:
+        found = get(self, *args)
         if self.state.global_step == step - 1 and not done:
             done.append(step)
             action(self)
+        return found
 
-    DeepSupervisionTrainer._begin_step = begin_step
+    DeepSupervisionTrainer.get_batch_samples = get_batches
 
 
 def wait_at(marker: str) -> None:
@@ -192,57 +193,29 @@ def inject_kill_worker(step: int) -> None:
 
 
 class _HoldRank(TrainerCallback):
-    """Rank 1 stands still, or dies, at step 3. Each rank begins to count the seconds when it knows all that its line is
-    to say: how long the way to there takes changes nothing.
-    """
+    """Rank 1 hangs, or dies, at step 3, while rank 0 waits for it."""
 
-    trainer: Any
-
-    def __init__(self, end: str, timeout: float) -> None:
-        self.end, self.timeout = end, timeout
+    def __init__(self, end: str) -> None:
+        self.end = end
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            (self.go_on if args.process_index == 0 else self.hold)(self.trainer.liveness)
-
-    def go_on(self, own: Any) -> None:
-        """Rank 0: into the step, where it waits for rank 1."""
-        silent = liveness.SILENT if self.end == "stops" else 0.0
-        while not any(view.state.phase == "held" and view.silent >= silent for view in own.seen()):
-            time.sleep(0.05)
-        own._timeout = self.timeout
-        own.progress("held", 3)
-
-    def hold(self, own: Any) -> None:
-        """Rank 1: no further."""
-        own.progress("held", 3)
-        beat = own._own.beat
-        # The second sign of life from here tells of it for certain.
-        while own._own.beat < beat + 3:
-            time.sleep(0.05)
-        if self.end == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        while self.end == "stops":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        while not any(view.state.position > own._own.position for view in own.seen()):
-            time.sleep(0.05)
-        own._timeout = self.timeout
-        while True:
-            time.sleep(1)
+        if state.global_step == 2 and args.process_index == 1:
+            if self.end == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(120)
 
 
-def train_rank(folder: str, end: str, timeout: float) -> int:
-    """One of two processes that train a tiny model; rank 1 does at step 3 what `end` says."""
+def train_rank(folder: str, end: str, timeout: int) -> int:
+    """Train a tiny model as one of two processes; rank 1 hangs or dies at step 3."""
     from tiny_training import make_pairs, tiny_trainer
 
-    # Only a rank that is stopped is silent, however busy the machine is.
-    liveness.SILENT = 2.0 if end == "stops" else 1e9
     torch.manual_seed(0)
-    hold = _HoldRank(end, timeout)
-    trainer = tiny_trainer(Path(folder), rows=make_pairs(32), trainer={"callbacks": [hold]}, ddp_backend="gloo")
-    hold.trainer = trainer
+    callbacks = {"callbacks": [_HoldRank(end)]}
+    trainer = tiny_trainer(
+        Path(folder), rows=make_pairs(32), trainer=callbacks, ddp_backend="gloo", ddp_timeout=timeout
+    )
     try:
-        with liveness.watched(0) as trainer.liveness:
+        with explained_faults(Path(folder)):
             trainer.train()
     except TrainingError as error:
         print(f"pivotune: stopped: {error}", flush=True)

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 from faults.scenarios import SCENARIOS, BrokenPromiseError, Scenario
-from faults.workshop import Server, Workshop
+from faults.workshop import Workshop
 
 
-def attempt(server: Server, scenario: Scenario) -> str | None:
+def attempt(scenario: Scenario) -> str | None:
     """Why the promise is not kept; None where it is."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            scenario.attempt(Workshop(server, Path(folder)))
+            scenario.attempt(Workshop(Path(folder)))
         except (BrokenPromiseError, AssertionError) as error:
             return str(error)
     return None
@@ -27,15 +27,14 @@ def main(names: list[str]) -> int:
         print(f"no such scenario: {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}", file=sys.stderr)
         return 2
     broken = 0
-    with Server() as server:
-        for name in names or SCENARIOS:
-            started = time.monotonic()
-            problem = attempt(server, SCENARIOS[name])
-            broken += problem is not None
-            verdict = "kept" if problem is None else "BROKEN"
-            print(f"{verdict:6}  {name:32}  {time.monotonic() - started:6.1f} s  {SCENARIOS[name].promise}", flush=True)
-            if problem is not None:
-                print(f"        {problem}", flush=True)
+    for name in names or SCENARIOS:
+        started = time.monotonic()
+        problem = attempt(SCENARIOS[name])
+        broken += problem is not None
+        verdict = "kept" if problem is None else "BROKEN"
+        print(f"{verdict:6}  {name:32}  {time.monotonic() - started:6.1f} s  {SCENARIOS[name].promise}", flush=True)
+        if problem is not None:
+            print(f"        {problem}", flush=True)
     print(f"{len(names or SCENARIOS) - broken} promises kept, {broken} broken")
     return 1 if broken else 0
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
-from rendezvous import Rendezvous
+from process_pool import Process, Rendezvous, server
 from tiny_training import QUIET, run_settings
 
 from pivotune.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 TRAINING = {
     **QUIET,
@@ -34,101 +26,17 @@ TRAINING = {
     "eval_strategy": "steps",
     "eval_steps": 3,
 }
-PATIENCE = 300.0  # seconds; only a test that fails waits so long
-
-
-class Server:
-    """Forks processes that have everything imported; see `server.py`.
-
-    Attributes:
-        shared: holds the starting model and the uninterrupted run, the same for all workshops.
-    """
-
-    def __enter__(self) -> Self:
-        paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, sys.path)]
-        settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "faults.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        self._folder = tempfile.TemporaryDirectory()
-        self.shared = Path(self._folder.name)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # Closes its pipes, at which it ends, and waits.
-        self._process.__exit__(None, None, None)
-        self._folder.cleanup()
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
-
-
-class Process:
-    """One training; `code` is None while it runs."""
-
-    def __init__(self, server: Server, log: Path, **request: Any) -> None:
-        self._server, self._log = server, log
-        self.pid = server.ask({"start": {"log": str(log), **request}})["pid"]
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            self.code = self._server.ask({"poll": self.pid})["code"]
-        return self.code
-
-    def wait(self) -> int:
-        wait_for(lambda: self.poll() is not None, "the process to end")
-        assert self.code is not None
-        return self.code
-
-    def wait_for_marker(self, marker: Path) -> None:
-        wait_for(lambda: marker.exists() or self.poll() is not None, str(marker))
-        assert marker.exists(), f"the process ended with {self.code} before: {self.output}"
-
-    def send(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def send_to_all(self, number: int) -> None:
-        """To it and to the processes that it started, as Slurm and Kubernetes do."""
-        os.killpg(self.pid, number)
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            self.send_to_all(signal.SIGKILL)
-            self.wait()
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def last_line(self) -> str:
-        return self.output.strip().splitlines()[-1] if self.output.strip() else ""
-
-
-def wait_for(condition: Any, what: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until, f"waited {PATIENCE:.0f} s for {what}"
-        time.sleep(0.01)
 
 
 class Workshop:
     """Runs of one configuration, each in its own output folder."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
-        self.server, self.folder = server, folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.marker = folder / "marker"
-        self.settings = run_settings(server.shared, training=TRAINING)
+        self.settings = run_settings(server().shared, training=TRAINING)
         # Rows of its own: a scenario changes them.
-        shutil.copy(server.shared / "rows.jsonl", self.rows)
+        shutil.copy(server().shared / "rows.jsonl", self.rows)
         self.settings["data"] = {**self.settings["data"], "train": str(self.rows)}
         self._logs = 0
 
@@ -149,7 +57,7 @@ class Workshop:
 
     def fork(self, **request: Any) -> Process:
         self._logs += 1
-        return Process(self.server, self.folder / f"{self._logs}.log", **request)
+        return Process(self.folder / f"{self._logs}.log", **request)
 
     def fork_ranks(self, count: int, **request: Any) -> list[Process]:
         """Processes of one group."""
@@ -165,7 +73,7 @@ class Workshop:
 
     def whole(self) -> Path:
         """The uninterrupted run that others are compared with."""
-        whole = self.server.shared / "whole"
+        whole = server().shared / "whole"
         if not whole.exists():
             process = self.run("whole", output_dir=str(whole))
             assert process.code == 0, process.output

@@ -23,7 +23,7 @@ from pivotune.errors import UsageError
 from pivotune.models import locating
 from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config
 from pivotune.models.locating import resolve_model
-from pivotune.training.resilience.checksums import write_checksums
+from pivotune.training.resilience.checkpoints import write_checksums
 
 TOKENS = torch.tensor([[0, 3, 4, 5, 1]])
 HUB_NAME = "somebody/tiny-llama"

@@ -19,9 +19,7 @@ from pivotune.models.loading import load_model
 from pivotune.models.locating import ModelFiles, check_index
 from pivotune.runs.folder import claim_run_folder
 from pivotune.sweeps.plan import parse_grid
-from pivotune.training.resilience.checkpoint_safety import own_checkpoint
-from pivotune.training.resilience.checkpoints import staged_folder
-from pivotune.training.resilience.checksums import write_checksums
+from pivotune.training.resilience.checkpoints import own_checkpoint, staged_folder, write_checksums
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from pivotune.errors import UsageError
 from pivotune.training.resilience.checkpoint_safety import _STAND_INS, _check_distributed, check_checkpoint
-from pivotune.training.resilience.checksums import write_checksums
+from pivotune.training.resilience.checkpoints import write_checksums
 
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
            "tokenizer.pkl", "vocab.pkl")  # fmt: skip

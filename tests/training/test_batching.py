@@ -1,14 +1,36 @@
 from __future__ import annotations
 
+import json
+import pickle
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from tiny_training import make_pairs, step_logs, tiny_trainer
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
+from tiny_batches import make_examples
+from tiny_training import arguments, make_pairs, step_logs, tiny_trainer
+from torch.utils.data import BatchSampler, SequentialSampler
 
-from pivotune.training.batching import LengthGroupedSampler, length_grouped_order
+from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.errors import UsageError
+from pivotune.training.batching import (
+    BLANK,
+    DATA_ORDER_FILE,
+    DataOrder,
+    LengthGroupedSampler,
+    RankOrder,
+    WithBlankRows,
+    blank_like,
+    length_grouped_order,
+    longest_first,
+    order_of,
+    resumed_order,
+    save_order,
+    train_sampler,
+)
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 1000).tolist()
 
@@ -140,7 +162,7 @@ def test_other_strategies_are_those_of_transformers(tmp_path, strategy):
     assert sum(batches) >= 20
     trainer.train()
     assert trainer.state.global_step == 3
-    sampled = list(trainer._get_train_sampler())
+    sampled = list(train_sampler(trainer.train_dataset, trainer.args, trainer.order, lambda: 0))
     if strategy == "sequential":
         assert sampled == list(range(20))
     if strategy == "random":
@@ -149,9 +171,6 @@ def test_other_strategies_are_those_of_transformers(tmp_path, strategy):
 
 def test_ranks_run_rows_of_similar_length_together(tmp_path):
     """Two ranks draw from one order, in turn, and neither waits for the other."""
-    from accelerate.data_loader import BatchSamplerShard
-    from torch.utils.data import BatchSampler
-
     lengths = LENGTHS
     sampler = LengthGroupedSampler(lengths, batch_size=16, num_batches=2, seed=0, epoch=lambda: 0)
     ranks = [list(BatchSamplerShard(BatchSampler(sampler, 8, False), 2, rank)) for rank in range(2)]
@@ -163,6 +182,160 @@ def test_ranks_run_rows_of_similar_length_together(tmp_path):
 def test_evaluation_begins_with_the_longest_rows(tmp_path):
     trainer = tiny_trainer(tmp_path, trainer={"eval_dataset": make_pairs(12, seed=2)})
     dataset = trainer.eval_dataset["target"]
-    lengths = [len(dataset[row].main.ids) for row in trainer._get_eval_sampler(dataset)]
+    lengths = [len(dataset[row].main.ids) for row in longest_first(dataset)]
     assert lengths == sorted(lengths, reverse=True)
     assert len(lengths) == 12
+    read = [batch["attention_mask"].sum(dim=1) for batch in trainer.get_eval_dataloader("target")]
+    assert torch.cat(read).tolist() == lengths
+
+
+# ---- the rows of each rank ----
+
+
+def rank_batches(num_rows: int, *, batch_size: int, world_size: int, **options) -> list[list[list[int]]]:
+    """The batches of every rank, as accelerate deals them out."""
+    order = RankOrder(SequentialSampler(range(num_rows)), batch_size=batch_size, world_size=world_size, **options)
+    shards = [
+        BatchSamplerShard(
+            BatchSampler(order, batch_size, drop_last=False), num_processes=world_size, process_index=rank
+        )
+        for rank in range(world_size)
+    ]
+    assert all(len(list(shard)) == len(shard) for shard in shards)
+    return [list(shard) for shard in shards]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 5, 8, 12, 13])
+def test_every_row_is_read_once_and_all_ranks_read_equally_many_batches(num_rows, world_size):
+    ranks = rank_batches(num_rows, batch_size=2, world_size=world_size)
+    assert sorted(row for rank in ranks for batch in rank for row in batch if row != BLANK) == list(range(num_rows))
+    assert {len(rank) for rank in ranks} == {-(-num_rows // (2 * world_size))}
+    assert {len(batch) for rank in ranks for batch in rank} == {2}
+
+
+def test_a_step_holds_the_rows_that_follow_each_other_in_turn():
+    assert rank_batches(11, batch_size=2, world_size=2) == [
+        [[0, 2], [4, 6], [8, 10]],
+        [[1, 3], [5, 7], [9, BLANK]],
+    ]
+
+
+def test_rows_that_fill_no_batch_on_every_rank_can_be_dropped():
+    assert rank_batches(11, batch_size=2, world_size=2, drop_last=True) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+def test_a_sampler_learns_the_epoch_also_where_batches_are_skipped():
+    """A resumed epoch is read through accelerate's `SkipBatchSampler`, which tells samplers nothing."""
+    sampler = SeedableRandomSampler(range(8), data_seed=3)
+    order = RankOrder(sampler, batch_size=2, world_size=2, epoch=lambda: 5)
+    skipping = SkipBatchSampler(BatchSampler(order, 2, drop_last=False), skip_batches=1)
+    expected = torch.randperm(8, generator=torch.Generator().manual_seed(3 + 5)).tolist()
+    rows = [row for start in (0, 4) for rank in (0, 1) for row in expected[start : start + 4][rank::2]]
+    assert [row for batch in skipping for row in batch] == rows[2:]
+
+
+def test_a_blank_row_adds_nothing():
+    examples = make_examples(3)
+    dataset = WithBlankRows(ExampleDataset(examples))
+    assert len(dataset) == 3
+    assert dataset[1] is examples[1]
+    batch = DeepSupervisionCollator(pad_token_id=0)([dataset[BLANK], dataset[0], dataset[BLANK]])
+    assert batch["attention_mask"].sum(dim=1).tolist() == [0, len(examples[0].main.ids), 0]
+    assert (batch["labels"][[0, 2]] == -100).all()
+    assert batch["english_attention_mask"][[0, 2]].sum() == 0
+    assert batch["answer_characters"].tolist()[::2] == [0, 0]
+
+
+def test_a_batch_of_blank_rows_has_a_place_for_a_token():
+    batch = DeepSupervisionCollator(pad_token_id=7)([blank_like(make_examples(1)[0])] * 2)
+    assert batch["input_ids"].tolist() == [[7], [7]]
+    assert batch["attention_mask"].tolist() == [[0], [0]]
+
+
+def test_a_blank_row_collates_with_rows_that_carry_features():
+    row = replace(make_examples(1)[0], english_features={"thinking": np.ones(4, dtype=np.float32)})
+    batch = DeepSupervisionCollator(pad_token_id=0)([row, blank_like(row)])
+    assert batch["english_features_thinking"].tolist() == [[1.0] * 4, [0.0] * 4]
+    assert blank_like(make_examples(1)[0]).english_features is None
+
+
+def test_workers_get_a_copy():
+    dataset = pickle.loads(pickle.dumps(WithBlankRows(ExampleDataset(make_examples(2)))))
+    assert len(dataset[BLANK].main.ids) == 0
+    assert len(dataset) == 2
+
+
+# ---- the shape of a step ----
+
+TWO = DataOrder(batch_rows=8, num_batches=1, num_processes=2)
+
+
+def test_another_number_of_processes_keeps_the_order_that_was_begun(tmp_path):
+    save_order(TWO, tmp_path)
+    one = DataOrder(batch_rows=4, num_batches=2, num_processes=1)
+    assert one.step_rows == TWO.step_rows == 8
+    assert resumed_order(tmp_path, one) == TWO
+
+
+@pytest.mark.parametrize(
+    ("now", "remedy"),
+    [
+        (DataOrder(batch_rows=4, num_batches=1, num_processes=1), "set training.gradient_accumulation_steps=2"),
+        (DataOrder(batch_rows=16, num_batches=1, num_processes=4), "choose per_device_train_batch_size"),
+        (DataOrder(batch_rows=3, num_batches=2, num_processes=1), "choose per_device_train_batch_size"),
+    ],
+)
+def test_steps_of_other_rows_are_refused(tmp_path, now, remedy):
+    save_order(TWO, tmp_path)
+    with pytest.raises(UsageError) as error:
+        resumed_order(tmp_path, now)
+    assert str(tmp_path) in str(error.value)
+    assert "8 rows a step (4 x 1 accumulated x 2 processes)" in str(error.value)
+    assert remedy in str(error.value)
+
+
+SEEDED = {"train_sampling_strategy": "group_by_length", "data_seed": 3, "dataloader_drop_last": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "now"), [("train_sampling_strategy", "random"), ("data_seed", 4), ("dataloader_drop_last", True)]
+)
+def test_rows_in_another_order_are_refused_by_name(tmp_path, name, now):
+    before = replace(TWO, **SEEDED)
+    save_order(before, tmp_path)
+    assert resumed_order(tmp_path, before) == before
+    with pytest.raises(UsageError, match=f"begun with {name} {SEEDED[name]} .* has {now}; set training.{name}="):
+        resumed_order(tmp_path, replace(before, **{name: now}))
+
+
+def test_what_an_earlier_version_has_not_kept_passes(tmp_path):
+    (tmp_path / DATA_ORDER_FILE).write_text(json.dumps({"batch_rows": 8, "num_batches": 1, "num_processes": 2}))
+    now = replace(TWO, **SEEDED)
+    assert resumed_order(tmp_path, now) == now
+
+
+def test_batches_of_another_size_are_refused_where_short_ones_are_dropped(tmp_path):
+    """13 rows: 3 batches of 4 in two steps, but one batch of 8 in one."""
+    dropped = replace(TWO, dataloader_drop_last=True)
+    save_order(dropped, tmp_path)
+    assert resumed_order(tmp_path, dropped) == dropped
+    with pytest.raises(UsageError, match=r"dataloader_drop_last.*per_device_train_batch_size x processes at 8"):
+        resumed_order(tmp_path, replace(dropped, batch_rows=4, num_batches=2, num_processes=1))
+
+
+def test_the_order_of_a_run_is_that_of_its_arguments(tmp_path):
+    order = order_of(arguments(tmp_path, seed=7, gradient_accumulation_steps=2), 4)
+    assert (order.batch_rows, order.num_batches, order.num_processes) == (4, 2, 1)
+    assert (order.train_sampling_strategy, order.data_seed, order.dataloader_drop_last) == ("group_by_length", 7, False)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_in_the_order_of_now(tmp_path):
+    assert resumed_order(tmp_path, TWO) == TWO
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"batch_rows": 4})])
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / DATA_ORDER_FILE).write_text(text)
+    with pytest.raises(UsageError, match=DATA_ORDER_FILE):
+        resumed_order(tmp_path, TWO)

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pivotune import DeepSupervisionConfig, DeepSupervisionTrainer
 from pivotune.data.examples import Example
 from pivotune.errors import UsageError
-from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
+from pivotune.training.resilience.nonfinite import TrainingDivergedError
 
 
 def answer_nll(model: nn.Module, example: Example) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from pivotune.estimate.operations import Device, find_device, measure_costs, row
 from pivotune.estimate.rows import RunRows, Schedule, largest_batch, num_tokens, rows_of, training_schedule
 from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
-from pivotune.training.distributed.strategies import Strategy, strategy_of, why_not_divided
+from pivotune.training.distributed.strategies import Strategy, sharding_unsupported_reason, strategy_of
 from pivotune.training.preparation import assumed_supervision, spread
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def arguments_for(config: RunConfig, device: str) -> DeepSupervisionConfig:
 def why_impossible(config: RunConfig, target: Target) -> str | None:
     """Return the reason why the target's strategy cannot train this run; None if it can."""
     optimizer = optimizer_name(arguments_for(config, target.device))
-    return why_not_divided(target.strategy, quantized=config.quantize is not None, optimizer=optimizer)
+    return sharding_unsupported_reason(target.strategy, quantized=config.quantize is not None, optimizer=optimizer)
 
 
 def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:

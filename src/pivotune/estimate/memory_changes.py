@@ -12,7 +12,7 @@ import torch
 from pivotune.config.settings import LoraSettings, RunConfig
 from pivotune.errors import TrainingError
 from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
-from pivotune.training.distributed.strategies import Strategy, strategy_of, why_not_divided
+from pivotune.training.distributed.strategies import Strategy, sharding_unsupported_reason, strategy_of
 
 _LEAST_TOKENS, _CHANGES_NAMED = 32, 3
 # Wording of torch's CPU allocator, whose error has no class of its own.
@@ -64,7 +64,7 @@ def memory_changes(
 
     def possible(change: MemoryChange) -> bool:
         optimizer = change.training.get("optim", "")
-        return why_not_divided(strategy, quantized="quantize" in change.other, optimizer=optimizer) is None
+        return sharding_unsupported_reason(strategy, quantized="quantize" in change.other, optimizer=optimizer) is None
 
     return list(filter(possible, changes))
 

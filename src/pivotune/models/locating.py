@@ -15,7 +15,7 @@ from pivotune.errors import UsageError
 from pivotune.models.bundled import BUNDLED_MODELS, PREFIX, bundled_model_folder
 
 OFFLINE_MODEL = f"{PREFIX}{next(iter(BUNDLED_MODELS))}"
-# Written by a run beside the files of a folder (pivotune.training.resilience.checksums): name -> size and SHA-256.
+# Written by a run beside the files of a folder (pivotune.training.resilience.checkpoints): name -> size and SHA-256.
 CHECKSUMS = "checksums.json"
 _CONFIG = "config.json"
 _ADAPTER_CONFIG = "adapter_config.json"

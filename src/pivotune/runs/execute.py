@@ -23,9 +23,8 @@ from pivotune.layers.selection import LayerAnalysis, read_layers_json, write_lay
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.models.sharding import is_partitioned
-from pivotune.runs.export import save_model
-from pivotune.runs.folder import make_folder, remove_half_written, write_run_config
-from pivotune.runs.lock import run_lock
+from pivotune.runs.export import gathered_model, is_sharded, save_model
+from pivotune.runs.folder import make_folder, remove_half_written, run_lock, write_run_config
 from pivotune.runs.model_card import model_card
 from pivotune.runs.prepare import PreparedRun
 from pivotune.runs.record import (
@@ -36,8 +35,6 @@ from pivotune.runs.record import (
 )
 from pivotune.text.files import write_items, write_json, write_text
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.gathering import gathered_model, is_sharded
-from pivotune.training.distributed.liveness import Liveness, watched
 from pivotune.training.distributed.strategies import shards_weights
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.metrics import MetricsFile
@@ -96,8 +93,7 @@ def execute_run(
         ranks.agree(partial(_must_be_shared, folder))
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
-        liveness = stack.enter_context(watched(prepared.args.faults.hang_timeout))
-        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals(), liveness)
+        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals())
 
 
 def _execute(
@@ -107,9 +103,7 @@ def _execute(
     progress: Progress,
     before: Scores | None,
     stop_signals: StopSignals,
-    liveness: Liveness | None,
 ) -> RunResult:
-    progress = progress if liveness is None else liveness.told_by(progress)
     config, args, folder = prepared.config, prepared.args, prepared.folder
     ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
     in_memory = partial(explained_out_of_memory, config, args)
@@ -129,15 +123,15 @@ def _execute(
         layers=layers,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
+        stop_signals=stop_signals,
+        verified_checkpoint=prepared.checkpoint,
     )
-    trainer.stop_signals, trainer.liveness = stop_signals, liveness
     # Without tqdm Transformers prints every log line; ours go to metrics.jsonl and the caller's callbacks.
     trainer.remove_callback(PrinterCallback)
     if (chosen := trainer.layers) is not None:
         ranks.on_main(lambda: write_layers_json(folder / "layers.json", chosen))
     with in_memory("scoring the starting model"):
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
-    trainer.verified_checkpoint = prepared.checkpoint
     with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
         # One that came after the last step: no process goes on to wait for another that leaves.
@@ -220,7 +214,7 @@ class _StartScores(TrainerCallback):
         self.scores = scores
         if scores is None and resume:
             self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
-        # A model that its engine will place is on the CPU still.
+        # A model that DeepSpeed will place is still on the CPU.
         later = is_sharded(trainer) or trainer.is_deepspeed_enabled
         if self.scores is None and later:
             if prepared.checkpoint is not None:

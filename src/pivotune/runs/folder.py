@@ -1,37 +1,44 @@
-"""What lies in a run folder, who may write there, and the files that describe a run."""
+"""Run folders: who may write into one, the lock of the running process, and the files that describe the run."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import dump_config, parse_config
 from pivotune.errors import UsageError
-from pivotune.runs.lock import LOCK, check_unlocked
+from pivotune.models.locating import CHECKSUMS
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact_command, redact_settings
 from pivotune.training.resilience.checkpoints import PASSED_OVER, STAGING, is_checkpoint_name, remove_folder
-from pivotune.training.resilience.checksums import CHECKSUMS
 
+logger = logging.getLogger(__name__)
+LOCK = ".lock"
+# The data workers of a killed process keep its files open until they notice, after up to 5 seconds.
+WAIT_SECONDS = 6.0
 _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
               "training.png", "english-features.safetensors", "rows.json", "start-scores.json")  # fmt: skip
-_MARKS = ("config.yaml", "environment.json")  # by which a folder is known for a run
+_MARKS = ("config.yaml", "environment.json")  # a folder with these is a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
 _IN_OPTIMIZER_STATE = tuple(
     f"training.{name}"
     for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
 )
-# What `write_bytes` writes before it renames it; editors keep files of other names beside what they edit.
+# Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 _LIBRARIES = (
     "pivotune",
@@ -45,13 +52,14 @@ _LIBRARIES = (
     "numpy",
 )
 
+# ---- who may write ----
+
 
 def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Check that this run may write into its folder; writes nothing yet, except that `overwrite` empties an old run.
+    """Check that this run may write into its folder. Nothing is written, but `overwrite` removes an old run.
 
     Raises:
-        UsageError: the folder holds another run, or files that are none of ours, or a run of another configuration is
-            to be resumed.
+        UsageError: the folder holds another run or foreign files, or the run to resume has another configuration.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -61,7 +69,7 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
             raise UsageError(f"output_dir: there is no run in {folder} to resume")
         return folder
     check_unlocked(folder)
-    if not _holds_run(folder):
+    if not holds_run(folder):
         raise UsageError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
     if resume:
         _refuse_links_out(folder)
@@ -73,15 +81,40 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
     return folder
 
 
+def _is_leftover(path: Path) -> bool:
+    """Return True for a file of a process that was killed before it wrote `config.yaml`, or after it removed it."""
+    if path.name == "environment.json":
+        return _is_of_pivotune(path)
+    half_written = _HALF_WRITTEN.fullmatch(path.name)
+    return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] == "config.yaml")
+
+
 def holds_run(folder: Path) -> bool:
-    """Whether a training has begun here."""
-    return folder.is_dir() and _holds_run(folder)
+    """Return True if a training has begun here.
+
+    Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that must not be replaced.
+    """
+    if not (folder / "config.yaml").is_file():
+        return False
+    try:
+        read_run_config(folder)
+    except UsageError:
+        return _is_of_pivotune(folder / "environment.json")
+    return True
+
+
+def _is_of_pivotune(path: Path) -> bool:
+    """Return True for an `environment.json` of any version; a newer `config.yaml` may have unknown keys."""
+    try:
+        return "pivotune" in json.loads(path.read_text(encoding="utf-8"))["libraries"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run has ended: `model/` is the last that it writes, and appears as a whole.
+    """Return True if the run has ended: `model/` is written last, as a whole.
 
-    One that is trained further has a newer `config.yaml` or checkpoint.
+    A run that is trained further has a newer `config.yaml` or checkpoint.
     """
     last = folder / "model" / CHECKSUMS
     if not last.is_file() or not (folder / "results.json").is_file():
@@ -90,106 +123,14 @@ def is_finished(folder: Path) -> bool:
     return last.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in begun if path.is_file())
 
 
-def read_run_config(folder: Path) -> RunConfig:
-    """The configuration a run was started with."""
-    path = folder / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    return parse_config(settings or {}, where=str(path))
-
-
-def write_run_config(folder: Path, config: RunConfig) -> None:
-    """`config.yaml` (resolved, all defaults written out, no secrets) and `environment.json`."""
-    make_folder(folder)
-    try:
-        write_text(folder / "config.yaml", dump_config(config))
-        write_json(folder / "environment.json", environment())
-    except OSError as error:
-        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make the run's folder where it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for whoever wants to repeat the run."""
-    import torch
-
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "devices": devices,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],
-    }
-
-
-def remove_half_written(folder: Path) -> None:
-    """Remove what a process left that was killed inside `write_bytes`."""
-    for path in folder.glob(".*"):
-        if (match := _HALF_WRITTEN.fullmatch(path.name)) and match[1] in (*_OWN_FILES, *_MARKS):
-            path.unlink(missing_ok=True)
-
-
-def _is_leftover(path: Path) -> bool:
-    """What a process leaves that was killed before it had written `config.yaml`, or after it had removed it."""
-    if path.name == "environment.json":
-        return _made_by_pivotune(path)
-    half_written = _HALF_WRITTEN.fullmatch(path.name)
-    return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] == "config.yaml")
-
-
-def _holds_run(folder: Path) -> bool:
-    """Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that are not ours to replace."""
-    if not (folder / "config.yaml").is_file():
-        return False
-    try:
-        read_run_config(folder)
-    except UsageError:
-        return _made_by_pivotune(folder / "environment.json")
-    return True
-
-
-def _made_by_pivotune(path: Path) -> bool:
-    """A run of another version may have keys that this one does not know."""
-    try:
-        return "pivotune" in json.loads(path.read_text(encoding="utf-8"))["libraries"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def find_change(
-    folder: Path, config: RunConfig, *, ignored: tuple[str, ...] = (), only: tuple[str, ...] | None = None
-) -> tuple[str, Any, Any] | None:
-    """The first key in which a run's `config.yaml` differs from `config`, and both values: (key, before, now).
-
-    Args:
-        ignored: what keys may begin with to be passed over.
-        only: the keys to look at; None looks at all.
-    """
-    # `config.yaml` has no secrets: the other side is compared without them too.
-    before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
-    for key in sorted(before.keys() | now.keys()):
-        looked_at = not key.startswith(ignored) if only is None else key in only
-        if looked_at and before.get(key) != now.get(key):
-            return key, before.get(key), now.get(key)
-    return None
-
-
 def check_same_run(folder: Path, config: RunConfig) -> None:
-    """Everything but `training:` and `faults:` must be as it was: a longer run is the same run, other data are not.
+    """Refuse settings that differ from the run's, except `training:` and `faults:`: a longer run is the same run.
 
-    Of `training:` what the optimizer's state in a checkpoint brings along, and would silently be used in place of the new.
+    Settings of `training:` that a checkpoint's optimizer state contains must not differ either: the old value would be
+    used without a message.
+
+    Raises:
+        UsageError: names the key and both values.
     """
     change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
     change = change or find_change(folder, config, only=_IN_OPTIMIZER_STATE)
@@ -201,6 +142,24 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
         )
 
 
+def find_change(
+    folder: Path, config: RunConfig, *, ignored: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> tuple[str, Any, Any] | None:
+    """Return the first key in which a run's `config.yaml` differs from `config`, and both values: (key, before, now).
+
+    Args:
+        ignored: prefixes of keys to pass over.
+        only: the keys to compare; None compares all.
+    """
+    # `config.yaml` has no secrets: they are removed from the other side too.
+    before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
+    for key in sorted(before.keys() | now.keys()):
+        is_compared = not key.startswith(ignored) if only is None else key in only
+        if is_compared and before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -209,8 +168,18 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _refuse_links_out(folder: Path) -> None:
+    """Refuse links out of a run that goes on: they would lead its writing anywhere."""
+    inside = folder.resolve()
+    for path in (folder / name for name in (*_OWN_FILES, *_MARKS, *_OWN_FOLDERS, *_checkpoint_names(folder))):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UsageError(
+                f"--resume: {path} is a link to {path.resolve()}, outside of the run; replace it with what it points to"
+            )
+
+
 def _remove_run(folder: Path) -> None:
-    """Remove what a run writes and nothing else; first what could be gone on from, last what says that this is a run."""
+    """Remove the files of a run and no others: checkpoints first, the files that mark a run last."""
     passed_over = [
         path.name for path in folder.glob(f"{PASSED_OVER}*") if is_checkpoint_name(path.name.removeprefix(PASSED_OVER))
     ]
@@ -230,18 +199,102 @@ def _checkpoint_names(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name)]
 
 
-def _refuse_links_out(folder: Path) -> None:
-    """A run is written to as it goes on: a link in it could lead the writing anywhere."""
-    inside = folder.resolve()
-    for path in (folder / name for name in (*_OWN_FILES, *_MARKS, *_OWN_FOLDERS, *_checkpoint_names(folder))):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise UsageError(
-                f"--resume: {path} is a link to {path.resolve()}, outside of the run; replace it with what it points to"
-            )
+def remove_half_written(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed inside `write_bytes`."""
+    for path in folder.glob(".*"):
+        if (match := _HALF_WRITTEN.fullmatch(path.name)) and match[1] in (*_OWN_FILES, *_MARKS):
+            path.unlink(missing_ok=True)
 
 
-def _version(name: str) -> str | None:
+# ---- the lock ----
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock inside. The operating system releases it when the process dies, in any way.
+
+    Raises:
+        UsageError: another process holds it, or it is a link.
+    """
+    path = folder / LOCK
+    if path.is_symlink():
+        # The target of a link is not ours to write to.
+        raise UsageError(f"output_dir: {path} is a link to {path.readlink()}; remove it")
+    lock = FileLock(path)
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        lock.acquire(timeout=WAIT_SECONDS)
+    except Timeout as error:
+        try:
+            pid, host = path.read_text(encoding="utf-8").split()
+            owner = f" by process {pid} on {host}"
+        except (OSError, ValueError):
+            owner = ""
+        raise UsageError(f"output_dir: {folder} is in use{owner}; wait for it or choose another folder") from error
+    except (OSError, NotImplementedError) as error:
+        # Some network file systems have no locks.
+        logger.warning("%s cannot be locked (%s): see to it that no other process trains there", folder, error)
+        yield
+        return
+    try:
+        with suppress(OSError):
+            path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder in which another process trains."""
+    if (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
+        with run_lock(folder):
+            pass
+
+
+# ---- the files that describe a run ----
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """Return the configuration that a run was started with."""
+    path = folder / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    return parse_config(settings or {}, where=str(path))
+
+
+def write_run_config(folder: Path, config: RunConfig) -> None:
+    """Write `config.yaml` (resolved, with all defaults, without secrets) and `environment.json`."""
+    make_folder(folder)
+    try:
+        write_text(folder / "config.yaml", dump_config(config))
+        write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the run's folder if it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and the command, with which the run can be repeated."""
+    import torch
+
+    libraries: dict[str, str | None] = dict.fromkeys(_LIBRARIES)
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "libraries": libraries,
+        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],
+    }

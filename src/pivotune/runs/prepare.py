@@ -22,7 +22,7 @@ from pivotune.runs.folder import claim_run_folder
 from pivotune.runs.record import check_rows_record
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.strategies import check_division
+from pivotune.training.distributed.strategies import check_sharding
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
@@ -72,7 +72,7 @@ def prepare_run(
     model_config = read_config(config.model, **source)
     check_architecture(model_config.model_type)
     args = build_arguments(config)
-    check_division(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
+    check_sharding(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
     if METHODS[config.method].inner_losses:
         check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)

@@ -1,4 +1,4 @@
-"""What a run began with: a digest of its rows, and the starting model's held-out scores; a resumed run is held to both."""
+"""Records of the start of a run, which a resumed run must match: a digest of its rows, and the first held-out scores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SCORES_FILE = "start-scores.json"
 
 
 def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
-    """Remember what the run trains on."""
+    """Write `rows.json`: the number and the digest of the training rows."""
     write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train)})
 
 
 def has_rows_record(folder: Path) -> bool:
-    """Whether there is one that can be read."""
+    """Return True if the folder has a readable `rows.json`."""
     return _read_rows_record(folder) is not None
 
 
@@ -37,7 +37,7 @@ def _read_rows_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
-    """Refuse to go on with other rows than the run began with; a run without a record passes.
+    """Refuse other rows than the run began with; a run without a record passes.
 
     Raises:
         UsageError: the rows differ, or the record cannot be read and rows were trained on already.
@@ -57,26 +57,26 @@ def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
 
 
 def _check_untrained(folder: Path) -> None:
-    """A record that cannot be read is no loss as long as no row was trained on: it is written anew."""
+    """Refuse an unreadable record beside a checkpoint; without one no row was trained on, and it is written anew."""
     path = folder / ROWS_FILE
     if not path.exists():
         return
     if last_checkpoint(folder) is not None:
         raise UsageError(
-            f"--resume: {path} cannot be read, so that nothing says whether the rows are those the run began with; restore "
-            "it, or remove it if they are"
+            f"--resume: {path} cannot be read, so the rows cannot be compared with those of the run's start; restore it, "
+            "or remove it if the rows are the same"
         )
     logger.warning("%s cannot be read and is written anew: the run has no checkpoint yet", path)
 
 
 def write_start_scores(folder: Path, key: Mapping[str, Any], scores: Mapping[str, Sequence[RowScore]]) -> None:
-    """Keep the starting model's scores, exactly: JSON's decimals give every double back."""
+    """Write the starting model's scores exactly: JSON's decimals give every double back."""
     rows = {side: [astuple(score) for score in found] for side, found in scores.items()}
     write_json(folder / SCORES_FILE, {"of": dict(key), "scores": rows})
 
 
 def read_start_scores(folder: Path, key: Mapping[str, Any]) -> dict[str, list[RowScore]] | None:
-    """The kept scores where they are of these rows and settings; None otherwise."""
+    """Return the kept scores if they belong to these rows and settings (`key`), or None."""
     kept = _read(folder / SCORES_FILE)
     if not isinstance(kept, dict) or kept.get("of") != dict(key):
         return None

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig, Su
 from pivotune.config.training_ranges import check_ranges
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
-from pivotune.training.distributed.strategies import check_engine
+from pivotune.training.distributed import ranks
+from pivotune.training.distributed.strategies import check_fsdp, fsdp_version
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
@@ -88,7 +90,7 @@ class DeepSupervisionConfig(TrainingArguments):
             # Every trained parameter is used in every step. DDP would search the model's output, which no loss reads.
             self.ddp_find_unused_parameters = False
         if self.ddp_timeout == TrainingArguments.ddp_timeout:
-            self.ddp_timeout = int(self.faults.hang_timeout) or 7 * 24 * 3600
+            self.ddp_timeout = math.ceil(self.faults.hang_timeout) or 7 * 24 * 3600
         if self.data_seed is None:
             # Otherwise accelerate orders rows by the last seed of torch, and a resumed run in another order.
             self.data_seed = self.seed
@@ -99,7 +101,8 @@ class DeepSupervisionConfig(TrainingArguments):
         if self.mixed_precision in ("bf16", "fp16"):
             # Trainer obeys the launcher (`accelerate launch`): scoring and estimates must agree with it.
             setattr(self, self.mixed_precision, True)
-        check_engine(self)
+        ranks.set_timeout(self.ddp_timeout)
+        check_fsdp(fsdp_version(self))
 
     def _read_sections(self) -> None:
         """Replace mappings and JSON texts by checked sections."""

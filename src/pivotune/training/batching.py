@@ -1,91 +1,175 @@
-"""Which rows meet in a batch: those of similar length, so that little is padding, with all lengths in every step."""
+"""Batches: the order of the rows in an epoch, the rows of each rank, and the data loaders.
+
+The order is a function of lengths, step shape, seed and epoch. The step shape is kept in every checkpoint
+(`data_order.json`), so that a resumed run reads the same rows in the same order on another number of processes: 2
+processes x 1 batch of 4 rows and 1 process x 2 batches of 4 rows are steps of the same 8 rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from transformers.trainer_utils import seed_worker
 
-from pivotune.data.collator import ExampleDataset
+from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.data.examples import Example, Side
+from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig
-from pivotune.training.resilience.data_order import DataOrder
+from pivotune.training.resilience.preemption import ignore_signals_in_workers
 
 # Rows are compared within 50 batches drawn at random: 2 % padding where random batches of 8 have 45 % (docs/method.md).
 _BATCHES_COMPARED = 50
+DATA_ORDER_FILE = "data_order.json"
+_SAME = ("train_sampling_strategy", "data_seed", "dataloader_drop_last")
+BLANK = -1
+_NO_TOKENS = Side(ids=np.zeros(0, dtype=np.int32), query=(0, 0), answer=0, characters=0)
+
+# ---- the shape of a step ----
 
 
-def group_by_length(
-    dataset: ExampleDataset, args: DeepSupervisionConfig, order: DataOrder, epoch: Callable[[], int]
-) -> LengthGroupedSampler:
-    """The sampler of `train_sampling_strategy: group_by_length`.
+@dataclass(frozen=True, kw_only=True)
+class DataOrder:
+    """Shape of an optimizer step, and the arguments that decide the order of the rows.
 
-    Lengths are those of the sequences that L_TFT is computed on, so that TFT and deep supervision see the same rows in
-    the same order.
-
-    Args:
-        order: the shape of a step.
-        epoch: see `LengthGroupedSampler`.
+    Attributes:
+        batch_rows: rows of one micro-batch, over all processes.
+        num_batches: micro-batches of a step.
+        num_processes: processes that share a micro-batch; the order does not depend on it.
+        train_sampling_strategy, data_seed, dataloader_drop_last: arguments that a resumed run must repeat; None in
+            checkpoints of earlier versions.
     """
-    return LengthGroupedSampler(
-        dataset.lengths,
-        batch_size=order.batch_rows,
-        num_batches=order.num_batches,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        epoch=epoch,
+
+    batch_rows: int
+    num_batches: int
+    num_processes: int
+    train_sampling_strategy: str | None = None
+    data_seed: int | None = None
+    dataloader_drop_last: bool | None = None
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_rows * self.num_batches
+
+    def __str__(self) -> str:
+        own = self.batch_rows // self.num_processes
+        return f"{self.step_rows} rows a step ({own} x {self.num_batches} accumulated x {self.num_processes} processes)"
+
+
+def order_of(args: DeepSupervisionConfig, batch_size: int) -> DataOrder:
+    """Return the order of a new run; `batch_size` is that of one process."""
+    return DataOrder(
+        batch_rows=batch_size * args.world_size,
+        num_batches=args.gradient_accumulation_steps,
+        num_processes=args.world_size,
+        train_sampling_strategy=args.train_sampling_strategy,
+        data_seed=args.data_seed,
+        dataloader_drop_last=args.dataloader_drop_last,
     )
 
 
-def longest_first(dataset: ExampleDataset) -> Order:
-    """The rows of a dataset by falling length."""
-    return Order(_longest_first(np.arange(len(dataset)), dataset.lengths))
+def save_order(order: DataOrder, checkpoint: Path) -> None:
+    """Write `data_order.json` into a checkpoint."""
+    (checkpoint / DATA_ORDER_FILE).write_text(json.dumps(asdict(order)) + "\n", encoding="utf-8")
 
 
-class Order(Sampler[int]):
-    """The rows in a fixed order."""
+def resumed_order(checkpoint: Path, now: DataOrder) -> DataOrder:
+    """Return the order that the checkpoint's run was begun with, after checking that its steps fit `now`.
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self._rows = rows
+    Raises:
+        UsageError: the steps would hold other rows, or an epoch would have another number of steps; names the setting
+            that keeps them.
+    """
+    path = checkpoint / DATA_ORDER_FILE
+    if not path.is_file():
+        return now
+    try:
+        before = DataOrder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}); resume from another one") from error
+    if before.step_rows != now.step_rows:
+        accumulated, rest = divmod(before.step_rows, now.batch_rows)
+        remedy = "choose per_device_train_batch_size and gradient_accumulation_steps for the same number"
+        if accumulated and not rest:
+            remedy = f"set training.gradient_accumulation_steps={accumulated}"
+        raise UsageError(f"{checkpoint} has {before} and this run {now}; {remedy}")
+    before = replace(before, **{name: getattr(now, name) for name in _SAME if getattr(before, name) is None})
+    for name in _SAME:
+        then, current = getattr(before, name), getattr(now, name)
+        if then != current:
+            raise UsageError(
+                f"{checkpoint} was begun with {name} {then} and this run has {current}; set training.{name}={then}"
+            )
+    if now.dataloader_drop_last and before.batch_rows != now.batch_rows:
+        raise UsageError(
+            f"{checkpoint} has {before} and this run {now}: dataloader_drop_last would leave out other rows; "
+            f"keep per_device_train_batch_size x processes at {before.batch_rows}"
+        )
+    return before
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def __iter__(self) -> Iterator[int]:
-        return map(int, self._rows)
+# ---- the order of the rows ----
 
 
-class LengthsOnly(Dataset):
-    """A dataset's rows as Transformers' samplers measure them: mappings with one entry as long as the row.
+def train_sampler(
+    dataset: ExampleDataset, args: DeepSupervisionConfig, order: DataOrder, epoch: Callable[[], int]
+) -> Sampler:
+    """Return the sampler of `train_sampling_strategy`.
+
+    Lengths are those of the sequences that L_TFT is computed on, so that TFT and deep supervision read the same rows in
+    the same order.
 
     Args:
-        name: of that entry.
+        epoch: see `LengthGroupedSampler`.
+
+    Raises:
+        UsageError: `batch_rebalance` with several processes: it gives ranks batches of different sizes.
     """
+    if args.train_sampling_strategy == "group_by_length":
+        return LengthGroupedSampler(
+            dataset.lengths,
+            batch_size=order.batch_rows,
+            num_batches=order.num_batches,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=epoch,
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-    def __init__(self, dataset: ExampleDataset, name: str) -> None:
-        self._lengths = dataset.lengths
-        self._name = name
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, index: int) -> dict[str, range]:
-        return {self._name: range(self._lengths[index])}
+        if args.world_size > 1:
+            raise UsageError("training.train_sampling_strategy: batch_rebalance needs one process; set group_by_length")
+        return BatchRebalanceSampler(
+            lengths=dataset.lengths.tolist(),
+            effective_batch_size=order.step_rows,
+            grad_accum=order.num_batches,
+            dp_size=1,
+            rank=0,
+            drop_last=args.dataloader_drop_last,
+        )
+    return SequentialSampler(dataset) if args.train_sampling_strategy == "sequential" else RandomSampler(dataset)
 
 
 class LengthGroupedSampler(Sampler[int]):
     """Order of an epoch in which consecutive batches hold rows of similar length.
 
-    An optimizer step of several micro-batches takes one of each length class, so that it is a fair sample of the rows:
-    steps of long rows alone would weigh their tokens less, since every step counts the same. The order is a function of
-    lengths, sizes, seed and epoch.
+    An optimizer step of several micro-batches takes one of each length class, so that it is a fair sample of the rows.
+    Steps of long rows alone would give their tokens less weight, since every step counts the same.
 
     Args:
         lengths: tokens of every row.
         batch_size: rows of one micro-batch, over all ranks.
         num_batches: micro-batches of one optimizer step.
         seed: of the order.
-        epoch: the epoch that begins, 0-based; asked when the sampler is iterated.
+        epoch: returns the epoch that begins, from 0; called when the sampler is iterated.
     """
 
     def __init__(
@@ -114,11 +198,11 @@ class LengthGroupedSampler(Sampler[int]):
 def length_grouped_order(
     lengths: Sequence[int] | np.ndarray, batch_size: int, num_batches: int, generator: torch.Generator
 ) -> np.ndarray:
-    """A permutation of the rows for `LengthGroupedSampler`, int64 (rows,).
+    """Return the permutation of the rows for `LengthGroupedSampler`, int64 (rows,).
 
-    Rows are drawn into groups of `_BATCHES_COMPARED` batches (or a quarter of the rows, if that is less, so that the rows
-    of a batch differ from epoch to epoch). Each group is sorted and cut into batches, and dealt out to its steps. The
-    step with the longest row comes first, to show at once whether memory suffices; rows that fill no step come last.
+    Rows are drawn into groups of `_BATCHES_COMPARED` batches (or a quarter of the rows if that is less, so that the rows
+    of a batch differ between epochs). Each group is sorted, cut into batches and dealt out to its steps. The step with
+    the longest row comes first, to show at once if memory suffices. Rows that fill no step come last.
     """
     lengths = np.asarray(lengths)
     step = batch_size * num_batches
@@ -127,24 +211,157 @@ def length_grouped_order(
     steps_per_group = max(1, min(len(order) // (4 * batch_size), _BATCHES_COMPARED) // num_batches)
     for start in range(0, full, step * steps_per_group):
         group = order[start : min(start + step * steps_per_group, full)]
-        group[:] = _deal(_longest_first(group, lengths), batch_size, num_batches, generator)
+        # Every step gets one batch of each length class, longest first.
+        classes = _longest_first(group, lengths).reshape(num_batches, -1, batch_size)
+        dealt = [batches[torch.randperm(len(batches), generator=generator).numpy()] for batches in classes]
+        group[:] = np.stack(dealt, axis=1).reshape(-1)
     steps = order[:full].reshape(-1, step)
     if len(steps):
         longest = lengths[steps].max(axis=1).argmax()
         steps[[0, longest]] = steps[[longest, 0]]
-    # Rows that fill no batch come last: with `dataloader_drop_last` other ones are left out in every epoch.
+    # Rows that fill no batch come last: `dataloader_drop_last` then leaves out other rows in every epoch.
     short = len(order) - len(order) % batch_size
     order[full:short] = _longest_first(order[full:short], lengths)
     return order
 
 
-def _deal(rows: np.ndarray, batch_size: int, num_batches: int, generator: torch.Generator) -> np.ndarray:
-    """Cut sorted rows into batches and give every step one batch of each length class, longest first."""
-    classes = rows.reshape(num_batches, -1, batch_size)
-    dealt = [batches[torch.randperm(len(batches), generator=generator).numpy()] for batches in classes]
-    return np.stack(dealt, axis=1).reshape(-1)
+def longest_first(dataset: ExampleDataset) -> list[int]:
+    """Return the rows by falling length: the order of an evaluation, whose sums do not depend on it."""
+    return _longest_first(np.arange(len(dataset)), dataset.lengths).tolist()
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Rows of one length stay in their order."""
+    """Sort by falling length; rows of one length stay in their order."""
     return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+# ---- the rows of each rank ----
+
+
+class RankOrder(Sampler[int]):
+    """Rows laid out so that P ranks which take batches in turn share every P consecutive batches.
+
+    Accelerate deals batches out in turn: rank p reads batch p, then batch p + P. Consecutive rows go to different ranks:
+    after a sort by length the ranks run rows of similar length at the same time, and none waits for another.
+    Missing rows at the end are `BLANK`. Accelerate alone would repeat rows from the beginning, which would count twice.
+
+    Args:
+        rows: a sampler, or the rows in order.
+        batch_size: rows of one micro-batch on one rank.
+        world_size: P.
+        drop_last: leave out rows that do not fill a batch on every rank, instead of adding blank rows.
+        epoch: returns the epoch that begins, from 0, for samplers with `set_epoch`.
+    """
+
+    def __init__(
+        self,
+        rows: Sampler[int] | Sequence[int],
+        *,
+        batch_size: int,
+        world_size: int,
+        drop_last: bool = False,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._rows: Any = rows
+        self._batch_size = batch_size
+        self._world_size = world_size
+        self._drop_last = drop_last
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        together, rows = self._batch_size * self._world_size, len(cast(Sized, self._rows))
+        return (rows // together if self._drop_last else -(-rows // together)) * together
+
+    def __iter__(self) -> Iterator[int]:
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(self._epoch())
+        together = self._batch_size * self._world_size
+        rows = list(self._rows)
+        for start in range(0, len(self), together):
+            # One batch for every rank, rank after rank.
+            for rank in range(self._world_size):
+                own = rows[start + rank : start + together : self._world_size]
+                yield from own
+                yield from [BLANK] * (self._batch_size - len(own))
+
+
+class WithBlankRows(Dataset):
+    """A dataset in which index `BLANK` is a row without tokens, which adds nothing to any loss or count."""
+
+    def __init__(self, dataset: ExampleDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.dataset[index] if index != BLANK else blank_like(self.dataset[0])
+
+
+def blank_like(example: Example) -> Example:
+    """Return a row without tokens that collates with `example`."""
+    features = example.english_features
+    zeros = None if features is None else {name: np.zeros_like(vector) for name, vector in features.items()}
+    return replace(example, main=_NO_TOKENS, parallel=None, english_features=zeros)
+
+
+# ---- data loaders ----
+
+
+def train_loader(
+    dataset: ExampleDataset,
+    collator: DeepSupervisionCollator,
+    args: DeepSupervisionConfig,
+    order: DataOrder,
+    *,
+    batch_size: int,
+    epoch: Callable[[], int],
+) -> DataLoader:
+    """Return the training loader that Accelerate then prepares; `batch_size` is that of one process."""
+    rows: Any = train_sampler(dataset, args, order, epoch)
+    workers = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+    options = {"persistent_workers": args.dataloader_persistent_workers, "begin_worker": workers}
+    if args.train_sampling_strategy == "batch_rebalance":
+        return _loader(dataset, collator, args, batch_sampler=rows, **options)
+    if args.world_size > 1:
+        if type(rows) is RandomSampler:
+            # Accelerate does the same for one process: the order depends on seed and epoch only.
+            rows = SeedableRandomSampler(dataset, data_seed=args.data_seed)
+        rows = RankOrder(
+            rows,
+            batch_size=batch_size,
+            world_size=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            epoch=epoch,
+        )
+    options |= {"batch_size": batch_size, "drop_last": args.dataloader_drop_last}
+    return _loader(dataset, collator, args, sampler=rows, **options)
+
+
+def eval_loader(dataset: ExampleDataset, collator: DeepSupervisionCollator, args: DeepSupervisionConfig) -> DataLoader:
+    """Return the loader of an evaluation that Accelerate then prepares: all rows, longest first."""
+    rows: Any = longest_first(dataset)
+    if args.world_size > 1:
+        rows = RankOrder(rows, batch_size=args.eval_batch_size, world_size=args.world_size)
+    return _loader(dataset, collator, args, sampler=rows, batch_size=args.eval_batch_size)
+
+
+def _loader(
+    dataset: ExampleDataset,
+    collator: DeepSupervisionCollator,
+    args: DeepSupervisionConfig,
+    *,
+    begin_worker: Callable[[int], None] | None = None,
+    **options: Any,
+) -> DataLoader:
+    return DataLoader(
+        dataset if args.world_size == 1 else WithBlankRows(dataset),
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+        in_order=getattr(args, "dataloader_in_order", True),
+        worker_init_fn=ignore_signals_in_workers(begin_worker),
+        **options,
+    )

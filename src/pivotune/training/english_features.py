@@ -37,8 +37,7 @@ from pivotune.objectives.cosine import english_layer, english_states, frozen_los
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.progress import Progress, silent
-from pivotune.training.resilience.checkpoints import STAGING
-from pivotune.training.resilience.checksums import reason_of
+from pivotune.training.resilience.checkpoints import STAGING, reason_of
 
 logger = logging.getLogger(__name__)
 FEATURES_FILE = "english-features.safetensors"

@@ -18,8 +18,8 @@ from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.kernels.cross_entropy import cross_entropies, shifted
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import evaluation_mode
+from pivotune.training.batching import blank_like
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.rank_rows import blank_like
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from pivotune.config.registry import LENSES
 from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
@@ -33,10 +28,8 @@ from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import schedule_factor, weighted_total
 from pivotune.objectives.deep_supervision import build_objectives, deep_supervision_terms, term_counts
 from pivotune.training.arguments import DeepSupervisionConfig
-from pivotune.training.batching import LengthsOnly, group_by_length, longest_first
+from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.rank_rows import RankOrder, WithBlankRows
-from pivotune.training.distributed.shared_saving import save_together
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
 from pivotune.training.metrics import LogWindow
@@ -49,12 +42,8 @@ from pivotune.training.preparation import (
     pad_token_of,
 )
 from pivotune.training.progress import Progress, silent, tqdm_bar
-from pivotune.training.resilience.checkpoint_safety import check_checkpoint, own_checkpoint
-from pivotune.training.resilience.checkpoints import set_newer_aside, whole_checkpoint
-from pivotune.training.resilience.checksums import find_checkpoint_damage, find_damage
-from pivotune.training.resilience.data_order import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
-from pivotune.training.resilience.preemption import spare_workers
+from pivotune.training.resilience.preemption import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +67,11 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         layers: a finished layer analysis; measured on the training rows if a layer is to be chosen and this is absent.
         callbacks, optimizers: as in `Trainer`.
         progress: shows long preparations; a bar as `Trainer` has it if absent.
+        stop_signals, verified_checkpoint: see `FaultTolerantTrainer`.
 
     Attributes:
         layers: the layer analysis, or None where no layer had to be chosen.
         supervision: the inner losses with their layers.
-        verified_checkpoint: one whose checksums the caller has compared already.
 
     Raises:
         UsageError: rows, layers, template or adapters that cannot be used; one line each.
@@ -91,7 +80,6 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     # compute_loss normalises over the whole accumulation window itself.
     loss_is_scaled_for_ga = True
     args: DeepSupervisionConfig
-    verified_checkpoint: Path | None = None
 
     def __init__(
         self,
@@ -105,6 +93,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         progress: Progress | None = None,
+        stop_signals: StopSignals | None = None,
+        verified_checkpoint: Path | None = None,
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
@@ -132,6 +122,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            stop_signals=stop_signals,
+            verified_checkpoint=verified_checkpoint,
         )
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)
@@ -140,87 +132,32 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         _log_non_additive(self.supervision)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
-        self._staging: Path | None = None
-        self._order: DataOrder | None = None
 
     # ---- batches ----
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Rows of similar length together, unless `train_sampling_strategy` asks for something else."""
-        dataset = _rows(self.train_dataset if train_dataset is None else train_dataset)
-        if not isinstance(dataset, ExampleDataset):
-            return super()._get_train_sampler(train_dataset)
-        order = self._order or order_of(self.args, self._train_batch_size)
-        if self.args.train_sampling_strategy == "group_by_length":
-            return self._for_ranks(group_by_length(dataset, self.args, order, self._epoch), self._train_batch_size)
-        # Transformers measures the rows of other strategies itself, as token ids under this name.
-        lengths = LengthsOnly(dataset, cast(Any, self.processing_class).model_input_names[0])
-        return self._for_ranks(super()._get_train_sampler(lengths), self._train_batch_size)
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        """Sums over all rows do not depend on their order: longest first."""
-        dataset = _rows(eval_dataset)
-        if not isinstance(dataset, ExampleDataset):
-            return super()._get_eval_sampler(eval_dataset)
-        return self._for_ranks(longest_first(dataset), self.args.eval_batch_size, drop_last=False)
-
-    def _for_ranks(self, sampler: Any, batch_size: int, *, drop_last: bool | None = None) -> Any:
-        """The sampler as several processes share it out; `batch_size` is that of one."""
-        # A batch sampler knows of ranks itself.
-        if self.args.world_size == 1 or isinstance(sampler, BatchSampler):
-            return sampler
-        if type(sampler) is RandomSampler:
-            # As accelerate does for one process: the order depends on seed and epoch only.
-            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
-        return RankOrder(
-            sampler,
-            batch_size=batch_size,
-            world_size=self.args.world_size,
-            drop_last=self.args.dataloader_drop_last if drop_last is None else drop_last,
-            epoch=self._epoch,
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training batches: rows of similar length together, unless `train_sampling_strategy` differs."""
+        loader = train_loader(
+            cast(ExampleDataset, self.train_dataset),
+            cast(DeepSupervisionCollator, self.data_collator),
+            self.args,
+            self.order,
+            batch_size=self._train_batch_size,
+            epoch=lambda: int(self.state.epoch or 0),
         )
+        return self.accelerator.prepare(loader)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(dataset, ExampleDataset) and self.args.world_size > 1:
-            dataset = WithBlankRows(dataset)
-        return spare_workers(super()._get_dataloader(dataset, *args, **kwargs))
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the batches of a held-out dataset, or of the one with this name."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            datasets: Any = self.eval_dataset
+            eval_dataset = datasets if eval_dataset is None else datasets[eval_dataset]
+        loader = eval_loader(eval_dataset, cast(DeepSupervisionCollator, self.data_collator), self.args)
+        return self.accelerator.prepare(loader)
 
-    def _epoch(self) -> int:
-        return int(self.state.epoch or 0)
-
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train; see `Trainer.train`.
-
-        Args:
-            resume_from_checkpoint: True goes on from the newest checkpoint that is whole, a path from that one. Newer ones
-                are moved out of the way.
-
-        Raises:
-            UsageError: the checkpoint is damaged, or would run code, or its steps hold other rows than this run's.
-        """
-        checkpoint = ranks.on_main(lambda: self._chosen_checkpoint(resume_from_checkpoint))
-        now = order_of(self.args, self._train_batch_size)
-        self._order = now if checkpoint is None else ranks.on_main(lambda: resumed_order(checkpoint, now))
-        if self._order != now:
-            logger.warning("%s was begun with %s; this run has %s, in the same order", checkpoint, self._order, now)
-        if checkpoint is not None:
-            ranks.on_main(lambda: set_newer_aside(Path(str(self.args.output_dir)), checkpoint))
-        return super().train(resume_from_checkpoint if checkpoint is None else str(checkpoint), **kwargs)
-
-    def _chosen_checkpoint(self, resume_from: Any) -> Path | None:
-        """What to go on from, checked before anything reads it; DeepSpeed reads states by itself."""
-        if resume_from is True:
-            checkpoint = whole_checkpoint(Path(str(self.args.output_dir)))
-        elif isinstance(resume_from, (str, os.PathLike)):
-            checkpoint = Path(resume_from)
-            problem = None if checkpoint == self.verified_checkpoint else find_checkpoint_damage(checkpoint)
-            if problem is not None:
-                raise UsageError(f"{checkpoint} is damaged: {problem}; resume from another checkpoint")
-        else:
-            return None
-        if checkpoint is not None:
-            check_checkpoint(checkpoint)
-        return checkpoint
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the batches of another held-out dataset, in the order of `get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
 
     # ---- loss ----
 
@@ -228,9 +165,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The batches of one accumulation window, and the count of every term over the window and all ranks."""
-        self._tell("loading data")
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._begin_step()
         return batches, self._count_terms(batches, device) if batches else None
 
     def compute_loss(
@@ -310,7 +245,6 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
-        self._leave_evaluation_if_stopped()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             term = deep_supervision_terms(model, inputs, NO_SUPERVISION, run_passes=self._run_passes)["tft"]
@@ -334,67 +268,6 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
-    # ---- saving ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its place and rename it when it is complete; all ranks together."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        ranks.agree(partial(_must_be_there, folder.parent))
-        best = self._best_checkpoint(folder.parent, saving=folder)
-        with self._counters_in_state():
-            save_together(folder, partial(self._write_checkpoint, model, trial, best))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                # By step: a deletion that was cut short makes an old checkpoint look new.
-                use_mtime=False,
-            )
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, best: str | None, staging: Path) -> None:
-        self._staging = staging.parent
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        # `Trainer` has looked for the best one beside the staged folder.
-        self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-            save_order(self._order or order_of(self.args, self._train_batch_size), staging)
-
-    def _load_best_model(self) -> None:
-        """Only from this run's own folder, whatever the `trainer_state.json` that it was resumed from names."""
-        named = self.state.best_model_checkpoint
-        best, problem = ranks.on_main(lambda: self._look_at_best(named))
-        # One that cannot be used must not be what the last checkpoints are deleted in favour of.
-        self.state.best_model_checkpoint = None if best is None else str(best)
-        if best is None:
-            logger.warning("the best checkpoint %s is %s; the last weights are kept", named, problem)
-            return
-        super()._load_best_model()
-
-    def _look_at_best(self, named: str | None) -> tuple[Path | None, str]:
-        """The best checkpoint where it can be loaded, and why not."""
-        best = own_checkpoint(named, Path(super()._get_output_dir(None)))
-        if best is None:
-            return None, "not one of this run"
-        problem = find_damage(best)
-        if problem is not None:
-            return None, f"damaged ({problem})"
-        check_checkpoint(best)
-        return best, ""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-
-def _must_be_there(folder: Path) -> None:
-    """A run folder that has vanished is not made again: what it held is gone."""
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
-
 
 def _log_non_additive(supervision: SupervisionConfig) -> None:
     for objective, losses in build_objectives(supervision):
@@ -403,10 +276,6 @@ def _log_non_additive(supervision: SupervisionConfig) -> None:
             logger.warning(
                 "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
             )
-
-
-def _rows(dataset: Any) -> Any:
-    return dataset.dataset if isinstance(dataset, WithBlankRows) else dataset
 
 
 def _name_of(model: str | PreTrainedModel) -> str:

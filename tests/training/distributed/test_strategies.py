@@ -8,13 +8,13 @@ from torch import nn
 
 from pivotune.errors import UsageError
 from pivotune.training.distributed.strategies import (
-    check_division,
     check_fsdp,
     check_head,
+    check_sharding,
     fsdp_version,
+    sharding_unsupported_reason,
     shards_weights,
     strategy_of,
-    why_not_divided,
 )
 
 
@@ -81,15 +81,15 @@ def test_training_fsdp_is_fsdp2_whoever_started_it(tmp_path):
     ],
 )
 def test_what_cannot_be_divided_says_what_to_do(strategy, quantized, optimizer, words):
-    reason = why_not_divided(strategy, quantized=quantized, optimizer=optimizer)
+    reason = sharding_unsupported_reason(strategy, quantized=quantized, optimizer=optimizer)
     assert reason is not None
     assert reason.startswith(words)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero2"])
 def test_whole_models_may_be_quantized(strategy):
-    assert why_not_divided(strategy, quantized=True, optimizer="adamw_8bit") is None
-    assert why_not_divided("fsdp2", quantized=False, optimizer="adafactor") is None
+    assert sharding_unsupported_reason(strategy, quantized=True, optimizer="adamw_8bit") is None
+    assert sharding_unsupported_reason("fsdp2", quantized=False, optimizer="adafactor") is None
 
 
 def test_fsdp_on_a_cpu_is_refused(tmp_path):
@@ -97,7 +97,7 @@ def test_fsdp_on_a_cpu_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.fsdp_plugin_args = {"fsdp_version": 2}
     with pytest.raises(UsageError, match="FSDP2 shards on GPUs only"):
-        check_division(args, quantized=False, optimizer="adamw_torch")
+        check_sharding(args, quantized=False, optimizer="adamw_torch")
 
 
 def test_zero_3_takes_no_adapters_on_the_head(tmp_path):

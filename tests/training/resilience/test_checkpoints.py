@@ -14,8 +14,7 @@ from tiny_training import assert_same, make_pairs, step_logs, tiny_trainer, weig
 from transformers.trainer_utils import get_last_checkpoint
 
 from pivotune.errors import UsageError
-from pivotune.training.resilience.checkpoints import STAGING, last_checkpoint, staged_folder
-from pivotune.training.resilience.checksums import CHECKSUMS
+from pivotune.training.resilience.checkpoints import CHECKSUMS, STAGING, last_checkpoint, staged_folder
 
 
 def content(folder: Path) -> dict[str, str]:

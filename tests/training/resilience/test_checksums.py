@@ -10,8 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from pivotune.errors import UsageError
-from pivotune.training.resilience.checkpoints import restore_replaced, staged_folder, whole_checkpoint
-from pivotune.training.resilience.checksums import CHECKSUMS, find_checkpoint_damage, find_damage, write_checksums
+from pivotune.training.resilience.checkpoints import (
+    CHECKSUMS,
+    find_checkpoint_damage,
+    find_damage,
+    restore_replaced,
+    staged_folder,
+    whole_checkpoint,
+    write_checksums,
+)
 
 
 def checkpoint(run: Path, step: int) -> Path:

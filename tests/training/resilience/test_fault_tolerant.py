@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_training import assert_same, make_pairs, tiny_trainer, weights
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from pivotune.errors import UsageError
-from pivotune.training.resilience.checkpoints import checkpoints
-from pivotune.training.resilience.checksums import CHECKSUMS
-from pivotune.training.resilience.fault_tolerant import TrainingDivergedError
+from pivotune.training.resilience.checkpoints import CHECKSUMS, checkpoints
+from pivotune.training.resilience.fault_tolerant import OVERRIDDEN, FaultTolerantTrainer
+from pivotune.training.resilience.nonfinite import TrainingDivergedError
+from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Four optimizer steps of two micro-batches.
 OPTIONS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "nonfinite": "skip"}
@@ -135,12 +137,49 @@ def test_checkpoints_hold_no_pickle_that_runs_code(tmp_path):
         (older / name).write_bytes(kept)
 
 
-def test_counters_stay_out_of_the_state_of_others(tmp_path):
-    """They stand in the checkpoint alone; a plain `Trainer` may read it."""
+def test_counters_stand_in_the_checkpoint(tmp_path):
     trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, logging_steps=4)
     trainer.train()
     state = json.loads((Path(tmp_path) / "checkpoint-2" / "trainer_state.json").read_text())
-    counters = state["stateful_callbacks"].pop("PivotuneCounters")
-    assert counters["skipped_steps"] == 0
+    counters = state["stateful_callbacks"]["PivotuneCounters"]["attributes"]
+    assert (counters["skipped_steps"], counters["window_steps"]) == (0, 2)
     assert counters["loss_sum"] > 0
-    assert "PivotuneCounters" not in trainer.state.stateful_callbacks
+
+
+def test_a_checkpoint_of_a_plain_trainer_goes_on(tmp_path):
+    """It knows nothing of the callbacks here, nor of one that the user adds."""
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"] = {}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).unlink()
+    stopping = {"eval_dataset": make_pairs(4), "callbacks": [EarlyStoppingCallback(9)]}
+    resumed = tiny_trainer(
+        tmp_path, trainer=stopping, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    result = resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4
+    done = [line["loss"] for line in resumed.state.log_history if "loss" in line][-2:]
+    assert result.training_loss == pytest.approx(sum(done) / 2)
+
+
+def test_overridden_methods_of_transformers_are_listed_and_exist():
+    """A release that drops, renames or no longer calls one of them must not pass unnoticed."""
+    private = {
+        name: kind
+        for kind in DeepSupervisionTrainer.__mro__[: DeepSupervisionTrainer.__mro__.index(Trainer)]
+        for name, value in vars(kind).items()
+        if name.startswith("_") and not name.startswith("__") and callable(value) and hasattr(Trainer, name)
+    }
+    assert private.keys() == OVERRIDDEN.keys()
+    assert len(OVERRIDDEN) <= 5
+    assert set(private.values()) == {FaultTolerantTrainer}
+    source = inspect.getsource(Trainer)
+    for name in OVERRIDDEN:
+        assert name in vars(Trainer)
+        assert f"self.{name}(" in source
+    # Called or set here without being overridden.
+    for name in ("_evaluate", "_determine_best_metric", "_initial_global_step", "_train_batch_size"):
+        assert f"self.{name}" in source

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pivotune.errors import TrainingError, UsageError
+from pivotune.training.distributed import ranks
 from pivotune.training.resilience.faults import explained_faults
 
 
@@ -58,6 +59,33 @@ def test_a_data_worker_that_died(run, text, words):
     assert isinstance(found, TrainingError)
     assert words in str(found)
     assert f"the last good checkpoint is {run / 'checkpoint-4'}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (
+            "[/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:27527: Connection reset by peer. This is typically "
+            "caused by a remote worker that crashed",
+            "(Read error [127.0.0.1]:27527: Connection reset by peer); the last good checkpoint is {}; go on with --resume",
+        ),
+        (
+            "[/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 8000ms for send operation to complete",
+            "(Timed out waiting 8000ms for send operation to complete); the last good checkpoint is {}; go on with --resume"
+            ", with a longer faults.hang_timeout if that rank was only slow",
+        ),
+    ],
+)
+def test_a_lost_rank(run, monkeypatch, text, end):
+    """Only where there are others: in one process such an error is another program's."""
+    error = RuntimeError(text)
+    assert fault(run, error) is error
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    found = fault(run, error)
+    assert isinstance(found, TrainingError)
+    assert str(found) == f"lost the connection to another rank {end.format(run / 'checkpoint-4')}"
+    bug = RuntimeError("a bug")
+    assert fault(run, bug) is bug
 
 
 @pytest.mark.parametrize(

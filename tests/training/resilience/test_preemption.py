@@ -7,7 +7,12 @@ import threading
 import pytest
 from torch.utils.data import DataLoader
 
-from pivotune.training.resilience.preemption import SIGNALS, StoppedBySignalError, StopSignals, spare_workers
+from pivotune.training.resilience.preemption import (
+    SIGNALS,
+    StoppedBySignalError,
+    StopSignals,
+    ignore_signals_in_workers,
+)
 
 
 def send(number: int) -> None:
@@ -74,7 +79,7 @@ def test_other_threads_install_nothing():
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="a process cannot be told who sent a signal")
 def test_a_data_worker_ends_for_its_parent_alone():
-    loader = spare_workers(DataLoader(list(range(8)), num_workers=1, prefetch_factor=1))
+    loader = DataLoader(list(range(8)), num_workers=1, prefetch_factor=1, worker_init_fn=ignore_signals_in_workers())
     batches = iter(loader)
     next(batches)  # it has begun
     (worker,) = batches._workers
@@ -93,7 +98,7 @@ def test_a_data_worker_ends_for_its_parent_alone():
 
 
 def test_a_data_worker_begins_as_it_was_told():
-    loader = spare_workers(DataLoader([0], num_workers=1, worker_init_fn=_refuse))
+    loader = DataLoader([0], num_workers=1, worker_init_fn=ignore_signals_in_workers(_refuse))
     with pytest.raises(ValueError, match="worker 0 refused"):
         next(iter(loader))
 

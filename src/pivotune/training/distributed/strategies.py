@@ -1,4 +1,4 @@
-"""Which ways of sharding a model are supported, checked before anything slow."""
+"""Strategies that divide a run over processes: single, DDP, FSDP2, ZeRO. Unsupported combinations are refused early."""
 
 from __future__ import annotations
 
@@ -19,30 +19,48 @@ from pivotune.errors import UsageError
 from pivotune.training.optimizers import needs_bitsandbytes
 
 logger = logging.getLogger(__name__)
-
-# How a run is divided over its processes.
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
-# The first one that keeps norm and head together, gathered from the forward to the backward pass.
+# The first version that keeps norm and head together, gathered from the forward to the backward pass.
 _ACCELERATE_FOR_FSDP2 = "1.15"
 
 
-def check_engine(args: TrainingArguments) -> None:
-    """Refuse FSDP 1, whose flattened parameters the losses cannot read, and FSDP2 with an Accelerate that is too old.
+def strategy_of(args: TrainingArguments) -> Strategy:
+    """Return the strategy of a run before a trainer exists. ZeRO-1 counts as ZeRO-2."""
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage > 0:
+        return "zero3" if args.deepspeed_plugin.zero_stage == 3 else "zero2"
+    if args.fsdp_plugin_args is not None or _launched_with_fsdp():
+        return "fsdp2"
+    return "ddp" if args.world_size > 1 else "single"
+
+
+def shards_weights(args: TrainingArguments) -> bool:
+    """Return True for FSDP2 and ZeRO-3, with which no process holds all weights."""
+    return strategy_of(args) in ("fsdp2", "zero3")
+
+
+def fsdp_version(args: TrainingArguments) -> int | None:
+    """Return the version of FSDP that `training.fsdp` or `accelerate launch` names, or None."""
+    if args.fsdp_plugin_args is not None:
+        return int(args.fsdp_plugin_args["fsdp_version"])
+    # Accelerate leaves FSDP_VERSION to later programs of the process; ACCELERATE_USE_FSDP it sets at launch only.
+    return int(os.environ["FSDP_VERSION"]) if _launched_with_fsdp() and "FSDP_VERSION" in os.environ else None
+
+
+def _launched_with_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+# ---- checks ----
+
+
+def check_fsdp(version: int | None) -> None:
+    """Refuse FSDP 1, whose flattened parameters the losses cannot read, and an Accelerate too old for FSDP2.
 
     Raises:
-        UsageError: says what to set or install.
+        UsageError: names the setting or the package to change.
     """
-    version = fsdp_version(args)
-    if version is not None:
-        check_fsdp(version)
-
-
-def check_fsdp(version: int) -> None:
-    """Refuse a version of FSDP, or the Accelerate that is installed.
-
-    Raises:
-        UsageError: as `check_engine`.
-    """
+    if version is None:
+        return
     if version == 1:
         raise UsageError("FSDP version 1 is not supported; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
     found = importlib.metadata.version("accelerate")
@@ -52,18 +70,64 @@ def check_fsdp(version: int) -> None:
         )
 
 
-def prepare_fsdp(accelerator: Accelerator, args: TrainingArguments, blocks: Iterable[nn.Module]) -> None:
-    """Check Accelerate's FSDP plugin, and set what a step has to be to be that of one process in the memory of many.
+def sharding_unsupported_reason(strategy: Strategy, *, quantized: bool, optimizer: str) -> str | None:
+    """Return the reason why a run cannot use the strategy and the remedy, or None."""
+    if quantized and strategy in ("fsdp2", "zero3"):
+        return "quantize: packed 4-bit weights are not shared out; train with DDP or ZeRO-2, or without quantize"
+    if strategy == "fsdp2" and needs_bitsandbytes(optimizer):
+        return (
+            f"training.optim: {optimizer} of bitsandbytes does not know FSDP2's shards; set adamw_torch or adafactor, or "
+            "train with ZeRO"
+        )
+    return None
 
-    - It shards block by block. Where the user has named no classes the plugin asks the model, and a multimodal one names
-      classes that it does not have.
-    - Every micro-batch reduces its gradients to shards, unless `training.accelerator_config` says otherwise. Accelerate
-      would wait for the last one of an accumulation window and keep the gradients of the whole model meanwhile.
-    - Under mixed precision gradients are added over ranks and micro-batches in float32, as autocast does on one device;
-      Accelerate would add them in the dtype of the products.
+
+def check_sharding(args: TrainingArguments, *, quantized: bool, optimizer: str) -> None:
+    """Refuse, before the model is loaded, a combination that would fail later or not be sharded at all.
 
     Raises:
-        UsageError: as `check_engine`.
+        UsageError: names the setting to change.
+    """
+    strategy = strategy_of(args)
+    if strategy == "fsdp2" and args.device.type == "cpu":
+        # Accelerate would run plain data parallelism without a message.
+        raise UsageError("FSDP2 shards on GPUs only; on CPUs start with torchrun, or accelerate launch --cpu")
+    if strategy == "fsdp2" and (args.fsdp_plugin_args or {}).get("cpu_offload") and not _launched_with_fsdp():
+        # Only its own launcher makes Accelerate set up a backend for CPU tensors.
+        raise UsageError("training.fsdp: cpu_offload needs accelerate launch (configs/accelerate/fsdp2.yaml)")
+    reason = sharding_unsupported_reason(strategy, quantized=quantized, optimizer=optimizer)
+    if reason is not None:
+        raise UsageError(reason)
+
+
+def check_head(args: TrainingArguments, head: nn.Module) -> None:
+    """Refuse adapters on the head under ZeRO-3: they gather for every chunk of rows, and ranks have unequally many.
+
+    Raises:
+        UsageError: names the setting to change.
+    """
+    if strategy_of(args) == "zero3" and type(head) is not nn.Linear:
+        raise UsageError(
+            f"the model's head is a {type(head).__name__}, which ZeRO-3 cannot share out; leave it out of "
+            "lora.target_modules, or train with FSDP2 or ZeRO-2"
+        )
+
+
+# ---- set-up ----
+
+
+def prepare_fsdp(accelerator: Accelerator, args: TrainingArguments, blocks: Iterable[nn.Module]) -> None:
+    """Check Accelerate's FSDP plugin and set it so that a step equals that of one process.
+
+    - Shard block by block. Without classes from the user the plugin asks the model, and a multimodal model names classes
+      that it does not have.
+    - Reduce gradients to shards after every micro-batch, unless `training.accelerator_config` differs. Accelerate would
+      wait for the last micro-batch and keep the gradients of the whole model meanwhile.
+    - Under mixed precision, sum gradients over ranks and micro-batches in float32, as autocast does on one device.
+      Accelerate would sum them in the dtype of the products.
+
+    Raises:
+        UsageError: as `check_fsdp`.
     """
     plugin: Any = accelerator.state.fsdp_plugin
     check_fsdp(plugin.fsdp_version)
@@ -76,77 +140,8 @@ def prepare_fsdp(accelerator: Accelerator, args: TrainingArguments, blocks: Iter
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
-def strategy_of(args: TrainingArguments) -> Strategy:
-    """How this run will be divided, told before a trainer is there. ZeRO-1 counts as ZeRO-2."""
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage > 0:
-        return "zero3" if args.deepspeed_plugin.zero_stage == 3 else "zero2"
-    if args.fsdp_plugin_args is not None or _launched_with_fsdp():
-        return "fsdp2"
-    return "ddp" if args.world_size > 1 else "single"
-
-
-def shards_weights(args: TrainingArguments) -> bool:
-    """Whether FSDP or ZeRO-3 will share the weights out."""
-    return strategy_of(args) in ("fsdp2", "zero3")
-
-
-def why_not_divided(strategy: Strategy, *, quantized: bool, optimizer: str) -> str | None:
-    """What keeps a run from being divided in this way, and what to do; None where it can be."""
-    if quantized and strategy in ("fsdp2", "zero3"):
-        return "quantize: packed 4-bit weights are not shared out; train with DDP or ZeRO-2, or without quantize"
-    if strategy == "fsdp2" and needs_bitsandbytes(optimizer):
-        return (
-            f"training.optim: {optimizer} of bitsandbytes does not know FSDP2's shards; set adamw_torch or adafactor, or "
-            "train with ZeRO"
-        )
-    return None
-
-
-def check_division(args: TrainingArguments, *, quantized: bool, optimizer: str) -> None:
-    """Refuse what would fail, or not be divided, only after the model is loaded.
-
-    Raises:
-        UsageError: says what to set.
-    """
-    strategy = strategy_of(args)
-    if strategy == "fsdp2" and args.device.type == "cpu":
-        # Accelerate would run plain data parallelism without a word.
-        raise UsageError("FSDP2 shards on GPUs only; on CPUs start with torchrun, or accelerate launch --cpu")
-    if strategy == "fsdp2" and (args.fsdp_plugin_args or {}).get("cpu_offload") and not _launched_with_fsdp():
-        # Accelerate gives the processes a way to send CPU tensors where its own launcher asks for the offload only.
-        raise UsageError("training.fsdp: cpu_offload needs accelerate launch (configs/accelerate/fsdp2.yaml)")
-    reason = why_not_divided(strategy, quantized=quantized, optimizer=optimizer)
-    if reason is not None:
-        raise UsageError(reason)
-
-
-def check_head(args: TrainingArguments, head: nn.Module) -> None:
-    """Refuse adapters on the head under ZeRO-3: they gather for every chunk of rows, and ranks have unequally many.
-
-    Raises:
-        UsageError: says what to set.
-    """
-    if strategy_of(args) == "zero3" and type(head) is not nn.Linear:
-        raise UsageError(
-            f"the model's head is a {type(head).__name__}, which ZeRO-3 cannot share out; leave it out of "
-            "lora.target_modules, or train with FSDP2 or ZeRO-2"
-        )
-
-
-def fsdp_version(args: TrainingArguments) -> int | None:
-    """The version of FSDP that `training.fsdp` or `accelerate launch` asks for; None where none is named."""
-    if args.fsdp_plugin_args is not None:
-        return int(args.fsdp_plugin_args["fsdp_version"])
-    # Accelerate sets the first one for later programs of the process too, and the second one at launch only.
-    return int(os.environ["FSDP_VERSION"]) if _launched_with_fsdp() and "FSDP_VERSION" in os.environ else None
-
-
 def use_one_device(args: TrainingArguments) -> None:
-    """One process drives one GPU: the replicas of `DataParallel` know nothing of the taps."""
+    """Use one GPU in each process: the replicas of `DataParallel` do not run the taps."""
     if args.n_gpu > 1:
         logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", args.n_gpu)
         args._n_gpu = 1
-
-
-def _launched_with_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -1,9 +1,9 @@
-"""Whether a checkpoint may be read: run folders travel, and pickled files in them could hold code.
+"""Refuse checkpoints that would run code when they are read: run folders are copied around, and pickles can hold code.
 
-Weights are Safetensors. Optimizer, scheduler and random states are files of `torch.save`; Transformers reads them with
-`weights_only=True`, which builds tensors and plain values and nothing else. Two readers are not that careful:
-`torch.distributed.checkpoint` (FSDP) unpickles `.metadata` and the plain values in its `.distcp` files, and DeepSpeed its
-states. So everything is read here first in the careful way, before anything else is loaded; big tensors are only mapped.
+Weights are Safetensors. Optimizer, scheduler and random states are files of `torch.save`, which Transformers reads with
+`weights_only=True`: tensors and plain values only. Two readers unpickle anything: `torch.distributed.checkpoint` (FSDP)
+`.metadata` and the plain values in its `.distcp` files, and DeepSpeed its states. So this file reads everything with
+`weights_only=True` before anything else is loaded. Big tensors are only mapped.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from pivotune.errors import UsageError
 from pivotune.models.locating import read_shards
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_UNREAD = "training_args.bin"  # written by other trainers; nothing here reads it
+_UNREAD = "training_args.bin"  # of other trainers; never read here
 _ZIP = b"PK\x03\x04"
 # DeepSpeed keeps instances of its own classes (ZeroStageEnum, LossScaler...) in its states.
 _DEEPSPEED = re.compile(r"deepspeed(\.\w+)+\.([A-Z]\w*|fragment_address)")
-_CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 
 
 class _Sealed:
-    """Stands for a value that the check does not need: anything may be made of it, and nothing is kept."""
+    """Stand-in for a value that the check does not need: accepts any arguments and keeps nothing."""
 
     __slots__ = ()
 
@@ -46,7 +45,7 @@ class _Sealed:
 
 
 class _Record:
-    """Stands for an object with named values; those of a pickle come as one dictionary, never through a constructor."""
+    """Stand-in for an object with named values, which a pickle sets as one dictionary, never through a constructor."""
 
     def __new__(cls) -> _Record:
         return super().__new__(cls)
@@ -58,18 +57,18 @@ class _Record:
 
 
 class _Properties(_Record):
-    """Of a tensor: their state is a tuple that assigns five of them, and is not needed."""
+    """Stand-in for the properties of a tensor, whose state is a tuple that the check does not need."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _BytesRecord(_Record):
-    """What is not a tensor."""
+    """Stand-in for a value that is not a tensor."""
 
 
 class _Items(dict):
-    """Stands for a dictionary that keeps its order."""
+    """Stand-in for an ordered dictionary."""
 
     __slots__ = ()
 
@@ -77,8 +76,8 @@ class _Items(dict):
         raise pickle.UnpicklingError("a state where none is written")
 
 
-# The names that metadata may hold, and what stands for each. Their own classes are never handed out: a pickle can give
-# a state to a class as well (`BUILD`), and would change it for the whole process.
+# The names that metadata may hold, and their stand-ins. The real classes are never used: a pickle can set the state of a
+# class too (`BUILD`), which would change it for the whole process.
 _METADATA = "torch.distributed.checkpoint.metadata"
 _STAND_INS: dict[str, dict[str, Any]] = {
     _METADATA: {
@@ -101,15 +100,15 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint that would run code when it is read, or that reads from elsewhere.
+    """Refuse a checkpoint that would run code when it is read, or that leads outside of the run.
 
-    A file that breaks off is left to its reader where that one is careful too.
+    A truncated file is left to its reader if that reader uses `weights_only=True` too.
 
     Raises:
         UsageError: a pickle with anything but tensors and plain values, a link or a shard that leads out of the run.
     """
     run = checkpoint.parent.resolve()
-    # Before the first file is read: nothing in one decides whether another is looked at.
+    # Listed before the first file is read: no content decides if another file is checked.
     paths = sorted(checkpoint.rglob("*"))
     for path in paths:
         _check_inside(path, run)
@@ -123,31 +122,19 @@ def check_checkpoint(checkpoint: Path) -> None:
         read_shards(index)
 
 
-def own_checkpoint(named: str | None, folder: Path) -> Path | None:
-    """The checkpoint of this run that `trainer_state.json` names as the best; None where it is not in this run's folder.
-
-    Only its last part counts: the run may have been moved, and the file may have been made to point elsewhere.
-    """
-    name = Path(named or "").name
-    path = folder / name
-    if _CHECKPOINT_NAME.fullmatch(name) and path.is_dir() and path.resolve().parent == folder.resolve():
-        return path
-    return None
-
-
 def _check_inside(path: Path, run: Path) -> None:
     if path.is_symlink() and not path.resolve().is_relative_to(run):
         raise UsageError(f"{path}: a link to {path.resolve()}, outside of the run; replace it with what it points to")
 
 
 def _check_saved(path: Path) -> None:
-    """A file of `torch.save`."""
+    """Read a file of `torch.save`."""
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP)) == _ZIP
     try:
         _load_plain(path, mmap=is_zip)
     except Exception as error:
-        # A zip file that breaks off is damaged, and its reader as careful. DeepSpeed's is not.
+        # A truncated zip file is only damaged, unless DeepSpeed reads it.
         damaged = is_zip and not isinstance(error, pickle.UnpicklingError) and not _is_of_deepspeed(path)
         if not (damaged or (is_zip and _is_of_deepspeed(path) and _only_deepspeed(path))):
             raise _unsafe(path) from error
@@ -160,13 +147,13 @@ def _is_of_deepspeed(path: Path) -> bool:
 def _only_deepspeed(path: Path) -> bool:
     try:
         names = get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # whatever cannot be parsed is not known to be harmless
+    except Exception:  # content that cannot be parsed may be harmful
         return False
     return bool(names) and all(map(_is_class_of_deepspeed, names))
 
 
 def _is_class_of_deepspeed(name: str) -> bool:
-    """Whether it is defined there: its modules import others, which a name with more dots would reach."""
+    """Return True for a class that DeepSpeed defines: a name with more dots would reach modules that it imports."""
     module_name, _, class_name = name.rpartition(".")
     if not _DEEPSPEED.fullmatch(name):
         return False
@@ -178,19 +165,19 @@ def _is_class_of_deepspeed(name: str) -> bool:
 
 
 def _check_distributed(path: Path) -> None:
-    """The metadata of a `torch.distributed.checkpoint`, and the plain values that it says are in the files beside it."""
+    """Read the metadata of a `torch.distributed.checkpoint`, and the plain values that it lists in other files."""
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         for values in _plain_values(metadata, path.parent):
             _load_plain(values)
     except Exception as error:
-        # Its reader is not careful, so that what cannot be read here must not be read there.
+        # Its reader unpickles anything, so a file that cannot be read here must not reach it.
         raise _unsafe(path) from error
 
 
 def _plain_values(metadata: Any, folder: Path) -> Iterator[io.BytesIO]:
-    """What is not a tensor: each a `torch.save` of its own within a file."""
+    """Yield the values that are not tensors, each a `torch.save` of its own within a file."""
     for index, place in metadata.storage_data.items():
         name = place.relative_path
         if Path(name).name != name or getattr(place, "transform_descriptors", None):
@@ -203,13 +190,13 @@ def _plain_values(metadata: Any, folder: Path) -> Iterator[io.BytesIO]:
 
 def _load_plain(source: Any, *, mmap: bool = False) -> None:
     with safe_globals(), warnings.catch_warnings():
-        # Legacy files make torch speak of its deprecated storages.
+        # torch warns about the deprecated storages of legacy files.
         warnings.simplefilter("ignore")
         torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the few names that a checkpoint's metadata consists of, and refuses all others."""
+    """Load the few names that a checkpoint's metadata consists of, and refuse all others."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         try:

@@ -1,342 +1,401 @@
-"""What makes a training survive faults: steps that are no numbers, signals, checkpoints from which it goes on exactly.
+"""`FaultTolerantTrainer`: non-finite steps, preemption, complete checkpoints, and exact resuming, on top of `Trainer`.
 
-`Trainer` resumes weights, optimizer, schedule, data order and random numbers. Here is what it leaves out: the log window
-that a checkpoint cuts through, evaluations and log lines that are due at the same step as the checkpoint, and a run that
-is resumed at its very end.
+`Trainer` resumes weights, optimizer, schedule, data order and random numbers. This file adds the log window that a
+checkpoint cuts through, the patience of early stopping, a due evaluation, and a run that is resumed at its end.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
-from pivotune.errors import TrainingError
+from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.batching import DataOrder, order_of, resumed_order, save_order
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.liveness import Liveness
 from pivotune.training.metrics import LogWindow
-from pivotune.training.resilience.nonfinite import StepRecord
-from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
+from pivotune.training.resilience.checkpoint_safety import check_checkpoint
+from pivotune.training.resilience.checkpoints import (
+    TRAINER_STATE,
+    find_checkpoint_damage,
+    find_damage,
+    own_checkpoint,
+    set_newer_aside,
+    whole_checkpoint,
+)
+from pivotune.training.resilience.nonfinite import StepRecord, check_skip
+from pivotune.training.resilience.preemption import EvaluationStoppedError, SaveAndStop, StopSignals
 
 logger = logging.getLogger(__name__)
-# Under this name the counters stand in a checkpoint's `trainer_state.json`, among the states of callbacks.
-_COUNTERS = "PivotuneCounters"
+
+# The private methods of `transformers.Trainer` that are overridden, in this class only, and the reason of each.
+OVERRIDDEN = {
+    "_get_grad_norm": "no callback sees the gradient's norm, which must be checked before the optimizer changes a weight",
+    "_run_epoch": "a run that is resumed at its end would train one step more; an evaluation is left after a signal",
+    "_save_checkpoint": "the whole checkpoint is written in a staging folder and renamed, by all ranks together",
+    "_get_output_dir": "gives `_save_checkpoint` of `Trainer` the staging folder",
+    "_load_best_model": "a damaged best checkpoint, or one of another run, is not loaded",
+}
 
 
-class TrainingDivergedError(TrainingError):
-    """A loss or the gradient is not a finite number; the weights are those of the step before."""
+class PivotuneCounters(TrainerCallback, ExportableState):
+    """Counters of a run over all its processes, kept in `trainer_state.json` under the name of this class.
 
+    Also gives every other callback with a `state()` its attributes back (patience of early stopping), which `Trainer`
+    does on request only.
 
-class _EvaluationCutError(Exception):
-    """A signal came in the middle of an evaluation."""
+    Attributes:
+        total_loss: sum of the logged losses times their steps.
+        initial_step: the step that the counters began at.
+        seconds: training time of the processes before.
+        skipped_steps: optimizer steps that were skipped.
+        window_steps, window_skipped: optimizer steps since the last log line, and the skipped ones among them.
+        nonfinite: the line that describes a non-finite loss or gradient of this step, or None.
+    """
+
+    def __init__(self, trainer: FaultTolerantTrainer) -> None:
+        self._trainer = trainer
+        self._collected: dict[str, Any] = {}
+        self._clear(0)
+
+    def _clear(self, step: int) -> None:
+        self.total_loss = self.seconds = 0.0
+        self.initial_step = step
+        self.skipped_steps = self.window_steps = self.window_skipped = 0
+        self.nonfinite: str | None = None
+        self._loss_sum = self._marked = torch.zeros((), device=self._trainer.args.device)
+        self._began = time.time()
+
+    def state(self) -> dict[str, Any]:
+        """Return the counters as `collect` has summed them over the ranks."""
+        return {"args": {}, "attributes": self._collected}
+
+    def collect(self) -> None:
+        """Sum the counters for a checkpoint. All ranks call this."""
+        trainer = self._trainer
+        self._collected = {
+            "loss_sum": self._mean_over_ranks(),
+            "total_loss": self.total_loss,
+            "initial_step": self.initial_step,
+            "seconds": self.seconds + time.time() - self._began,
+            "skipped_steps": self.skipped_steps,
+            "window_steps": self.window_steps,
+            "window_skipped": self.window_skipped,
+            "window": trainer._window.state(trainer._sum_over_ranks),
+        }
+
+    def _mean_over_ranks(self) -> float:
+        return self._trainer._sum_over_ranks(self._loss_sum.clone()).item() / self._trainer.accelerator.num_processes
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch."""
+        self._loss_sum = self._loss_sum + loss
+
+    # ---- events ----
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give counters, and other callbacks' attributes, the values of the checkpoint that the run resumes from."""
+        self._clear(state.global_step)
+        kept = cast(dict[str, Any], state.stateful_callbacks)
+        for callback in (*self._trainer.callback_handler.callbacks, control):
+            if not isinstance(callback, ExportableState):
+                continue
+            # `Trainer` cannot save the state of a callback that its checkpoint does not know.
+            found = kept.setdefault(type(callback).__name__, callback.state())
+            if state.global_step == 0 or not isinstance(found, dict):
+                continue
+            # Earlier versions kept the counters without a name of their own.
+            attributes = found.get("attributes", found)
+            if callback is self and "window" in attributes:
+                self._restore(attributes)
+            elif callback is not self and callback is not control:
+                # The file may come from elsewhere: only attributes that the callback itself keeps.
+                for name in callback.state()["attributes"].keys() & attributes.keys():
+                    setattr(callback, name, attributes[name])
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        for name in ("total_loss", "initial_step", "seconds", "skipped_steps", "window_steps", "window_skipped"):
+            setattr(self, name, found[name])
+        self._loss_sum = torch.full_like(self._loss_sum, found["loss_sum"])
+        # Sums over all ranks are continued on one of them.
+        self._trainer._window.restore(found["window"], counts=self._trainer.accelerator.is_main_process)
+        # Speeds are of the whole run.
+        self._trainer._initial_global_step = self.initial_step
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._step.clear()
+        self._trainer._window.mark()
+        self._marked = self._loss_sum
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Skip the step if its loss or gradient is non-finite, or raise `TrainingDivergedError`."""
+        self.window_steps += 1
+        if self.nonfinite is None:
+            return
+        faults = args.faults
+        check_skip(self.nonfinite, nonfinite=faults.nonfinite, skipped=self.skipped_steps, limit=faults.skip_limit)
+        self.skipped_steps += 1
+        self.window_skipped += 1
+        self._loss_sum = self._marked
+        self._trainer._window.rollback()
+        # An optimizer passes over weights without a gradient: they and their moments stay, and the schedule goes on.
+        model.zero_grad()
+
+    # ---- log lines ----
+
+    def complete(self, logs: dict[str, float]) -> None:
+        """Correct a log line: means over the steps that were done, figures of the whole run. All ranks call this."""
+        done = self.window_steps - self.window_skipped
+        if "loss" in logs or "train_loss" in logs:
+            loss = self._mean_over_ranks()
+            self.total_loss += loss
+            if "loss" in logs:
+                logs["loss"] = loss / done if done else math.nan
+                if self.skipped_steps:
+                    logs["skipped_steps"] = self.skipped_steps
+            self.window_steps = self.window_skipped = 0
+            self._loss_sum = torch.zeros_like(self._loss_sum)
+        if "train_loss" in logs:
+            steps = self._trainer.state.global_step - self.initial_step - self.skipped_steps
+            logs["train_loss"] = self.total_loss / max(steps, 1)
+            seconds = logs["train_runtime"]
+            logs["train_runtime"] = seconds + self.seconds
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                if name in logs and self.seconds:
+                    logs[name] *= seconds / logs["train_runtime"]
 
 
 class FaultTolerantTrainer(Trainer):
-    """A `Trainer` that checks every step, leaves when asked to, and resumes as if it had never stopped.
+    """A `Trainer` that checks every step, saves and stops after a signal, and resumes exactly.
+
+    Args:
+        stop_signals: records signals that ask the training to stop.
+        verified_checkpoint: a checkpoint whose checksums the caller has compared already.
 
     Attributes:
-        stop_signals: where signals are remembered; None where nobody listens.
-        liveness: told of every phase; None where there is one process.
+        order: shape of an optimizer step; of a resumed run as it was begun.
     """
 
     args: DeepSupervisionConfig
-    _window: LogWindow
+    _window: LogWindow  # made by the subclass
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        stop_signals: StopSignals | None = None,
+        verified_checkpoint: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        # Transformers before 5.19 has none: its summary is of all steps without being told.
-        self._initial_global_step = 0
-        self.stop_signals: StopSignals | None = None
-        self.liveness: Liveness | None = None
         self._step = StepRecord()
-        self._leaving = False  # a signal has come, on whatever rank
-        self._reported_step = -1
-        self._evaluation_due = False
-        self._random_state: Tensor | None = None  # after an evaluation that was made up for
-        self._may_cut_evaluation = False
-        self._skipped_steps = 0
-        self._window_steps = self._window_skipped = 0  # since the last log line
-        self._seconds_before = 0.0
-        self._began = time.time()
+        self.order: DataOrder = order_of(self.args, self._train_batch_size)
+        self.counters = PivotuneCounters(self)
+        self.save_and_stop = SaveAndStop(self, stop_signals)
+        self._verified = verified_checkpoint
+        self._staging: Path | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: True resumes from the newest checkpoint whose checksums match, a path from that one.
+                Newer checkpoints are renamed.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or would run code, or its steps hold other rows than this run's.
+        """
+        checkpoint = ranks.on_main(lambda: self._choose_checkpoint(resume_from_checkpoint))
+        now = order_of(self.args, self._train_batch_size)
+        self.order = now if checkpoint is None else ranks.on_main(lambda: resumed_order(checkpoint, now))
+        if self.order != now:
+            logger.warning("%s was begun with %s; this run has %s, in the same order", checkpoint, self.order, now)
+        if checkpoint is not None:
+            ranks.on_main(lambda: set_newer_aside(self._folder, checkpoint))
+        # `PivotuneCounters` restores them in every run; `Trainer` would make new callbacks.
+        self.args.restore_callback_states_from_checkpoint = False
+        # Behind the callbacks whose decisions they change.
+        for callback in (self.counters, self.save_and_stop):
+            self.pop_callback(callback)
+            self.add_callback(callback)
+        output = super().train(resume_from_checkpoint if checkpoint is None else str(checkpoint), **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _choose_checkpoint(self, resume_from: Any) -> Path | None:
+        """Return the checkpoint to resume from, checked before anything reads it; DeepSpeed reads states by itself."""
+        if resume_from is True:
+            checkpoint = whole_checkpoint(self._folder)
+        elif isinstance(resume_from, (str, os.PathLike)):
+            checkpoint = Path(resume_from)
+            problem = None if checkpoint == self._verified else find_checkpoint_damage(checkpoint)
+            if problem is not None:
+                raise UsageError(f"{checkpoint} is damaged: {problem}; resume from another checkpoint")
+        else:
+            return None
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+        return checkpoint
 
     # ---- steps ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch forward and backward; whether it was finite is asked once per optimizer step."""
-        self._tell("forward and backward")
+        """Run one micro-batch forward and backward; its loss is checked once per optimizer step."""
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step.add_loss(loss)
+        self.counters.add_loss(loss)
         return loss
 
-    def _tell(self, phase: str) -> None:
-        if self.liveness is not None:
-            self.liveness.progress(phase, self.state.global_step + 1)
-
-    def _begin_step(self) -> None:
-        """Remember what a skipped step must leave as it was."""
-        self._step.clear()
-        self._window.mark()
-        self._loss_before = self._tr_loss.clone()
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm; the last thing that is computed before the optimizer touches the weights.
-
-        Raises:
-            TrainingDivergedError: a loss of this step or its gradient is not finite, on any rank, and steps are not to be
-                skipped, or too many were.
-        """
-        self._tell("the gradient's norm")
+        """Also find non-finite losses and signals on all ranks, with one wait for the device."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        bad_losses, leaving, norm = self._ask_all_ranks(grad_norm)
-        self._leaving = leaving
-        self._window_steps += 1
-        # Overflow is the everyday business of float16: its scaler skips such steps and lowers its scale.
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        if bad_losses or not (scaled or math.isfinite(norm)):
-            self._refuse_step(model, norm, in_loss=bad_losses)
-        return grad_norm
-
-    def _ask_all_ranks(self, grad_norm: Any) -> tuple[bool, bool, float]:
-        """Whether a loss is not finite and whether a signal has come, anywhere, and the norm: one wait for the device."""
         losses = self._step.bad_losses()
-        stop = self.stop_signals is not None and self.stop_signals.received is not None
-        flags = self._sum_over_ranks(torch.stack([losses, losses.new_tensor(float(stop))]))
+        flags = self._sum_over_ranks(torch.stack([losses, losses.new_tensor(float(self.save_and_stop.received))]))
         # A sharded norm is put together; DeepSpeed may have none.
         norm = 0.0 if grad_norm is None else getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         found = torch.cat([flags, torch.as_tensor(norm, dtype=flags.dtype, device=flags.device).reshape(1)])
-        bad_losses, leaving, value = found.tolist()
-        return bad_losses > 0, leaving > 0, value
-
-    def _refuse_step(self, model: nn.Module, norm: float, *, in_loss: bool) -> None:
-        found = self._step.describe(self.state.global_step + 1, norm, in_loss=in_loss)
-        if self.args.faults.nonfinite == "stop":
-            raise TrainingDivergedError(
-                f"{found}; the weights are those of the step before; look at these rows, lower training.learning_rate or "
-                "the supervision weights, or set faults.nonfinite: skip"
-            )
-        self._skipped_steps += 1
-        if self._skipped_steps > self.args.faults.skip_limit:
-            raise TrainingDivergedError(
-                f"{found}; {self.args.faults.skip_limit} steps were skipped before, the limit of faults.skip_limit; look "
-                "at these rows, or lower training.learning_rate or the supervision weights"
-            )
-        logger.warning("%s: step skipped (%d of at most %d)", found, self._skipped_steps, self.args.faults.skip_limit)
-        self._window_skipped += 1
-        self._window.rollback()
-        self._tr_loss.copy_(self._loss_before)
-        # An optimizer passes over what has no gradient: neither weights nor moments change, and the schedule goes on.
-        model.zero_grad()
+        bad_losses, stopping, value = found.tolist()
+        self.save_and_stop.stopping = stopping > 0
+        # In float16 overflow is normal: its scaler skips such steps and lowers its scale.
+        is_scaled = getattr(self.accelerator, "scaler", None) is not None
+        is_finite = not bad_losses and (is_scaled or math.isfinite(value))
+        step = self.state.global_step + 1
+        self.counters.nonfinite = None if is_finite else self._step.describe(step, value, in_loss=bad_losses > 0)
+        return grad_norm
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on every rank."""
         return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Means over the steps that were done, and how many were skipped."""
-        if "loss" in logs:
-            if self._window_skipped:
-                done = self._window_steps - self._window_skipped
-                logs["loss"] = logs["loss"] * self._window_steps / done if done else math.nan
-            if self._skipped_steps:
-                logs["skipped_steps"] = self._skipped_steps
-            self._window_steps = self._window_skipped = 0
-        if "train_loss" in logs and self._skipped_steps:
-            # Transformers before 5.19 divides by all steps.
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._skipped_steps, 1)
+        """Log means over the steps that were done, and the number of skipped steps."""
+        self.counters.complete(logs)
         super().log(logs, start_time)
 
-    # ---- what happens between steps ----
+    # ---- epochs and evaluations ----
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch; none where the run is resumed at its end: `Trainer` would do one step more."""
-        self._restore_counters()
-        self._reported_step = -1
-        if self.state.global_step >= self.state.max_steps or self._is_out_of_patience(kwargs["resume_from_checkpoint"]):
-            self.control.should_training_stop = True
-            return
-        if self._evaluation_due:
-            # As in the process before: with the random numbers of the checkpoint, which go on from here.
-            self._load_rng_state(kwargs["resume_from_checkpoint"])
-            self._evaluate_if_due()
-            self._random_state = torch.get_rng_state()
-            if self.control.should_training_stop:
-                return
-        super()._run_epoch(*args, **kwargs)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without drawing from the training's random numbers: a resumed run may evaluate once more."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-            self._random_state = None
-
-    def _is_out_of_patience(self, resumed_from: str | None) -> bool:
-        """Whether the evaluation before the checkpoint was the last that early stopping allows."""
-        return resumed_from is not None and any(
+    def begin_resumed(self, control: TrainerControl) -> None:
+        """Evaluate first if the process before had no time to, and train no step if the run is at its end."""
+        at_end = self.state.global_step >= self.state.max_steps or any(
             isinstance(callback, EarlyStoppingCallback)
             and callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self.callback_handler.callbacks
         )
-
-    def _load_callback_state(self) -> None:
-        """Give callbacks back what they counted (the patience of early stopping); `Trainer` does so on request only."""
-        super()._load_callback_state()
-        if self.args.restore_callback_states_from_checkpoint:
-            return
-        for callback in self.callback_handler.callbacks:
-            kept = self._kept_states.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(kept, dict):
-                # Of a file that travels: only what the callback itself would keep.
-                for name in callback.state()["attributes"].keys() & kept.get("attributes", {}).keys():
-                    setattr(callback, name, kept["attributes"][name])
-
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Log, evaluate, save, in this order, and leave after a signal.
-
-        Called after every step, and again after the last one of an epoch. A checkpoint that is due after that step waits
-        for the second call: a run resumed from it would never come to what that call logs and evaluates.
-
-        Raises:
-            StoppedBySignalError: a signal has come, and the checkpoint is saved. An evaluation that was due is left to the
-                resumed run, for the time is short.
-        """
-        is_first = self.state.global_step != self._reported_step
-        self._reported_step = self.state.global_step
-        comes_again = is_first and self._ends_epoch()
-        wait = comes_again and self.control.should_save
-        if self._leaving and self.control.should_evaluate:
-            self._evaluation_due, self.control.should_evaluate = True, False
-        leave = self._leaving and not comes_again
-        self.control.should_save = leave or (self.control.should_save and not comes_again)
-        try:
-            with self._evaluation_may_be_cut():
-                super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except _EvaluationCutError:
-            self._evaluation_due = self._leaving = True
-            if not comes_again:
-                leave = True
-                self._save_checkpoint(model, trial)
-        if leave:
-            raise self._stopped(trial)
-        if wait:
-            self.control.should_save = True
-
-    def _ends_epoch(self) -> bool:
-        control = self.control
-        return control.should_training_stop or control.should_epoch_stop or float(self.state.epoch or 0).is_integer()
-
-    def _stopped(self, trial: Any) -> StoppedBySignalError:
-        name = self.stop_signals.received if self.stop_signals is not None else None
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        return StoppedBySignalError(name or "a signal to another process", str(checkpoint))
-
-    @contextmanager
-    def _evaluation_may_be_cut(self) -> Iterator[None]:
-        """An evaluation may leave in its middle with everything as it was before; ranks would have to agree on where."""
-        state, lines = torch.get_rng_state(), None
-        self._may_cut_evaluation = self.accelerator.num_processes == 1
-        try:
-            yield
-        except _EvaluationCutError:
-            torch.set_rng_state(state)
-            lines = [line for line in self.state.log_history if not _is_evaluation_of(line, self.state.global_step)]
-            self.state.log_history = lines
-            raise
-        finally:
-            self._may_cut_evaluation = False
-
-    def _leave_evaluation_if_stopped(self) -> None:
-        """To be called before every batch of an evaluation."""
-        self._tell("evaluation")
-        if self._may_cut_evaluation and self.stop_signals is not None and self.stop_signals.received is not None:
-            raise _EvaluationCutError
-
-    def _evaluate_if_due(self) -> None:
-        """The evaluation that the process before had no time for."""
-        if self._evaluation_due:
-            metrics = self._evaluate(None, None)
+        if self.save_and_stop.evaluation_due:
+            try:
+                metrics = self._evaluate(None, None)
+            except EvaluationStoppedError:
+                raise self.save_and_stop.stopped_at(self.state.global_step) from None
             self._determine_best_metric(metrics=metrics, trial=None)
-            # Its checkpoint was saved before.
-            self.state.best_model_checkpoint = self._best_checkpoint(Path(self._get_output_dir(None)))
-            self._evaluation_due = False
+            self.state.best_model_checkpoint = self._best_checkpoint()
+            self.save_and_stop.evaluation_due = False
+        control.should_training_stop = control.should_training_stop or at_end
 
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """The summary is of the whole run, whatever processes did parts of it."""
-        self._restore_counters()
-        self._evaluate_if_due()
-        self._initial_global_step += self._skipped_steps
-        output = super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
-        return output._replace(training_loss=output.metrics["train_loss"])
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop:
+            return
+        try:
+            super()._run_epoch(*args, **kwargs)
+        except EvaluationStoppedError:
+            step, lines = self.state.global_step, self.state.log_history
+            # One language may be evaluated already; the resumed run evaluates both.
+            self.state.log_history = [
+                line for line in lines if line["step"] != step or not any(name.startswith("eval_") for name in line)
+            ]
+            self.save_and_stop.evaluation_due = True
+            self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
+            raise self.save_and_stop.stopped_at(step) from None
 
     # ---- checkpoints ----
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Without `training_args.bin`: it is a pickle, and nobody reads it."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(cast(str, output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _best_checkpoint(self, folder: Path, *, saving: Path | None = None) -> str | None:
-        """The checkpoint of the best step where it is in the run's folder, or is being saved."""
-        best = folder / f"checkpoint-{self.state.best_global_step}"
-        is_there = best == saving or ranks.on_main(best.is_dir)
-        return str(best) if is_there else self.state.best_model_checkpoint
-
     @property
-    def _kept_states(self) -> dict[str, Any]:
-        """States of callbacks by name; Transformers declares what it makes the dictionary from."""
-        return cast(dict[str, Any], self.state.stateful_callbacks)
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
-    @contextmanager
-    def _counters_in_state(self) -> Iterator[None]:
-        """Inside, the trainer's state holds what a resumed run goes on counting from."""
-        self._tell("saving a checkpoint")
-        processes = self.accelerator.num_processes
-        self._kept_states[_COUNTERS] = {
-            "loss_sum": self._sum_over_ranks(self._tr_loss.clone()).item() / processes,
-            "total_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-            "initial_step": self._initial_global_step,
-            "seconds": self._seconds_before + time.time() - self._began,
-            "skipped_steps": self._skipped_steps,
-            "window_steps": self._window_steps,
-            "window_skipped": self._window_skipped,
-            "evaluation_due": self._evaluation_due,
-            "window": self._window.state(self._sum_over_ranks),
-        }
-        try:
-            yield
-        finally:
-            self._kept_states.pop(_COUNTERS, None)
+    def _check_folder(self) -> None:
+        """Refuse to make a run folder that has vanished again: its content is gone."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self._folder))
 
-    def _restore_counters(self) -> None:
-        """Once, after `Trainer` has read a checkpoint; a checkpoint of another program has none."""
-        counters = self._kept_states.pop(_COUNTERS, None)
-        if counters is None:
+    def _best_checkpoint(self, *, saving: Path | None = None) -> str | None:
+        """Return the checkpoint of the best step if it exists or is being saved."""
+        best = self._folder / f"checkpoint-{self.state.best_global_step}"
+        exists = best == saving or ranks.on_main(best.is_dir)
+        return str(best) if exists else self.state.best_model_checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = self._folder / f"checkpoint-{self.state.global_step}"
+        ranks.agree(self._check_folder)
+        best = self._best_checkpoint(saving=folder)
+        self.counters.collect()
+
+        def write(staging: Path) -> None:
+            self._staging = staging.parent
+            try:
+                super(FaultTolerantTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            # `Trainer` has looked for the best one in the staging folder.
+            self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / TRAINER_STATE))
+                save_order(self.order, staging)
+
+        ranks.save_together(folder, write)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=best,
+                # By step: a deletion that was cut short makes an old checkpoint look new.
+                use_mtime=False,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model without `training_args.bin`, a pickle that nothing here reads."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_best_model(self) -> None:
+        named = self.state.best_model_checkpoint
+        best, problem = ranks.on_main(lambda: self._check_best(named))
+        # Otherwise the last checkpoints would be deleted in favour of one that cannot be used.
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if best is None:
+            logger.warning("the best checkpoint %s is %s; the last weights are kept", named, problem)
             return
-        self._began, self._seconds_before = time.time(), counters["seconds"]
-        self._total_loss_scalar = counters["total_loss"]
-        self._globalstep_last_logged = counters["last_logged_step"]
-        self._initial_global_step = counters["initial_step"]
-        self._skipped_steps = counters["skipped_steps"]
-        self._window_steps, self._window_skipped = counters["window_steps"], counters["window_skipped"]
-        self._evaluation_due = counters["evaluation_due"]
-        self._tr_loss.fill_(counters["loss_sum"])
-        # Sums over ranks go on on one of them.
-        self._window.restore(counters["window"], counts=self.accelerator.is_main_process)
+        super()._load_best_model()
 
-
-def _is_evaluation_of(line: dict[str, Any], step: int) -> bool:
-    return line.get("step") == step and any(name.startswith("eval_") for name in line)
+    def _check_best(self, named: str | None) -> tuple[Path | None, str]:
+        """Return the best checkpoint if it can be loaded, or None and the reason."""
+        best = own_checkpoint(named, self._folder)
+        if best is None:
+            return None, "not one of this run"
+        damage = find_damage(best)
+        if damage is not None:
+            return None, f"damaged ({damage})"
+        check_checkpoint(best)
+        return best, ""

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.runs import lock as module
-from pivotune.runs.lock import LOCK, check_unlocked, run_lock
+from pivotune.runs import folder as module
+from pivotune.runs.folder import LOCK, check_unlocked, run_lock
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from pivotune.runs.lock import run_lock
+from pivotune.runs.folder import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
