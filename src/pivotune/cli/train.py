@@ -72,10 +72,10 @@ def train(
             raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
-    else:
-        from pivotune.cli.training_display import describe_result
+        return
+    from pivotune.cli.training_display import describe_result
 
-        describe_result(out, result)
+    describe_result(out, result)
 
 
 def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:

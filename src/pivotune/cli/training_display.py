@@ -111,7 +111,7 @@ def describe_training(out: Console, prepared: PreparedRun) -> None:
         has = "" if found.device.memory is None else f" (has {gibibytes(found.device.memory)})"
         line += f"; estimated peak {gibibytes(found.peak)} a device{has}"
     out.print(f"[bold]training[/] {line}", soft_wrap=True)
-    if found.too_much:
+    if found.peak and found.device.memory and found.peak > found.device.memory:
         warning = "the device's memory will probably not suffice; `pivotune estimate` lists changes that fit"
         out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
 

@@ -174,10 +174,9 @@ def _script_facts(locale: BilingualLocale) -> Iterator[Fact]:
 
 
 def _zone_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for territory in _territory_codes(locale):
-        for zone in sorted(get_global("territory_zones")[territory]):
-            name = locale.territories[territory]
-            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=name)
+    for code in _territory_codes(locale):
+        for zone in sorted(get_global("territory_zones")[code]):
+            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=locale.territories[code])
 
 
 def _calendar_facts(locale: BilingualLocale) -> Iterator[Fact]:

@@ -101,13 +101,9 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
         tensors[f"english_features_{loss.name}"] = torch.zeros(len(batch), text.hidden_size)
     accumulated, checkpointing = args.gradient_accumulation_steps > 1, bool(args.gradient_checkpointing)
     forward = args.supervision.logits.forward
-    options: Any = {
-        "autocast": args.bf16,
-        "checkpointing": checkpointing,
-        "accumulated": accumulated,
-        "forward": forward,
-    }
-    timeline = dry_step(meta_model(config, model_config), tensors, supervision, device=device, **options)
+    options: Any = {"checkpointing": checkpointing, "accumulated": accumulated, "forward": forward}
+    cut = meta_model(config, model_config)
+    timeline = dry_step(cut, tensors, supervision, device=device, autocast=args.bf16, **options)
     model = meta_model(config, model_config)
     optimizer = optimizer_name(args)
     size = measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
@@ -115,19 +111,13 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     costs = measure_costs(model, checkpointing=checkpointing, whole_squares=whole_squares)
     separate = forward == "separate"
     of_row = fmean(row_operations(example, costs, supervision, separate=separate) for example in rows.examples)
+    # Torch's AdamW works on lists of tensors on a GPU, with a temporary for each, unless it is fused.
+    foreach_copies = device == "cuda" and optimizer == "adamw_torch"
+    options = {"compute_bytes": 2 if args.bf16 else 4, "accumulated": accumulated, "foreach_copies": foreach_copies}
     estimates = []
     for target in targets:
         schedule = None if rows.rows is None else training_schedule(args, rows.rows, target.processes)
-        memory = memory_of(
-            size,
-            timeline,
-            target.strategy,
-            processes=target.processes,
-            compute_bytes=2 if args.bf16 else 4,
-            accumulated=accumulated,
-            # Torch's AdamW works on lists of tensors on a GPU, with a temporary for each, unless it is fused.
-            foreach_copies=device == "cuda" and optimizer == "adamw_torch",
-        )
+        memory = memory_of(size, timeline, target.strategy, processes=target.processes, **options)
         estimates.append(
             Estimate(
                 target=target,
@@ -196,11 +186,6 @@ class Startup:
     schedule: Schedule
     device: Device
     peak: float | None
-
-    @property
-    def too_much(self) -> bool:
-        """Return True if the estimated peak exceeds the device's memory."""
-        return None not in (self.peak, self.device.memory) and (self.peak or 0) > (self.device.memory or 0)
 
 
 def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pair]) -> Startup | None:

@@ -58,9 +58,8 @@ class Costs:
 def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool) -> Costs:
     """Return the costs from the shapes of a model on the meta device.
 
-    Args:
-        whole_squares: attention multiplies all pairs and recomputes its weights in the backward pass, as
-            `eager_chunked_attention` does; otherwise half of the pairs, as fused kernels do.
+    With `whole_squares` attention multiplies all pairs and recomputes its weights in the backward pass, as
+    `eager_chunked_attention` does; otherwise half of the pairs, as fused kernels do.
     """
     architecture = find_architecture(model)
     counts = {False: 0, True: 0}
@@ -87,11 +86,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
 
 
 def row_operations(example: Example, costs: Costs, supervision: SupervisionConfig, *, separate: bool = False) -> float:
-    """Return the operations of one row, forward and backward.
-
-    Args:
-        separate: the English branches repeat the prompt's forward pass (`supervision.logits.forward: separate`).
-    """
+    """Return the operations of one row; with `separate` the English branches repeat the prompt's forward pass."""
     main, parallel = example.main, example.parallel
     tokens = len(main.ids)
     total = costs.num_layers * (costs.step * tokens + costs.attention * tokens**2)

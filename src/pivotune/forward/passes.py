@@ -160,10 +160,7 @@ def _run_without_padding(
 
 def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
     assert taps.final is not None
-    return Taps(
-        hidden_states={layer: packing.padded(taps.hidden_states[layer]) for layer in layers},
-        final=packing.padded(taps.final),
-    )
+    return Taps({layer: packing.padded(taps.hidden_states[layer]) for layer in layers}, packing.padded(taps.final))
 
 
 # --- separate passes, the reference --------------------------------------------------------------------------------
@@ -204,9 +201,8 @@ def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, lay
         taps = _run(model, architecture, input_ids, attention_mask, frozenset({layer}))
     # The token before predicts: the last prompt token predicts the first English one.
     predicting = branch_mask[:, 1:]
-    return BranchStates(
-        hidden_states=taps.hidden_states[layer][:, :-1][predicting], labels=input_ids[:, 1:][predicting]
-    )
+    states = taps.hidden_states[layer][:, :-1][predicting]
+    return BranchStates(hidden_states=states, labels=input_ids[:, 1:][predicting])
 
 
 def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,10 +249,9 @@ def _prompt_lengths(batch: Batch) -> Tensor:
 
 def _at_least_one_token(attention_mask: Tensor) -> Tensor:
     """Return the mask, with one token added to a batch that is all padding; that token's states are not read."""
-    if attention_mask.any():
-        return attention_mask
-    attention_mask = attention_mask.clone()
-    attention_mask[0, 0] = 1
+    if not attention_mask.any():
+        attention_mask = attention_mask.clone()
+        attention_mask[0, 0] = 1
     return attention_mask
 
 

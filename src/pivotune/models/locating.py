@@ -78,8 +78,7 @@ def locate(name: str, revision: str | None) -> ModelFiles:
     """Find a model's files, looking a Hub name up; of an adapter its own files, not its base model's.
 
     Raises:
-        UsageError: as `resolve_model`; no such Hub name or revision, Hub out of reach and model not in its cache, no
-            configuration or no safetensors.
+        UsageError: as `resolve_model`; Hub name or revision not found, no configuration or no safetensors.
     """
     location = resolve_model(name)
     if Path(location).is_dir():
