@@ -114,7 +114,8 @@ class Chatter:
         from pivotune.data.templates import Turn
 
         while True:
-            history = (*_system_turn(self.system), *self.turns)
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            history = (*system, *self.turns)
             ids = self.encoder.encode_prompt(Turn(prompt, history=history))
             if not self.turns or self._room(len(ids)) >= self.max_new_tokens:
                 break
@@ -161,10 +162,6 @@ def _accepts(encoder: Encoder, history: list[Mapping[str, str]]) -> bool:
     return True
 
 
-def _system_turn(system: str | None) -> list[Mapping[str, str]]:
-    return [{"role": "system", "content": system}] if system else []
-
-
 def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     """Check a model and read its tokenizer and template: the run's own unless another is named."""
     from pivotune.data.examples import Encoder
@@ -178,7 +175,7 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     check_model(name)
     tokenizer = load_tokenizer(name)
     encoder = Encoder(tokenizer, load_template(template, tokenizer))
-    if system and not _accepts(encoder, _system_turn(system)):
+    if system and not _accepts(encoder, [{"role": "system", "content": system}]):
         raise UsageError(f"--system: the template {encoder.template.name} of {name} takes no system message")
     return encoder
 
@@ -238,7 +235,15 @@ class _Session:
             self.chatters[0].answer(prompt, lambda text: self.out.out(printable(text), end="", highlight=False))
             self.out.print()
         else:
-            self._print_columns(prompt)
+            from rich.table import Table
+            from rich.text import Text
+
+            answers = [Text(printable(chatter.answer(prompt))) for chatter in self.chatters]
+            table = Table(title=Text(printable(prompt)), expand=True)
+            for chatter in self.chatters:
+                table.add_column(Text(printable(chatter.name)), ratio=1, overflow="fold")
+            table.add_row(*answers)
+            self.out.print(table)
         for chatter in self.chatters:
             if chatter.dropped and chatter.name not in self.warned:
                 note = "the conversation is longer than the model reads; its oldest turns are forgotten"
@@ -250,14 +255,3 @@ class _Session:
             while True:
                 yield input("" if self.as_json else "you> ")
         self.out.print()
-
-    def _print_columns(self, prompt: str) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        answers = [Text(printable(chatter.answer(prompt))) for chatter in self.chatters]
-        table = Table(title=Text(printable(prompt)), expand=True)
-        for chatter in self.chatters:
-            table.add_column(Text(printable(chatter.name)), ratio=1, overflow="fold")
-        table.add_row(*answers)
-        self.out.print(table)

@@ -41,15 +41,11 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help=_TASKS_HELP)] = "",
     languages: options.Languages = "",
     data_dir: options.DataDir = None,
-    out: Annotated[
-        Path | None, typer.Option(help="results.json or its folder; default: the run or results/MODEL.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="results.json or its folder; default: the run's.")] = None,
     limit: options.Limit = None,
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
     batch_size: options.BatchSize = "auto",
-    template: Annotated[
-        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: the run's.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca, Jinja file, none; default: the run's.")] = None,
     split: options.Split = None,
     pairs: Annotated[Path | None, typer.Option(help="Your own parallel text, for pairs_vi and alignment_vi.")] = None,
     english: Annotated[Path | None, typer.Option(help="English side of --pairs, if it is a file of its own.")] = None,

@@ -33,17 +33,13 @@ if TYPE_CHECKING:
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML) of all cells.")],
-    grid: Annotated[
-        list[str] | None, typer.Option(help="supervision.thinking.layer=5,10. Repeat for a product.")
-    ] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="supervision.thinking.layer=5,10. Repeatable.")] = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="Table 3: TFT, each inner loss alone, both.")] = False,
     signals: Annotated[str, typer.Option(help="For --ablation: logits, feature or both; default: the run's.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated; default: the run's own.")] = "",
     tasks: Annotated[str, typer.Option(help="As in pivotune evaluate; default: held-out rows only.")] = "",
     changes: options.Changes = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the sweep; default: sweeps/NAME of the YAML file.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: sweeps/NAME of the YAML file.")] = None,
     languages: options.Languages = "",
     data_dir: options.DataDir = None,
     limit: options.Limit = None,

@@ -71,7 +71,14 @@ def build_demo_rows(language: str, *, rows: int | None = None, seed: int = 0) ->
     def shuffled(chosen: Iterable[dict[str, str]]) -> list[dict[str, str]]:
         return sorted(chosen, key=lambda row: stable_rank("order", seed, row["id"]))
 
-    train = _sample_evenly([row for row in all_rows if row["entity"] not in held_out], rows, seed)
+    # Spread evenly over the kinds as far as they go; a larger number of rows only adds rows.
+    position: Counter[str] = Counter()
+    rounds = []
+    trained = (row for row in all_rows if row["entity"] not in held_out)
+    for row in sorted(trained, key=lambda row: stable_rank("sample", seed, row["id"])):
+        rounds.append((position[row["kind"]], row))
+        position[row["kind"]] += 1
+    train = [row for _, row in sorted(rounds, key=lambda pair: pair[0])][:rows]
     return DemoData(shuffled(train), shuffled(row for row in all_rows if row["entity"] in held_out), cldr_version())
 
 
@@ -138,13 +145,3 @@ def worded_rows(language: str) -> list[dict[str, str]]:
             prompts |= {row["prompt"], row["prompt_en"]}
             rows.append({"id": f"{language}-{fact.name}", **row, "entity": fact.entity, "kind": fact.kind})
     return rows
-
-
-def _sample_evenly(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
-    """Return `limit` rows, spread evenly over the kinds as far as they go; a larger limit only adds rows."""
-    position: Counter[str] = Counter()
-    rounds = []
-    for row in sorted(rows, key=lambda row: stable_rank("sample", seed, row["id"])):
-        rounds.append((position[row["kind"]], row))
-        position[row["kind"]] += 1
-    return [row for _, row in sorted(rounds, key=lambda pair: pair[0])][:limit]

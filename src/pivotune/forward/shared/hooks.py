@@ -6,10 +6,10 @@ have reached their layer. Activation checkpoints keep the packing for their seco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +86,10 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _attention_installed(configs: Sequence[Any], packing: Packing) -> Iterator[None]:
-    _register_attention()
+    from transformers import AttentionInterface
+
+    # Registered without a mask function, so that Transformers makes no mask.
+    AttentionInterface.register(ATTENTION, _attention)
     before = [config._attn_implementation for config in configs]
     token = _packing.set(packing)
     try:
@@ -97,14 +100,6 @@ def _attention_installed(configs: Sequence[Any], packing: Packing) -> Iterator[N
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         _packing.reset(token)
-
-
-@cache
-def _register_attention() -> None:
-    from transformers import AttentionInterface
-
-    # Registered without a mask function, so that Transformers makes no mask.
-    AttentionInterface.register(ATTENTION, _attention)
 
 
 # Not traced by torch.compile: the packing changes with every batch, and each would be compiled anew.
@@ -173,7 +168,12 @@ def _checkpoint_keeps_packing(block: nn.Module, configs: Sequence[Any], packing:
         if own:
             args, keywords = _narrow(count, owner, args, function.keywords)
             function = partial(function.func, *function.args, **keywords)
-        return checkpoint(_with_attention(function, configs, packing), *args, **kwargs)
+
+        def with_attention(*args: Any, **kwargs: Any) -> Any:
+            with _attention_installed(configs, packing):
+                return function(*args, **kwargs)
+
+        return checkpoint(with_attention, *args, **kwargs)
 
     setattr(owner, name, keeping)
     try:
@@ -190,11 +190,3 @@ def _checkpoint_wrapper(block: nn.Module) -> Any:
             return block
         block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
     return None
-
-
-def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _attention_installed(configs, packing):
-            return function(*args, **kwargs)
-
-    return run

@@ -1,9 +1,8 @@
 """Many sequences in one forward pass without padding, and branches that leave it early.
 
 All tokens of a batch lie behind each other in one row of length N: first the main sequences, then the tokens of the
-branches, the branch with the highest layer first. A branch continues the prompt of its row: its positions go on from the
-prompt's last token, and its tokens see the prompt and themselves. The branches lie at the end, so one that has reached
-its layer leaves by cutting the end off, and nothing else moves.
+branches, the branch with the highest layer first, so that one which has reached its layer leaves by cutting the end off. A
+branch continues the prompt of its row: its positions go on from there, and its tokens see the prompt and themselves.
 
 Shapes: B rows, T tokens of the longest main sequence, N packed tokens, n tokens of one segment, R rows of one segment,
 Q its longest row, K the longest row of keys (prompt and branch).
