@@ -148,9 +148,9 @@ def describe(
 def _time(seconds: float | None, device: Device) -> str:
     if seconds is None:
         return "give --tflops (the peak rate of a GPU) for the time"
-    minutes = seconds / 60
-    in_minutes = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
-    return f"about {f'{seconds:.0f} s' if minutes < 1 else in_minutes} on {device.name}"
+    if seconds < 60:
+        return f"about {seconds:.0f} s on {device.name}"
+    return f"about {f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:,.1f} h'} on {device.name}"
 
 
 def memory_table(estimates: list[Estimate], device: Device) -> Any:

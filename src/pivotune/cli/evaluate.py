@@ -99,8 +99,7 @@ def evaluate(
         revision=revision,
     )
     prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
-    _describe(console(as_json), prepared)
-    _warn_of_replaced(folder, prepared)
+    _describe(console(as_json), prepared, folder)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_log_result)
     measured = {task.task.name: results["tasks"][task.task.name] for task in prepared.tasks}
     if as_json:
@@ -118,10 +117,16 @@ def _default_out(model: str) -> Path:
     return Path("results") / re.sub(r"[^\w.-]+", "--", name)
 
 
-def _describe(out: Console, prepared: PreparedEvaluation) -> None:
-    """Print model and tasks, and one whole prompt, because wrong templates fail silently."""
+def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
+    """Print model and tasks, and one whole prompt, because wrong templates fail silently.
+
+    Warn where a task replaces an earlier result of another size, as with a small --limit.
+    """
     from rich.text import Text
 
+    from pivotune.results.files import read_entries
+
+    entries = read_entries(folder)
     print_lines(out, f"model     {prepared.model}", f"template  {prepared.prompter.name}")
     for task in prepared.tasks:
         size = len(task.requests) or len(task.pairs or ())
@@ -132,6 +137,10 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         if task.truncated:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
             print_lines(out, note, style="yellow")
+        earlier = entries.get(task.task.name)
+        if earlier is not None and earlier.get("n") != size:
+            note = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
+            print_lines(stderr, note, style="yellow")
     print_lines(out, *(f"left out: {reason}" for reason in prepared.missing), style="yellow")
     asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
     if asked is not None:
@@ -139,18 +148,6 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
         out.print("first prompt, and its [green]gold answer[/]:")
         out.print(shown, soft_wrap=True)
-
-
-def _warn_of_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
-    """Warn where a task replaces an earlier result of another size, as with a small --limit."""
-    from pivotune.results.files import read_entries
-
-    entries = read_entries(folder)
-    for task in prepared.tasks:
-        name, size = task.task.name, len(task.requests) or len(task.pairs or ())
-        if name in entries and (earlier := entries[name].get("n")) != size:
-            line = f"{name}: the earlier result (n = {earlier}) in {folder} is replaced"
-            print_lines(stderr, line, style="yellow")
 
 
 def _log_result(name: str, entry: dict[str, Any]) -> None:
@@ -166,14 +163,9 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
 
     from pivotune.results.files import results_paths
 
-    table = Table(
-        Column("task", overflow="fold"),
-        Column("metric", overflow="fold"),
-        *(Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")),
-        "gold NLL per token",
-        "in its language",
-        "notes",
-    )
+    names = [Column(title, overflow="fold") for title in ("task", "metric")]
+    numbers = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
+    table = Table(*names, *numbers, "gold NLL per token", "in its language", "notes")
     for name, task in tasks.items():
         metrics = task["metrics"]
         notes = [f"{task['truncated']} prompts cut"] if task.get("truncated") else []
@@ -186,8 +178,8 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
         label = safe(name)
         for metric in (task["metric"], *(metric for metric in _SECONDARY_METRICS if metric in metrics)):
             figure = metrics[metric]
-            numbers = (_number(figure["value"]), _number(figure["stderr"]), str(figure["n"]))
-            table.add_row(label, safe(metric), *numbers, *last)
+            cells = (_number(figure["value"]), _number(figure["stderr"]), str(figure["n"]))
+            table.add_row(label, safe(metric), *cells, *last)
             label, last = "", ["", "", ""]
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):

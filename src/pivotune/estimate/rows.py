@@ -25,8 +25,8 @@ from pivotune.training.preparation import build_encoder, load_run_rows, spread
 # Rows that are tokenized, enough to know their lengths, and rows that are put in order: more change the longest
 # micro-batch little.
 SAMPLE_ROWS, _ROWS_ORDERED = 512, 20_000
-# Mean tokens of translated Alpaca rows (docs/performance.md): query and answer, and of the English ones.
-TYPICAL_TOKENS = {"query": 105, "answer": 165, "english_query": 70, "english_answer": 110}
+# Mean tokens of query and answer of translated Alpaca rows (docs/performance.md).
+TYPICAL_TOKENS = {"target": (105, 165), "english": (70, 110)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,7 @@ def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
         query, answer = min(query, longest[0]), min(answer, longest[1])
         return Side(ids=np.ones(query + answer, dtype=np.int32), query=(0, query), answer=query, characters=answer)
 
-    typical = Pair(
-        target=side(TYPICAL_TOKENS["query"], TYPICAL_TOKENS["answer"]),
-        english=side(TYPICAL_TOKENS["english_query"], TYPICAL_TOKENS["english_answer"]),
-    )
+    typical = Pair(target=side(*TYPICAL_TOKENS["target"]), english=side(*TYPICAL_TOKENS["english"]))
     # One in a hundred reaches the limits.
     return [Pair(target=side(*longest), english=side(*longest)), *[typical] * 99]
 

@@ -136,11 +136,10 @@ def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | No
     head = architecture.lm_head
     if not is_plain_linear(head):
         return None
-    weight, bias = (
-        None if part is None else whole(cast(Tensor, part), frozen=frozen) for part in (head.weight, head.bias)
-    )
-    if weight is None or not is_plain_matrix(weight):
+    weight = whole(cast(Tensor, head.weight), frozen=frozen)
+    if not is_plain_matrix(weight):
         return None
+    bias = None if head.bias is None else whole(cast(Tensor, head.bias), frozen=frozen)
     if bias is not None and architecture.logit_scale != 1.0:
         bias = bias * architecture.logit_scale
     return LinearHead(weight, bias, architecture.softcap)

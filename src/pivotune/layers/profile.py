@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
@@ -95,10 +96,8 @@ def profile_layers(
     architecture = find_architecture(model)
     english = None
     if english_tokens is not None:
-        known = english_tokens[: architecture.vocab_size]
-        english = torch.zeros(architecture.vocab_size)
-        english[: len(known)] = known.float().cpu()
-        english = english.to(_head_device(architecture))
+        known = english_tokens[: architecture.vocab_size].float()
+        english = F.pad(known, (0, architecture.vocab_size - len(known))).to(_head_device(architecture))
     all_sums, all_counts, sequences = [], [], 0
     # no_grad rather than inference_mode: tensors that a model caches in a forward pass (rotary tables) must stay
     # usable in the training that follows.
