@@ -64,7 +64,6 @@ class Fact:
 
     @property
     def category(self) -> str:
-        """The category of the entity: 'territory', 'currency'..."""
         return self.entity.split(":", 1)[0]
 
 

@@ -147,11 +147,9 @@ def _parts(model: nn.Module, log: AllocationLog) -> Iterator[None]:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Record when each storage of a fake tensor is allocated and when it is freed.
+    """Record when each storage of a fake tensor is allocated and freed, except for tensors `held` before.
 
-    Args:
-        held: tensors that exist before and do not count: parameters and buffers.
-        weights: those of them that autocast may copy into its dtype; the copies are counted apart.
+    Copies of `weights` into autocast's dtype are counted apart.
     """
 
     def __init__(self, *, held: Iterable[Tensor], weights: Iterable[Tensor]) -> None:

@@ -133,13 +133,10 @@ def english_looking_tokens(
     looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     for token, index in vocabulary.items():
-        if index not in added:
-            looks_english[index] = _looks_english(tokenizer.convert_tokens_to_string([token]))
+        if index in added:
+            continue
+        text = tokenizer.convert_tokens_to_string([token])
+        foreign = any(not c.isascii() and (c == "\ufffd" or unicodedata.category(c)[0] in "LM") for c in text)
+        looks_english[index] = not foreign and sum(c.isascii() and c.isalpha() for c in text) >= 2
     share = f"{1 - latin_share:.0%} of the target language's letters are not Latin"
     return looks_english, f"{share}; {int(looks_english.sum())} tokens of ASCII letters count as English-looking"
-
-
-def _looks_english(text: str) -> bool:
-    ascii_letters = sum(character.isascii() and character.isalpha() for character in text)
-    foreign = any(not c.isascii() and (c == "�" or unicodedata.category(c)[0] in "LM") for c in text)
-    return ascii_letters >= 2 and not foreign

@@ -59,11 +59,9 @@ class LayerSelection:
     """The critical layers of a model and the reason for them.
 
     Attributes:
-        conversion: i, the layer where conversion to English ends; 1 <= i < j.
-        thinking: j, the layer where thinking in English ends; i < j < L.
+        conversion, thinking: i and j, where conversion to English and thinking in English end; 1 <= i < j < L.
         method: `entropy-falls` (read from the curve), `relative-depth` (the paper's 2/32 and 15/32 of the depth) or
             `explicit` (both set by the user).
-        reason: one sentence for a person, with numbers.
         falls: every clear fall that was found, from the bottom up.
     """
 

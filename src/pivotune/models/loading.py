@@ -35,8 +35,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
     """Read the configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
 
     Raises:
-        UsageError: no such folder or Hub name, Hub out of reach and model not in its cache, gated repository, no
-            configuration, no safetensors (or a missing shard), an encoder-decoder or another non-causal model.
+        UsageError: as `locate`; a gated repository; an encoder-decoder or another non-causal model.
     """
     from transformers import AutoConfig
 

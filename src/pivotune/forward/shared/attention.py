@@ -36,7 +36,7 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Let every segment of a packed batch attend to its own rows.
+    """Let every segment of a packed batch attend to its own rows; return (1, N, H, D).
 
     Args:
         query: (1, H, N, D), with rotary positions applied; `key` and `value` (1, key heads, N, D), where the number of
@@ -44,9 +44,6 @@ def packed_attention(
         scaling: of the products; None for 1 / sqrt(D).
         window: sliding window, in tokens, itself included.
         softcap: c of `c * tanh(products / c)` before the softmax (Gemma-2).
-
-    Returns:
-        (1, N, H, D).
     """
     # Under autocast rotary embeddings leave queries and keys in float32; attention would round them anyway.
     tokens = [states.to(value.dtype).transpose(1, 2)[0] for states in (query, key, value)]
