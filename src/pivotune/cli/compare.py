@@ -25,7 +25,7 @@ def compare(
     tasks: Annotated[str, typer.Option(metavar="GLOBS", help="xquad_vi,xnli_*. English is always shown.")] = "",
     metrics: Annotated[str, typer.Option(metavar="GLOBS", help="primary, all, or names: f1,nll_per_*.")] = "primary",
     names: Annotated[str, typer.Option(help="Comma-separated names of the rows, in their order.")] = "",
-    out: Annotated[list[Path] | None, typer.Option(help="A .md, .tex, .csv or .json file too. Repeatable.")] = None,
+    out: Annotated[list[Path] | None, typer.Option(help="Also write .md, .tex, .csv or .json. Repeatable.")] = None,
     form: Annotated[str, typer.Option("--format", help=", ".join(_FORMATS) + ".")] = "terminal",
     resamples: Annotated[int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: lora='{r: 16}'. Repeatable.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: training.max_steps=100. Repeatable.")]
 Languages = Annotated[str, typer.Option("--lang", help="Languages of benchmarks, comma-separated; default: the run's.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with the publishers' files; default: download them.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first items of each task.")]

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML) of all cells.")],
-    grid: Annotated[list[str] | None, typer.Option(help="supervision.thinking.layer=5,10. Repeatable.")] = None,
-    ablation: Annotated[bool, typer.Option("--ablation", help="Table 3: TFT, each inner loss alone, both.")] = False,
+    grid: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE. Repeat for the product.")] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Paper's Table 3: TFT, each loss alone, both.")] = False,
     signals: Annotated[str, typer.Option(help="For --ablation: logits, feature or both; default: the run's.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated; default: the run's own.")] = "",
     tasks: Annotated[str, typer.Option(help="As in pivotune evaluate; default: held-out rows only.")] = "",

@@ -34,7 +34,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML); `pivotune init` prints one.")],
     changes: options.Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Go on with the run or start it.")] = False,
+    auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Go on with the run, or start it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in output_dir.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:

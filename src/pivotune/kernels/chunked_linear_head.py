@@ -249,7 +249,7 @@ def _score_chunk(
     logits: Tensor,
     labels: Tensor,
     rows: slice,
-    softcap: Any,
+    softcap: float | None,
     workspace: _Workspace,
     wanted: Wanted,
     outputs: HeadOutputs,
