@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 _EXCERPT_CHARACTERS = 160
 # In the order in which the texts of a row are shown.
-_TITLES = ("prompt", "English prompt", "answer", "English answer")
-_TEXT_TITLES = dict(zip(("prompt", "prompt_en", "completion", "completion_en"), _TITLES, strict=True))
+_TEXT_TITLES = {
+    "prompt": "prompt",
+    "prompt_en": "English prompt",
+    "completion": "answer",
+    "completion_en": "English answer",
+}
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 

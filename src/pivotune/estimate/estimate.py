@@ -156,8 +156,8 @@ def fitting_changes(config: RunConfig, target: Target, rows: RunRows, memory: fl
         elif fits(change.apply(config)):
             alone.append(change.text)
     if target.device == "cuda" and why_impossible(config, Target(device="cuda", strategy="fsdp2")) is None:
-        counts = [2**power for power in range(1, 11)]
-        counts = [target.processes * count for count in counts if target.processes * count <= _MOST_DEVICES]
+        counts = [target.processes * 2**power for power in range(1, 11)]
+        counts = [count for count in counts if count <= _MOST_DEVICES]
         targets = [Target(device="cuda", processes=count, strategy="fsdp2") for count in counts]
         devices = [item.target.processes for item in estimate_strategies(config, targets, rows) if item.fits(memory)]
         alone += [f"fsdp2 over {count} GPUs (configs/accelerate/fsdp2.yaml)" for count in devices[:1]]

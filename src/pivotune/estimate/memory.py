@@ -94,10 +94,6 @@ class ModelSize:
     def weight_bytes(self) -> float:
         return self.frozen_bytes + self.trained_bytes
 
-    @property
-    def gradient_bytes(self) -> float:
-        return self.trained_bytes
-
 
 def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> ModelSize:
     """Return the sizes of a model as `meta_model` builds it."""
@@ -180,7 +176,8 @@ def memory_of(
         foreach_copies: the optimizer makes a temporary as large as the trained weights.
     """
     if strategy in ("single", "ddp"):
-        weights, gradients, optimizer = size.weight_bytes, size.gradient_bytes, size.optimizer_bytes
+        # Gradients have the dtype of their weights.
+        weights, gradients, optimizer = size.weight_bytes, size.trained_bytes, size.optimizer_bytes
         # DistributedDataParallel copies gradients into buckets, which it sends.
         communication = gradients if strategy == "ddp" else 0.0
         activations = timeline.peak(gradients=0)
@@ -190,14 +187,14 @@ def memory_of(
     else:
         share = 1 / processes
         weights, master, communication = _sharded(size, strategy, share, compute_bytes)
-        gradient_bytes = size.gradient_bytes if strategy == "fsdp2" else size.trained * compute_bytes
+        gradient_bytes = size.trained_bytes if strategy == "fsdp2" else size.trained * compute_bytes
         gradients, optimizer = gradient_bytes * share, size.optimizer_bytes * share + master
         # Weights are gathered in the dtype of the matrix products, so that autocast copies none.
         activations = timeline.peak(gradients=0, weight_casts=0)
         if accumulated:
             backward = communication + activations + gradients
         else:
-            kept = gradients / max(size.gradient_bytes, 1)
+            kept = gradients / max(size.trained_bytes, 1)
             backward = communication + timeline.peak(gradients=kept, weight_casts=0)
         step = gradients + (size.trained_bytes * share if foreach_copies else 0)
         dequantized = float(size.largest * compute_bytes)

@@ -7,7 +7,7 @@ vocabulary, L the number of blocks.
 from __future__ import annotations
 
 import os
-import time
+import timeit
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +165,5 @@ def training_rate(device: Device, model_config: Any, *, autocast: bool, tokens: 
     tokens = min(_RATE_TOKENS, tokens)
     states, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(inner, width, dtype=dtype)
     torch.nn.functional.linear(states, weight)
-    seconds = []
-    for _ in range(_RATE_ROUNDS):
-        started = time.perf_counter()
-        torch.nn.functional.linear(states, weight)
-        seconds.append(time.perf_counter() - started)
+    seconds = timeit.repeat(lambda: torch.nn.functional.linear(states, weight), number=1, repeat=_RATE_ROUNDS)
     return 2.0 * tokens * inner * width / min(seconds) * CPU_UTILIZATION
