@@ -63,11 +63,10 @@ def estimate(
     found = read_rows(run_config, rows=rows)
     estimates = estimate_strategies(run_config, targets, found)
     seconds: list[float | None] = []
+    model_config = read_model_config(run_config)
     for item in estimates:
-        rate = None
-        if item.operations is not None:
-            model_config = read_model_config(run_config)
-            rate = training_rate(device, model_config, autocast=item.autocast, tokens=item.batch_tokens)
+        autocast, tokens = item.autocast, item.batch_tokens
+        rate = item.operations and training_rate(device, model_config, autocast=autocast, tokens=tokens)
         seconds.append(rate and (item.operations or 0) / (rate * item.target.processes))
     advice = None
     if device.memory is not None and not any(item.fits(device.memory) for item in estimates):

@@ -184,8 +184,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
         out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
-    path, _ = results_paths(folder)
-    print_lines(out, f"saved    {path}   (compare: pivotune compare {folder} OTHER)")
+    print_lines(out, f"saved    {results_paths(folder)[0]}   (compare: pivotune compare {folder} OTHER)")
 
 
 def _number(value: float | None, digits: int = 2) -> str:
