@@ -81,7 +81,8 @@ by_set("validation_larger_than_the_data",
        f"data.validation: 99 rows asked for, the data has {NUM_ROWS}; at least one must be left for training",
        "data.validation=99")  # fmt: skip
 by_set("template_takes_all_prompt_tokens",
-       "FOLDER/pairs.jsonl: line 1: the template alone takes 6 tokens and data.max_prompt_tokens is 3; allow more",
+       "FOLDER/pairs.jsonl: line 1: the template alone takes more than the 3 tokens of data.max_prompt_tokens; allow more "
+       "(it takes 6)",
        "data.max_prompt_tokens=3")  # fmt: skip
 
 
@@ -154,9 +155,7 @@ def answer_cut_to_nothing(run: Case) -> str:
     run.rows[4]["prompt"] = "ዳታ" * 100
     run.write_rows()
     run.changes.append("data.max_prompt_tokens=2000")
-    return (
-        f"{run.data}: line 5: the prompt takes 606 of the model's 256 tokens and nothing is left for the answer; lower "
-    )
+    return f"{run.data}: line 5: the prompt fills the model's 256 tokens and nothing is left for the answer; lower "
 
 
 # ---- the configuration ----

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from tiny_batches import make_examples
 
@@ -51,16 +50,6 @@ def test_batch_without_any_english_side():
     assert batch["input_ids"].shape == (2, 5)
 
 
-@pytest.mark.parametrize(("multiple", "main", "english"), [(None, 5, 4), (1, 5, 4), (4, 8, 4), (5, 5, 5), (8, 8, 8)])
-def test_pad_to_multiple_of(multiple, main, english):
-    batch = batch_of(Example(main=MAIN, parallel=ENGLISH), pad_to_multiple_of=multiple)
-    assert batch["input_ids"].shape == (1, main)
-    assert batch["english_input_ids"].shape == (1, english)
-    assert batch["input_ids"][0, 5:].tolist() == [PAD] * (main - 5)
-    assert batch["attention_mask"].sum() == 5
-    assert (batch["labels"] >= 0).sum() == 2
-
-
 def test_pooled_english_vectors_are_stacked():
     """In the rows' order; a batch of rows without any has no such entry."""
     vectors = {name: np.arange(3, dtype=np.float32) + start for name, start in (("conversion", 1), ("thinking", 5))}
@@ -75,10 +64,6 @@ def test_pooled_english_vectors_are_stacked():
     assert not any("features" in name for name in batch_of(Example(main=MAIN, parallel=ENGLISH)))
 
 
-def test_padding_to_a_multiple_leaves_a_missing_side_empty():
-    assert batch_of(Example(main=MAIN), pad_to_multiple_of=8)["english_input_ids"].shape == (1, 0)
-
-
 def test_masks_come_from_lengths_not_from_the_padding_id():
     """Many tokenizers pad with end-of-text; a model that never learns it never stops."""
     side = Side(ids=np.array([PAD, 6, PAD], dtype=np.int32), query=(0, 1), answer=2, characters=1)
@@ -89,7 +74,7 @@ def test_masks_come_from_lengths_not_from_the_padding_id():
 
 def test_every_row_can_be_read_back():
     examples = make_examples(8)
-    batch = DeepSupervisionCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
+    batch = DeepSupervisionCollator(pad_token_id=0)(examples)
     for row, example in enumerate(examples):
         length = len(example.main.ids)
         assert batch["input_ids"][row, :length].tolist() == example.main.ids.tolist()

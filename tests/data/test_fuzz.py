@@ -246,13 +246,11 @@ def test_checking_texts_of_megabytes():
 
 
 def test_a_file_without_line_ends_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("pivotune.data.text_files._LONGEST_LINE", 1000)
+    monkeypatch.setattr("pivotune.data.text_files._LONGEST_LINE", 2**19)
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + "x" * 5000)
+    path.write_text(json.dumps(GOOD) + "\n" + "x" * 2**20)
     for on_bad_row in ("error", "skip"):
-        with pytest.raises(
-            UsageError, match=r"rows.jsonl, line 2: longer than 1000 bytes; does the file have the type"
-        ):
+        with pytest.raises(UsageError, match=r"rows.jsonl, line 2: longer than 0.5 MiB; does the file have the type"):
             load_rows(path, on_bad_row=on_bad_row)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from pivotune.data.sources import HubName, iter_records, load_rows, parse_hub_name, read_hub
+from pivotune.data.sources import HubName, load_rows, parse_hub_name, read_hub
 from pivotune.errors import UsageError
 
 ROW = {"prompt": "Swali", "completion": "Jibu", "prompt_en": "Question", "completion_en": "Answer"}
@@ -88,7 +88,7 @@ def test_several_splits_without_train_are_listed(hub):
         {"dev": datasets.Dataset.from_list([ROW]), "test": datasets.Dataset.from_list([])}
     )
     with pytest.raises(UsageError) as caught:
-        list(iter_records("owner/name"))
+        load_rows("owner/name")
     assert str(caught.value) == "owner/name: has no split `train`; add one with a colon: dev, test"
 
 
@@ -100,13 +100,13 @@ def test_several_splits_without_train_are_listed(hub):
 def test_a_failure_is_one_line(hub, failure, reason):
     hub.answer = failure
     with pytest.raises(UsageError) as caught:
-        list(iter_records("owner/name"))
+        load_rows("owner/name")
     assert str(caught.value) == f"owner/name: no such file, and as a Hub dataset it cannot be loaded: {reason}"
 
 
 def test_real_loader_offline_is_one_line():
     with pytest.raises(UsageError) as caught:
-        list(iter_records("owner/surely-not-cached"))
+        load_rows("owner/surely-not-cached")
     message = str(caught.value)
     assert message.startswith("owner/surely-not-cached: no such file, and as a Hub dataset it cannot be loaded: ")
     assert "\n" not in message

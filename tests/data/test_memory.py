@@ -63,8 +63,8 @@ def load_and_split(path: Path) -> object:
 
 @pytest.mark.parametrize("form", ["lines", "[%s]", '{"data": [%s]}', '{"version": 1, "data": [%s], "more": 2}'])
 def test_reading_and_splitting(tmp_path, form, monkeypatch):
-    monkeypatch.setattr("pivotune.data.json_files._BYTES_PER_READ", 2**12)
-    monkeypatch.setattr("pivotune.data.json_files._LONGEST_FIRST_LINE", 2**14)
+    monkeypatch.setattr("pivotune.data.text_files._BYTES_PER_READ", 2**12)
+    monkeypatch.setattr("pivotune.data.text_files._LONGEST_FIRST_LINE", 2**14)
     files = {count: write_rows(tmp_path / f"{count}.jsonl", count) for count in (100, 1000)}
     if form != "lines":
         files = {count: as_list(path, form) for count, path in files.items()}

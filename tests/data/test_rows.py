@@ -113,14 +113,12 @@ def test_only_a_needed_side_must_be_whole(needs, expected):
         return
     row = parse(record, **needs)
     assert row == expected
-    assert row.has_target
-    assert not row.has_english
+    assert [turn.is_whole for turn in row.sides] == [True, False]
 
 
 def test_a_side_that_is_not_needed_is_still_read():
     row = parse(PLAIN, need_target=False, need_english=False)
-    assert row.has_target
-    assert row.has_english
+    assert all(turn.is_whole for turn in row.sides)
 
 
 @pytest.mark.parametrize(("change", "problem"), [

@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pivotune.data.sources import Row, iter_records, load_rows
+from pivotune.data.formats import read_file
+from pivotune.data.sources import Row, load_rows
 from pivotune.errors import UsageError
 
 FORMS = {
@@ -116,16 +117,6 @@ class TestForms:
 
 
 class TestRecords:
-    def test_numbers_and_records_whatever_their_form(self, tmp_path):
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"question": 1}\n\n[2]\n')
-        assert list(iter_records(path)) == [(1, {"question": 1}), (3, [2])]
-
-    def test_reading_stops_where_the_reader_stops(self, tmp_path):
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"question": 1}\nbroken\n')
-        assert next(iter(iter_records(path))) == (1, {"question": 1})
-
     @pytest.mark.parametrize(("name", "content"), [
         ("a.json", "[]"), ("a.json", '{"data": []}'), ("a.json", "\n"), ("a.jsonl", "\n \n"),
         ("a.csv", "prompt,completion\n"),
@@ -200,9 +191,9 @@ class TestBadRows:
 
     def test_what_is_not_needed_may_be_bad(self):
         rows = load_rows(pairs(2, r1="prompt_en", r2={"completion_en": 3}), need_english=False)
-        assert [(row.has_target, row.has_english) for row in rows] == [(True, False)] * 2
+        assert [tuple(turn.is_whole for turn in row.sides) for row in rows] == [(True, False)] * 2
         rows = load_rows(pairs(1, r1="completion"), need_target=False)
-        assert [(row.has_target, row.has_english) for row in rows] == [(False, True)]
+        assert [tuple(turn.is_whole for turn in row.sides) for row in rows] == [(False, True)]
 
     LINES = (
         json.dumps({"prompt": "Swali", "completion": "Jibu", "prompt_en": "Q", "completion_en": "A"}).encode(),
@@ -276,10 +267,6 @@ class TestBadRows:
         rows = load_rows(path, on_bad_row="skip", limit=2)
         assert [row.number for row in rows] == [2, 3]
         assert (rows.total, rows.skipped) == (3, {"`prompt` is missing": 1})
-
-    def test_wrong_options(self):
-        assert error_of(pairs(1), on_bad_row="drop") == ("data.on_bad_row: 'drop' is not allowed; allowed: error, skip")
-        assert error_of(pairs(1), limit=0) == "limit: must be at least 1, found 0"
 
 
 class TestTwoFiles:
@@ -435,12 +422,12 @@ class TestRealFiles:
         seconds = time.process_time() - start
         assert (len(rows), rows.total, rows.skipped) == (count, count, {})
         assert len({row.id for row in rows}) == count
-        assert all(row.has_target and row.has_english and not row.input and not row.input_en for row in rows)
+        assert all(all(turn.is_whole for turn in row.sides) and not row.input and not row.input_en for row in rows)
         assert seconds < 10  # about 0.5 on an idle core; a bound that only a slow design breaks
 
     def test_prompt_wins_over_the_alpaca_keys_beside_it(self, shared_data):
         path = shared_data / "train" / "zh.jsonl.gz"
-        record = next(record for _, record in iter_records(path) if record["input"])
+        record = next(record for _, record in read_file(path) if record["input"])
         row = next(row for row in load_rows(path, limit=100) if row.id == record["id"])
         assert row.prompt == record["prompt"] == f"{record['instruction']}\n{record['input']}"
         assert row.prompt_en == record["prompt_en"]

@@ -631,9 +631,9 @@ def test_a_folder_of_another_machine_is_waited_for(tmp_path, monkeypatch):
     """A network file system may not show it at once."""
     folder, seen = tmp_path / "run", []
     monkeypatch.setattr(run_module.time, "sleep", lambda seconds: seen.append(seconds) or folder.mkdir(exist_ok=True))
-    run_module._must_be_shared(folder)
+    run_module._wait_for_shared(folder)
     assert len(seen) == 1
     folder.rmdir()
     monkeypatch.setattr(run_module, "_SEEN_AFTER", 0.0)
-    with pytest.raises(UsageError, match="is not on a file system that all machines of the run see"):
-        run_module._must_be_shared(folder)
+    with pytest.raises(UsageError, match="is not on a file system that all machines of the run share"):
+        run_module._wait_for_shared(folder)

@@ -18,11 +18,7 @@ IGNORED = -100  # the label that F.cross_entropy and Transformers leave out
 
 
 class ExampleDataset(Dataset):
-    """Examples as a map-style dataset. An item is the `Example` itself; the collator pads.
-
-    Attributes:
-        examples: as given; lazy ones stay lazy.
-    """
+    """Examples as a map-style dataset; lazy ones stay lazy. An item is the `Example` itself; the collator pads."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -65,7 +61,6 @@ class DeepSupervisionCollator:
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         main = self._pad([example.main for example in examples], least=1)
@@ -81,13 +76,15 @@ class DeepSupervisionCollator:
             "english_answer": np.array([example.english_answer for example in examples], dtype=bool),
             "row_numbers": np.array([example.number for example in examples], dtype=np.int64),
             **{f"english_{name}": array for name, array in english.items()},
-            **_features(examples),
         }
+        # All rows carry vectors of the same terms, or none does.
+        features = [example.english_features for example in examples if example.english_features is not None]
+        for name in features[0] if features else ():
+            batch[f"english_features_{name}"] = np.stack([vectors[name] for vectors in features])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _pad(self, sides: Sequence[Side | None], *, least: int = 0) -> dict[str, np.ndarray]:
-        longest = max((len(side.ids) for side in sides if side is not None), default=0)
-        shape = (len(sides), self._round_up(max(longest, least)))
+        shape = (len(sides), max((len(side.ids) for side in sides if side is not None), default=0) or least)
         arrays = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),
@@ -102,15 +99,3 @@ class DeepSupervisionCollator:
                 arrays["query_mask"][index, slice(*side.query)] = True
                 arrays["answer_mask"][index, side.answer : length] = True
         return arrays
-
-    def _round_up(self, length: int) -> int:
-        multiple = self.pad_to_multiple_of or 1
-        return -(-length // multiple) * multiple
-
-
-def _features(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Stack the vectors; all rows carry vectors of the same terms, or none does."""
-    features = [example.english_features for example in examples if example.english_features is not None]
-    if not features:
-        return {}
-    return {f"english_features_{name}": np.stack([vectors[name] for vectors in features]) for name in features[0]}

@@ -1,7 +1,6 @@
 """Split rows into training and validation, and make the training examples of a method.
 
-Random draws depend on the seed and the number of rows, never on the method: methods with the same seed are compared on
-the same rows.
+Random draws depend on the seed and the number of rows, never on the method.
 """
 
 from __future__ import annotations
@@ -44,13 +43,9 @@ class PairExamples(LazySequence[Example]):
         self._pairs, self._plan = pairs, plan
         table = pair_table(pairs)[plan.rows]
         target, english = table["target"], table["english"]
-
-        def chosen(is_english: np.ndarray, name: str) -> np.ndarray:
-            return np.where(is_english, english[name], target[name])
-
-        self.main_answers = chosen(plan.english_prompt, "answer")
-        answers = chosen(plan.english_answer, "length") - chosen(plan.english_answer, "answer")
-        self.main_lengths = self.main_answers + answers
+        self.main_answers = np.where(plan.english_prompt, english["answer"], target["answer"])
+        answers = [side["length"] - side["answer"] for side in (english, target)]
+        self.main_lengths = self.main_answers + np.where(plan.english_answer, *answers)
         self.has_parallel = plan.parallel
         self.query_lengths = np.where(plan.parallel, english["query_end"] - english["query_start"], 0)
         needs_english = plan.english_prompt | plan.english_answer | plan.parallel
@@ -67,19 +62,17 @@ class PairExamples(LazySequence[Example]):
         prompt, answer = (pair.english if english else pair.target for english in (english_prompt, english_answer))
         assert prompt is not None
         assert answer is not None
+        main = prompt
+        if prompt is not answer:
+            ids = np.concatenate([prompt.ids[: prompt.answer], answer.ids[answer.answer :]])
+            main = Side(ids, prompt.query, prompt.answer, answer.characters)
         return Example(
-            main=prompt if prompt is answer else _joined(prompt, answer),
+            main=main,
             parallel=pair.english if plan.parallel[index] else None,
             english_prompt=english_prompt,
             english_answer=english_answer,
             number=pair.number,
         )
-
-
-def _joined(prompt: Side, answer: Side) -> Side:
-    """Return the prompt of one language with the answer of the other."""
-    ids = np.concatenate([prompt.ids[: prompt.answer], answer.ids[answer.answer :]])
-    return Side(ids, prompt.query, prompt.answer, answer.characters)
 
 
 class ParallelSides(LazySequence[Side]):

@@ -1,7 +1,6 @@
 """From rows to token ids: spans of query and answer on both sides, truncation that keeps pairs aligned.
 
-Both sides of a row are tokenized the same way for every method, so that methods trained on the same file see the same
-tokens. Afterwards `pivotune.data.datasets` chooses the sides that a method trains on.
+Rows are tokenized the same way for every method; `pivotune.data.datasets` chooses the sides that a method trains on.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pivotune.data.formats import numbered_by
-from pivotune.data.rows import Message, Row
+from pivotune.data.rows import Row
 from pivotune.data.templates import Rendered, Template, Turn
 from pivotune.errors import UsageError
 
@@ -25,9 +25,6 @@ from pivotune.errors import UsageError
 _ROWS_PER_CALL = 512
 # A call ends early at this many characters: tokens with their offsets take about a hundred times the memory of the text.
 _CHARACTERS_PER_CALL = 2**20
-
-
-_RenderedSide = tuple[Rendered, int]  # with the characters of the answer's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +94,17 @@ class Example:
 class _UnfitRowError(UsageError):
     """A row that the limits cut to nothing; `reason` is the same for all rows with this problem, to count them by."""
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, tokens: int) -> None:
+        super().__init__(f"{reason} (it takes {tokens})")
         self.reason = reason
 
 
 @dataclass
 class EncodingReport:
-    """Counts of truncation and skipping: `rows` encoded, `cut` by part, `skipped` by reason."""
+    """Counts of rows that were cut, by part, and skipped, by reason."""
 
-    rows: int = 0
     cut: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "cut": dict(self.cut), "skipped": dict(self.skipped)}
 
 
 class PreviewPart(NamedTuple):
@@ -124,11 +117,10 @@ class PreviewPart(NamedTuple):
 
 def preview(tokenizer: Any, side: Side) -> list[PreviewPart]:
     """Decode a sequence from its token ids, in order, special tokens included, split by role."""
-    start, end = side.query
-    bounds = (("template", 0, start), ("query", start, end), ("template", end, side.answer))
+    bounds = (0, *side.query, side.answer, len(side.ids))
     return [
         PreviewPart(role, tokenizer.decode(side.ids[left:right].tolist(), skip_special_tokens=False), right - left)
-        for role, left, right in (*bounds, ("answer", side.answer, len(side.ids)))
+        for role, (left, right) in zip(("template", "query", "template", "answer"), pairwise(bounds), strict=True)
         if right > left
     ]
 
@@ -155,18 +147,15 @@ class Encoder:
                 `on_bad_row="skip"` such rows are left out and counted instead.
         """
         for chunk in _chunks(rows):
-            rendered: list[tuple[int, _RenderedSide | None, _RenderedSide | None]] = []
+            rendered: list[tuple[int, list[tuple[Turn, Rendered] | None]]] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
-                    target = self._render(row.prompt, row.completion, row.input, row.history)
-                    english = self._render(row.prompt_en, row.completion_en, row.input_en, row.history_en)
-                    rendered.append((row.number, target, english))
-            numbers, targets, englishes = zip(*rendered, strict=True) if rendered else ((), (), ())
-            for number, target, english in zip(numbers, self._sides(targets), self._sides(englishes), strict=True):
+                    sides = [(turn, self.template.render(turn)) if turn.is_whole else None for turn in row.sides]
+                    rendered.append((row.number, sides))
+            tokenized = [list(self._tokenize([sides[place] for _, sides in rendered])) for place in (0, 1)]
+            for (number, _), target, english in zip(rendered, *tokenized, strict=True):
                 with self._row_errors(number, on_bad_row, source):
-                    fitting = self._fit(Pair(target, english, number))
-                    self.report.rows += 1
-                    yield fitting
+                    yield self._fit(Pair(target, english, number))
 
     def encode_prompt(self, turn: Turn) -> list[int]:
         """Return the token ids of the prompt alone, as in training: generation continues them."""
@@ -181,21 +170,16 @@ class Encoder:
                 raise UsageError(f"{source}: {numbered_by(Path(source))} {number}: {error}") from error
             self.report.skipped[error.reason if isinstance(error, _UnfitRowError) else str(error)] += 1
 
-    def _render(self, prompt: str, completion: str, text: str, history: Sequence[Message]) -> _RenderedSide | None:
-        """Render one side of a row; None where the row lacks it."""
-        turn = Turn(prompt, completion, text, history)
-        return (self.template.render(turn), len(completion)) if prompt and completion else None
-
-    def _sides(self, rendered: Sequence[_RenderedSide | None]) -> list[Side | None]:
-        sides = self._tokenize([item for item in rendered if item is not None])
-        return [None if item is None else next(sides) for item in rendered]
-
-    def _tokenize(self, rendered: Sequence[_RenderedSide]) -> Iterator[Side]:
-        if not rendered:
-            return
-        prompts = self._ids([item.prompt for item, _ in rendered])
-        wholes = self._ids([item.prompt + item.completion for item, _ in rendered])
-        for (item, characters), (prompt, offsets), (whole, _) in zip(rendered, prompts, wholes, strict=True):
+    def _tokenize(self, rendered: Sequence[tuple[Turn, Rendered] | None]) -> Iterator[Side | None]:
+        """Tokenize one side of several rows; None for a row without it."""
+        prompts = iter(self._ids([item[1].prompt for item in rendered if item]))
+        wholes = iter(self._ids([item[1].prompt + item[1].completion for item in rendered if item]))
+        for pair in rendered:
+            if pair is None:
+                yield None
+                continue
+            turn, item = pair
+            (prompt, offsets), (whole, _) = next(prompts), next(wholes)
             # Where tokens merge across the border, the prompt keeps the tokens that generation will see.
             joint = whole[: len(prompt)] == prompt
             answer = whole[len(prompt) :] if joint else self._ids([item.completion])[0][0]
@@ -207,10 +191,12 @@ class Encoder:
                 ids=np.array(self._bos + prompt + answer, dtype=np.int32),
                 query=(shift + inside[0], shift + inside[-1] + 1) if inside else (shift, shift),
                 answer=shift + len(prompt),
-                characters=characters,
+                characters=len(turn.completion),
             )
 
     def _ids(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        if not texts:
+            return []
         if not self.tokenizer.is_fast:
             raise UsageError(
                 f"{type(self.tokenizer).__name__} has no fast version, which is needed to find the query's tokens"
@@ -237,10 +223,8 @@ class Encoder:
         frame = side.answer - side.num_query_tokens
         room = min(side.num_query_tokens, self.limits.prompt - frame)
         if room < 1:
-            raise _UnfitRowError(
-                f"the template alone takes {frame} tokens and data.max_prompt_tokens is {self.limits.prompt}; allow more",
-                f"the template alone takes more than the {self.limits.prompt} tokens of data.max_prompt_tokens; allow more",
-            )
+            limit = f"the {self.limits.prompt} tokens of data.max_prompt_tokens"
+            raise _UnfitRowError(f"the template alone takes more than {limit}; allow more", frame)
         return room
 
     def _answer_room(self, side: Side, longest_prompt: int) -> int:
@@ -249,12 +233,8 @@ class Encoder:
         if context is not None:
             room = min(room, context - longest_prompt)
             if room < 1:
-                raise _UnfitRowError(
-                    f"the prompt takes {longest_prompt} of the model's {context} tokens and nothing is left for "
-                    "the answer; lower data.max_prompt_tokens",
-                    f"the prompt fills the model's {context} tokens and nothing is left for the answer; "
-                    "lower data.max_prompt_tokens",
-                )
+                problem = f"the prompt fills the model's {context} tokens and nothing is left for the answer"
+                raise _UnfitRowError(f"{problem}; lower data.max_prompt_tokens", longest_prompt)
         if side.num_answer_tokens == 0:
             raise UsageError("the answer has no tokens")
         return min(room, side.num_answer_tokens)
@@ -295,8 +275,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        texts = (row.prompt, row.completion, row.input, row.prompt_en, row.completion_en, row.input_en)
-        characters += sum(map(len, texts))
+        characters += sum(len(turn.user_text) + len(turn.completion) for turn in row.sides)
         if len(chunk) == _ROWS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
             yield chunk
             chunk, characters = [], 0

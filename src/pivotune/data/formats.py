@@ -15,9 +15,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, cast
 
-from pivotune.data.json_files import read_json, read_jsonl
 from pivotune.data.lazy import writing_temporary_data
-from pivotune.data.text_files import BadRecord, NumberedRecords, open_file, text_lines
+from pivotune.data.rows import RowError
+from pivotune.data.text_files import NumberedRecords, open_file, read_json, read_jsonl, text_lines
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
 
@@ -30,45 +30,38 @@ _PARQUET_BUFFER = 2**20
 
 
 def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
-    """Yield (number, record) for every record of a data file; the number is 1-based.
+    """Yield (number, record) for every record of a data file, without reading it whole.
 
-    JSON Lines are numbered by line (blank lines are skipped but counted), all others by row. All are streamed. A `.json`
-    file may be an array, `{"data": [...]}`, or JSON Lines.
+    JSON Lines are numbered by line from 1 (blank lines are skipped but counted), all others by row.
 
     Args:
-        keep_bad: yield a `BadRecord` instead of raising where one record cannot be read and the next one can.
+        keep_bad: yield a `RowError` instead of raising where one record cannot be read and the next one can.
 
     Raises:
         UsageError: the file is missing, a folder, empty, of unknown type, unreadable, not UTF-8 or malformed.
     """
-    _check_file(path)
-    reader = _READERS.get(file_type(path))
-    if reader is None:
-        raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
     with _reading(path):
+        reader = _READERS.get(file_type(path))
+        if reader is None:
+            raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
         for number, record in reader(path):
-            if isinstance(record, BadRecord) and not keep_bad:
+            if isinstance(record, RowError) and record.error and not keep_bad:
                 raise record.error
             yield number, record
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
-    _check_file(path)
     with _reading(path):
         yield from text_lines(path)
 
 
 def file_type(path: Path) -> str:
     """Return the suffix of the format, in lower case and without `.gz`: '.jsonl' for 'Pairs.JSONL.gz'."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def is_data_file_name(path: Path) -> bool:
-    """Return True if the name has the suffix of a data file."""
     return file_type(path) in _READERS
 
 
@@ -86,12 +79,13 @@ def missing_file_error(path: Path) -> UsageError:
     if not path.parent.is_dir():
         return UsageError(f"{path}: no such file, and no folder {path.parent}")
     names = sorted(entry.name for entry in path.parent.iterdir())
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
-    return UsageError(f"{path}: no such file{hint}")
+    hints = [f"; did you mean {path.parent / name}?" for name in difflib.get_close_matches(path.name, names, n=1)]
+    return UsageError(f"{path}: no such file{''.join(hints)}")
 
 
-def _check_file(path: Path) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Refuse what is no file, and turn the errors of reading and decompressing into one line."""
     if not path.exists():
         raise missing_file_error(path)
     if path.is_dir():
@@ -100,11 +94,6 @@ def _check_file(path: Path) -> None:
         raise UsageError(f"{path}: is a folder; give {found}")
     if path.is_file() and path.stat().st_size == 0:
         raise UsageError(f"{path}: the file is empty")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the errors of reading and decompressing into one line."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -121,35 +110,29 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
     try:
         header = [cell.strip() for cell in next(reader, [])]
         _refuse_repeated_columns(header, f"{path}, line 1: the header")
-        while True:
-            # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
+        # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
+        first_line = reader.line_num + 1
+        for row in reader:
+            number += bool(row)
+            if any(row[len(header) :]):
+                fault = f"{len(row)} cells, but the header names {len(header)} columns"
+                error = UsageError(f"{path}, line {first_line}: {fault}")
+                yield number, RowError("", "has more cells than the header", f" ({fault})", error)
+            elif row:
+                yield number, dict(zip_longest(header, row[: len(header)]))
             first_line = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                break
-            if row:
-                number += 1
-                if any(row[len(header) :]):
-                    fault = f"{len(row)} cells, but the header names {len(header)} columns"
-                    error = UsageError(f"{path}, line {first_line}: {fault}")
-                    yield number, BadRecord("has more cells than the header", f" ({fault})", error)
-                else:
-                    yield number, dict(zip_longest(header, row[: len(header)]))
     except csv.Error as error:
-        raise UsageError(f"{path}, line {first_line}: broken CSV: {_csv_fault(error)}") from error
+        faults = {
+            "new-line character": "a carriage return that ends no line; put quotes around the cell, or save the file with "
+            "\\n line ends",
+            "unexpected end of data": "a quote is left open",
+            "field limit": f"a cell has more than {_LONGEST_CELL:,} characters; is a quote left open?",
+        }
+        fault = next((fault for part, fault in faults.items() if part in str(error)), str(error))
+        raise UsageError(f"{path}, line {first_line}: broken CSV: {fault}") from error
     finally:
         csv.field_size_limit(previous_limit)
         lines.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _csv_fault(error: csv.Error) -> str:
-    if "new-line character" in str(error):
-        return "a carriage return that ends no line; put quotes around the cell, or save the file with \\n line ends"
-    if "unexpected end of data" in str(error):
-        return "a quote is left open"
-    if "field limit" in str(error):
-        return f"a cell has more than {_LONGEST_CELL:,} characters; is a quote left open?"
-    return str(error)
 
 
 def _refuse_repeated_columns(names: list[str], place: str) -> None:

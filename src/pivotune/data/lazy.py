@@ -27,9 +27,7 @@ _BYTES_IN_MEMORY = 8 * 2**20
 
 
 class LazySequence(Sequence[T_co]):
-    """A sequence that makes an item anew at each access; slices are lists. Equal to a sequence of equal items."""
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    """A sequence that makes an item anew at each access; slices are lists."""
 
     @abstractmethod
     def _item(self, index: int) -> T_co:
@@ -50,11 +48,6 @@ class LazySequence(Sequence[T_co]):
 
     def __iter__(self) -> Iterator[T_co]:
         return map(self._item, range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))
 
 
 class Subset(LazySequence[T_co]):

@@ -1,8 +1,7 @@
 """Encoded rows on disk: token ids and spans in two flat files, mapped into memory when they are read.
 
-The files lie in a temporary folder, which is removed when the store is no longer used or the process ends. A worker
-process maps the same files. Flat files serve better than Arrow here: random access through `datasets` takes 13 times as
-long (pyarrow alone 1.8 times), and the table of lengths, 56 bytes a row, would have to be copied into memory.
+The files lie in a temporary folder, which is removed with the store; a worker process maps the same files. Random access
+through `datasets` takes 13 times as long (pyarrow alone 1.8 times), and the table of lengths would be copied into memory.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ _NO_SIDE = (-1, 0, 0, 0, 0)
 
 
 class PairStore(LazySequence[Pair]):
-    """Encoded rows, 4 bytes a token and 56 bytes a row on disk. Made by `store_pairs`.
-
-    The ids of a pair are views of the mapped file.
+    """Encoded rows, 4 bytes a token and 56 bytes a row on disk. The ids of a pair are views of the mapped file.
 
     Attributes:
         table: `PAIR_RECORD` of every row: lengths and spans without making a `Pair`.
@@ -48,15 +45,13 @@ class PairStore(LazySequence[Pair]):
         return len(self.table)
 
     def _item(self, index: int) -> Pair:
-        number, start, target, english = self.table[index].item()
-        middle = start + max(target[0], 0)
-        return Pair(self._side(start, target), self._side(middle, english), number)
-
-    def _side(self, start: int, record: tuple[int, int, int, int, int]) -> Side | None:
-        length, query_start, query_end, answer, characters = record
-        if length < 0:
-            return None
-        return Side(self.ids[start : start + length], (query_start, query_end), answer, characters)
+        number, start, *records = self.table[index].item()
+        sides = []
+        for length, query_start, query_end, answer, characters in records:
+            ids = self.ids[start : start + max(length, 0)]
+            sides.append(None if length < 0 else Side(ids, (query_start, query_end), answer, characters))
+            start += len(ids)
+        return Pair(*sides, number=number)
 
     def __reduce__(self) -> tuple:
         """Pickle the folder's name: a worker process maps the files and leaves removing them to their owner."""

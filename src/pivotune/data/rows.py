@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Number
-from typing import Any, NamedTuple
+from typing import Any
 
+from pivotune.data.templates import Message, Turn
+from pivotune.errors import UsageError
 from pivotune.text.json_text import RepeatedKeyError, parse_json, shown
 
 MISSING = "is missing"
 EMPTY = "is empty"
 ENGLISH_SUFFIX = "_en"
-_HALF_A_PAIR = "holds half of a surrogate pair, which is no character"
 # Names from the data are cut in messages.
 _LONGEST_NAME = 60
-
-# One turn of a chat, as chat templates take it: {"role": "system" | "user" | "assistant", "content": text}.
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +35,33 @@ class Row:
     completion_en: str
     input: str = ""
     input_en: str = ""
-    history: tuple[Message, ...] = ()
-    history_en: tuple[Message, ...] = ()
+    history: Sequence[Message] = ()
+    history_en: Sequence[Message] = ()
     id: str = ""
     number: int = 0
 
     @property
-    def has_target(self) -> bool:
-        return bool(self.prompt and self.completion)
-
-    @property
-    def has_english(self) -> bool:
-        return bool(self.prompt_en and self.completion_en)
+    def sides(self) -> tuple[Turn, Turn]:
+        """The target side and the English side."""
+        return (
+            Turn(self.prompt, self.completion, self.input, self.history),
+            Turn(self.prompt_en, self.completion_en, self.input_en, self.history_en),
+        )
 
 
 class RowError(Exception):
     """Why a record cannot be used: the `key` at fault ('' for the whole record), the `reason` and a `note`.
 
-    `str(error)` leaves the note out, so that rows with the same problem can be counted together.
+    `str(error)` leaves the note out, so that rows with the same problem can be counted together. `error` is the message
+    with file and line for a record that cannot even be read.
     """
 
-    def __init__(self, key: str, reason: str, note: str = "") -> None:
-        super().__init__(key, reason, note)
-        self.key, self.reason, self.note = key, reason, note
+    def __init__(self, key: str, reason: str, note: str = "", error: UsageError | None = None) -> None:
+        super().__init__(key, reason, note, error)
+        self.key, self.reason, self.note, self.error = key, reason, note, error
 
     def __str__(self) -> str:
         return f"`{self.key}` {self.reason}" if self.key else f"the row {self.reason}"
-
-
-class _Side(NamedTuple):
-    prompt: str = ""
-    completion: str = ""
-    input: str = ""
-    history: tuple[Message, ...] = ()
 
 
 # Keys of one side in each form. The first complete form of a side is read, so that `prompt`/`completion` win over the
@@ -79,26 +71,16 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
-_KINDS: tuple[tuple[type, str], ...] = (
-    (bool, "a truth value"),
-    (Number, "a number"),
-    (str, "text"),
-    (bytes, "bytes"),
-    (Mapping, "an object"),
-    (Iterable, "a list"),
-)
+# The first that fits counts.
+_KINDS = {
+    bool: "a truth value", Number: "a number", str: "text", bytes: "bytes", Mapping: "an object", Iterable: "a list",
+}  # fmt: skip
 
 
 def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool) -> Row:
     """Read one record in any form: `prompt`/`completion`, Alpaca or chat, English keys with `_en` at the end.
 
-    A side that is not needed is read where it is whole, and is left empty otherwise.
-
-    Args:
-        record: a mapping from column to value; other columns are ignored.
-        number: the record's 1-based place in its source.
-        need_target: require the query and answer in the target language.
-        need_english: require the query and answer in English.
+    A side that is not needed is read where it is whole, and is left empty otherwise. Other columns are ignored.
 
     Raises:
         RowError: a needed text is missing, blank or no text, or a chat does not end with the assistant's answer.
@@ -108,20 +90,10 @@ def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool
     target = _parse_side(record, "", needed=need_target)
     english = _parse_side(record, ENGLISH_SUFFIX, needed=need_english)
     row_id = record_id(record)
-    if not _is_valid_unicode(row_id):
-        raise RowError("id", _HALF_A_PAIR)
-    return Row(
-        prompt=target.prompt,
-        completion=target.completion,
-        prompt_en=english.prompt,
-        completion_en=english.completion,
-        input=target.input,
-        input_en=english.input,
-        history=target.history,
-        history_en=english.history,
-        id=row_id,
-        number=number,
-    )
+    if row_id and (fault := _text_fault(row_id)):
+        raise RowError("id", fault)
+    texts = (target.prompt, target.completion, english.prompt, english.completion)
+    return Row(*texts, target.input, english.input, target.history, english.history, row_id, number)
 
 
 def record_id(record: Any) -> str:
@@ -134,21 +106,28 @@ def record_id(record: Any) -> str:
         return ""
 
 
-def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> _Side:
+def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn:
     try:
         form = _find_form(record, suffix)
         if form is None:
             likely = _find_form(record, "") or _FORMS[0]
-            raise RowError(likely[0] + suffix, MISSING, note=_columns_note(record))
+            # For a user whose columns have other names.
+            names = [
+                f"`{name[:_LONGEST_NAME]}...`" if len(name) > _LONGEST_NAME else f"`{name}`"
+                for name in map(str, islice(record, 8))
+            ]
+            columns = ", ".join(names) + (", ..." if len(record) > len(names) else "") if names else "no columns"
+            raise RowError(likely[0] + suffix, MISSING, f" (the row has {columns})")
         if len(form) == 1:
             return _parse_chat(record[form[0] + suffix], form[0] + suffix)
         prompt, completion = (_text(record, key + suffix) for key in form)
-        is_alpaca = form[0] == "instruction"
-        return _Side(prompt, completion, _text(record, f"input{suffix}", optional=True) if is_alpaca else "")
+        key = f"input{suffix}"
+        has_input = form[0] == "instruction" and _text_fault(record.get(key)) not in (MISSING, EMPTY)
+        return Turn(prompt, completion, _text(record, key) if has_input else "")
     except RowError:
         if needed:
             raise
-        return _Side()
+        return Turn("")
 
 
 def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None:
@@ -159,23 +138,10 @@ def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None
     return None
 
 
-def _columns_note(record: Mapping[str, Any]) -> str:
-    """List the columns of the record, for a user whose columns have other names."""
-    names = [
-        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in map(str, islice(record, 8))
-    ]
-    more = ", ..." if len(record) > len(names) else ""
-    return f" (the row has {', '.join(f'`{name}`' for name in names)}{more})" if names else " (the row has no columns)"
-
-
-def _text(record: Mapping[str, Any], key: str, *, optional: bool = False) -> str:
-    value = record.get(key)
-    fault = _text_fault(value)
-    if optional and fault in (MISSING, EMPTY):
-        return ""
-    if fault or not isinstance(value, str):
+def _text(record: Mapping[str, Any], key: str) -> str:
+    if fault := _text_fault(record.get(key)):
         raise RowError(key, fault)
-    return value
+    return record[key]
 
 
 def _text_fault(value: Any) -> str:
@@ -186,16 +152,12 @@ def _text_fault(value: Any) -> str:
         return f"is {_kind(value)}, not text"
     if not value or value.isspace():
         return EMPTY
-    # JSON can spell half of a surrogate pair (\ud83d alone); tokenizers fail on it later with a worse message.
-    return "" if _is_valid_unicode(value) else _HALF_A_PAIR
-
-
-def _is_valid_unicode(text: str) -> bool:
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        # JSON can spell half of a surrogate pair (\ud83d alone); tokenizers fail on it later with a worse message.
+        return "holds half of a surrogate pair, which is no character"
+    return ""
 
 
 def _is_missing(value: Any) -> bool:
@@ -204,23 +166,11 @@ def _is_missing(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return next((name for kind, name in _KINDS if isinstance(value, kind)), type(value).__name__)
+    return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)
 
 
-def _parse_chat(value: Any, key: str) -> _Side:
-    messages = [message for item in _as_list(value, key) if (message := _read_message(item, key)) is not None]
-    if not messages:
-        raise RowError(key, EMPTY)
-    if messages[-1]["role"] != "assistant":
-        raise RowError(key, "does not end with the assistant's answer")
-    if len(messages) < 2 or messages[-2]["role"] != "user":
-        raise RowError(key, "has no user turn right before the last answer")
-    *history, query, answer = messages
-    return _Side(query["content"], answer["content"], "", tuple(history))
-
-
-def _as_list(value: Any, key: str) -> list[Any]:
-    """Return a list of messages as it is, from an array, or from the JSON text of a CSV cell."""
+def _parse_chat(value: Any, key: str) -> Turn:
+    """Read a list of messages, an array of them, or the JSON text of a CSV cell."""
     if isinstance(value, str):
         if not value.strip():
             raise RowError(key, EMPTY)
@@ -234,7 +184,15 @@ def _as_list(value: Any, key: str) -> list[Any]:
         value = value.tolist()
     if not isinstance(value, list | tuple):
         raise RowError(key, f"is {_kind(value)}, not a list of messages")
-    return list(value)
+    messages = [message for item in value if (message := _read_message(item, key)) is not None]
+    if not messages:
+        raise RowError(key, EMPTY)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(key, "does not end with the assistant's answer")
+    if len(messages) < 2 or messages[-2]["role"] != "user":
+        raise RowError(key, "has no user turn right before the last answer")
+    *history, query, answer = messages
+    return Turn(query["content"], answer["content"], history=tuple(history))
 
 
 def _read_message(item: Any, key: str) -> Message | None:

@@ -10,30 +10,33 @@ A source is one of
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from pivotune.data.formats import describe_file_types, is_data_file_name, missing_file_error, numbered_by, read_file
 from pivotune.data.lazy import LazySequence, Spool
-from pivotune.data.pairing import SKIP_HINT, BadRow, RecordSource, join_rows, read_rows
-from pivotune.data.rows import EMPTY, MISSING, Row
+from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, Row, RowError, parse_row, record_id
 from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
 
 RowSource = str | os.PathLike[str] | Iterable[Any]
 
-_ON_BAD_ROW = ("error", "skip")
 _OBJECTS = "a file, a Hub dataset name, a datasets.Dataset or a list of dicts"
 _HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[^/:]+))?(?::(?P<split>.+))?")
 # Skipped rows are counted by reason up to this many reasons, then together: a reason can quote a text of its row.
 _REASONS = 50
 _OTHER_REASONS = "other reasons"
+_SKIP_HINT = "use data.on_bad_row: skip to leave them out"
+_IDS_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +46,7 @@ class Rows(LazySequence[Row]):
     Attributes:
         rows: the rows themselves.
         source: the source's name, for messages and the run folder.
-        total: number of rows that were read, usable or not.
-        skipped: number of rows left out, by reason; empty unless `on_bad_row="skip"`.
+        total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
     """
 
     rows: Sequence[Row]
@@ -67,20 +69,30 @@ class HubName(NamedTuple):
     split: str | None = None
 
     def __str__(self) -> str:
-        config = f"/{self.config}" if self.config else ""
-        split = f":{self.split}" if self.split else ""
-        return f"{self.path}{config}{split}"
+        return self.path + (f"/{self.config}" if self.config else "") + (f":{self.split}" if self.split else "")
 
 
-def iter_records(source: RowSource) -> NumberedRecords:
-    """Yield (number, record) for every record of a source in any form; the number is 1-based.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Numbered records with the source's `name`, and the word for a number: 'line' or 'row'."""
 
-    Memory does not grow with the source.
+    name: str
+    unit: str
+    records: NumberedRecords
 
-    Raises:
-        UsageError: the source does not exist, cannot be read or holds no rows.
-    """
-    return _open_source(source, keep_bad=False).records
+    def place(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
+    def bad_row(self, number: int, problem: RowError, label_end: str = "") -> _BadRow:
+        return _BadRow(self.place(number), problem, f"{problem}{label_end}")
+
+
+class _BadRow(NamedTuple):
+    """A record that cannot be used: its place, the problem, and the label under which such rows are counted."""
+
+    place: str
+    problem: RowError
+    label: str
 
 
 def load_rows(
@@ -89,7 +101,7 @@ def load_rows(
     english: RowSource | None = None,
     need_target: bool = True,
     need_english: bool = True,
-    on_bad_row: str = "error",
+    on_bad_row: Literal["error", "skip"] = "error",
     needed_by: str = "",
     limit: int | None = None,
 ) -> Rows:
@@ -110,22 +122,19 @@ def load_rows(
         UsageError: the source cannot be read, the two sources do not fit together, or rows are bad (see `on_bad_row`; a
             source without any usable row is always refused).
     """
-    if on_bad_row not in _ON_BAD_ROW:
-        raise UsageError(f"data.on_bad_row: {on_bad_row!r} is not allowed; allowed: {', '.join(_ON_BAD_ROW)}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit: must be at least 1, found {limit}")
-    keep_bad = on_bad_row == "skip"
-    target = _open_source(source, keep_bad=keep_bad)
-    needs = {"need_target": need_target, "need_english": need_english}
+    target = _open_source(source, keep_bad=on_bad_row == "skip")
+    outcomes: Iterator[Row | _BadRow]
     if english is None:
-        outcomes = read_rows(target, **needs)
+        parsed = ((number, _parse(record, number, need_target, need_english)) for number, record in target.records)
+        outcomes = (row if isinstance(row, Row) else target.bad_row(number, row) for number, row in parsed)
     else:
-        outcomes = join_rows(target, _open_source(english, keep_bad=keep_bad), **needs, on_bad_row=on_bad_row)
+        english_source = _open_source(english, keep_bad=on_bad_row == "skip")
+        outcomes = _join_rows(target, english_source, need_target, need_english, on_bad_row)
     rows: Spool[Row] = Spool()
     skipped: Counter[str] = Counter()
-    first_bad: BadRow | None = None
+    first_bad: _BadRow | None = None
     for outcome in outcomes:
-        if isinstance(outcome, BadRow):
+        if isinstance(outcome, _BadRow):
             first_bad = first_bad or outcome
             is_counted_alone = outcome.label in skipped or len(skipped) < _REASONS
             skipped[outcome.label if is_counted_alone else _OTHER_REASONS] += 1
@@ -139,10 +148,9 @@ def load_rows(
     return Rows(rows, target.name, total, dict(skipped))
 
 
-def _bad_rows_message(first: BadRow, counts: Counter[str], total: int, needed_by: str) -> str:
+def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_by: str) -> str:
     bad, alike = counts.total(), counts[first.label]
-    is_lacking = first.problem.reason in (MISSING, EMPTY)
-    need = f", needed by {needed_by}" if needed_by and is_lacking else ""
+    need = f", needed by {needed_by}" if needed_by and first.problem.reason in (MISSING, EMPTY) else ""
     if total == 1:
         share = "it is the only row"
     elif alike == total:
@@ -150,11 +158,20 @@ def _bad_rows_message(first: BadRow, counts: Counter[str], total: int, needed_by
     else:
         share = f"{alike} of {total} rows {'is' if alike == 1 else 'are'} like this"
     others = f", {bad - alike} more cannot be used for other reasons" if bad > alike else ""
-    hint = f" ({SKIP_HINT})" if bad < total else ""
+    hint = f" ({_SKIP_HINT})" if bad < total else ""
     return f"{first.place}: {first.problem}{first.problem.note}{need}; {share}{others}{hint}"
 
 
-def _open_source(source: RowSource, *, keep_bad: bool) -> RecordSource:
+def _parse(record: Any, number: int, need_target: bool, need_english: bool) -> Row | RowError:
+    if isinstance(record, RowError):
+        return record
+    try:
+        return parse_row(record, number=number, need_target=need_target, need_english=need_english)
+    except RowError as error:
+        return error.with_traceback(None)
+
+
+def _open_source(source: RowSource, *, keep_bad: bool) -> _Source:
     name, unit = "the given rows", "row"
     if isinstance(source, str) and (hub_name := parse_hub_name(source)):
         name, records = source, read_hub(hub_name)
@@ -168,7 +185,7 @@ def _open_source(source: RowSource, *, keep_bad: bool) -> RecordSource:
         records = enumerate(source, start=1)
     else:
         raise UsageError(f"data: found {type(source).__name__}; allowed: {_OBJECTS}")
-    return RecordSource(name, unit, _refuse_empty(name, records))
+    return _Source(name, unit, _refuse_empty(name, records))
 
 
 def _refuse_empty(name: str, records: NumberedRecords) -> NumberedRecords:
@@ -216,3 +233,103 @@ def read_hub(name: HubName) -> NumberedRecords:
             raise UsageError(f"{name}: has no split `train`; add one with a colon: {', '.join(map(str, dataset))}")
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
     yield from enumerate(dataset, start=1)
+
+
+class _Entry(NamedTuple):
+    """One record of two aligned sources. A record that cannot be read may still have an id in the file."""
+
+    number: int
+    id: str
+    outcome: Row | RowError
+
+
+class _Entries(Spool[_Entry]):
+    """The records of one source on disk; memory grows by 24 bytes a record: its place and a digest of its id."""
+
+    def __init__(self, source: _Source, needed: bool, english: _Source | None = None) -> None:
+        super().__init__()
+        self.source = source
+        all_have_ids, digests = True, bytearray()
+        for number, record in source.records:
+            if english and isinstance(record, Mapping) and (key := next(filter(record.get, ENGLISH_KEYS), None)):
+                raise UsageError(
+                    f"{source.place(number)}: has `{key}` already, but the English side is to come from {english.name}; "
+                    "keep one of the two"
+                )
+            entry = _Entry(number, record_id(record), _parse(record, number, needed, False))
+            self.append(entry)
+            all_have_ids &= bool(entry.id) or isinstance(record, RowError)
+            # A missing id equals no other: its first byte occurs in no UTF-8.
+            id_bytes = entry.id.encode(errors="surrogatepass") or b"\xff" + f"{id(self)} {number}".encode()
+            digests += hashlib.blake2b(id_bytes, digest_size=16).digest()
+        self.digests = np.frombuffer(digests, dtype="S16")
+        self.have_unique_ids = all_have_ids and len(np.unique(self.digests)) == len(self)
+
+
+def _join_rows(
+    target: _Source, english: _Source, need_target: bool, need_english: bool, on_bad_row: str
+) -> Iterator[Row | _BadRow]:
+    """Join two aligned sources, in the order of the target source.
+
+    Both are read whole before the first row, because ids can join them only where every record has its own.
+
+    Raises:
+        UsageError: the sources do not fit together.
+    """
+    targets, englishes = _Entries(target, need_target, english), _Entries(english, need_english)
+    if targets.have_unique_ids and englishes.have_unique_ids:
+        yield from _join_by_id(targets, englishes, on_bad_row)
+        return
+    if len(targets) != len(englishes):
+        raise UsageError(
+            f"{target.name} has {len(targets)} rows, {english.name} has {len(englishes)}: without a"
+            " unique `id` on every row of both they are joined row by row and must be equally long"
+        )
+    by_line = target.unit == english.unit == "line"
+    for one, other in zip(targets, englishes, strict=True):
+        # Blank lines at different places make as many rows, but not the same pairs.
+        if by_line and one.number != other.number:
+            raise UsageError(
+                f"{target.place(one.number)}: comes together with {english.place(other.number)}: "
+                "without a unique `id` on every row they are joined line by line, so blank lines must be the same in both"
+            )
+        yield _merge(one, other, target, english)
+
+
+def _join_by_id(targets: _Entries, englishes: _Entries, on_bad_row: str) -> Iterator[Row | _BadRow]:
+    # For each target its partner among the English rows, -1 without one.
+    partners = np.full(len(targets), -1)
+    _, joined, found = np.intersect1d(targets.digests, englishes.digests, assume_unique=True, return_indices=True)
+    partners[joined] = found
+    lone_targets, lone_englishes = np.flatnonzero(partners < 0), np.setdiff1d(np.arange(len(englishes)), found)
+    if on_bad_row == "error" or len(lone_targets) == len(targets):
+        for lone, entries, other in ((lone_targets, targets, englishes), (lone_englishes, englishes, targets)):
+            if len(lone):
+                ids = ", ".join(entries[place].id[:60] for place in lone[:_IDS_SHOWN])
+                more = ", ..." if len(lone) > _IDS_SHOWN else ""
+                hint = _SKIP_HINT if len(lone) < len(entries) else "without the column `id` they are joined row by row"
+                name, missing = entries.source.name, f"{len(lone)} of {len(entries)} ids are not in {other.source.name}"
+                raise UsageError(f"{name}: {missing}: {ids}{more} ({hint})")
+    for target, partner in zip(targets, map(int, partners), strict=True):
+        if partner < 0:
+            yield _lone(target, targets.source, englishes.source)
+        else:
+            yield _merge(target, englishes[partner], targets.source, englishes.source)
+    for place in lone_englishes:
+        yield _lone(englishes[place], englishes.source, targets.source)
+
+
+def _lone(entry: _Entry, source: _Source, other: _Source) -> _BadRow:
+    # Joined by id, a record lacks its id only where it could not be read.
+    unread = entry.outcome if isinstance(entry.outcome, RowError) and not entry.id else None
+    return source.bad_row(entry.number, unread or RowError("id", f"is not in {other.name}"))
+
+
+def _merge(target: _Entry, english: _Entry, source: _Source, english_source: _Source) -> Row | _BadRow:
+    row, other = target.outcome, english.outcome
+    if isinstance(row, RowError):
+        return source.bad_row(target.number, row)
+    if isinstance(other, RowError):
+        return english_source.bad_row(english.number, other, f" in {english_source.name}")
+    english_side = {"prompt_en": other.prompt, "completion_en": other.completion, "input_en": other.input}
+    return replace(row, **english_side, history_en=other.history)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pivotune.errors import UsageError
 
@@ -20,6 +20,9 @@ _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswe
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
+# One turn of a chat, as chat templates take it: {"role": "system" | "user" | "assistant", "content": text}.
+Message = Mapping[str, str]
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -28,7 +31,11 @@ class Turn:
     prompt: str
     completion: str = ""
     input: str = ""
-    history: Sequence[Mapping[str, str]] = ()
+    history: Sequence[Message] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.prompt and self.completion)
 
     @property
     def user_text(self) -> str:
@@ -50,19 +57,6 @@ class Rendered:
         return self.prefix + self.query + self.suffix
 
 
-class Template(Protocol):
-    """Renders one side of a row.
-
-    Attributes:
-        adds_special_tokens: the rendered text already holds the begin-of-text token where the template wants one.
-    """
-
-    name: str
-    adds_special_tokens: bool
-
-    def render(self, turn: Turn) -> Rendered: ...
-
-
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """Load the template called `name` for this tokenizer.
 
@@ -79,17 +73,15 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         )
     if name is None:
         name = "chat" if tokenizer.chat_template else "alpaca"
-    if name == "chat":
-        return ChatTemplate(tokenizer)
-    if name == "alpaca":
-        return AlpacaTemplate(tokenizer)
-    return JinjaTemplate(Path(name), tokenizer)
+    known = {"chat": ChatTemplate, "alpaca": AlpacaTemplate}
+    return known[name](tokenizer) if name in known else JinjaTemplate(Path(name), tokenizer)
 
 
 class ChatTemplate:
     """The tokenizer's own chat template; the completion is the assistant's turn with its end token."""
 
     name = "chat"
+    # The rendered text already holds the begin-of-text token where the template wants one.
     adds_special_tokens = True
 
     def __init__(self, tokenizer: Any) -> None:
@@ -97,37 +89,33 @@ class ChatTemplate:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
         self._tokenizer = tokenizer
         self._end_tokens = _end_tokens(tokenizer)
+        # The template's text before and after the user's, for rows without history.
         self._plain_frame: tuple[str, str] | None = None
 
     def render(self, turn: Turn) -> Rendered:
+        frame = None if turn.history else self._plain_frame
+        if frame is None:
+            text = self._apply([*turn.history, {"role": "user", "content": _QUERY}], generation_prompt=True)
+            frame = _around(text, _QUERY, "data.template: chat")
+            if not turn.history:
+                self._plain_frame = frame
+        prefix, suffix = frame
         messages = [*turn.history, {"role": "user", "content": turn.user_text}]
         prompt = self._apply(messages, generation_prompt=True)
-        prefix, suffix = self._frame(turn.history)
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
             # The frame depends on the text or the date. The suffix goes first: its words may occur in the query.
             kept = suffix if prompt.endswith(suffix) else ""
             prefix, after = _around(prompt.removesuffix(kept), turn.user_text.strip(), "data.template: chat")
             suffix = after + kept
-        query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        if not turn.completion:
-            return Rendered(prefix, query, suffix, "")
-        whole = self._apply([*messages, {"role": "assistant", "content": turn.completion}], generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise UsageError(
-                "data.template: chat: this chat template does not put the answer right after its generation prompt; "
-                "use alpaca or a Jinja file"
-            )
-        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
-
-    def _frame(self, history: Sequence[Mapping[str, str]]) -> tuple[str, str]:
-        """Return the template's text before and after the user's; kept for rows without history."""
-        if not history and self._plain_frame:
-            return self._plain_frame
-        text = self._apply([*history, {"role": "user", "content": _QUERY}], generation_prompt=True)
-        frame = _around(text, _QUERY, "data.template: chat")
-        if not history:
-            self._plain_frame = frame
-        return frame
+        whole = ""
+        if turn.completion:
+            whole = self._apply([*messages, {"role": "assistant", "content": turn.completion}], generation_prompt=False)
+            if not whole.startswith(prompt):
+                raise UsageError(
+                    "data.template: chat: this chat template does not put the answer right after its generation prompt; "
+                    "use alpaca or a Jinja file"
+                )
+        return _split(prompt, prefix, suffix, whole, self._end_tokens)
 
     def _apply(self, messages: list, *, generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -170,15 +158,27 @@ class JinjaTemplate:
     """
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
+        from jinja2 import TemplateSyntaxError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         self.name = str(path)
         self._tokenizer = tokenizer
         self._end_tokens = _end_tokens(tokenizer)
-        self._template, self._variables = self._read(path)
+        if not path.is_file():
+            raise UsageError(f"data.template: {path} is not chat, alpaca or an existing Jinja file")
+        try:
+            environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
+            source = path.read_text(encoding="utf-8")
+            self._template = environment.from_string(source)
+            self._variables = meta.find_undeclared_variables(environment.parse(source))
+        except TemplateSyntaxError as error:
+            raise UsageError(f"template {path}, line {error.lineno}: {error.message}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"template {path}: not UTF-8 text") from error
         probe = self._fill(Turn(prompt=_QUERY, completion=_ANSWER))
         for marker, variable in ((_ANSWER, "completion"), (_QUERY, "prompt")):
-            if probe.count(marker) != 1:
-                found = "no" if marker not in probe else f"{probe.count(marker)}"
-                raise UsageError(f"template {path}: {found} {{{{ {variable} }}}} slot; exactly one is needed")
+            if (count := probe.count(marker)) != 1:
+                raise UsageError(f"template {path}: {count or 'no'} {{{{ {variable} }}}} slot; exactly one is needed")
         if probe.index(_ANSWER) < probe.index(_QUERY):
             raise UsageError(
                 f"template {path}: {{{{ completion }}}} stands before {{{{ prompt }}}}; the answer comes last"
@@ -186,59 +186,38 @@ class JinjaTemplate:
         self.adds_special_tokens = bool(tokenizer.bos_token) and probe.startswith(tokenizer.bos_token)
 
     def render(self, turn: Turn) -> Rendered:
+        where = f"template {self.name}"
         if turn.history and "history" not in self._variables:
-            raise UsageError(f"template {self.name}: no {{{{ history }}}} slot, and the row has earlier turns")
+            raise UsageError(f"{where}: no {{{{ history }}}} slot, and the row has earlier turns")
         if "input" not in self._variables:
             turn = replace(turn, prompt=turn.user_text, input="")
         # Text before the user's texts, and between them and the answer.
         marked = replace(turn, prompt=_QUERY, completion=_ANSWER, input=turn.input and _INPUT)
-        text, _ = _around(self._fill(marked), _ANSWER, f"template {self.name}")
+        text, _ = _around(self._fill(marked), _ANSWER, where)
         marks = [mark for mark in (_QUERY, _INPUT) if mark in text]
         if not marks:
-            raise UsageError(f"template {self.name}: it does not write the user's text of this row")
+            raise UsageError(f"{where}: it does not write the user's text of this row")
         prefix = text[: min(map(text.index, marks))]
         suffix = text[max(text.rindex(mark) + len(mark) for mark in marks) :]
         # The row's texts are rendered too, because the template may filter them.
-        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, f"template {self.name}")
+        prompt, _ = _around(self._fill(replace(turn, completion=_ANSWER)), _ANSWER, where)
         if not (prompt.startswith(prefix) and prompt.endswith(suffix)):
-            raise UsageError(f"template {self.name}: the text around {{{{ prompt }}}} must not depend on the prompt")
-        query = prompt[len(prefix) : len(prompt) - len(suffix)]
-        if not turn.completion:
-            return Rendered(prefix, query, suffix, "")
-        whole = self._fill(turn)
-        if not whole.startswith(prompt):
-            raise UsageError(f"template {self.name}: the text before {{{{ completion }}}} must not depend on it")
-        return Rendered(prefix, query, suffix, _completion(whole, prompt, self._end_tokens))
-
-    @staticmethod
-    def _read(path: Path) -> tuple[Any, set[str]]:
-        """Return the template and the names of its variables."""
-        from jinja2 import TemplateSyntaxError, meta
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if not path.is_file():
-            raise UsageError(f"data.template: {path} is not chat, alpaca or an existing Jinja file")
-        try:
-            environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-            source = path.read_text(encoding="utf-8")
-            return environment.from_string(source), meta.find_undeclared_variables(environment.parse(source))
-        except TemplateSyntaxError as error:
-            raise UsageError(f"template {path}, line {error.lineno}: {error.message}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"template {path}: not UTF-8 text") from error
+            raise UsageError(f"{where}: the text around {{{{ prompt }}}} must not depend on the prompt")
+        whole = self._fill(turn) if turn.completion else ""
+        if whole and not whole.startswith(prompt):
+            raise UsageError(f"{where}: the text before {{{{ completion }}}} must not depend on it")
+        return _split(prompt, prefix, suffix, whole, self._end_tokens)
 
     def _fill(self, turn: Turn) -> str:
+        texts = {"prompt": turn.prompt, "completion": turn.completion, "input": turn.input}
+        special = {"bos_token": self._tokenizer.bos_token or "", "eos_token": self._tokenizer.eos_token}
         try:
-            return self._template.render(
-                prompt=turn.prompt,
-                completion=turn.completion,
-                input=turn.input,
-                history=list(turn.history),
-                bos_token=self._tokenizer.bos_token or "",
-                eos_token=self._tokenizer.eos_token,
-            )
+            return self._template.render(texts, history=list(turn.history), **special)
         except Exception as error:  # expressions of a template can raise any error of Python's operators
             raise UsageError(f"template {self.name}: {error}") from error
+
+
+Template = ChatTemplate | AlpacaTemplate | JinjaTemplate
 
 
 def _around(text: str, part: str, where: str) -> tuple[str, str]:
@@ -257,8 +236,13 @@ def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
     return (*tokenizer.all_special_tokens, *added, tokenizer.eos_token)
 
 
-def _completion(whole: str, prompt: str, end_tokens: tuple[str, ...]) -> str:
-    """Return the text behind the prompt without white space behind its end token; append end-of-text without one."""
+def _split(prompt: str, prefix: str, suffix: str, whole: str, end_tokens: tuple[str, ...]) -> Rendered:
+    """Split the text of a row, `whole`, which is '' for a prompt alone.
+
+    White space behind the answer's end token is dropped; end-of-text is appended where the answer has no end token.
+    """
     completion = whole[len(prompt) :]
-    stripped = completion.rstrip()
-    return stripped if stripped.endswith(end_tokens) else completion + end_tokens[-1]
+    if whole:
+        stripped = completion.rstrip()
+        completion = stripped if stripped.endswith(end_tokens) else completion + end_tokens[-1]
+    return Rendered(prefix, prompt[len(prefix) : len(prompt) - len(suffix)], suffix, completion)

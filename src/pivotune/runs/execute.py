@@ -1,4 +1,4 @@
-"""One run from configuration to run folder: what `pivotune train` does."""
+"""Execute a prepared run: load, choose layers, train, score, save."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
-# Seconds after which a folder that another machine has made is to be seen.
+# Seconds until a folder made on another machine must be visible.
 _SEEN_AFTER = 60.0
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
@@ -55,7 +55,7 @@ Scores = dict[str, list[RowScore]]
 
 @dataclass
 class RunResult:
-    """What a finished run left behind."""
+    """A finished run. `before` holds the starting model's held-out scores."""
 
     folder: Path
     layers: LayerAnalysis | None
@@ -74,26 +74,37 @@ def execute_run(
     before: Scores | None = None,
     stop_signals: StopSignals | None = None,
 ) -> RunResult:
-    """Load the model, choose layers, train, evaluate and save. See `prepare_run` for everything that can be wrong.
+    """Load the model, choose layers, train, score and save.
 
     Args:
-        before: the starting model's held-out scores, where another run from the same start has measured them.
-        stop_signals: where signals are received that ask to stop.
+        before: the starting model's held-out scores, if another run from the same start has measured them.
+        stop_signals: records signals that ask the run to stop.
 
     Raises:
         UsageError: another process trains in the folder, or it cannot be written, or the disk is full.
-        TrainingError: a fault that stopped the training; one line that says what is kept.
-        StoppedBySignalError: a signal asked to stop.
+        TrainingError: a fault that stopped the training; the line says what is kept.
+        StoppedBySignalError: a signal asked the run to stop.
     """
     folder = prepared.folder
-    progress = progress if progress is not None and ranks.is_main() else silent
     with ExitStack() as stack:
-        # The main process holds the folder for all.
         ranks.on_main(lambda: make_folder(folder))
-        ranks.agree(partial(_must_be_shared, folder))
+        ranks.agree(partial(_wait_for_shared, folder))
+        # The main process locks the folder for all.
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
-        return _execute(prepared, resume, callbacks, progress, before, stop_signals or StopSignals())
+        shown = progress if progress is not None and ranks.is_main() else silent
+        return _execute(prepared, resume, callbacks, shown, before, stop_signals or StopSignals())
+
+
+def _wait_for_shared(folder: Path) -> None:
+    until = time.monotonic() + _SEEN_AFTER
+    while not folder.is_dir() and time.monotonic() < until:
+        # Reading the parent makes a network file system forget that the folder was not there.
+        with suppress(OSError):
+            os.listdir(folder.parent)
+        time.sleep(0.5)
+    if not folder.is_dir():
+        raise UsageError(f"output_dir: {folder} is not on a file system that all machines of the run share; choose one")
 
 
 def _execute(
@@ -105,14 +116,23 @@ def _execute(
     stop_signals: StopSignals,
 ) -> RunResult:
     config, args, folder = prepared.config, prepared.args, prepared.folder
-    ranks.on_main(lambda: _begin_folder(prepared, resume=resume))
     in_memory = partial(explained_out_of_memory, config, args)
+
+    def begin_folder() -> LayerAnalysis | None:
+        """Write the first files; return the layers of a resumed run, whatever another machine would measure."""
+        remove_half_written(folder)
+        write_run_config(folder, config)
+        # A process that was killed before it wrote the record has trained on nothing yet.
+        if not resume or not has_rows_record(folder):
+            write_rows_record(folder, prepared.train)
+        path = folder / "layers.json"
+        return read_layers_json(path) if resume and path.is_file() else None
+
+    layers = ranks.on_main(begin_folder)
     with in_memory("loading the model"):
-        model = _starting_model(config)
+        model = _load_starting_model(config)
     with in_memory("measuring the layers"):
-        layers = (ranks.on_main(lambda: _earlier_layers(folder)) if resume else None) or _measure(
-            prepared, model, progress
-        )
+        layers = layers or _measure_layers(prepared, model, progress)
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -134,17 +154,22 @@ def _execute(
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
     with in_memory("training"), stop_signals.deferred():
         trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
-        # One that came after the last step: no process goes on to wait for another that leaves.
+        # A signal after the last step stops all processes: none waits for another that leaves.
         received = next(filter(None, ranks.gather_objects(stop_signals.received)), None)
         if received is not None:
             raise StoppedBySignalError(received)
     assert start.scores is not None
-    _free_optimizer(trainer)
+    if not trainer.is_deepspeed_enabled:
+        # Free gradients and optimizer states, three times the weights. DeepSpeed's engine owns its own and needs them.
+        cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
+        trainer.optimizer = trainer.callback_handler.optimizer = None
+        trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
+        trainer.accelerator.free_memory()
     with in_memory("scoring the trained model"):
         after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
     results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
     result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
-    trained = gathered_model(trainer, partial(_starting_model, config, adapters=True))
+    trained = gathered_model(trainer, partial(_load_starting_model, config, adapters=True))
 
     def save() -> None:
         write_text(folder / "README.md", model_card(config, result.layers, results))
@@ -154,33 +179,14 @@ def _execute(
     return result
 
 
-def _must_be_shared(folder: Path) -> None:
-    until = time.monotonic() + _SEEN_AFTER
-    while not folder.is_dir() and time.monotonic() < until:
-        # A network file system remembers for a while that there was no such folder, unless its parent is read anew.
-        with suppress(OSError):
-            os.listdir(folder.parent)
-        time.sleep(0.5)
-    if not folder.is_dir():
-        raise UsageError(
-            f"output_dir: {folder} is not on a file system that all machines of the run see; choose one that is"
-        )
-
-
-def _begin_folder(prepared: PreparedRun, *, resume: bool) -> None:
-    remove_half_written(prepared.folder)
-    write_run_config(prepared.folder, prepared.config)
-    # A process that was killed before it could write the record has trained on nothing yet.
-    if not resume or not has_rows_record(prepared.folder):
-        write_rows_record(prepared.folder, prepared.train)
-
-
-def _starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedModel:
-    """What training starts from, on the CPU; with fresh adapters where asked and the run trains some."""
+def _load_starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedModel:
+    """Load the starting model on the CPU; with `adapters` add the fresh adapters of a run that trains some."""
+    # Full fine-tuning keeps float32 weights, since bfloat16 ones lose small updates; adapters leave the base as it is.
+    full = "float32" if config.lora is None else "auto"
     model = merge_adapters(
         load_model(
             config.model,
-            dtype=_dtype(config),
+            dtype=full if config.dtype == "auto" else config.dtype,
             quantize=config.quantize,
             trust_remote_code=config.trust_remote_code,
             revision=config.revision,
@@ -189,10 +195,23 @@ def _starting_model(config: RunConfig, *, adapters: bool = False) -> PreTrainedM
     return add_adapters(model, build_lora_config(config.lora, model)) if adapters and config.lora is not None else model
 
 
-class _StartScores(TrainerCallback):
-    """The starting model's held-out scores, measured once in the life of a run.
+def _measure_layers(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
+    config = prepared.config
+    if not METHODS[config.method].inner_losses:
+        return None
+    named = all(term.layer != "auto" for term in config.supervision.active().values())
+    if named and (is_partitioned(model) or shards_weights(prepared.args)):
+        # The whole model may not fit into one process.
+        return None
+    return measure_layers(
+        prepared.args, model, prepared.tokenizer, prepared.train, model_name=config.model, progress=progress
+    )
 
-    Before training; of a model that will be sharded when it is, for no process may be able to hold all of it.
+
+class _StartScores(TrainerCallback):
+    """Held-out scores of the starting model, measured once in the life of a run.
+
+    Measured before training; a model that will be sharded is measured when it is, since it may not fit into one process.
     """
 
     def __init__(
@@ -211,66 +230,28 @@ class _StartScores(TrainerCallback):
             "bf16": bool(args.bf16),
         }
         self._prepared, self._trainer, self._progress = prepared, trainer, progress
-        self.scores = scores
         if scores is None and resume:
-            self.scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
-        # A model that DeepSpeed will place is still on the CPU.
-        later = is_sharded(trainer) or trainer.is_deepspeed_enabled
-        if self.scores is None and later:
-            if prepared.checkpoint is not None:
-                raise UsageError(
-                    f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
-                    "per_device_eval_batch_size, bf16 and data as they were"
-                )
+            scores = ranks.on_main(lambda: read_start_scores(prepared.folder, self._key))
+        self.scores = scores
+        if scores is not None:
+            return
+        # DeepSpeed places the model later: it is still on the CPU.
+        if not (is_sharded(trainer) or trainer.is_deepspeed_enabled):
+            self.on_train_begin()
+        elif prepared.checkpoint is None:
             trainer.add_callback(self)
-        elif self.scores is None:
-            self._measure()
+        else:
+            raise UsageError(
+                f"{prepared.folder}: its start-scores.json is of other held-out rows or settings; resume with "
+                "per_device_eval_batch_size, bf16 and data as they were"
+            )
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.scores is None:
-            self._measure()
-
-    def _measure(self) -> None:
-        prepared = self._prepared
-        scores = _score(prepared, self._trainer.model_wrapped, self._progress, "Scoring the starting model")
-        ranks.on_main(lambda: write_start_scores(prepared.folder, self._key, scores))
-        self.scores = scores
-
-
-def _earlier_layers(folder: Path) -> LayerAnalysis | None:
-    """A resumed run supervises the layers it began with, whatever another machine would measure."""
-    path = folder / "layers.json"
-    return read_layers_json(path) if path.is_file() else None
-
-
-def _free_optimizer(trainer: DeepSupervisionTrainer) -> None:
-    """Give back what only training needs, three times the weights; the trainer sits in cycles and would keep it."""
-    if trainer.is_deepspeed_enabled:
-        # Its engine owns the optimizer, and is still needed.
-        return
-    cast(nn.Module, trainer.model).zero_grad(set_to_none=True)
-    trainer.optimizer = trainer.callback_handler.optimizer = None
-    trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = None
-    trainer.accelerator.free_memory()
-
-
-def _dtype(config: RunConfig) -> Any:
-    """Full fine-tuning keeps float32 weights, since bfloat16 ones lose small updates; adapters leave the base as it is."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if config.lora is None else "auto"
-
-
-def _measure(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
-    if not METHODS[prepared.config.method].inner_losses:
-        return None
-    chosen = all(term.layer != "auto" for term in prepared.config.supervision.active().values())
-    if chosen and (is_partitioned(model) or shards_weights(prepared.args)):
-        # No process may be able to hold the whole model.
-        return None
-    return measure_layers(
-        prepared.args, model, prepared.tokenizer, prepared.train, model_name=prepared.config.model, progress=progress
-    )
+            title = "Scoring the starting model"
+            scores = _score(self._prepared, self._trainer.model_wrapped, self._progress, title)
+            ranks.on_main(lambda: write_start_scores(self._prepared.folder, self._key, scores))
+            self.scores = scores
 
 
 def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) -> Scores:
@@ -290,37 +271,32 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
 
 
 def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
-    """`results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
+    """Write `results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
+    config = prepared.config
     tasks, items = {}, []
     for side, scores in after.items():
-        name = f"heldout_{_language(prepared, side)}"
+        language = "en" if side == "english" else config.data.language or "target"
+        name = f"heldout_{language}"
         summary, start = summarize(scores), summarize(before[side])
         figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
         tasks[name] = {
             "metric": "nll",
             **figure,
             "benchmark": "heldout",
-            "language": _language(prepared, side),
+            "language": language,
             "split": "validation",
             "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},
             "nll_per_character": summary.nll_per_character,
             "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
         }
+        # An item is named by its row's number in the file: other seeds hold out other rows, and only equal rows are paired.
+        rows = [pair.number for pair in prepared.validation if getattr(pair, side) is not None]
         items += [
             {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
-            for row, score, base in zip(_row_numbers(prepared, side), scores, before[side], strict=True)
+            for row, score, base in zip(rows, scores, before[side], strict=True)
         ]
-    results = {"model": prepared.config.model, "method": prepared.config.method, "tasks": tasks}
-    # Results without their items could not be compared.
+    results = {"model": config.model, "method": config.method, "tasks": tasks}
+    # Items first: results without them could not be compared.
     write_items(prepared.folder / "results.items.jsonl.gz", items)
     write_json(prepared.folder / "results.json", results)
     return results
-
-
-def _language(prepared: PreparedRun, side: str) -> str:
-    return "en" if side == "english" else prepared.config.data.language or "target"
-
-
-def _row_numbers(prepared: PreparedRun, side: str) -> list[int]:
-    """Where the rows stand in their file: other seeds hold out other rows, and only equal ones may be paired."""
-    return [pair.number for pair in prepared.validation if getattr(pair, side) is not None]

@@ -7,6 +7,8 @@ import re
 # Characters that move the cursor, change colours or turn the direction of text, except line ends and tabs; and halves of
 # surrogate pairs, which no file and no terminal accepts.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Unicode has pictures of the ASCII controls (U+2400 and on).
+_PICTURES = {chr(code): chr(0x2400 + code) for code in range(0x20)} | {"\x7f": "\u2421"}
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
@@ -19,13 +21,7 @@ _FORMULA = ("=", "+", "-", "@", "\t")
 
 def printable(text: str) -> str:
     """Replace each control and direction character by a visible one, so that data cannot control the terminal."""
-
-    def visible(match: re.Match[str]) -> str:
-        # Unicode has pictures of the ASCII controls (U+2400 and on).
-        code = ord(match.group())
-        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
-
-    return _CONTROL.sub(visible, text.replace("\r\n", "\n"))
+    return _CONTROL.sub(lambda match: _PICTURES.get(match.group(), "\ufffd"), text.replace("\r\n", "\n"))
 
 
 def printable_json(document: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,18 @@ def parse_json(text: str) -> Any:
         RepeatedKeyError: an object names a key twice.
         ValueError: a number of over 4,300 digits, or lists and objects that are nested too deeply.
     """
-    with _nesting_errors():
-        return _STRICT.decode(text)
+    return _shallow(_STRICT.decode, text)
 
 
 def decode_at(text: str, place: int) -> tuple[Any, int]:
-    """Return the value that begins at a place of the text, and the place of its end.
+    """Return the value that begins at a place of the text, and the place of its end; errors as `parse_json`.
 
     A `RepeatedKeyError` is returned as the value, because the text behind it can still be read.
-
-    Raises:
-        json.JSONDecodeError: no JSON value begins there.
-        ValueError: as `parse_json`.
     """
-    with _nesting_errors():
-        try:
-            return _STRICT.raw_decode(text, place)
-        except RepeatedKeyError as error:
-            return error, _LENIENT.raw_decode(text, place)[1]
+    try:
+        return _shallow(_STRICT.raw_decode, text, place)
+    except RepeatedKeyError as error:
+        return error, _shallow(json.JSONDecoder().raw_decode, text, place)[1]
 
 
 def json_error(path: Path, line: int, error: ValueError, column: int = 0) -> UsageError:
@@ -55,25 +48,24 @@ def json_error(path: Path, line: int, error: ValueError, column: int = 0) -> Usa
 
 def shown(name: object, length: int = 60) -> str:
     """Quote a name from a data file for a message, cut where it is long."""
-    text = name if isinstance(name, str) else f"{type(name).__name__}"
+    text = name if isinstance(name, str) else type(name).__name__
     return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
-@contextmanager
-def _nesting_errors() -> Iterator[None]:
+def _shallow(decode: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        yield
+        return decode(*arguments)
     except RecursionError as error:
         raise ValueError("lists or objects stand within each other too deeply") from error
 
 
 def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RepeatedKeyError(key)
+        found[key] = value
     return found
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object_without_repeated_keys)
-_LENIENT = json.JSONDecoder()

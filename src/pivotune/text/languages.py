@@ -90,24 +90,16 @@ def flores_languages() -> tuple[str, ...]:
 @cache
 def _languages() -> tuple[Language, ...]:
     text = (resources.files("pivotune.text") / "languages.csv").read_text(encoding="utf-8")
-    return tuple(map(_parse, csv.DictReader(text.splitlines())))
-
-
-def _parse(row: dict[str, str]) -> Language:
-    base, script = row["flores"].split("_")
-    iso639_3, aliases, regions = (tuple(row[name].split()) for name in ("iso639_3", "aliases", "ntrex_regions"))
-    with_script = [f"{code}-{script}" for code in iso639_3 or (base,)]
-    # NTREX-128 names Chinese by region only.
-    ntrex = regions if base == "zho" else (*iso639_3, *with_script, *regions)
-    return Language(
-        code=row["iso639_1"] or row["flores"],
-        flores=row["flores"],
-        iso639_3=iso639_3,
-        ntrex=ntrex,
-        aliases=aliases,
-        name=row["name"],
-        in_flores=row["set"] == "flores",
-    )
+    languages = []
+    for row in csv.DictReader(text.splitlines()):
+        flores, (base, script) = row["flores"], row["flores"].split("_")
+        iso639_3, aliases, regions = (tuple(row[name].split()) for name in ("iso639_3", "aliases", "ntrex_regions"))
+        with_script = [f"{code}-{script}" for code in iso639_3 or (base,)]
+        # NTREX-128 names Chinese by region only.
+        ntrex = regions if base == "zho" else (*iso639_3, *with_script, *regions)
+        code, in_flores = row["iso639_1"] or flores, row["set"] == "flores"
+        languages.append(Language(code, flores, iso639_3, ntrex, aliases, row["name"], in_flores))
+    return tuple(languages)
 
 
 @cache

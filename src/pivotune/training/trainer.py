@@ -64,13 +64,13 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             negative log-likelihood of the answer per token, in nats) and `..._nll_per_character`.
         processing_class: the tokenizer; loaded by the model's name if absent.
         peft_config: a `peft` configuration to train adapters in place of the whole model.
-        layers: a finished layer analysis; measured on the training rows if a layer is to be chosen and this is absent.
+        layers: a finished layer analysis; if absent, an `auto` layer is measured on the training rows.
         callbacks, optimizers: as in `Trainer`.
-        progress: shows long preparations; a bar as `Trainer` has it if absent.
+        progress: shows long preparations; a tqdm bar if absent.
         stop_signals, verified_checkpoint: see `FaultTolerantTrainer`.
 
     Attributes:
-        layers: the layer analysis, or None where no layer had to be chosen.
+        layers: the layer analysis, or None if every layer was named.
         supervision: the inner losses with their layers.
 
     Raises:
@@ -98,7 +98,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
-        # Before the adapters draw their first weights, which `Trainer` does too late.
+        # Seed before the adapters draw their first weights; `Trainer` seeds too late.
         set_seed(args.seed)
         if isinstance(model, str):
             # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
@@ -108,7 +108,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
-        # Before adapters are added and a checkpoint is loaded: of the model that training starts from.
+        # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
@@ -164,7 +164,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Any]:
-        """The batches of one accumulation window, and the count of every term over the window and all ranks."""
+        """Return the batches of one accumulation window, and the count of every term over the window and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self._count_terms(batches, device) if batches else None
 
@@ -175,7 +175,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """This micro-batch's share of the window's loss; its sum over micro-batches and ranks is the loss.
+        """Return this micro-batch's share of the loss: the sum over micro-batches and ranks is the loss of the window.
 
         Args:
             inputs: a batch as `DeepSupervisionCollator` makes it.
@@ -196,7 +196,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast also outside the model's forward: heads and losses are computed here."""
+        """Extend autocast beyond the model's forward: heads and losses are computed here."""
         stack = super().compute_loss_context_manager()
         stack.enter_context(self.accelerator.autocast())
         return stack
@@ -218,7 +218,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
                 step = max(self.state.global_step - 1, 0)
                 logs["supervision_factor"] = schedule_factor(self.args.supervision.schedule, step, self.state.max_steps)
         if "loss" in logs or "train_runtime" in logs:
-            # The last line of a training run: what was counted since the one before belongs to no later run.
+            # After the last line of a run the sums belong to no later run.
             self._window.clear()
         super().log(logs, start_time)
 
@@ -227,10 +227,10 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate in both languages; `eval_dataset` may be rows in any form that the constructor takes but a file name.
+        """Evaluate in both languages; `eval_dataset` may be rows in any form of the constructor except a file name.
 
         Raises:
-            UsageError: FSDP2 has not sharded the model yet, which it does together with its optimizer.
+            UsageError: FSDP2 has not sharded the model yet; it does so together with the optimizer.
         """
         if self.is_fsdp_enabled and not is_fsdp(cast(nn.Module, self.model_wrapped)):
             raise UsageError(
@@ -244,7 +244,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """Negative log-likelihood of a batch's answers, kept as sums: means of means would weigh short rows more."""
+        """Add the negative log-likelihood of a batch's answers as sums: means of means would weigh short rows more."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             term = deep_supervision_terms(model, inputs, NO_SUPERVISION, run_passes=self._run_passes)["tft"]
@@ -253,7 +253,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         return term.sum.detach() / term.count.clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Answer NLL per token and per character, in nats, over all tokens of the dataset and all ranks."""
+        """Report the answer NLL per token and per character, in nats, over all tokens of the dataset and all ranks."""
         started = time.perf_counter()
         self._heldout.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

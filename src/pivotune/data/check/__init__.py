@@ -7,8 +7,7 @@ Chinese, by reading flagged rows and by planting defects; a flag on one row is a
 """
 
 from pivotune.data.check.language import base_language
-from pivotune.data.check.result import DataCheck, Finding, Lengths, Problem, Shift
+from pivotune.data.check.result import DataCheck
 from pivotune.data.check.run import check_rows
-from pivotune.data.check.shifts import find_shifts
 
-__all__ = ["DataCheck", "Finding", "Lengths", "Problem", "Shift", "base_language", "check_rows", "find_shifts"]
+__all__ = ["DataCheck", "base_language", "check_rows"]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pivotune.data.rows import Row
-from pivotune.data.templates import Turn
 
 # A text with this share of symbols is code, which has no language.
 CODE_SYMBOLS, CODE_SHARE = frozenset("{}[]()<>=;_\\|+*/#$&@"), 0.08
@@ -82,10 +81,8 @@ def is_unspaced(word: str) -> bool:
 
 def side_texts(row: Row) -> tuple[list[Text], list[Text]]:
     """Return query (prompt and input, as in training) and answer of the target side and of the English side."""
-    return (
-        [Text(Turn(row.prompt, input=row.input).user_text), Text(row.completion)],
-        [Text(Turn(row.prompt_en, input=row.input_en).user_text), Text(row.completion_en)],
-    )
+    target, english = ([Text(turn.user_text), Text(turn.completion)] for turn in row.sides)
+    return target, english
 
 
 def base_language(code: str) -> str:
@@ -109,6 +106,7 @@ class Detector:
 
         # Without `max_input_length` the library logs no warnings; texts are cut here.
         self._model = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+        self._language = language
         self._target = _relatives(base_language(language))
         # With `k` above the number of languages the model returns them all.
         known = {item["lang"] for item in self._model.detect("every language", k=1000)}
@@ -161,8 +159,9 @@ class Detector:
             return None
         return self.is_target(self._model.detect(text.text[:LANGUAGE_CHARACTERS])[0]["lang"])
 
-    def notes(self, language: str) -> list[str]:
+    def notes(self) -> list[str]:
         """Return doubts about the language asked for."""
+        language = self._language
         if not self.knows_target:
             return [f"the language detector does not know {language}: the language of the target side was not checked"]
         if self._others.total() <= LANGUAGE_DOUBT * self._tested:

@@ -6,7 +6,7 @@ import heapq
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -74,11 +74,8 @@ class Shift:
 
     def __str__(self) -> str:
         distance = "one row" if abs(self.by) == 1 else f"{abs(self.by)} rows"
-        direction = "further down" if self.by > 0 else "further up"
-        return (
-            f"the English side looks shifted by {distance} from row {self.first} to row {self.last}: "
-            f"the English of these rows stands {distance} {direction}"
-        )
+        place = f"from row {self.first} to row {self.last}: the English of these rows stands {distance} further"
+        return f"the English side looks shifted by {distance} {place} {'down' if self.by > 0 else 'up'}"
 
 
 @dataclass(frozen=True)
@@ -86,19 +83,14 @@ class DataCheck:
     """The result of `check_rows`.
 
     Attributes:
-        source: name of the data.
-        language: the target language asked for, as given.
         total: rows read; `usable` of them have all four texts, `skipped` counts the others by reason.
         unit: of `lengths`: 'tokens' (prompts with their template, answers with their end token) or 'characters'.
         measured: number of rows behind `lengths`, `cut` and `too_long`: all, or the tokenized ones, spread over the data.
         lengths: by text: prompt, completion, prompt_en, completion_en.
         cut: number of prompts and of answers that the token limits cut, and the limits; None without a tokenizer.
         too_long: rows that training would refuse because of the template or the limits, by reason.
-        problems: the kinds that some row has, most serious first.
-        shifts: stretches of rows whose English side has slipped.
+        problems: the kinds that some row has, most serious first; `flagged` rows have at least one defect.
         notes: checks that were not possible, and doubts about the check itself.
-        flagged: rows with at least one defect.
-        verdict: one line.
     """
 
     source: str
@@ -115,42 +107,53 @@ class DataCheck:
     shifts: list[Shift]
     notes: list[str]
     flagged: int
-    verdict: str
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        parts = [f"{self.usable - self.flagged:,} of {self.total:,} rows look good"]
+        if self.flagged:
+            defects = [problem for problem in self.problems if problem.defect]
+            kinds = ", ".join(f"{problem.name.replace('_', ' ')} {problem.count:,}" for problem in defects)
+            parts.append(f"{self.flagged:,} with a defect ({kinds}): look at them and leave them out")
+        if self.shifts:
+            parts.append("realign the English side before training")
+        if self.skipped:
+            parts.append(f"{self.total - self.usable:,} cannot be used: train with --set data.on_bad_row=skip")
+        if left_out := sum(self.too_long.values()):
+            parts.append(f"{left_out:,} of {self.measured:,} do not fit this template or these limits")
+        return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         plain = {name: value for name, value in vars(self).items() if name not in ("lengths", "problems", "shifts")}
         return {
             **plain,
+            "verdict": self.verdict,
             "lengths": {name: asdict(lengths) for name, lengths in self.lengths.items()},
             "problems": [problem.to_dict() for problem in self.problems],
             "shifts": [{**asdict(shift), "message": str(shift)} for shift in self.shifts],
         }
 
 
-class _Kind(NamedTuple):
-    title: str
-    defect: bool
-    advice: str
-
-
 _LOOK = "look at them; leave them out if they do not translate each other"
 _TRANSLATE = "translate them or leave them out"
+# Title, defect and advice of each kind, most serious first.
 _KINDS = {
-    "shifted": _Kind("English side shifted", True, "insert or remove the row where the shift begins"),
-    "misaligned": _Kind("likely misaligned pair", True, _LOOK),
-    "untranslated": _Kind("not translated: the prompt is the English one", True, _TRANSLATE),
-    "wrong_language": _Kind("another language than asked for", True, _TRANSLATE),
-    "english_not_english": _Kind("the English side is not English", True, "check for swapped columns"),
-    "duplicate_rows": _Kind(
-        "exact duplicate of an earlier row", True, "leave them out: they may end up in both splits"
-    ),
-    "copied_answer": _Kind("answer copied from English", False, "right where the task asks for English text"),
-    "length_ratio": _Kind("unusual length ratio to English", False, "look for cut or padded translations"),
-    "html_escapes": _Kind("HTML escapes that English does not have", False, "unescape them (&lt; &quot; &#39;)"),
-    "same_prompt": _Kind("prompt of an earlier row, other answer", False, "fine if several answers are right"),
-    "duplicate_english": _Kind("English of an earlier row, other translation", False, "fine if meant"),
+    "shifted": ("English side shifted", True, "insert or remove the row where the shift begins"),
+    "misaligned": ("likely misaligned pair", True, _LOOK),
+    "untranslated": ("not translated: the prompt is the English one", True, _TRANSLATE),
+    "wrong_language": ("another language than asked for", True, _TRANSLATE),
+    "english_not_english": ("the English side is not English", True, "check for swapped columns"),
+    "duplicate_rows": ("exact duplicate of an earlier row", True, "leave them out: they may end up in both splits"),
+    "copied_answer": ("answer copied from English", False, "right where the task asks for English text"),
+    "length_ratio": ("unusual length ratio to English", False, "look for cut or padded translations"),
+    "html_escapes": ("HTML escapes that English does not have", False, "unescape them (&lt; &quot; &#39;)"),
+    "same_prompt": ("prompt of an earlier row, other answer", False, "fine if several answers are right"),
+    "duplicate_english": ("English of an earlier row, other translation", False, "fine if meant"),
 }
+
+DEFECTS = tuple(name for name, (_, defect, _) in _KINDS.items() if defect)
 
 # The reason for flagging a row; a function is called only for the rows that are shown.
 Note = str | Callable[[], str]
@@ -170,17 +173,13 @@ class Findings:
 
     def add(self, kind: str, index: int, note: Note, clearness: float = 0.0) -> None:
         """Flag a row (0-based). Rows of a kind come in their order; the first note on a row stays."""
-        if self.is_last(kind, index):
+        places, clearest = self._places[kind], self._clearest[kind]
+        if places and places[-1] == index:
             return
-        self._places[kind].append(index)
-        heapq.heappush(self._clearest[kind], (clearness, -index, note))
-        if len(self._clearest[kind]) > self._examples:
-            heapq.heappop(self._clearest[kind])
-
-    def is_last(self, kind: str, index: int) -> bool:
-        """Return True if this row was flagged last among those of the kind."""
-        places = self._places[kind]
-        return bool(places) and places[-1] == index
+        places.append(index)
+        heapq.heappush(clearest, (clearness, -index, note))
+        if len(clearest) > self._examples:
+            heapq.heappop(clearest)
 
     def flagged(self, kinds: Sequence[str], num_rows: int) -> np.ndarray:
         """Return the rows that are flagged with any of these kinds, bool (rows,)."""
@@ -189,22 +188,16 @@ class Findings:
             mask[np.array(self._places[kind], dtype=np.int64)] = True
         return mask
 
-    def num_defects(self, num_rows: int) -> int:
-        """Return the number of rows that should not be trained on."""
-        return int(self.flagged([name for name, kind in _KINDS.items() if kind.defect], num_rows).sum())
-
     def problems(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Problem]:
         """Return all kinds that some row has, with their clearest rows; `numbers` are the rows' places in their source."""
-        return [
-            Problem(
-                name=name,
-                numbers=[numbers[place] for place in places],
-                examples=[
-                    Finding(numbers[-place], note if isinstance(note, str) else note(), rows[-place])
-                    for _, place, note in sorted(self._clearest[name], key=lambda entry: (-entry[0], -entry[1]))
-                ],
-                **_KINDS[name]._asdict(),
-            )
-            for name, places in self._places.items()
-            if places
-        ]
+        problems = []
+        for name, (title, defect, advice) in _KINDS.items():
+            clearest = sorted(self._clearest[name], key=lambda entry: (-entry[0], -entry[1]))
+            examples = [
+                Finding(numbers[-place], note if isinstance(note, str) else note(), rows[-place])
+                for _, place, note in clearest
+            ]
+            if places := self._places[name]:
+                found = [numbers[place] for place in places]
+                problems.append(Problem(name, title, found, defect, advice, examples))
+        return problems

@@ -6,15 +6,15 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from pivotune.data.check.language import base_language, side_texts
-from pivotune.data.check.pairs import check_pairs
-from pivotune.data.check.result import DataCheck, Findings, Lengths
-from pivotune.data.check.rows import RowCheck
+from pivotune.data.check.language import base_language
+from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Lengths
+from pivotune.data.check.rows import RowCheck, check_pairs
 from pivotune.data.examples import Encoder, Pair
+from pivotune.data.lazy import Subset
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
@@ -22,7 +22,8 @@ from pivotune.errors import UsageError
 # Tokens are counted on this many rows at most, spread over the data: shares are then off by half a percentage point, and
 # the tokenizer, by far the slowest part, takes seconds for a file of any size.
 TOKENIZED_ROWS = 10_000
-_ROWS_PER_STEP = 512
+_ROWS_PER_STEP = 512  # between two calls of `progress`
+_TEXTS = ("prompt", "completion", "prompt_en", "completion_en")
 
 
 def check_rows(
@@ -53,16 +54,12 @@ def check_rows(
         raise UsageError("data check: there are no rows")
     found = Findings(examples)
     checked = RowCheck(language, found, len(rows))
-    meter = _Meter(encoder, len(rows))
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _ROWS_PER_STEP)):
-        for row in chunk:
-            if not (row.has_target and row.has_english):
-                raise UsageError(f"data check: row {row.number} lacks a text; load the rows with on_bad_row='skip'")
-            checked.add(row)
-        meter.add(chunk)
-        if progress:
-            progress(len(checked.numbers))
+    for done, row in enumerate(rows, start=1):
+        if not all(turn.is_whole for turn in row.sides):
+            raise UsageError(f"data check: row {row.number} lacks a text; load the rows with on_bad_row='skip'")
+        checked.add(row)
+        if progress and (done % _ROWS_PER_STEP == 0 or done == len(rows)):
+            progress(done)
     checked.check_repeats()
     numbers = checked.numbers
     shifts = [
@@ -70,95 +67,49 @@ def check_rows(
         for shift in check_pairs(rows, checked, found)
     ]
     read = rows if isinstance(rows, Rows) else Rows(rows, "the given rows", len(rows))
-    check = DataCheck(
+    return DataCheck(
         source=read.source,
         language=language,
         total=read.total,
         usable=len(rows),
         skipped=dict(read.skipped),
-        unit="tokens" if encoder else "characters",
-        measured=meter.measured,
-        lengths=meter.lengths(),
-        cut=meter.cut(),
-        too_long=meter.too_long(),
         problems=found.problems(rows, numbers),
         shifts=shifts,
         notes=checked.notes(),
-        flagged=found.num_defects(len(rows)),
-        verdict="",
+        flagged=int(found.flagged(DEFECTS, len(rows)).sum()),
+        **_measure(rows, checked, encoder),
     )
-    return replace(check, verdict=_verdict(check))
 
 
-def _verdict(check: DataCheck) -> str:
-    parts = [f"{check.usable - check.flagged:,} of {check.total:,} rows look good"]
-    if check.flagged:
-        kinds = [f"{problem.name.replace('_', ' ')} {problem.count:,}" for problem in check.problems if problem.defect]
-        parts.append(f"{check.flagged:,} with a defect ({', '.join(kinds)}): look at them and leave them out")
-    if check.shifts:
-        parts.append("realign the English side before training")
-    if check.skipped:
-        unusable = check.total - check.usable
-        parts.append(f"{unusable:,} cannot be used: train with --set data.on_bad_row=skip")
-    if check.too_long:
-        left_out = sum(check.too_long.values())
-        parts.append(f"{left_out:,} of {check.measured:,} do not fit this template or these limits")
-    return "; ".join(parts)
-
-
-class _Meter:
-    """Lengths of the texts: in characters, or in tokens through an encoder with the limits of training."""
-
-    def __init__(self, encoder: Encoder | None, num_rows: int) -> None:
-        self._counts = {name: array("i") for name in ("prompt", "completion", "prompt_en", "completion_en")}
-        self._encoder = _MeasuringEncoder(encoder, self._count) if encoder else None
-        self._step = math.ceil(num_rows / TOKENIZED_ROWS) if encoder else 1
-        self._seen = self.measured = 0
-
-    def add(self, rows: Sequence[Row]) -> None:
-        chosen = rows[-self._seen % self._step :: self._step]
-        self._seen += len(rows)
-        self.measured += len(chosen)
-        if self._encoder:
-            self._encoder.encode(chosen, on_bad_row="skip")
-            return
-        for row in chosen:
-            self._count([len(text.text) for side in side_texts(row) for text in side])
-
-    def _count(self, lengths: Sequence[int]) -> None:
-        for counts, length in zip(self._counts.values(), lengths, strict=True):
-            counts.append(length)
-
-    def lengths(self) -> dict[str, Lengths]:
-        measured = {name: counts for name, counts in self._counts.items() if counts}
-        return {
-            name: Lengths(*map(float, np.percentile(counts, [50, 95])), max=max(counts))
-            for name, counts in measured.items()
-        }
-
-    def cut(self) -> dict[str, int] | None:
-        if not self._encoder:
-            return None
-        report, limits = self._encoder.report, self._encoder.limits
-        return {
-            "prompts": report.cut["prompts"],
-            "answers": report.cut["answers"],
-            "max_prompt_tokens": limits.prompt,
-            "max_completion_tokens": limits.completion,
-        }
-
-    def too_long(self) -> dict[str, int]:
-        return dict(self._encoder.report.skipped) if self._encoder else {}
+def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) -> dict[str, Any]:
+    """Return `unit`, `measured`, `lengths`, `cut` and `too_long` of the `DataCheck`."""
+    lengths, tokenized, cut, too_long = checked.traces.characters(), rows, None, {}
+    if encoder:
+        tokenized = Subset(rows, np.arange(0, len(rows), math.ceil(len(rows) / TOKENIZED_ROWS)))
+        meter = _MeasuringEncoder(encoder.tokenizer, encoder.template, encoder.limits)
+        for _ in meter.encode_lazily(tokenized, on_bad_row="skip"):
+            pass
+        lengths, too_long = np.frombuffer(meter.lengths, dtype=np.int32), dict(meter.report.skipped)
+        limits = {"max_prompt_tokens": meter.limits.prompt, "max_completion_tokens": meter.limits.completion}
+        cut = {"prompts": meter.report.cut["prompts"], "answers": meter.report.cut["answers"], **limits}
+    by_text = {
+        name: Lengths(*map(float, np.percentile(counts, [50, 95])), max=int(counts.max()))
+        for name, counts in zip(_TEXTS, lengths.reshape(-1, 4).T, strict=True)
+        if len(counts)
+    }
+    unit = "tokens" if encoder else "characters"
+    return {"unit": unit, "measured": len(tokenized), "lengths": by_text, "cut": cut, "too_long": too_long}
 
 
 class _MeasuringEncoder(Encoder):
-    """Reports the lengths of every pair before it is cut."""
+    """Collects the lengths of every pair's four texts before it is cut."""
 
-    def __init__(self, encoder: Encoder, report_lengths: Callable[[Sequence[int]], None]) -> None:
-        super().__init__(encoder.tokenizer, encoder.template, encoder.limits)
-        self._report_lengths = report_lengths
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.lengths = array("i")
 
     def _fit(self, pair: Pair) -> Pair:
-        sides = [side for side in (pair.target, pair.english) if side is not None]
-        self._report_lengths([length for side in sides for length in (side.answer, side.num_answer_tokens)])
+        for side in (pair.target, pair.english):
+            if side is not None:
+                self.lengths.extend((side.answer, side.num_answer_tokens))
         return super()._fit(pair)

@@ -6,16 +6,14 @@ import math
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from pivotune.data.check.language import Text, side_texts
+from pivotune.data.check.language import Text
 from pivotune.data.check.result import Shift
-from pivotune.data.rows import Row
 
 # Added to both lengths: a word more or less is no outlier in a short text.
 RATIO_CHARACTERS = 20
@@ -47,71 +45,47 @@ class SideTrace(NamedTuple):
     is_code: bool
 
 
-class Trace(NamedTuple):
-    """Traces of both sides of a row."""
-
-    target: SideTrace
-    english: SideTrace
-
-
 class TraceTable:
-    """Traces of all rows in columns: 37 bytes a row, and 4 for each number, link or code span.
+    """Traces of all rows in columns: 34 bytes a row, and 4 for each number, link or code span.
 
     Attributes:
-        signals: uint8 for each row, the number of `disagreements` of its trace.
+        signals: uint8 for each row, the number of `disagreements` of its sides.
+        is_code: uint8 for each row, 1 if some text of the row is code.
     """
 
     def __init__(self) -> None:
         # Of each row: prompt and answer of the target side, prompt and answer of the English side.
         self._characters = array("i")
-        self._is_code = array("B")
-        self.signals = array("B")
-        self._target_anchors, self._english_anchors = _Sets(), _Sets()
+        self.is_code, self.signals = array("B"), array("B")
+        # Numbers, links and code spans as 32-bit hashes; of each row where those of the target and of the English side end.
+        self._anchors, self._ends = array("I"), array("Q", [0])
 
     def __len__(self) -> int:
         return len(self.signals)
 
-    def append(self, trace: Trace) -> None:
-        """Add the trace of the next row."""
-        target, english = trace
-        self._characters.extend((target.prompt, target.answer, english.prompt, english.answer))
-        self._is_code.append(target.is_code or english.is_code)
-        self.signals.append(sum(1 for _ in disagreements(trace)))
-        self._target_anchors.append(target.numbers | target.fixed)
-        self._english_anchors.append(english.numbers | english.fixed)
+    def append(self, target: SideTrace, english: SideTrace) -> None:
+        """Add the traces of the next row."""
+        self.is_code.append(target.is_code or english.is_code)
+        self.signals.append(sum(1 for _ in disagreements(target, english)))
+        for side in (target, english):
+            self._characters.extend((side.prompt, side.answer))
+            self._anchors.extend(zlib.crc32(str(item).encode()) for item in side.numbers | side.fixed)
+            self._ends.append(len(self._anchors))
 
     def characters(self, rows: slice = slice(None)) -> np.ndarray:
         """Return the characters of prompt and answer on both sides: int32 (rows, 2 sides, 2 texts)."""
         return np.frombuffer(self._characters, dtype=np.int32).reshape(-1, 2, 2)[rows]
 
-    def is_code(self, index: int) -> bool:
-        """Return True if some text of the row is code."""
-        return bool(self._is_code[index])
-
-    def anchors(self, rows: range) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
-        """Return the hashes of numbers, links and code spans of these rows: of the target sides and the English sides."""
-        return [self._target_anchors[row] for row in rows], [self._english_anchors[row] for row in rows]
+    def anchors(self, rows: range, side: int) -> list[frozenset[int]]:
+        """Return the hashes of numbers, links and code spans of these rows; `side` is 1 for the English one."""
+        places = (2 * row + side for row in rows)
+        return [frozenset(self._anchors[self._ends[place] : self._ends[place + 1]]) for place in places]
 
 
-class _Sets:
-    """Sets of texts or numbers as 32-bit hashes."""
-
-    def __init__(self) -> None:
-        self._hashes, self._ends = array("I"), array("Q", [0])
-
-    def append(self, items: Iterable[object]) -> None:
-        self._hashes.extend(zlib.crc32(str(item).encode()) for item in items)
-        self._ends.append(len(self._hashes))
-
-    def __getitem__(self, index: int) -> frozenset[int]:
-        return frozenset(self._hashes[self._ends[index] : self._ends[index + 1]])
-
-
-def disagreements(trace: Trace) -> Iterator[str]:
+def disagreements(target: SideTrace, english: SideTrace) -> Iterator[str]:
     """Yield the signals that two sides are no translation of each other; each alone is common in good rows."""
-    target, english = trace
     if target.numbers and english.numbers and target.numbers.isdisjoint(english.numbers):
-        few, many = (", ".join(map(str, sorted(side.numbers)[:3])) for side in trace)
+        few, many = (", ".join(map(str, sorted(side.numbers)[:3])) for side in (target, english))
         yield f"numbers {few} against {many}"
     if target.fixed and english.fixed and target.fixed.isdisjoint(english.fixed):
         yield "other links or code"
@@ -122,26 +96,18 @@ def disagreements(trace: Trace) -> Iterator[str]:
         yield "question against statement"
 
 
-def row_trace(row: Row) -> Trace:
-    """Return the traces of both sides of a row."""
-    return Trace(*map(side_trace, side_texts(row)))
-
-
 def side_trace(texts: Sequence[Text]) -> SideTrace:
     """Return the traces of one side, from the texts of its prompt and its answer."""
     prompt, answer = (text.text for text in texts)
     whole = f"{prompt}\n{answer}"
-    markers = _LIST_ITEM.findall(whole)
     # Numbers of list items agree in any two lists.
-    content = _LIST_ITEM.sub("", whole) if markers else whole
-    numbers = frozenset(int(re.sub(r"\D", "", number)[:18]) for number in _NUMBER.findall(content))
-    fixed = frozenset(_LINK.findall(whole) + _CODE.findall(whole))
+    content, items = _LIST_ITEM.subn("", whole)
     return SideTrace(
         prompt=len(prompt),
         answer=len(answer),
-        numbers=numbers,
-        items=len(markers),
-        fixed=fixed,
+        numbers=frozenset(int(re.sub(r"\D", "", number)[:18]) for number in _NUMBER.findall(content)),
+        items=items,
+        fixed=frozenset(_LINK.findall(whole) + _CODE.findall(whole)),
         question=prompt.rstrip().endswith(_QUESTION),
         is_code=any(text.is_code() for text in texts),
     )
@@ -154,31 +120,38 @@ def find_shifts(traces: TraceTable) -> list[Shift]:
     shifts is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are cut into equal
     parts of at most `SHIFT_ROWS` rows, and stretches that meet at a cut are joined.
     """
-    found: list[Shift] = []
     bounds = np.linspace(0, len(traces), math.ceil(len(traces) / SHIFT_ROWS) + 1).astype(int).tolist()
-    for first, stop in pairwise(bounds):
-        for shift in _find_shifts_within(traces, range(first, stop)):
-            before = found[-1] if found else None
-            if before and (before.by, before.last + 1) == (shift.by, shift.first):
-                shift = replace(before, last=shift.last, rows=before.rows + shift.rows)
-                found.pop()
-            found.append(shift)
-    return found
-
-
-def _find_shifts_within(traces: TraceTable, rows: range) -> list[Shift]:
-    if len(rows) < 2 * max(SHIFTS) + 2:
-        return []
-    logarithms = np.log(traces.characters(slice(rows.start, rows.stop)) + RATIO_CHARACTERS)
-    evidence = sum(_length_evidence(logarithms[:, 0, part], logarithms[:, 1, part]) for part in range(2))
-    evidence = np.clip(evidence + _anchor_evidence(*traces.anchors(rows)), -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)
-    course = _likeliest_course(evidence)
+    courses = [_course(traces, range(first, stop)) for first, stop in pairwise(bounds)]
+    course = np.concatenate([np.zeros(0, dtype=np.int8), *courses])
     borders = [0, *(np.flatnonzero(np.diff(course)) + 1).tolist(), len(course)]
     return [
-        Shift(first + rows.start, stop - 1 + rows.start, int(course[first]), stop - first)
-        for first, stop in pairwise(borders)
-        if course[first]
+        Shift(first, stop - 1, int(course[first]), stop - first) for first, stop in pairwise(borders) if course[first]
     ]
+
+
+def _course(traces: TraceTable, rows: range) -> np.ndarray:
+    """Return the likeliest shift of each row, int8 (rows,)."""
+    if len(rows) < 2 * max(SHIFTS) + 2:
+        return np.zeros(len(rows), dtype=np.int8)
+    logarithms = np.log(traces.characters(slice(rows.start, rows.stop)) + RATIO_CHARACTERS)
+    evidence = sum(_length_evidence(logarithms[:, 0, part], logarithms[:, 1, part]) for part in range(2))
+    evidence = evidence + _anchor_evidence(traces.anchors(rows, 0), traces.anchors(rows, 1))
+    # The most likely path, which starts unshifted.
+    total = np.full(len(SHIFTS), -SHIFT_SWITCH)
+    total[SHIFTS.index(0)] = 0.0
+    came_from = np.zeros(evidence.shape, dtype=np.int8)
+    for index, gain in enumerate(np.clip(evidence, -SHIFT_ROW_LIMIT, SHIFT_ROW_LIMIT)):
+        best = int(total.argmax())
+        # On a tie the later switch: the row before a slip fits both courses.
+        switch = total[best] - SHIFT_SWITCH >= total - 1e-9
+        came_from[index] = np.where(switch, best, np.arange(len(SHIFTS)))
+        total = np.where(switch, total[best] - SHIFT_SWITCH, total) + gain
+    state = int(total.argmax())
+    course = np.zeros(len(rows), dtype=np.int8)
+    for index in range(len(rows) - 1, -1, -1):
+        course[index] = SHIFTS[state]
+        state = int(came_from[index, state])
+    return course
 
 
 def _length_evidence(target: np.ndarray, english: np.ndarray) -> np.ndarray:
@@ -198,35 +171,16 @@ def _length_evidence(target: np.ndarray, english: np.ndarray) -> np.ndarray:
 def _anchor_evidence(target: Sequence[frozenset], english: Sequence[frozenset]) -> np.ndarray:
     """Return the log-likelihood ratio of a shared number, link or code span, where both sides have any."""
     count = len(target)
-    shared = np.stack([_shared(target, english, by) for by in (*SHIFTS, count // 2)], axis=1)
+
+    def shares(index: int, by: int) -> int:
+        """Return 1 if a row shares an anchor with the English `by` rows further, 0 if not, -1 if one has none."""
+        one, other = target[index], english[(index + by) % count]
+        return int(not one.isdisjoint(other)) if one and other else -1
+
+    shared = np.array([[shares(index, by) for by in (*SHIFTS, count // 2)] for index in range(count)])
     known = shared >= 0
     rates = ((shared == 1).sum(axis=0) + 1) / (known.sum(axis=0) + 2)
     pair, stranger = float(rates[:-1].max()), float(rates[-1])
     agree, differ = math.log(pair / stranger), math.log((1 - pair) / (1 - stranger))
     evidence = np.where(shared == 1, agree, differ) * known
     return evidence[:, :-1] if agree > 0 else np.zeros((count, len(SHIFTS)))
-
-
-def _shared(target: Sequence[frozenset], english: Sequence[frozenset], by: int) -> np.ndarray:
-    """Return for each row 1 if it shares an anchor with the English `by` rows further, 0 if not, -1 if one has none."""
-    others = ((one, english[(index + by) % len(english)]) for index, one in enumerate(target))
-    return np.array([int(not one.isdisjoint(other)) if one and other else -1 for one, other in others])
-
-
-def _likeliest_course(evidence: np.ndarray) -> np.ndarray:
-    """Return the shift of each row on the most likely path; a path starts unshifted."""
-    total = np.full(len(SHIFTS), -SHIFT_SWITCH)
-    total[SHIFTS.index(0)] = 0.0
-    came_from = np.zeros(evidence.shape, dtype=np.int8)
-    for index, gain in enumerate(evidence):
-        best = int(total.argmax())
-        # On a tie the later switch: the row before a slip fits both courses.
-        switch = total[best] - SHIFT_SWITCH >= total - 1e-9
-        came_from[index] = np.where(switch, best, np.arange(len(SHIFTS)))
-        total = np.where(switch, total[best] - SHIFT_SWITCH, total) + gain
-    state = int(total.argmax())
-    course = np.zeros(len(evidence), dtype=int)
-    for index in range(len(evidence) - 1, -1, -1):
-        course[index] = SHIFTS[state]
-        state = int(came_from[index, state])
-    return course

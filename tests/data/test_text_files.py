@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivotune.data import json_files
-from pivotune.data.json_files import read_json
-from pivotune.data.text_files import BadRecord
+from pivotune.data import text_files
+from pivotune.data.rows import RowError
+from pivotune.data.text_files import read_json
 from pivotune.errors import UsageError
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -33,7 +33,7 @@ def path(tmp_path_factory):
 
 def read(path, text: str, piece: int) -> list:
     path.write_bytes(text.encode("utf-8"))
-    with mock.patch.object(json_files, "_BYTES_PER_READ", piece):
+    with mock.patch.object(text_files, "_BYTES_PER_READ", piece):
         return [row for _, row in read_json(path)]
 
 
@@ -86,7 +86,7 @@ def test_mistakes_are_named_where_the_whole_text_has_them(path, rows, in_object,
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, text, words, piece, monkeypatch):
-    monkeypatch.setattr(json_files, "_BYTES_PER_READ", piece)
+    monkeypatch.setattr(text_files, "_BYTES_PER_READ", piece)
     (tmp_path / "rows.json").write_bytes(text)
     with pytest.raises(UsageError) as raised:
         list(read_json(tmp_path / "rows.json"))
@@ -95,7 +95,7 @@ def test_files_that_cannot_be_read(tmp_path, text, words, piece, monkeypatch):
 
 def test_repeated_keys_of_a_row_are_marked(path):
     first, second = read(path, '[{"a": 1, "a": 2}, {"a": 1}]', 3)
-    assert (type(first), second) == (BadRecord, {"a": 1})
+    assert (type(first), second) == (RowError, {"a": 1})
 
 
 def test_gzip(tmp_path):
@@ -118,4 +118,4 @@ def test_gzip(tmp_path):
 )
 def test_json_lines_under_another_name(tmp_path, text, lines):
     (tmp_path / "rows.json").write_text(text, encoding="utf-8")
-    assert json_files._holds_json_lines(tmp_path / "rows.json") == lines
+    assert text_files._holds_json_lines(tmp_path / "rows.json") == lines
