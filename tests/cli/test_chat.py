@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_tiny_model, build_tiny_tokenizer
 
-from pivotune.cli.chat import Chatter, Settings, takes_history
+from pivotune.cli.chat import Chatter, takes_history
 from pivotune.cli.common import printable
 from pivotune.cli.main import main
 from pivotune.data.examples import Encoder
@@ -158,7 +158,7 @@ class Script:
 def chatter(texts: list[str], *, template="chat", context=256, tokenizer=None, **settings) -> Chatter:
     tokenizer = tokenizer or build_tiny_tokenizer()
     encoder = Encoder(tokenizer, load_template(template, tokenizer))
-    return Chatter("tiny", encoder, Script(tokenizer, texts, context), Settings(**settings))
+    return Chatter("tiny", encoder, Script(tokenizer, texts, context), **settings)
 
 
 def test_the_oldest_turns_are_dropped_when_the_conversation_is_too_long():

@@ -23,10 +23,10 @@ from pivotune.demo.cldr import BilingualLocale, clean_text
 from pivotune.demo.facts import collect_facts
 from pivotune.demo.rows import (
     SUPPORTED_LANGUAGES,
-    BilingualWording,
     DemoData,
-    Wording,
     build_demo_rows,
+    load_wording,
+    worded_facts,
     worded_rows,
     write_demo_rows,
 )
@@ -161,7 +161,7 @@ def test_both_sides_name_the_row_s_entity(data: DemoData) -> None:
         "language": "languages",
         "script": "scripts",
     }
-    locales = {"": Locale.parse(data.language), "_en": Locale.parse("en")}
+    locales = {"": Locale.parse(data.train[0]["id"].split("-")[0]), "_en": Locale.parse("en")}
     checked = 0
     for row in all_rows(data):
         category, _, code = row["entity"].partition(":")
@@ -196,15 +196,13 @@ def test_numbers_and_codes_are_the_same_on_both_sides(data: DemoData) -> None:
 
 @pytest.mark.parametrize("language", GOLDEN)
 def test_facts_checked_by_hand(language: str) -> None:
-    wording = BilingualWording.load(language)
-    facts = [fact for fact in collect_facts(language) if wording.covers(fact)]
-    rows = {(fact.kind, fact.entity): wording.row(fact)["completion"] for fact in facts}
+    rows = {(fact.kind, fact.entity): row["completion"] for fact, row in worded_facts(language)}
     assert {key: rows.get(key) for key in GOLDEN[language]} == GOLDEN[language]
 
 
 @pytest.mark.parametrize("language", FORMATS)
 def test_formats_checked_by_hand(language: str) -> None:
-    locale = BilingualLocale.parse(language)
+    locale = BilingualLocale(language)
     kilometers = locale.measurement(5, "length-kilometer")
     assert kilometers is not None
     pairs = (
@@ -245,16 +243,18 @@ def test_texts_have_no_invisible_characters(data: DemoData) -> None:
 
 
 def test_templates_of_every_language_match_the_english_ones() -> None:
-    english = Wording.load("en")
+    english = load_wording("en")
     folder = resources.files("pivotune.demo") / "templates"
     assert {entry.name for entry in folder.iterdir()} == {f"{name}.yaml" for name in (*SUPPORTED_LANGUAGES, "en")}
     for language in SUPPORTED_LANGUAGES:
-        wording = Wording.load(language)
-        assert wording.categories.keys() == english.categories.keys()
-        assert wording.kinds.keys() <= english.kinds.keys()
-        for kind, templates in wording.kinds.items():
+        wording = load_wording(language)
+        assert wording["categories"].keys() == english["categories"].keys()
+        assert wording["kinds"].keys() <= english["kinds"].keys()
+        for kind, templates in wording["kinds"].items():
             ours = [slots(text) for text in (*templates["prompts"], templates["completion"])]
-            theirs = [slots(text) for text in (*english.kinds[kind]["prompts"], english.kinds[kind]["completion"])]
+            theirs = [
+                slots(text) for text in (*english["kinds"][kind]["prompts"], english["kinds"][kind]["completion"])
+            ]
             assert ours == theirs, (language, kind)
 
 
@@ -279,11 +279,6 @@ def test_the_seed_changes_the_split_and_nothing_else_does() -> None:
     assert first == build_demo_rows("de", seed=0)
     assert {row["id"] for row in all_rows(first)} == {row["id"] for row in all_rows(second)}
     assert {row["id"] for row in first.validation} != {row["id"] for row in second.validation}
-
-
-def test_a_larger_share_holds_out_more() -> None:
-    small, large = (build_demo_rows("sw", validation_share=share) for share in (0.1, 0.4))
-    assert len(large.validation) > 3 * len(small.validation)
 
 
 def test_rows_do_not_depend_on_the_hash_seed_or_on_languages_built_before() -> None:
@@ -328,11 +323,7 @@ def test_written_files_hold_the_rows_as_utf8(tmp_path) -> None:
 
 
 def test_the_data_names_its_sources() -> None:
-    import babel
-
-    data = build_demo_rows("es", rows=10)
-    assert (data.language, data.babel_version) == ("es", babel.__version__)
-    assert int(data.cldr_version) >= 44
+    assert int(build_demo_rows("es", rows=10).cldr_version) >= 44
 
 
 @pytest.mark.parametrize(
@@ -347,10 +338,6 @@ def test_the_data_names_its_sources() -> None:
             "the demo has no language 'en'; supported: ar, de, es, fr, id, ja, pt, sw, vi, zh",
         ),
         ({"language": "vi", "rows": 0}, "the demo's rows: found 0, allowed 1 or more"),
-        (
-            {"language": "vi", "validation_share": 1.0},
-            "the demo's validation_share: found 1.0, allowed between 0 and 1, both excluded",
-        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_allowed(arguments: dict, message: str) -> None:

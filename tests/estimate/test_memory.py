@@ -23,7 +23,6 @@ def test_parameters_are_those_of_the_model(distinct_family, tmp_path):
     size = sizes(tmp_path, distinct_family)
     assert size.total == size.trained == sum(parameter.numel() for parameter in model.parameters())
     assert size.trained_bytes == 4 * size.total
-    assert size.num_layers == 4
 
 
 def test_tied_weights_count_once(tmp_path):
@@ -95,7 +94,6 @@ def test_eight_bit_states_leave_embeddings_and_small_tensors_alone():
 
 SIZE = ModelSize(
     total=1000, trained=1000, frozen_bytes=0, trained_bytes=4000, optimizer_bytes=8000, block=100, outside=200,
-    num_layers=8,
 )  # fmt: skip
 # 500 bytes of activations and 2000 of weight copies, then 4000 of gradients while those go.
 TIMELINE = Timeline(

@@ -305,9 +305,9 @@ class TestResolve:
         [
             (5, "auto", (5, 20), "thinking layer 20 was chosen automatically"),
             ("auto", 10, (3, 10), "conversion layer 3 was chosen automatically"),
-            (25, "auto", (25, 26), "the automatic thinking layer 20 is not above it, so its neighbour 26 was taken"),
-            ("auto", 3, (2, 3), "the automatic conversion layer 3 is not below it, so relative depth gave 2"),
-            ("auto", 2, (1, 2), "the automatic conversion layer 3 is not below it, so its neighbour 1 was taken"),
+            (25, "auto", (25, 26), "thinking layer 26 was chosen automatically (20 is not above it)"),
+            ("auto", 3, (2, 3), "conversion layer 2 was chosen automatically (3 is not below it)"),
+            ("auto", 2, (1, 2), "conversion layer 1 was chosen automatically (3 is not below it)"),
         ],
     )
     def test_one_asked_for_one_automatic(self, conversion, thinking, expected, said):
@@ -320,7 +320,7 @@ class TestResolve:
         low = LayerSelection(conversion=1, thinking=4, method="entropy-falls", reason="two falls")
         layers = resolve_layers(5, "auto", 30, low)
         assert (layers.conversion, layers.thinking) == (5, 14)
-        assert "relative depth gave 14" in layers.reason
+        assert "thinking layer 14 was chosen automatically (4 is not above it)" in layers.reason
 
     def test_the_neighbour_is_the_nearest_layer(self):
         high = LayerSelection(conversion=10, thinking=40, method="entropy-falls", reason="two falls")

@@ -45,8 +45,7 @@ def analyze(
     pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
     try:  # before the measurement, which takes long
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
+        TemporaryFile(dir=out.parent).close()
     except OSError as error:
         raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
@@ -57,16 +56,8 @@ def analyze(
 
     loaded = load_model(model)
     with progress("Measuring the layers", num_sequences(pairs)) as advance:
-        analysis = analyze_layers(
-            loaded,
-            tokenizer,
-            pairs,
-            model_name=model,
-            language=language,
-            batch_size=batch_size,
-            tokens_per_row=tokens_per_row or None,
-            progress=advance,
-        )
+        options: Any = {"batch_size": batch_size, "tokens_per_row": tokens_per_row or None, "progress": advance}
+        analysis = analyze_layers(loaded, tokenizer, pairs, model_name=model, language=language, **options)
     write_layers_json(out, analysis)
     plot_entropy(analysis, picture)
     if as_json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +29,7 @@ def chat(
     compare: Annotated[str | None, typer.Option(help="Another run or model, to answer side by side.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the template of the run.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the run's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
@@ -43,13 +42,12 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt: is empty")
     quiet_libraries()
-    settings = Settings(max_new_tokens, temperature, seed)
     # Every mistake is found before the first weights are read.
-    prepared = [_prepare(name, template, system) for name in names]
     chatters = [
-        Chatter(name, prompts, _load(name), settings, system) for name, prompts in zip(names, prepared, strict=True)
+        Chatter(name, _prepare(name, template, system), None, max_new_tokens, temperature, seed, system)
+        for name in names
     ]
-    session = _Session(chatters, console(as_json), as_json)
+    session = _Session([replace(chatter, model=_load(chatter.name)) for chatter in chatters], console(as_json), as_json)
     if prompt is not None:
         session.answer(prompt)
     elif sys.stdin.isatty():
@@ -58,29 +56,19 @@ def chat(
         session.answer_all(sys.stdin)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Generation of answers: greedy at temperature 0, sampled with a seed otherwise."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `generate`; top-k and top-p of the model's own settings are switched off."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-
-
 @dataclass
 class Chatter:
-    """One model in conversation. A template without earlier turns starts anew with every prompt."""
+    """One model in conversation: greedy at temperature 0, else sampled with a seed, without top-k and top-p.
+
+    A template without earlier turns starts anew with every prompt.
+    """
 
     name: str
     encoder: Encoder
     model: Any
-    settings: Settings
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
     system: str | None = None
     turns: list[Mapping[str, str]] = field(default_factory=list)
     dropped: int = 0
@@ -92,10 +80,18 @@ class Chatter:
             UsageError: the prompt alone is longer than the model's context.
         """
         import torch
+        from transformers import TextStreamer
 
+        streamer: Any = None
+        if on_text is not None:
+            streamer = TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         ids = self._prompt_ids(prompt)
         inputs = torch.tensor([ids], device=next(self.model.parameters()).device)
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.seed)
+        sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            sampling |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=inputs,
@@ -104,8 +100,8 @@ class Chatter:
                 use_cache=True,
                 pad_token_id=self.encoder.tokenizer.pad_token_id,
                 eos_token_id=self._end_ids(),
-                streamer=_streamer(self.encoder.tokenizer, on_text) if on_text else None,
-                **self.settings.arguments(),
+                streamer=streamer,
+                **sampling,
             )
         text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
         # Templates refuse an empty answer in the history.
@@ -113,18 +109,15 @@ class Chatter:
             self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         return text
 
-    def reset(self) -> None:
-        """Forget the conversation but not the system message."""
-        self.turns.clear()
-
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Encode the prompt after as many earlier turns as leave room for the answer; the oldest are dropped first."""
         from pivotune.data.templates import Turn
 
         while True:
-            history = (*_system_turn(self.system), *self.turns)
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            history = (*system, *self.turns)
             ids = self.encoder.encode_prompt(Turn(prompt, history=history))
-            if not self.turns or self._room(len(ids)) >= self.settings.max_new_tokens:
+            if not self.turns or self._room(len(ids)) >= self.max_new_tokens:
                 break
             del self.turns[:2]
             self.dropped += 1
@@ -140,8 +133,8 @@ class Chatter:
 
     def _room(self, used: int) -> int:
         """Return the number of tokens left for the answer after `used` ones."""
-        longest = self.settings.max_new_tokens
-        return longest if self._context is None else min(longest, self._context - used)
+        context = self._context
+        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - used)
 
     def _end_ids(self) -> list[int]:
         """Return end-of-text, the model's own stop tokens, and the last token of this template's answers."""
@@ -150,9 +143,8 @@ class Chatter:
 
         tokenizer = self.encoder.tokenizer
         completion = self.encoder.template.render(Turn("question", "answer")).completion
-        return sorted(
-            {*end_token_ids(self.model, tokenizer), tokenizer(completion, add_special_tokens=False)["input_ids"][-1]}
-        )
+        last = tokenizer(completion, add_special_tokens=False)["input_ids"][-1]
+        return sorted({*end_token_ids(self.model, tokenizer), last})
 
 
 def takes_history(encoder: Encoder) -> bool:
@@ -170,10 +162,6 @@ def _accepts(encoder: Encoder, history: list[Mapping[str, str]]) -> bool:
     return True
 
 
-def _system_turn(system: str | None) -> list[Mapping[str, str]]:
-    return [{"role": "system", "content": system}] if system else []
-
-
 def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     """Check a model and read its tokenizer and template: the run's own unless another is named."""
     from pivotune.data.examples import Encoder
@@ -187,7 +175,7 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     check_model(name)
     tokenizer = load_tokenizer(name)
     encoder = Encoder(tokenizer, load_template(template, tokenizer))
-    if system and not _accepts(encoder, _system_turn(system)):
+    if system and not _accepts(encoder, [{"role": "system", "content": system}]):
         raise UsageError(f"--system: the template {encoder.template.name} of {name} takes no system message")
     return encoder
 
@@ -200,18 +188,6 @@ def _load(name: str) -> Any:
     with stderr.status(f"Loading {safe(name)}"):
         model: Any = load_model(name)
     return model.to("cuda") if torch.cuda.is_available() else model
-
-
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class _Streamer(TextStreamer):
-        """Pass text on as soon as a word is complete."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
-
-    return _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @dataclass
@@ -238,7 +214,7 @@ class _Session:
                 return
             if prompt == RESET_WORD:
                 for chatter in self.chatters:
-                    chatter.reset()
+                    chatter.turns.clear()
             elif prompt:
                 try:
                     self.answer(prompt)
@@ -259,30 +235,23 @@ class _Session:
             self.chatters[0].answer(prompt, lambda text: self.out.out(printable(text), end="", highlight=False))
             self.out.print()
         else:
-            self._print_columns(prompt)
+            from rich.table import Table
+            from rich.text import Text
+
+            answers = [Text(printable(chatter.answer(prompt))) for chatter in self.chatters]
+            table = Table(title=Text(printable(prompt)), expand=True)
+            for chatter in self.chatters:
+                table.add_column(Text(printable(chatter.name)), ratio=1, overflow="fold")
+            table.add_row(*answers)
+            self.out.print(table)
         for chatter in self.chatters:
             if chatter.dropped and chatter.name not in self.warned:
                 note = "the conversation is longer than the model reads; its oldest turns are forgotten"
                 print_lines(stderr, f"{chatter.name}: {note}", style="dim")
-                # Once is enough: it is true of every later prompt.
                 self.warned.add(chatter.name)
 
     def _typed(self) -> Iterator[str]:
-        question = "" if self.as_json else "you> "
-        while True:
-            try:
-                yield input(question)
-            except EOFError:
-                self.out.print()
-                return
-
-    def _print_columns(self, prompt: str) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        answers = [Text(printable(chatter.answer(prompt))) for chatter in self.chatters]
-        table = Table(title=Text(printable(prompt)), expand=True)
-        for chatter in self.chatters:
-            table.add_column(Text(printable(chatter.name)), ratio=1, overflow="fold")
-        table.add_row(*answers)
-        self.out.print(table)
+        with suppress(EOFError):
+            while True:
+                yield input("" if self.as_json else "you> ")
+        self.out.print()

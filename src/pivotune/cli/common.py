@@ -67,11 +67,9 @@ def words(text: str) -> list[str]:
 
 def batch_size_option(text: str) -> int | Literal["auto"]:
     """Parse a number or `auto`."""
-    if text == "auto":
-        return "auto"
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    if text != "auto" and (not (text.isascii() and text.isdecimal()) or int(text) < 1):
         raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
-    return int(text)
+    return "auto" if text == "auto" else int(text)
 
 
 @contextmanager
@@ -86,16 +84,9 @@ def reported_once() -> Iterator[None]:
 
 def progress_bar() -> RichProgress:
     """Return a progress display on stderr, so that stdout can be redirected."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    return RichProgress(*columns, console=stderr)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+    return RichProgress(*columns, TextColumn("{task.fields[note]}"), console=stderr)
 
 
 @contextmanager

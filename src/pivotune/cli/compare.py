@@ -15,33 +15,18 @@ if TYPE_CHECKING:
     from pivotune.compare.seed_groups import SeedGroup
 
 _FORMATS = ("terminal", "markdown", "latex", "csv", "json")
+_RUNS_HELP = "Run folders, results files, or folders of runs. Runs that differ in seed only make one row."
+_BASELINE_HELP = "Run or name of a row to compare with; default: method tft, else the first."
 
 
 def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="Run folders, results files, or folders of runs. Runs that differ in seed only make one row.",
-        ),
-    ],
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="RUN", help="Run or name of a row to compare with; default: method tft, else the first."),
-    ] = None,
-    tasks: Annotated[
-        str, typer.Option(metavar="GLOBS", help="Comma-separated: xquad_vi,xnli_*. English is shown with any choice.")
-    ] = "",
-    metrics: Annotated[
-        str, typer.Option(metavar="GLOBS", help="primary (each task's own), all, or names: f1,nll_per_*.")
-    ] = "primary",
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help=_RUNS_HELP)],
+    baseline: Annotated[str | None, typer.Option(metavar="RUN", help=_BASELINE_HELP)] = None,
+    tasks: Annotated[str, typer.Option(metavar="GLOBS", help="xquad_vi,xnli_*. English is always shown.")] = "",
+    metrics: Annotated[str, typer.Option(metavar="GLOBS", help="primary, all, or names: f1,nll_per_*.")] = "primary",
     names: Annotated[str, typer.Option(help="Comma-separated names of the rows, in their order.")] = "",
-    out: Annotated[
-        list[Path] | None, typer.Option(help="Also write the table to this .md, .tex, .csv or .json file. Repeatable.")
-    ] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="Format of the printed table: " + ", ".join(_FORMATS) + ".")
-    ] = "terminal",
+    out: Annotated[list[Path] | None, typer.Option(help="Also write .md, .tex, .csv or .json. Repeatable.")] = None,
+    form: Annotated[str, typer.Option("--format", help=", ".join(_FORMATS) + ".")] = "terminal",
     resamples: Annotated[int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,

@@ -70,12 +70,10 @@ def check(
     pairs = encoder.encode(rows[:100], on_bad_row="skip") if encoder else []
     example = pairs[0].target if pairs else None
     if as_json:
-        segments = None
-        if encoder and example:
-            from pivotune.data.examples import preview
+        from pivotune.data.examples import preview
 
-            shown = preview(encoder.tokenizer, example)
-            segments = [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
+        shown = preview(encoder.tokenizer, example) if encoder and example else None
+        segments = shown and [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
         print_json({**found.to_dict(), "example": segments})
         return
     out = console(as_json)

@@ -17,9 +17,7 @@ _NAMES = {"base": "base", "tft": "TFT", "deep-supervision": "deep supervision"}
 
 
 def demo(
-    language: Annotated[
-        str, typer.Option("--lang", help="Target language: ar, de, es, fr, id, ja, pt, sw, vi, zh.")
-    ] = "vi",
+    language: Annotated[str, typer.Option("--lang", help="ar, de, es, fr, id, ja, pt, sw, vi or zh.")] = "vi",
     out: Annotated[Path, typer.Option(help="Folder for data, runs, results and pictures.")] = Path("demo-run"),
     rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 512,
     signal: Annotated[str, typer.Option(help="logits or feature.")] = "logits",
@@ -49,13 +47,10 @@ def demo(
     pictures = _draw(out, results)
     if as_json:
         print_json(results)
-    else:
-        _show(screen, results)
-        print_lines(
-            screen,
-            f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}",
-            f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}",
-        )
+        return
+    _show(screen, results)
+    print_lines(screen, f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}")
+    print_lines(screen, f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}")
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
@@ -70,10 +65,8 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     plot_entropy_comparison(profiles, pictures[1], language=language, **marks)
 
     def by_language(key: str) -> dict[str, dict[str, float]]:
-        return {
-            _NAMES[name]: {language: measured["target"][key], "en": measured["english"][key]}
-            for name, measured in models.items()
-        }
+        sides = {language: "target", "en": "english"}
+        return {_NAMES[name]: {code: one[side][key] for code, side in sides.items()} for name, one in models.items()}
 
     plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"))
     plot_training(read_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
@@ -86,10 +79,8 @@ def _show(screen: Console, results: dict[str, Any]) -> None:
     from rich.text import Text
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
-    screen.print(
-        f"\n[bold]layers[/]   conversion {layers['conversion']}, thinking {layers['thinking']} of "
-        f"{layers['num_layers']}: {layers['reason']}"
-    )
+    chosen = f"conversion {layers['conversion']}, thinking {layers['thinking']} of {layers['num_layers']}"
+    screen.print(f"\n[bold]layers[/]   {chosen}: {layers['reason']}")
     base = models["base"]["target"]
     title = f"{base['rows']} held-out rows scored (nats per token, ± standard error), {base['answered']} answered"
     columns = [f"answer NLL {language}", "answer NLL en", f"exact match {language}", "exact match en"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pivotune.cli import options
 from pivotune.cli.common import console, print_json, printable, quiet_libraries
 from pivotune.errors import UsageError
 
@@ -19,19 +21,14 @@ if TYPE_CHECKING:
     from pivotune.estimate.operations import Device
     from pivotune.training.arguments import DeepSupervisionConfig
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 _OPERATION_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 
 def estimate(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML).")],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key: lora='{r: 16}'. Repeatable.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option("--gpus", "--processes", min=1, help="Devices, one process each.")
-    ] = None,
+    changes: options.Changes = None,
+    processes: Annotated[int, typer.Option("--gpus", "--processes", min=1, help="Devices, one process each.")] = 1,
     strategy: Annotated[str | None, typer.Option(help="ddp, fsdp2, zero2 or zero3; all of them if absent.")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU of another machine: 80GiB.")] = None,
     tflops: Annotated[float | None, typer.Option(min=0, help="Its peak rate of bfloat16 products, in TFLOP/s.")] = None,
@@ -42,7 +39,6 @@ def estimate(
     if strategy is not None and strategy not in _STRATEGIES:
         raise UsageError(f"--strategy: {strategy!r} found; allowed: {', '.join(_STRATEGIES)}")
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)
-    processes = processes or 1
     from pivotune.config.yaml_text import load_config
 
     run_config = load_config(config, changes or [])
@@ -57,11 +53,8 @@ def estimate(
     if memory is not None or tflops is not None or (on_gpus and device.kind == "cpu"):
         # A GPU of another machine.
         device = Device(kind="cuda", name="GPU", memory=memory, rate=None if tflops is None else tflops * 1e12)
-    if on_gpus:
-        names: Any = _STRATEGIES if strategy is None else (strategy,)
-        targets = [Target(device=device.kind, processes=processes, strategy=name) for name in names]
-    else:
-        targets = [Target(device=device.kind)]
+    names: Any = ("single",) if not on_gpus else _STRATEGIES if strategy is None else (strategy,)
+    targets = [Target(device=device.kind, processes=processes, strategy=name) for name in names]
     reasons = [why_impossible(run_config, target) if on_gpus else None for target in targets]
     if strategy is not None and reasons[0] is not None:
         raise UsageError(f"--strategy {strategy}: {reasons[0]}")
@@ -70,11 +63,10 @@ def estimate(
     found = read_rows(run_config, rows=rows)
     estimates = estimate_strategies(run_config, targets, found)
     seconds: list[float | None] = []
+    model_config = read_model_config(run_config)
     for item in estimates:
-        rate = None
-        if item.operations is not None:
-            model_config = read_model_config(run_config)
-            rate = training_rate(device, model_config, autocast=item.autocast, tokens=item.batch_tokens)
+        autocast, tokens = item.autocast, item.batch_tokens
+        rate = item.operations and training_rate(device, model_config, autocast=autocast, tokens=tokens)
         seconds.append(rate and (item.operations or 0) / (rate * item.target.processes))
     advice = None
     if device.memory is not None and not any(item.fits(device.memory) for item in estimates):
@@ -87,15 +79,11 @@ def estimate(
 
 
 def parse_bytes(text: str) -> float:
-    """Return `80GiB`, `80GB` or `80G` in bytes, all of them powers of two.
-
-    Raises:
-        UsageError: not a size.
-    """
+    """Return `80GiB`, `80GB` or `80G` in bytes, all of them powers of two; a `UsageError` for anything else."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"--gpu-memory: {text!r} found; allowed: a size such as 80GiB")
-    return float(match[1]) * _UNITS[match[2].upper()]
+    return float(match[1]) * 1024.0 ** " KMGT".index(match[2].upper() or " ")
 
 
 def gibibytes(size: float) -> str:
@@ -124,12 +112,7 @@ def training_line(config: RunConfig, args: DeepSupervisionConfig, found: Estimat
 
 
 def describe(
-    out: Console,
-    config: RunConfig,
-    estimates: list[Estimate],
-    seconds: list[float | None],
-    device: Device,
-    advice: list[str] | None,
+    out: Console, config: RunConfig, estimates: list[Estimate], seconds: Any, device: Device, advice: Any
 ) -> None:
     """Print the estimate: trained parameters, time, memory by strategy, and changes that would make the run fit."""
     from pivotune.estimate.estimate import arguments_for
@@ -164,9 +147,9 @@ def describe(
 def _time(seconds: float | None, device: Device) -> str:
     if seconds is None:
         return "give --tflops (the peak rate of a GPU) for the time"
-    minutes = seconds / 60
-    in_minutes = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
-    return f"about {f'{seconds:.0f} s' if minutes < 1 else in_minutes} on {device.name}"
+    if seconds < 60:
+        return f"about {seconds:.0f} s on {device.name}"
+    return f"about {f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:,.1f} h'} on {device.name}"
 
 
 def memory_table(estimates: list[Estimate], device: Device) -> Any:
@@ -174,12 +157,12 @@ def memory_table(estimates: list[Estimate], device: Device) -> Any:
     from rich import box
     from rich.table import Table
 
-    columns = ("weights", "gradients", "optimizer", "activations", "communication", "peak")
+    # Buffers are gathered weights too, but the table has to fit into 80 columns.
+    titles = {name: name for name in ("weights", "gradients", "optimizer", "activations")}
+    titles |= {"communication": "buffers", "peak": "peak"}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("GiB on one of", no_wrap=True)
-    for column in columns:
-        # Gathered weights too, but the table has to fit into 80 columns.
-        title = "buffers" if column == "communication" else column
+    for title in titles.values():
         table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     if device.memory is not None:
         table.add_column(f"{device.memory / 2**30:.1f} GiB", no_wrap=True)
@@ -187,7 +170,7 @@ def memory_table(estimates: list[Estimate], device: Device) -> Any:
         target = item.target
         name = "1" if target.strategy == "single" else f"{target.processes}, {target.strategy}"
         verdict = [] if device.memory is None else ["fits" if item.fits(device.memory) else "too much"]
-        table.add_row(name, *(f"{getattr(item.memory, column) / 2**30:,.2f}" for column in columns), *verdict)
+        table.add_row(name, *(f"{getattr(item.memory, column) / 2**30:,.2f}" for column in titles), *verdict)
     return table
 
 
@@ -195,8 +178,6 @@ def to_json(
     estimates: list[Estimate], seconds: list[float | None], device: Device, advice: list[str] | None
 ) -> dict[str, Any]:
     """Return the estimate as plain data; sizes in bytes."""
-    from dataclasses import asdict
-
     first = estimates[0]
     return {
         "device": asdict(device),

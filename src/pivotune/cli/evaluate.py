@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli import evaluation_options as options
+from pivotune.cli import options
 from pivotune.cli.common import (
     batch_size_option,
     console,
@@ -28,60 +28,37 @@ if TYPE_CHECKING:
 
     from pivotune.evaluation.run import PreparedEvaluation
 
+_MODEL_HELP = "Run folder, model folder, Hub name or bundled model."
+_TASKS_HELP = (
+    "Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english), "
+    "alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
+)
 _SECONDARY_METRICS = ("exact_match", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
 
 
 def evaluate(
-    run_or_model: Annotated[
-        str | None, typer.Argument(help="Run folder, model folder, Hub name or bundled model.", show_default=False)
-    ] = None,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english),"
-            " alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
-        ),
-    ] = "",
+    run_or_model: Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)] = None,
+    tasks: Annotated[str, typer.Option(help=_TASKS_HELP)] = "",
     languages: options.Languages = "",
     data_dir: options.DataDir = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="results.json, or a folder for it; default: the run folder, or results/MODEL.", show_default=False
-        ),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="results.json or its folder; default: the run's.")] = None,
     limit: options.Limit = None,
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
     batch_size: options.BatchSize = "auto",
-    template: Annotated[
-        str | None, typer.Option(help="chat, alpaca, a Jinja file or none; default: the template of the run.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="chat, alpaca, Jinja file, none; default: the run's.")] = None,
     split: options.Split = None,
-    pairs: Annotated[
-        Path | None, typer.Option(help="Your own parallel text, for the tasks pairs_vi and alignment_vi.")
-    ] = None,
-    english: Annotated[
-        Path | None, typer.Option(help="The English side of --pairs, where it is a file of its own.")
-    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Your own parallel text, for pairs_vi and alignment_vi.")] = None,
+    english: Annotated[Path | None, typer.Option(help="English side of --pairs, if it is a file of its own.")] = None,
     max_new_tokens: options.MaxNewTokens = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for answers, so that an interrupted evaluation can continue; default: beside the results."
-        ),
-    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for answers; default: beside the results.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers.")] = False,
     backend: options.Backend = "hf",
     dtype: options.Dtype = "auto",
     comet: Annotated[str | None, typer.Option(help="COMET checkpoint for translations.")] = None,
     skip_missing: options.SkipMissing = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
-    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    list_tasks: Annotated[
-        bool, typer.Option("--list-tasks", help="Print all sets and their languages and exit.")
-    ] = False,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print all sets and languages and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Measure a model on benchmarks in its language and in English; results go into results.json."""
@@ -122,14 +99,13 @@ def evaluate(
         revision=revision,
     )
     prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
-    _describe(console(as_json), prepared)
-    _warn_of_replaced(folder, prepared)
+    _describe(console(as_json), prepared, folder)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_log_result)
-    names = [task.task.name for task in prepared.tasks]
+    measured = {task.task.name: results["tasks"][task.task.name] for task in prepared.tasks}
     if as_json:
-        print_json({**results, "tasks": {name: results["tasks"][name] for name in names}})
+        print_json({**results, "tasks": measured})
     else:
-        _show(console(as_json), {name: results["tasks"][name] for name in names}, folder)
+        _show(console(as_json), measured, folder)
 
 
 def _default_out(model: str) -> Path:
@@ -141,10 +117,16 @@ def _default_out(model: str) -> Path:
     return Path("results") / re.sub(r"[^\w.-]+", "--", name)
 
 
-def _describe(out: Console, prepared: PreparedEvaluation) -> None:
-    """Print model and tasks, and one whole prompt, because wrong templates fail silently."""
+def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
+    """Print model and tasks, and one whole prompt, because wrong templates fail silently.
+
+    Warn where a task replaces an earlier result of another size, as with a small --limit.
+    """
     from rich.text import Text
 
+    from pivotune.results.files import read_entries
+
+    entries = read_entries(folder)
     print_lines(out, f"model     {prepared.model}", f"template  {prepared.prompter.name}")
     for task in prepared.tasks:
         size = len(task.requests) or len(task.pairs or ())
@@ -155,6 +137,10 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         if task.truncated:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
             print_lines(out, note, style="yellow")
+        earlier = entries.get(task.task.name)
+        if earlier is not None and earlier.get("n") != size:
+            note = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
+            print_lines(stderr, note, style="yellow")
     print_lines(out, *(f"left out: {reason}" for reason in prepared.missing), style="yellow")
     asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
     if asked is not None:
@@ -162,18 +148,6 @@ def _describe(out: Console, prepared: PreparedEvaluation) -> None:
         shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
         out.print("first prompt, and its [green]gold answer[/]:")
         out.print(shown, soft_wrap=True)
-
-
-def _warn_of_replaced(folder: Path, prepared: PreparedEvaluation) -> None:
-    """Warn where a task replaces an earlier result of another size, as with a small --limit."""
-    from pivotune.results.files import read_entries
-
-    entries = read_entries(folder)
-    for task in prepared.tasks:
-        earlier = entries.get(task.task.name)
-        if earlier is not None and earlier.get("n") != (len(task.requests) or len(task.pairs or ())):
-            line = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
-            print_lines(stderr, line, style="yellow")
 
 
 def _log_result(name: str, entry: dict[str, Any]) -> None:
@@ -189,14 +163,9 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
 
     from pivotune.results.files import results_paths
 
-    table = Table(
-        Column("task", overflow="fold"),
-        Column("metric", overflow="fold"),
-        *(Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")),
-        "gold NLL per token",
-        "in its language",
-        "notes",
-    )
+    names = [Column(title, overflow="fold") for title in ("task", "metric")]
+    numbers = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
+    table = Table(*names, *numbers, "gold NLL per token", "in its language", "notes")
     for name, task in tasks.items():
         metrics = task["metrics"]
         notes = [f"{task['truncated']} prompts cut"] if task.get("truncated") else []
@@ -209,14 +178,13 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
         label = safe(name)
         for metric in (task["metric"], *(metric for metric in _SECONDARY_METRICS if metric in metrics)):
             figure = metrics[metric]
-            numbers = (_number(figure["value"]), _number(figure["stderr"]), str(figure["n"]))
-            table.add_row(label, safe(metric), *numbers, *last)
+            cells = (_number(figure["value"]), _number(figure["stderr"]), str(figure["n"]))
+            table.add_row(label, safe(metric), *cells, *last)
             label, last = "", ["", "", ""]
     out.print(table)
     if not any(task["language"] == "en" or "_en-" in name or name.endswith("-en") for name, task in tasks.items()):
         out.print("English was not evaluated: --tasks english measures harm to it", style="dim", soft_wrap=True)
-    path, _ = results_paths(folder)
-    print_lines(out, f"saved    {path}   (compare: pivotune compare {folder} OTHER)")
+    print_lines(out, f"saved    {results_paths(folder)[0]}   (compare: pivotune compare {folder} OTHER)")
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -238,6 +206,4 @@ def _list_tasks(out: Console, as_json: bool) -> None:
         table.add_row(name, benchmark.title, languages, benchmark.homepage)
     out.print(table)
     out.print("groups: " + "; ".join(f"{group}: {' '.join(names)}" for group, names in GROUPS.items()), soft_wrap=True)
-    stderr.print(
-        "alignment_LANG, alignment_SET_LANG (flores, ntrex, tatoeba, pairs) compare hidden states layer by layer"
-    )
+    stderr.print("alignment_LANG, alignment_SET_LANG (flores, ntrex, tatoeba, pairs) compare hidden states by layer")

@@ -8,6 +8,7 @@ import typer
 
 from pivotune.errors import UsageError
 
+_DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HEAD = """\
 # pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
@@ -54,9 +55,7 @@ seed: 0
 
 def init(
     method: Annotated[str, typer.Option(help="deep-supervision, tft or english-only.")] = "deep-supervision",
-    model: Annotated[
-        str, typer.Option(help="Hub name, folder or bundled model.")
-    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pivotune.cli import evaluation_options as options
+from pivotune.cli import options
 from pivotune.cli.common import (
     EXIT_STOPPED,
     batch_size_option,
@@ -33,29 +33,13 @@ if TYPE_CHECKING:
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML) of all cells.")],
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--grid", help="A key and its values: supervision.thinking.layer=5,10,15. Repeat for the product."
-        ),
-    ] = None,
-    ablation: Annotated[
-        bool, typer.Option("--ablation", help="The paper's Table 3: TFT, conversion alone, thinking alone, and both.")
-    ] = False,
-    signals: Annotated[
-        str, typer.Option(help="Signals of --ablation: logits, feature or both; default: the run's own.")
-    ] = "",
+    grid: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE. Repeat for the product.")] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Paper's Table 3: TFT, each loss alone, both.")] = False,
+    signals: Annotated[str, typer.Option(help="For --ablation: logits, feature or both; default: the run's.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated; default: the run's own.")] = "",
-    tasks: Annotated[
-        str, typer.Option(help="Tasks to evaluate, as in pivotune evaluate; default: held-out rows only.")
-    ] = "",
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key of all cells: training.max_steps=100. Repeatable.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the sweep; default: sweeps/NAME of the YAML file.", show_default=False),
-    ] = None,
+    tasks: Annotated[str, typer.Option(help="As in pivotune evaluate; default: held-out rows only.")] = "",
+    changes: options.Changes = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: sweeps/NAME of the YAML file.")] = None,
     languages: options.Languages = "",
     data_dir: options.DataDir = None,
     limit: options.Limit = None,
@@ -65,9 +49,7 @@ def sweep(
     backend: options.Backend = "hf",
     dtype: options.Dtype = "auto",
     skip_missing: options.SkipMissing = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the cells and their progress, and stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cells, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json's content on stdout.")] = False,
 ) -> None:
     """Train and evaluate every combination of values and seeds; the same command continues after an interruption."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pivotune.cli import options
 from pivotune.cli.common import (
     EXIT_STOPPED,
     console,
@@ -31,13 +32,9 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML); `pivotune init` prints one.")],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key: training.num_train_epochs=1. Repeatable.")
-    ] = None,
+    changes: options.Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    auto_resume: Annotated[
-        bool, typer.Option("--auto-resume", help="Go on where output_dir holds a run, start where it does not.")
-    ] = False,
+    auto_resume: Annotated[bool, typer.Option("--auto-resume", help="Go on with the run, or start it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in output_dir.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
@@ -75,10 +72,10 @@ def train(
             raise
     if as_json:
         print_json({"run": str(result.folder), **result.results})
-    else:
-        from pivotune.cli.training_display import describe_result
+        return
+    from pivotune.cli.training_display import describe_result
 
-        describe_result(out, result)
+    describe_result(out, result)
 
 
 def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from pivotune.cli.common import print_lines, printable, progress_bar, safe, stderr
 from pivotune.cli.estimate import gibibytes, training_line
@@ -37,26 +37,17 @@ class TrainingProgress(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._bar = progress_bar()
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, note="")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._bar:
             self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {name: logs[name] for name in _SHOWN if logs and name in logs}
         if not (self._bar and shown):
             return
@@ -66,9 +57,7 @@ class TrainingProgress(TrainerCallback):
             # A log file shows no moving bar, so each logged step is a line.
             stderr.print(f"{self._title}: step {state.global_step} of {state.max_steps}  {note}", soft_wrap=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -83,11 +72,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     config, report = prepared.config, prepared.report
     method, name = METHODS[config.method], config.method
     if method.inner_losses:
-        terms = []
-        for term in ("conversion", "thinking"):
-            signal = getattr(config.supervision, term)
-            if signal.signal != "none":
-                terms.append(f"{term} {signal.signal} at layer {signal.layer}, weight {signal.weight:g}")
+        active = config.supervision.active().items()
+        terms = [f"{term} {one.signal} at layer {one.layer}, weight {one.weight:g}" for term, one in active]
         name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {name}", soft_wrap=True)
@@ -125,7 +111,7 @@ def describe_training(out: Console, prepared: PreparedRun) -> None:
         has = "" if found.device.memory is None else f" (has {gibibytes(found.device.memory)})"
         line += f"; estimated peak {gibibytes(found.peak)} a device{has}"
     out.print(f"[bold]training[/] {line}", soft_wrap=True)
-    if found.too_much:
+    if found.peak and found.device.memory and found.peak > found.device.memory:
         warning = "the device's memory will probably not suffice; `pivotune estimate` lists changes that fit"
         out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
 

@@ -1,10 +1,6 @@
 """Names and formats of two CLDR locales side by side: the target language and English, read through Babel.
 
-A `Bilingual` text is ordered (target, English). Importing this module without Babel raises a `UsageError`.
-
-Month, weekday and quarter names are read in the `format` context only: Babel (2.18 and before) keeps a
-resolved `stand-alone` alias in data that all locales share, so the second locale asked in a process can get the
-names of the first (python-babel/babel issue 1234). In the languages offered here the two contexts do not differ.
+Importing this module without Babel raises a `UsageError`.
 """
 
 from __future__ import annotations
@@ -13,8 +9,6 @@ import datetime
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 from pivotune.errors import UsageError
@@ -25,8 +19,8 @@ try:
 except ImportError:
     raise UsageError('the demo needs Babel: pip install "pivotune[demo]"') from None
 
+# The text in the target language, then in English.
 Bilingual = tuple[str, str]
-
 TimeUnit = Literal["year", "month", "week", "day", "hour", "minute", "second"]
 TIME_UNITS: tuple[TimeUnit, ...] = get_args(TimeUnit)
 
@@ -38,63 +32,31 @@ def clean_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).translate(_BIDIRECTIONAL_MARKS).split())
 
 
-@dataclass(frozen=True)
 class BilingualLocale:
-    """The target language's CLDR data beside the English one."""
+    """The target language's CLDR data beside the English one.
 
-    target: Locale
-    english: Locale
+    `territories`, `languages`, `currencies` and `scripts` map codes to names; `months` 1 to 12, `weekdays` 0 (Monday) to 6
+    and `quarters` 1 to 4.
+    """
 
-    @classmethod
-    def parse(cls, language: str) -> BilingualLocale:
-        """Load the locale of a language code and English."""
-        return cls(Locale.parse(language), Locale.parse("en"))
-
-    @cached_property
-    def territories(self) -> dict[str, Bilingual]:
-        """Territory code -> names."""
-        return self._names("territories")
-
-    @cached_property
-    def languages(self) -> dict[str, Bilingual]:
-        """Language code -> names."""
-        return self._names("languages")
-
-    @cached_property
-    def currencies(self) -> dict[str, Bilingual]:
-        """Currency code -> names."""
-        return self._names("currencies")
-
-    @cached_property
-    def scripts(self) -> dict[str, Bilingual]:
-        """Script code -> names."""
-        return self._names("scripts")
-
-    @cached_property
-    def months(self) -> dict[int, Bilingual]:
-        """1 (January) to 12 -> names."""
-        return self._calendar(dates.get_month_names, range(1, 13))
-
-    @cached_property
-    def weekdays(self) -> dict[int, Bilingual]:
-        """0 (Monday) to 6 -> names."""
-        return self._calendar(dates.get_day_names, range(7))
-
-    @cached_property
-    def quarters(self) -> dict[int, Bilingual]:
-        """1 to 4 -> names."""
-        return self._calendar(dates.get_quarter_names, range(1, 5))
+    def __init__(self, language: str) -> None:
+        self.target, self.english = Locale.parse(language), Locale.parse("en")
+        self.territories, self.languages = self._names("territories"), self._names("languages")
+        self.currencies, self.scripts = self._names("currencies"), self._names("scripts")
+        self.months = self._calendar(dates.get_month_names, range(1, 13))
+        self.weekdays = self._calendar(dates.get_day_names, range(7))
+        self.quarters = self._calendar(dates.get_quarter_names, range(1, 5))
 
     def long_date(self, day: datetime.date) -> Bilingual:
-        """The date in the long format: '15. März 2024', 'March 15, 2024'."""
+        """Return the date in the long format: '15. März 2024', 'March 15, 2024'."""
         return self._pair(lambda locale: dates.format_date(day, "long", locale=locale))
 
     def grouped_number(self, number: int) -> Bilingual:
-        """The number with thousands separators."""
+        """Return the number with thousands separators."""
         return self._pair(lambda locale: numbers.format_decimal(number, locale=locale))
 
     def compact_number(self, number: int) -> Bilingual:
-        """The number with a word for its magnitude: '3,4 Millionen', '3.4 million'."""
+        """Return the number with a word for its magnitude: '3,4 Millionen', '3.4 million'."""
 
         def compact(locale: Locale) -> str:
             # Chinese and Japanese have one form only, which CLDR files under "short".
@@ -104,26 +66,26 @@ class BilingualLocale:
         return self._pair(compact)
 
     def currency_amount(self, count: int, code: str) -> Bilingual:
-        """A whole amount with the currency's name in the right plural form."""
+        """Return a whole amount with the currency's name in the right plural form."""
         options: Any = {"format_type": "name", "currency_digits": False}
         return self._pair(lambda locale: numbers.format_currency(count, code, locale=locale, **options))
 
     def currency_symbol(self, code: str) -> Bilingual:
-        """The currency's symbol; the code itself where CLDR has none."""
+        """Return the currency's symbol; the code itself where CLDR has none."""
         return self._pair(lambda locale: numbers.get_currency_symbol(code, locale))
 
     def measurement(self, count: int, unit: str) -> Bilingual | None:
-        """A count with the unit's name in words; None where CLDR has no name. `unit` like 'length-meter'."""
+        """Return a count with the unit's name in words; None where CLDR has no name. `unit` like 'length-meter'."""
         target = _measurement(count, unit, self.target, ("long", "short"))
         english = _measurement(count, unit, self.english, ("long",))
         return (target, english) if target and english else None
 
     def measurement_symbol(self, count: int, unit: str) -> str | None:
-        """A count with the unit's abbreviation, as written in English: '5 km'."""
+        """Return a count with the unit's abbreviation, as written in English: '5 km'."""
         return _measurement(count, unit, self.english, ("short",))
 
     def relative_time(self, count: int, unit: TimeUnit, *, past: bool) -> Bilingual:
-        """'3 days ago' or 'in 3 days'."""
+        """Return '3 days ago' or 'in 3 days'."""
         seconds = dict(dates.TIMEDELTA_UNITS)[unit] * count
         delta = datetime.timedelta(seconds=-seconds if past else seconds)
         # A threshold that no count reaches keeps Babel from moving to a larger unit.
@@ -134,6 +96,7 @@ class BilingualLocale:
         return clean_text(text_of(self.target)), clean_text(text_of(self.english))
 
     def _calendar(self, names_of: Callable[..., Any], numbers: Iterable[int]) -> dict[int, Bilingual]:
+        # Not in the `stand-alone` context, whose names Babel (2.18) mixes up between locales (python-babel issue 1234).
         target, english = (names_of("wide", "format", locale) for locale in (self.target, self.english))
         return {number: (clean_text(target[number]), clean_text(english[number])) for number in numbers}
 
@@ -147,16 +110,9 @@ class BilingualLocale:
         for locale in (self.target, self.english):
             names = {code: clean_text(name) for code, name in getattr(locale, table).items()}
             counts = Counter(name.casefold() for name in names.values())
-            plain.append(
-                {
-                    code: name
-                    for code, name in names.items()
-                    if name
-                    and name.casefold() != code.casefold()
-                    and counts[name.casefold()] == 1
-                    and not set(name) & set("([\uff08")
-                }
-            )
+            unique = {code: name for code, name in names.items() if name and counts[name.casefold()] == 1}
+            kept = (item for item in unique.items() if item[1].casefold() != item[0].casefold())
+            plain.append({code: name for code, name in kept if not set(name) & set("([\uff08")})
         target, english = plain
         return {code: (target[code], english[code]) for code in sorted(target.keys() & english.keys())}
 
@@ -164,8 +120,7 @@ class BilingualLocale:
 def _measurement(count: int, unit: str, locale: Locale, lengths: tuple[str, ...]) -> str | None:
     patterns = locale._data["unit_patterns"].get(unit, {})
     for length in lengths:
-        pattern = (patterns.get(length) or {}).get(locale.plural_form(count))
-        if pattern:
+        if pattern := (patterns.get(length) or {}).get(locale.plural_form(count)):
             return clean_text(pattern.format(numbers.format_decimal(count, locale=locale)))
     return None
 

@@ -1,14 +1,11 @@
-"""Real facts from the Unicode CLDR, each stated in a target language and in English.
-
-`collect_facts` yields facts about named things (territories, currencies, languages, scripts, time zones) and about written
-values (months, weekdays, dates, numbers, measurements, spans of time).
-"""
+"""Real facts from the Unicode CLDR, each stated in a target language and in English."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from babel import Locale, UnknownLocaleError
@@ -20,16 +17,12 @@ from pivotune.demo.cldr import TIME_UNITS, Bilingual, BilingualLocale
 
 # "In use" means on this day, near the release of CLDR 47: the same rows whenever they are built.
 REFERENCE_DATE = datetime.date(2025, 7, 1)
-
 # Joined the euro after CLDR 47 was released.
 _OUTDATED_CURRENCY = {"BG"}
-
 # Forms of one script ("Simplified", "Traditional"), whose CLDR names do not name a script by themselves.
 _NOT_SCRIPTS = {"Hans", "Hant"}
-
 _POOL_SIZE = 200
-_FIRST_DATE = datetime.date(1950, 1, 1)
-_DATE_RANGE_DAYS = 32_000
+_FIRST_DATE, _DATE_RANGE_DAYS = datetime.date(1950, 1, 1), 32_000
 
 # CLDR's categories and names of units whose abbreviation is known to every reader of English.
 _UNITS = {
@@ -39,8 +32,8 @@ _UNITS = {
     "energy": "calorie joule kilocalorie kilojoule kilowatt-hour",
     "frequency": "gigahertz hertz kilohertz megahertz",
     "graphics": "megapixel pixel",
-    "length": "centimeter decimeter foot inch kilometer light-year meter micrometer mile millimeter nanometer "
-    "nautical-mile yard",
+    "length": "centimeter decimeter foot inch kilometer light-year meter micrometer mile millimeter nanometer"
+    " nautical-mile yard",
     "light": "lux",
     "mass": "gram kilogram milligram ounce pound tonne",
     "power": "gigawatt horsepower kilowatt megawatt watt",
@@ -54,10 +47,9 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Fact:
-    """The content of one question and its answer.
+    """The content of one question and its answer: `slots` holds the values of the template's slots.
 
     `entity` is the subject, such as 'territory:JP'; `variant` tells apart facts of one kind about one entity.
-    `slots` holds the values of the template's slots.
     """
 
     kind: str
@@ -72,7 +64,6 @@ class Fact:
 
     @property
     def category(self) -> str:
-        """The category of the entity: 'territory', 'currency'..."""
         return self.entity.split(":", 1)[0]
 
 
@@ -84,9 +75,9 @@ def stable_rank(*parts: object) -> int:
 
 def collect_facts(language: str) -> Iterator[Fact]:
     """Yield all facts that CLDR has in both the language (a code such as 'vi') and English, in a fixed order."""
-    locale = BilingualLocale.parse(language)
-    for facts in (_territory_facts, _currency_facts, _language_facts, _script_facts, _zone_facts, _month_facts,
-                  _weekday_facts, _date_facts, _number_facts, _unit_facts, _duration_facts):  # fmt: skip
+    locale = BilingualLocale(language)
+    for facts in (_territory_facts, _currency_facts, _language_facts, _script_facts, _zone_facts, _calendar_facts,
+                  _date_facts, _number_facts, _unit_facts, _duration_facts):  # fmt: skip
         yield from facts(locale)
 
 
@@ -124,9 +115,9 @@ def _territory_facts(locale: BilingualLocale) -> Iterator[Fact]:
         languages = get_official_languages(code, de_facto=True)
         if len(languages) == 1 and (language := locale.languages.get(languages[0])):
             yield make_fact("territory_language", entity, name=name, language=language)
-        weekday = _first_weekday(code)
-        if weekday is not None:
-            yield make_fact("territory_first_weekday", entity, name=name, weekday=locale.weekdays[weekday])
+        with suppress(UnknownLocaleError, ValueError):  # no locale for the territory
+            weekday = locale.weekdays[Locale.parse(f"und_{code}").first_week_day]
+            yield make_fact("territory_first_weekday", entity, name=name, weekday=weekday)
 
 
 def _territory_codes(locale: BilingualLocale) -> list[str]:
@@ -137,14 +128,6 @@ def _territory_codes(locale: BilingualLocale) -> list[str]:
 
 def _currencies_of(territory: str) -> list[str]:
     return get_territory_currencies(territory, start_date=REFERENCE_DATE, tender=True)
-
-
-def _first_weekday(territory: str) -> int | None:
-    """Return 0 for Monday to 6 for Sunday; None where CLDR has no locale for the territory."""
-    try:
-        return Locale.parse(f"und_{territory}").first_week_day
-    except (UnknownLocaleError, ValueError):
-        return None
 
 
 def _currency_facts(locale: BilingualLocale) -> Iterator[Fact]:
@@ -168,8 +151,7 @@ def _language_facts(locale: BilingualLocale) -> Iterator[Fact]:
         name = locale.languages[code]
         entity = f"language:{code}"
         yield from _coded_facts(entity, name)
-        script = locale.scripts.get(_likely_script(code) or "")
-        if script:
+        if script := locale.scripts.get(_likely_script(code) or ""):
             yield make_fact("language_script", entity, name=name, script=script)
 
 
@@ -191,33 +173,29 @@ def _script_facts(locale: BilingualLocale) -> Iterator[Fact]:
 
 
 def _zone_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for territory in _territory_codes(locale):
-        for zone in sorted(get_global("territory_zones")[territory]):
-            name = locale.territories[territory]
-            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=name)
+    for code in _territory_codes(locale):
+        for zone in sorted(get_global("territory_zones")[code]):
+            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=locale.territories[code])
 
 
-def _month_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for month, name in locale.months.items():
-        entity = f"month:{month}"
-        yield from _translation_facts(entity, name)
-        yield make_fact("month_quarter", entity, month=name, quarter=locale.quarters[(month + 2) // 3])
-        for count in range(2, 12):
-            duration = locale.measurement(count, "duration-month")
-            answer = locale.months[(month + count - 1) % 12 + 1]
-            if duration:
-                yield make_fact("month_later", entity, str(count), month=name, duration=duration, answer=answer)
-
-
-def _weekday_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for day, name in locale.weekdays.items():
-        entity = f"weekday:{day}"
-        yield from _translation_facts(entity, name)
-        for count in (count for count in range(2, 24) if count % 7):
-            duration = locale.measurement(count, "duration-day")
-            answer = locale.weekdays[(day + count) % 7]
-            if duration:
-                yield make_fact("weekday_later", entity, str(count), weekday=name, duration=duration, answer=answer)
+def _calendar_facts(locale: BilingualLocale) -> Iterator[Fact]:
+    """Yield names of months and weekdays, and the ones some months or days later."""
+    months, weekdays = range(2, 12), [count for count in range(2, 24) if count % 7]
+    for kind, unit, names, counts in (
+        ("month", "month", locale.months, months),
+        ("weekday", "day", locale.weekdays, weekdays),
+    ):
+        first = min(names)
+        for number, name in names.items():
+            entity = f"{kind}:{number}"
+            yield from _translation_facts(entity, name)
+            if kind == "month":
+                yield make_fact("month_quarter", entity, month=name, quarter=locale.quarters[(number + 2) // 3])
+            for count in counts:
+                answer = names[first + (number - first + count) % len(names)]
+                if duration := locale.measurement(count, f"duration-{unit}"):
+                    own: dict[str, Bilingual] = {kind: name, "duration": duration, "answer": answer}
+                    yield make_fact(f"{kind}_later", entity, str(count), **own)
 
 
 def _date_facts(locale: BilingualLocale) -> Iterator[Fact]:
@@ -234,9 +212,8 @@ def _number_facts(locale: BilingualLocale) -> Iterator[Fact]:
     for index in range(_POOL_SIZE):
         digits = 4 + index % 6
         number = 10 ** (digits - 1) + stable_rank("number", index) % (9 * 10 ** (digits - 1))
-        yield make_fact(
-            "number_format", f"number:{number}", number=str(number), formatted=locale.grouped_number(number)
-        )
+        formatted = locale.grouped_number(number)
+        yield make_fact("number_format", f"number:{number}", number=str(number), formatted=formatted)
         leading = 2 + stable_rank("leading digits", index) % (998 if index % 2 else 98)
         number = leading * 10 ** (3 + index % 6)
         compact = locale.compact_number(number)
@@ -245,8 +222,7 @@ def _number_facts(locale: BilingualLocale) -> Iterator[Fact]:
 
 
 def _unit_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    units = (f"{category}-{name}" for category, names in _UNITS.items() for name in names.split())
-    for unit in units:
+    for unit in (f"{category}-{name}" for category, names in _UNITS.items() for name in names.split()):
         for index in range(3):
             count = 3 + stable_rank("measurement", unit, index) % (97 if index else 8)
             symbol = locale.measurement_symbol(count, unit)
@@ -258,9 +234,7 @@ def _unit_facts(locale: BilingualLocale) -> Iterator[Fact]:
 def _duration_facts(locale: BilingualLocale) -> Iterator[Fact]:
     for unit in TIME_UNITS:
         for count in range(2, 31):
-            duration = locale.measurement(count, f"duration-{unit}")
-            if duration is None:
-                continue
-            entity = f"duration:{count}-{unit}"
-            for kind, past in (("relative_past", True), ("relative_future", False)):
-                yield make_fact(kind, entity, duration=duration, when=locale.relative_time(count, unit, past=past))
+            if duration := locale.measurement(count, f"duration-{unit}"):
+                for kind, past in (("relative_past", True), ("relative_future", False)):
+                    when = locale.relative_time(count, unit, past=past)
+                    yield make_fact(kind, f"duration:{count}-{unit}", duration=duration, when=when)

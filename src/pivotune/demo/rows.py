@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import babel
 import yaml
 
 from pivotune.demo.cldr import cldr_version
@@ -28,6 +27,8 @@ SUPPORTED_LANGUAGES: tuple[str, ...] = ("ar", "de", "es", "fr", "id", "ja", "pt"
 MAX_ROWS_PER_KIND = 250
 # Facts per kind with one answer: most weeks begin on Monday and most languages are written in Latin script.
 MAX_ROWS_PER_ANSWER = 25
+# Share of the entities of each category (territories, currencies...) held out, at least one.
+HELDOUT_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,10 @@ class DemoData:
 
     train: list[dict[str, str]]
     validation: list[dict[str, str]]
-    language: str
     cldr_version: str
-    babel_version: str
 
 
-def build_demo_rows(
-    language: str, *, rows: int | None = None, validation_share: float = 0.15, seed: int = 0
-) -> DemoData:
+def build_demo_rows(language: str, *, rows: int | None = None, seed: int = 0) -> DemoData:
     """Build the demo's rows for a language of `SUPPORTED_LANGUAGES`, in about a second.
 
     The result depends on the arguments and the Babel release only.
@@ -54,39 +51,35 @@ def build_demo_rows(
     Args:
         rows: number of training rows, sampled evenly over the kinds of fact; None keeps all (about 4,000). It does not
             change the held-out rows.
-        validation_share: share of the entities of each category (territories, currencies...) held out, at least one.
 
     Raises:
-        UsageError: an unsupported language, rows below 1, or a share outside (0, 1).
+        UsageError: an unsupported language, or rows below 1.
     """
     if language not in SUPPORTED_LANGUAGES:
         raise UsageError(f"the demo has no language {language!r}; supported: {', '.join(SUPPORTED_LANGUAGES)}")
     if rows is not None and rows < 1:
         raise UsageError(f"the demo's rows: found {rows}, allowed 1 or more")
-    if not 0 < validation_share < 1:
-        raise UsageError(
-            f"the demo's validation_share: found {validation_share}, allowed between 0 and 1, both excluded"
-        )
     all_rows = worded_rows(language)
     categories: defaultdict[str, set[str]] = defaultdict(set)
     for row in all_rows:
-        categories[row["entity"].split(":", 1)[0]].add(row["entity"])
+        categories[row["entity"].partition(":")[0]].add(row["entity"])
     held_out: set[str] = set()
     for entities in categories.values():
         ranked = sorted(entities, key=lambda entity: stable_rank("split", seed, entity))
-        held_out.update(ranked[: max(1, round(validation_share * len(ranked)))])
+        held_out.update(ranked[: max(1, round(HELDOUT_SHARE * len(ranked)))])
 
     def shuffled(chosen: Iterable[dict[str, str]]) -> list[dict[str, str]]:
         return sorted(chosen, key=lambda row: stable_rank("order", seed, row["id"]))
 
-    train = _sample_evenly([row for row in all_rows if row["entity"] not in held_out], rows, seed)
-    return DemoData(
-        train=shuffled(train),
-        validation=shuffled(row for row in all_rows if row["entity"] in held_out),
-        language=language,
-        cldr_version=cldr_version(),
-        babel_version=babel.__version__,
-    )
+    # Spread evenly over the kinds as far as they go; a larger number of rows only adds rows.
+    position: Counter[str] = Counter()
+    rounds = []
+    trained = (row for row in all_rows if row["entity"] not in held_out)
+    for row in sorted(trained, key=lambda row: stable_rank("sample", seed, row["id"])):
+        rounds.append((position[row["kind"]], row))
+        position[row["kind"]] += 1
+    train = [row for _, row in sorted(rounds, key=lambda pair: pair[0])][:rows]
+    return DemoData(shuffled(train), shuffled(row for row in all_rows if row["entity"] in held_out), cldr_version())
 
 
 def write_demo_rows(data: DemoData, folder: Path) -> tuple[Path, Path]:
@@ -99,53 +92,32 @@ def write_demo_rows(data: DemoData, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class Wording:
-    """The templates of one language.
+def load_wording(language: str) -> dict[str, Any]:
+    """Return the templates of a language.
 
-    `kinds` maps a kind of fact to its prompts and its completion, `categories` a category of entity to its word;
-    `language_name` is the language's name in English.
+    `language_name` is its name in English, `categories` maps a category of entity to its word, `kinds` a kind of fact to
+    its prompts and its completion.
     """
-
-    language_name: str
-    categories: dict[str, str]
-    kinds: dict[str, dict[str, Any]]
-
-    @classmethod
-    def load(cls, language: str) -> Wording:
-        """Read the templates of a language code."""
-        path = resources.files("pivotune.demo") / "templates" / f"{language}.yaml"
-        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    path = resources.files("pivotune.demo") / "templates" / f"{language}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
-class BilingualWording:
-    """Puts a fact into words of the target language and of English, with the same choice of prompt in both."""
-
-    target: Wording
-    english: Wording
-
-    @classmethod
-    def load(cls, language: str) -> BilingualWording:
-        """Read the templates of a language code and of English."""
-        return cls(Wording.load(language), Wording.load("en"))
-
-    def covers(self, fact: Fact) -> bool:
-        """Return True if the target language has templates for this kind of fact."""
-        return fact.kind in self.target.kinds
-
-    def row(self, fact: Fact) -> dict[str, str]:
-        """Return `prompt`, `completion` and their English twins."""
-        number = stable_rank("prompt", fact.name) % len(self.english.kinds[fact.kind]["prompts"])
+def worded_facts(language: str) -> Iterator[tuple[Fact, dict[str, str]]]:
+    """Yield every fact that a language has templates for, with its `prompt`, `completion` and their English twins."""
+    target, english = load_wording(language), load_wording("en")
+    for fact in collect_facts(language):
+        if fact.kind not in target["kinds"]:
+            continue
+        number = stable_rank("prompt", fact.name) % len(english["kinds"][fact.kind]["prompts"])
         row = {}
-        for side, (suffix, wording) in enumerate((("", self.target), ("_en", self.english))):
-            templates = wording.kinds[fact.kind]
-            category = wording.categories.get(fact.category, "")
+        for side, (suffix, wording) in enumerate((("", target), ("_en", english))):
+            templates = wording["kinds"][fact.kind]
             values = {name: pair[side] for name, pair in fact.slots.items()}
-            slots = {"category": category, "target_language": self.target.language_name, **values}
+            category = wording["categories"].get(fact.category, "")
+            slots = {"category": category, "target_language": target["language_name"], **values}
             row[f"prompt{suffix}"] = templates["prompts"][number].format_map(slots)
             row[f"completion{suffix}"] = templates["completion"].format_map(slots)
-        return row
+        yield fact, row
 
 
 def worded_rows(language: str) -> list[dict[str, str]]:
@@ -154,13 +126,13 @@ def worded_rows(language: str) -> list[dict[str, str]]:
     At most `MAX_ROWS_PER_KIND` rows of a kind and `MAX_ROWS_PER_ANSWER` with one answer are kept, chosen by a hash of the
     entity first, so that the kinds keep the same entities.
     """
-    wording = BilingualWording.load(language)
-    worded = [(fact, wording.row(fact)) for fact in collect_facts(language) if wording.covers(fact)]
     kinds: Counter[str] = Counter()
     answers: Counter[tuple[str, str]] = Counter()
     rows: list[dict[str, str]] = []
     prompts: set[str] = set()
-    for fact, row in sorted(worded, key=lambda pair: (stable_rank(pair[0].entity), stable_rank(pair[0].name))):
+    for fact, row in sorted(
+        worded_facts(language), key=lambda worded: (stable_rank(worded[0].entity), stable_rank(worded[0].name))
+    ):
         # An answer that is the same text in both languages does not show which language was learned.
         if row["completion"] == row["completion_en"]:
             continue
@@ -173,13 +145,3 @@ def worded_rows(language: str) -> list[dict[str, str]]:
             prompts |= {row["prompt"], row["prompt_en"]}
             rows.append({"id": f"{language}-{fact.name}", **row, "entity": fact.entity, "kind": fact.kind})
     return rows
-
-
-def _sample_evenly(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
-    """Return `limit` rows, spread evenly over the kinds as far as they go; a larger limit only adds rows."""
-    position: Counter[str] = Counter()
-    rounds = []
-    for row in sorted(rows, key=lambda row: stable_rank("sample", seed, row["id"])):
-        rounds.append((position[row["kind"]], row))
-        position[row["kind"]] += 1
-    return [row for _, row in sorted(rounds, key=lambda pair: pair[0])][:limit]

@@ -31,13 +31,9 @@ METHODS = ("tft", "deep-supervision")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes that fit ten minutes on two CPU cores.
+    """Sizes that fit ten minutes on two CPU cores: one epoch of `rows`.
 
-    Attributes:
-        rows: training rows, one epoch.
-        heldout: held-out rows with scored gold answers.
-        answered: held-out rows with greedy answers, for exact match.
-        profiled: rows of the entropy profile.
+    `heldout` held-out rows get scored gold answers, `answered` of them greedy answers, `profiled` an entropy profile.
     """
 
     language: str = "vi"
@@ -65,15 +61,14 @@ def run_demo(
         on_prepared: called once with the first prepared run, to print it.
 
     Returns:
-        The content of `results.json`: for `base` and each method the held-out NLL, exact match and greedy answers in both
-        languages, and the entropy profile on held-out rows; and the layer analysis of the starting model.
+        The content of `results.json`: scores and answers of all models, and the layer analysis of the starting model.
 
     Raises:
         UsageError: an unsupported language, or a folder with other files or an earlier demo; nothing is written then.
     """
     data = build_demo_rows(settings.language, rows=settings.rows, seed=settings.seed)
     check_model(MODEL)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UsageError(f"--out: {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / METHODS[0]).is_dir():
@@ -92,9 +87,8 @@ def run_demo(
     results: dict[str, Any] = {"settings": asdict(settings), "cldr_version": data.cldr_version, "models": {}}
     before = None
     for method in METHODS:
-        run = execute_run(
-            prepared[method], callbacks=[callback(f"Training {method}")], progress=progress, before=before
-        )
+        bars = [callback(f"Training {method}")]
+        run = execute_run(prepared[method], callbacks=bars, progress=progress, before=before)
         if before is None:
             base = load_model(MODEL, dtype="float32")
             results["models"]["base"] = _measure(base, "base", run, prepared[method], settings, progress)
@@ -165,21 +159,15 @@ def _measure(
         scores = task["base"] if name == "base" else task
         chosen = spread(examples, settings.answered)
         with progress(f"Answering {side} questions ({name})", settings.answered) as advance:
-            texts = greedy_answers(
-                model, tokenizer, chosen, max_new_tokens=32, autocast=prepared.args.bf16, progress=advance
-            )
-        answers = [
-            {
-                "question": text(example.main.ids[slice(*example.main.query)]),
-                "gold": text(example.main.ids[example.main.answer :]),
-                "answer": answer,
-            }
-            for example, answer in zip(chosen, texts, strict=True)
-        ]
+            options: Any = {"autocast": prepared.args.bf16, "progress": advance}
+            texts = greedy_answers(model, tokenizer, chosen, max_new_tokens=32, **options)
+        answers = []
+        for main, answer in zip((example.main for example in chosen), texts, strict=True):
+            question, gold = text(main.ids[slice(*main.query)]), text(main.ids[main.answer :])
+            answers.append({"question": question, "gold": gold, "answer": answer})
         measured[side] = {
             "nll": scores["value"],
-            "stderr": scores["stderr"],
-            "nll_per_character": scores["nll_per_character"],
+            **{name: scores[name] for name in ("stderr", "nll_per_character")},
             "rows": task["n"],
             "exact_match": sum(exact_match(item["answer"], item["gold"]) for item in answers) / len(answers),
             "answered": len(answers),

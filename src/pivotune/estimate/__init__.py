@@ -1,1 +1,0 @@
-"""Estimate of a run before it starts: memory, steps, operations and time."""

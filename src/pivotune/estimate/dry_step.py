@@ -2,8 +2,7 @@
 
 The model is cut to two blocks between any two layers that matter (where a branch leaves, where a loss reads), and the
 second block's part of the timeline is repeated as often as the whole model has such blocks. Everything else is the code of
-training, so the activations kept by a family, an attention kernel, activation checkpointing or an adapter are counted, not
-guessed.
+training.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +55,7 @@ def dry_step(
         batch: as `DeepSupervisionCollator` makes it, real tensors on the CPU.
         device: `cpu` or `cuda`, whose kernels and chunk sizes are used.
         autocast: matrix products run in bfloat16.
-        checkpointing: activations are recomputed in the backward pass, block by block.
         accumulated: gradients of an earlier micro-batch exist already.
-        forward: as `supervision.logits.forward`.
     """
     supervision, times = _cut(model, supervision)
     # Fake tensors on the CPU, whose kernels autograd and autocast choose as for real ones.
@@ -69,7 +66,12 @@ def dry_step(
     base.tie_weights()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name])
-    log = AllocationLog(held=[*model.parameters(), *model.buffers()], weights=model.parameters())
+    if accumulated:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+    before = [p.grad for p in model.parameters() if p.grad is not None]
+    log = AllocationLog(held=[*model.parameters(), *model.buffers(), *before], weights=model.parameters())
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -77,11 +79,6 @@ def dry_step(
         if checkpointing:
             # `Trainer` uses non-reentrant checkpoints by default; reentrant ones keep the same tensors.
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if accumulated:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.empty_like(parameter)
-                    log.hold(parameter.grad)
         stack.enter_context(_parts(model, log))
         stack.enter_context(log)
         model.train()
@@ -90,7 +87,8 @@ def dry_step(
             terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
             loss = weighted_total(terms, dict.fromkeys(terms, 1.0), term_counts(batch, supervision))
         del terms
-        log.begin_backward()
+        log.in_backward = True
+        log.begin("backward")
         loss.backward()
         del loss
     gradients = [] if accumulated else [p.grad for p in model.parameters() if p.grad is not None]
@@ -148,18 +146,10 @@ def _parts(model: nn.Module, log: AllocationLog) -> Iterator[None]:
             hook.remove()
 
 
-class _Event(NamedTuple):
-    storage: int
-    delta: int
-    part: int
-
-
 class AllocationLog(TorchDispatchMode):
-    """Record when each storage of a fake tensor is allocated and when it is freed.
+    """Record when each storage of a fake tensor is allocated and freed, except for tensors `held` before.
 
-    Args:
-        held: tensors that exist before and do not count: parameters and buffers.
-        weights: those of them that autocast may copy into its dtype; the copies are counted apart.
+    Copies of `weights` into autocast's dtype are counted apart.
     """
 
     def __init__(self, *, held: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
@@ -167,7 +157,8 @@ class AllocationLog(TorchDispatchMode):
         self._held = {_storage_id(tensor) for tensor in held}
         self._weights = {_storage_id(tensor) for tensor in weights}
         self._live: dict[int, tuple[int, Any]] = {}
-        self._events: list[_Event] = []
+        # Storage number, bytes and index of the part of each allocation (positive) and each release (negative).
+        self._events: list[tuple[int, int, int]] = []
         self._casts: set[int] = set()
         self._parts: list[str] = ["start"]
         self._made = 0
@@ -177,31 +168,23 @@ class AllocationLog(TorchDispatchMode):
         """Assign the following events to `part`."""
         self._parts.append(part)
 
-    def begin_backward(self) -> None:
-        """Start the backward pass."""
-        self.in_backward = True
-        self.begin("backward")
-
-    def hold(self, tensor: Tensor) -> None:
-        """Exclude one more tensor."""
-        self._held.add(_storage_id(tensor))
-
     def timeline(self, gradients: Iterable[Tensor], times: Mapping[str, int]) -> Timeline:
         """Return the log so far with the named parts repeated; `gradients` are the live gradients of the parameters.
 
         Autocast drops its weight copies when it ends, those of all blocks at once: copies of a repeated part are scaled.
         """
-        made_in = {event.storage: self._parts[event.part] for event in self._events if event.delta >= 0}
+        made_in = {storage: self._parts[part] for storage, delta, part in self._events if delta >= 0}
         of_gradients = {self._live[_storage_id(tensor)][0] for tensor in gradients if _storage_id(tensor) in self._live}
-        parts: list[tuple[str, list[tuple[int, float]]]] = [(name, []) for name in self._parts]
+        parts: list[list[np.ndarray]] = [[] for _ in self._parts]
         for storage, delta, part in self._events:
             is_cast = storage in self._casts
             column = GRADIENTS if storage in of_gradients else WEIGHT_CASTS if is_cast else ACTIVATIONS
             scaled: float = delta
             if column == WEIGHT_CASTS and delta < 0:
                 scaled = delta * (times.get(made_in[storage], 1) / times.get(self._parts[part], 1))
-            parts[part][1].append((column, scaled))
-        return Timeline([(name, _columns(events)) for name, events in parts if events]).repeated(times)
+            parts[part].append(np.eye(3)[column] * scaled)
+        named = zip(self._parts, parts, strict=True)
+        return Timeline([(name, np.stack(one)) for name, one in named if one]).repeated(times)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _INDEXED:
@@ -226,11 +209,11 @@ class AllocationLog(TorchDispatchMode):
         number, size = self._made, storage.nbytes()
         if copies_weight:
             self._casts.add(number)
-        self._events.append(_Event(number, size, len(self._parts) - 1))
+        self._events.append((number, size, len(self._parts) - 1))
 
         def freed(_: Any) -> None:
             self._live.pop(key, None)
-            self._events.append(_Event(number, -size, len(self._parts) - 1))
+            self._events.append((number, -size, len(self._parts) - 1))
 
         self._live[key] = number, weakref.ref(storage, freed)
 
@@ -256,10 +239,3 @@ class Timeline:
 
 def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _columns(events: list[tuple[int, float]]) -> np.ndarray:
-    deltas = np.zeros((len(events), 3))
-    for row, (column, delta) in enumerate(events):
-        deltas[row, column] = delta
-    return deltas

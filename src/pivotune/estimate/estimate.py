@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -46,13 +47,11 @@ class Estimate:
     """Requirements of a run.
 
     Attributes:
-        size: parameters and their bytes.
         memory: bytes of one device.
-        schedule: rows and steps; None where the number of rows is unknown.
-        operations: floating-point operations of the whole run, over all processes; None as `schedule`.
+        schedule, operations: rows and steps, floating-point operations of the whole run over all processes; None where the
+            number of rows is unknown.
         batch_rows, batch_tokens: size of the largest micro-batch, which `memory` is for.
         autocast: True where matrix products run in bfloat16.
-        rows: the rows, or a sample.
     """
 
     target: Target
@@ -84,17 +83,12 @@ def why_impossible(config: RunConfig, target: Target) -> str | None:
     return sharding_unsupported_reason(target.strategy, quantized=config.quantize is not None, optimizer=optimizer)
 
 
-def estimate_run(config: RunConfig, target: Target, rows: RunRows) -> Estimate:
-    """Estimate memory, steps and operations. No weight is read or allocated.
+def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:
+    """Estimate a run under several strategies on one kind of device. No weight is read or allocated.
 
     Raises:
         UsageError: a mistake in the configuration.
     """
-    return estimate_strategies(config, [target], rows)[0]
-
-
-def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:
-    """Estimate a run under several strategies on one kind of device, with one dry step for all."""
     device = targets[0].device
     model_config = read_model_config(config)
     text = model_config.get_text_config()
@@ -105,38 +99,25 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     tensors = DeepSupervisionCollator(0)(batch)
     for loss in frozen_losses(supervision):
         tensors[f"english_features_{loss.name}"] = torch.zeros(len(batch), text.hidden_size)
-    accumulated = args.gradient_accumulation_steps > 1
-    timeline = dry_step(
-        meta_model(config, model_config),
-        tensors,
-        supervision,
-        device=device,
-        autocast=args.bf16,
-        checkpointing=bool(args.gradient_checkpointing),
-        accumulated=accumulated,
-        forward=args.supervision.logits.forward,
-    )
-
+    accumulated, checkpointing = args.gradient_accumulation_steps > 1, bool(args.gradient_checkpointing)
+    forward = args.supervision.logits.forward
+    options: Any = {"checkpointing": checkpointing, "accumulated": accumulated, "forward": forward}
+    cut = meta_model(config, model_config)
+    timeline = dry_step(cut, tensors, supervision, device=device, autocast=args.bf16, **options)
     model = meta_model(config, model_config)
     optimizer = optimizer_name(args)
     size = measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
     whole_squares = device == "cpu" and args.bf16
-    costs = measure_costs(model, checkpointing=bool(args.gradient_checkpointing), whole_squares=whole_squares)
-    separate = args.supervision.logits.forward == "separate"
+    costs = measure_costs(model, checkpointing=checkpointing, whole_squares=whole_squares)
+    separate = forward == "separate"
     of_row = fmean(row_operations(example, costs, supervision, separate=separate) for example in rows.examples)
+    # Torch's AdamW works on lists of tensors on a GPU, with a temporary for each, unless it is fused.
+    foreach_copies = device == "cuda" and optimizer == "adamw_torch"
+    options = {"compute_bytes": 2 if args.bf16 else 4, "accumulated": accumulated, "foreach_copies": foreach_copies}
     estimates = []
     for target in targets:
         schedule = None if rows.rows is None else training_schedule(args, rows.rows, target.processes)
-        memory = memory_of(
-            size,
-            timeline,
-            target.strategy,
-            processes=target.processes,
-            compute_bytes=2 if args.bf16 else 4,
-            accumulated=accumulated,
-            # Torch's AdamW works on lists of tensors on a GPU, with a temporary for each, unless it is fused.
-            foreach_copies=device == "cuda" and optimizer == "adamw_torch",
-        )
+        memory = memory_of(size, timeline, target.strategy, processes=target.processes, **options)
         estimates.append(
             Estimate(
                 target=target,
@@ -160,7 +141,7 @@ def fitting_changes(config: RunConfig, target: Target, rows: RunRows, memory: fl
     """
 
     def fits(changed: RunConfig) -> bool:
-        return estimate_run(changed, target, rows).fits(memory)
+        return estimate_strategies(changed, [target], rows)[0].fits(memory)
 
     alone = []
     for change in _changes(config, target):
@@ -175,10 +156,9 @@ def fitting_changes(config: RunConfig, target: Target, rows: RunRows, memory: fl
         elif fits(change.apply(config)):
             alone.append(change.text)
     if target.device == "cuda" and why_impossible(config, Target(device="cuda", strategy="fsdp2")) is None:
-        targets, count = [], max(2, 2 * target.processes)
-        while count <= _MOST_DEVICES:
-            targets.append(Target(device="cuda", processes=count, strategy="fsdp2"))
-            count *= 2
+        counts = [target.processes * 2**power for power in range(1, 11)]
+        counts = [count for count in counts if count <= _MOST_DEVICES]
+        targets = [Target(device="cuda", processes=count, strategy="fsdp2") for count in counts]
         devices = [item.target.processes for item in estimate_strategies(config, targets, rows) if item.fits(memory)]
         alone += [f"fsdp2 over {count} GPUs (configs/accelerate/fsdp2.yaml)" for count in devices[:1]]
     if alone:
@@ -207,11 +187,6 @@ class Startup:
     device: Device
     peak: float | None
 
-    @property
-    def too_much(self) -> bool:
-        """Return True if the estimated peak exceeds the device's memory."""
-        return None not in (self.peak, self.device.memory) and (self.peak or 0) > (self.device.memory or 0)
-
 
 def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequence[Pair]) -> Startup | None:
     """Return the estimate of a prepared run for `pivotune train`; None where it fails, so that the run never does."""
@@ -226,7 +201,7 @@ def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequ
         peak = None
         if size.total >= _LEAST_PARAMETERS:
             rows = rows_of(spread(train, _STARTUP_ROWS), args, rows=len(train))
-            peak = estimate_run(config, target, rows).memory.peak
+            peak = estimate_strategies(config, [target], rows)[0].memory.peak
         schedule = training_schedule(args, len(train), args.world_size)
         return Startup(size=size, target=target, schedule=schedule, device=device, peak=peak)
     except Exception as error:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -37,11 +36,9 @@ _STATE_BYTES = {
 # bitsandbytes keeps this many states of one byte and a scale for every 256 values, in float32 for small tensors;
 # Transformers requests float32 states of embeddings.
 _EIGHT_BIT_STATES = {
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2),
-    **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), 2),
-    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3),
-    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1),
-}
+    "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "galore_adamw_8bit": 2, "galore_adamw_8bit_layerwise": 2,
+    "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "lion_8bit": 1, "paged_lion_8bit": 1, "rmsprop_bnb_8bit": 1,
+}  # fmt: skip
 _EIGHT_BIT_LEAST = 4096
 # DeepSpeed's defaults, in values: the reduce bucket, and the limit of gathered weights under ZeRO-3.
 _REDUCE_BUCKET, _GATHERED_LIMIT = 500_000_000, 1_000_000_000
@@ -64,12 +61,10 @@ def read_model_config(config: RunConfig) -> Any:
 
 def meta_model(config: RunConfig, model_config: Any) -> nn.Module:
     """Build the model of a run with its adapters on the meta device: shapes and dtypes, no memory."""
-    if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
-    else:  # as `execute_run` loads the weights: float32 unless they are frozen under adapters
-        stored = getattr(model_config, "dtype", None) or torch.float32
-        dtype = torch.float32 if config.lora is None else stored
-    settings = {} if not config.trust_remote_code else {"trust_remote_code": True}
+    # As `execute_run` loads the weights: float32 unless they are frozen under adapters.
+    stored = (config.lora and getattr(model_config, "dtype", None)) or torch.float32
+    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    settings = {"trust_remote_code": True} if config.trust_remote_code else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **settings)
         return model if config.lora is None else add_adapters(model, build_lora_config(config.lora, model))
@@ -77,15 +72,12 @@ def meta_model(config: RunConfig, model_config: Any) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Parameter counts (values, tied weights once) and bytes of a model.
+    """Parameter counts (values, tied weights once) and bytes of a model with its adapters.
 
     Attributes:
-        total, trained: parameters of the model with its adapters.
-        frozen_bytes, trained_bytes: bytes of the stored weights; buffers are among the frozen ones.
-        optimizer_bytes: bytes of the optimizer's states.
+        frozen_bytes, trained_bytes: of the stored weights; buffers are among the frozen ones.
         block: parameters of the largest decoder block.
         outside: parameters outside the blocks (embeddings, final norm, head).
-        num_layers: decoder blocks.
         largest: values of the largest quantized matrix, which is dequantized for its product; 0 without quantization.
     """
 
@@ -96,23 +88,20 @@ class ModelSize:
     optimizer_bytes: float
     block: int
     outside: int
-    num_layers: int
     largest: int = 0
 
     @property
     def weight_bytes(self) -> float:
         return self.frozen_bytes + self.trained_bytes
 
-    @property
-    def gradient_bytes(self) -> float:
-        """Gradients have the dtype of their weights."""
-        return self.trained_bytes
-
 
 def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> ModelSize:
     """Return the sizes of a model as `meta_model` builds it."""
     architecture = find_architecture(model)
-    packed = {id(weight): weight.numel() for weight in _quantizable(architecture.blocks)} if quantized else {}
+    # The frozen matrices of the linear layers in the blocks; embeddings and head are not quantized.
+    linear = [module for module in architecture.blocks.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    frozen = [module.weight for module in linear if quantized and not module.weight.requires_grad]
+    packed = {id(weight): weight.numel() for weight in frozen}
     total = trained = 0
     bytes_of = {True: 0.0, False: 0.0}
     for parameter in model.parameters():
@@ -130,25 +119,15 @@ def measure_model(model: nn.Module, *, optimizer: str, quantized: bool) -> Model
         optimizer_bytes=optimizer_bytes(model, optimizer),
         block=max(blocks),
         outside=total - sum(blocks),
-        num_layers=len(blocks),
         largest=max(packed.values(), default=0),
     )
-
-
-def _quantizable(blocks: nn.ModuleList) -> Iterator[Tensor]:
-    """Yield the frozen matrices of the linear layers in the blocks; embeddings and head are not quantized."""
-    for module in blocks.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad:
-            yield module.weight
 
 
 def optimizer_bytes(model: nn.Module, optimizer: str) -> float:
     """Return the bytes of the optimizer's states for the trained parameters of a model."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     total = 0.0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         count = parameter.numel()
         if optimizer in ("adafactor", "galore_adafactor", "galore_adafactor_layerwise"):
             # Rows and columns of the second moment (Shazeer and Stern 2018), no first moment.
@@ -166,11 +145,8 @@ def optimizer_bytes(model: nn.Module, optimizer: str) -> float:
 class Memory:
     """Bytes on one device. Not all parts are alive at the same time, so `peak` is less than their sum.
 
-    Attributes:
-        weights, gradients, optimizer: this device's share of them.
-        activations: peak of one micro-batch, weight copies for autocast included.
-        communication: gathered weights and buffers of the strategy.
-        peak: peak of the whole step, in the backward pass or in the optimizer's step.
+    `activations` is the peak of one micro-batch with autocast's weight copies, `communication` the strategy's gathered
+    weights and buffers, `peak` the peak of the whole step, in the backward pass or in the optimizer's step.
     """
 
     weights: float
@@ -200,7 +176,8 @@ def memory_of(
         foreach_copies: the optimizer makes a temporary as large as the trained weights.
     """
     if strategy in ("single", "ddp"):
-        weights, gradients, optimizer = size.weight_bytes, size.gradient_bytes, size.optimizer_bytes
+        # Gradients have the dtype of their weights.
+        weights, gradients, optimizer = size.weight_bytes, size.trained_bytes, size.optimizer_bytes
         # DistributedDataParallel copies gradients into buckets, which it sends.
         communication = gradients if strategy == "ddp" else 0.0
         activations = timeline.peak(gradients=0)
@@ -210,14 +187,14 @@ def memory_of(
     else:
         share = 1 / processes
         weights, master, communication = _sharded(size, strategy, share, compute_bytes)
-        gradient_bytes = size.gradient_bytes if strategy == "fsdp2" else size.trained * compute_bytes
+        gradient_bytes = size.trained_bytes if strategy == "fsdp2" else size.trained * compute_bytes
         gradients, optimizer = gradient_bytes * share, size.optimizer_bytes * share + master
         # Weights are gathered in the dtype of the matrix products, so that autocast copies none.
         activations = timeline.peak(gradients=0, weight_casts=0)
         if accumulated:
             backward = communication + activations + gradients
         else:
-            kept = gradients / max(size.gradient_bytes, 1)
+            kept = gradients / max(size.trained_bytes, 1)
             backward = communication + timeline.peak(gradients=kept, weight_casts=0)
         step = gradients + (size.trained_bytes * share if foreach_copies else 0)
         dequantized = float(size.largest * compute_bytes)

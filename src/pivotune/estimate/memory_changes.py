@@ -35,11 +35,9 @@ class MemoryChange:
 def memory_changes(
     config: RunConfig, args: DeepSupervisionConfig, *, cuda: bool, strategy: Strategy
 ) -> list[MemoryChange]:
-    """Return the changes that this configuration still allows, the most beneficial first.
+    """Return the changes that this configuration and strategy still allow, the most beneficial first.
 
-    Args:
-        cuda: True on a GPU, where 8-bit optimizers and 4-bit weights apply.
-        strategy: parallel strategy of the run, which excludes some changes.
+    With `cuda` 8-bit optimizers and 4-bit weights are among them.
     """
     changes = []
     size, window = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -63,14 +61,12 @@ def memory_changes(
         limits = {name: getattr(data, name) // 2 for name in ("max_prompt_tokens", "max_completion_tokens")}
         other = {"data": data.model_copy(update=limits)}
         changes.append(MemoryChange("tokens", _assignments("data", limits), other=other))
-    return [
-        change
-        for change in changes
-        if sharding_unsupported_reason(
-            strategy, quantized="quantize" in change.other, optimizer=change.training.get("optim", "")
-        )
-        is None
-    ]
+
+    def possible(change: MemoryChange) -> bool:
+        optimizer = change.training.get("optim", "")
+        return sharding_unsupported_reason(strategy, quantized="quantize" in change.other, optimizer=optimizer) is None
+
+    return list(filter(possible, changes))
 
 
 def _assignments(section: str, settings: dict[str, int]) -> str:
@@ -83,11 +79,7 @@ class MemoryExhaustedError(TrainingError):
 
 @contextmanager
 def explained_out_of_memory(config: RunConfig, args: DeepSupervisionConfig, doing: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside into a `MemoryExhaustedError`; other errors pass.
-
-    Args:
-        doing: phase of the run, for the message: "training".
-    """
+    """Turn an out-of-memory error inside into a `MemoryExhaustedError` that names the phase, as in "training"."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

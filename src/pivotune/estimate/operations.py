@@ -7,11 +7,11 @@ vocabulary, L the number of blocks.
 from __future__ import annotations
 
 import os
-import time
+import timeit
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,8 +40,7 @@ class Costs:
 
     Attributes:
         block: forward pass of one block.
-        backward: backward pass of a block relative to its forward pass: 2 for trained weights, 1 for frozen ones.
-        recomputed: 1 where activation checkpointing repeats a block's forward pass, else 0.
+        step: forward and backward pass of one block.
         head: forward pass of the head, 2dV.
         head_trained: True where the head's weight gets a gradient.
         attention: operations for one query and one key, forward and backward, in one block.
@@ -49,25 +48,18 @@ class Costs:
     """
 
     block: float
-    backward: float
-    recomputed: float
+    step: float
     head: float
     head_trained: bool
     attention: float
     num_layers: int
 
-    @property
-    def step(self) -> float:
-        """One token through one block, forward and backward."""
-        return self.block * (1 + self.recomputed + self.backward)
-
 
 def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool) -> Costs:
     """Return the costs from the shapes of a model on the meta device.
 
-    Args:
-        whole_squares: attention multiplies all pairs and recomputes its weights in the backward pass, as
-            `eager_chunked_attention` does; otherwise half of the pairs, as fused kernels do.
+    With `whole_squares` attention multiplies all pairs and recomputes its weights in the backward pass, as
+    `eager_chunked_attention` does; otherwise half of the pairs, as fused kernels do.
     """
     architecture = find_architecture(model)
     counts = {False: 0, True: 0}
@@ -75,17 +67,17 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
         if parameter.ndim >= 2:
             counts[parameter.requires_grad] += parameter.numel()
     frozen, trained = counts[False] / architecture.num_layers, counts[True] / architecture.num_layers
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config()
+    config = cast(Any, model).config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_size
     head = architecture.head_weight
     pair = 14.0 if whole_squares else 7.0
+    # Frozen matrices pass the gradient on; trained ones also get their own.
+    backward = (frozen + 2.0 * trained) / (frozen + trained)
+    block = 2.0 * (frozen + trained)
     return Costs(
-        block=2.0 * (frozen + trained),
-        # Frozen matrices pass the gradient on; trained ones also get their own.
-        backward=(frozen + 2.0 * trained) / (frozen + trained),
-        recomputed=float(checkpointing),
+        block=block,
+        step=block * (1 + checkpointing + backward),
         head=2.0 * head.numel(),
         head_trained=head.requires_grad,
         attention=(pair + (2.0 + 2.0 * whole_squares if checkpointing else 0.0)) * width,
@@ -94,11 +86,7 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
 
 
 def row_operations(example: Example, costs: Costs, supervision: SupervisionConfig, *, separate: bool = False) -> float:
-    """Return the operations of one row, forward and backward.
-
-    Args:
-        separate: the English branches repeat the prompt's forward pass (`supervision.logits.forward: separate`).
-    """
+    """Return the operations of one row; with `separate` the English branches repeat the prompt's forward pass."""
     main, parallel = example.main, example.parallel
     tokens = len(main.ids)
     total = costs.num_layers * (costs.step * tokens + costs.attention * tokens**2)
@@ -144,32 +132,24 @@ class Device:
 
 
 def find_device(*, use_cpu: bool = False) -> Device:
-    """Return the device that training would use here."""
+    """Return the device that training would use here; a CPU with the machine's memory or the limit of the container."""
     if torch.cuda.is_available() and not use_cpu:
         properties = torch.cuda.get_device_properties(0)
         rate = known_rate(properties.name)
         return Device(kind="cuda", name=properties.name, memory=properties.total_memory, rate=rate)
-    return Device(kind="cpu", name=f"CPU, {torch.get_num_threads()} threads", memory=_machine_memory(), rate=None)
-
-
-def _machine_memory() -> float | None:
-    """Return the physical memory, or the limit of the container."""
-    try:
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (ValueError, OSError, AttributeError):
-        return None
+    limits = []
+    with suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(path.read_text()))
-    return float(min(limits))
+    memory = float(min(limits)) if limits else None
+    return Device(kind="cpu", name=f"CPU, {torch.get_num_threads()} threads", memory=memory, rate=None)
 
 
 def known_rate(device_name: str) -> float | None:
     """Return the operations per second of a known accelerator, or None."""
-    for name, teraflops in KNOWN_DEVICES.items():
-        if name.lower() in device_name.lower():
-            return teraflops * 1e12
-    return None
+    return next((rate * 1e12 for name, rate in KNOWN_DEVICES.items() if name.lower() in device_name.lower()), None)
 
 
 def training_rate(device: Device, model_config: Any, *, autocast: bool, tokens: int) -> float | None:
@@ -185,9 +165,5 @@ def training_rate(device: Device, model_config: Any, *, autocast: bool, tokens: 
     tokens = min(_RATE_TOKENS, tokens)
     states, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(inner, width, dtype=dtype)
     torch.nn.functional.linear(states, weight)
-    seconds = []
-    for _ in range(_RATE_ROUNDS):
-        started = time.perf_counter()
-        torch.nn.functional.linear(states, weight)
-        seconds.append(time.perf_counter() - started)
+    seconds = timeit.repeat(lambda: torch.nn.functional.linear(states, weight), number=1, repeat=_RATE_ROUNDS)
     return 2.0 * tokens * inner * width / min(seconds) * CPU_UTILIZATION

@@ -25,18 +25,15 @@ from pivotune.training.preparation import build_encoder, load_run_rows, spread
 # Rows that are tokenized, enough to know their lengths, and rows that are put in order: more change the longest
 # micro-batch little.
 SAMPLE_ROWS, _ROWS_ORDERED = 512, 20_000
-# Mean tokens of translated Alpaca rows (docs/performance.md): query and answer, and of the English ones.
-TYPICAL_TOKENS = {"query": 105, "answer": 165, "english_query": 70, "english_answer": 110}
+# Mean tokens of query and answer of translated Alpaca rows (docs/performance.md).
+TYPICAL_TOKENS = {"target": (105, 165), "english": (70, 110)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRows:
-    """Rows of a run, or a sample of them.
+    """Training examples of a run, or a sample of them, and the number of its rows, None where it is unknown.
 
-    Attributes:
-        examples: a sample of the training examples, or all of them.
-        rows: number of training rows; None where it is unknown.
-        assumed: True where the lengths are typical ones, not those of real rows.
+    `assumed` is True where the lengths are typical ones, not those of real rows.
     """
 
     examples: Sequence[Example]
@@ -50,10 +47,7 @@ class RunRows:
 
 
 def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
-    """Count the rows of a local file and tokenize a sample of them.
-
-    Args:
-        rows: number of training rows, if known; then only the sample is read.
+    """Count the rows of a local file (read only the sample if `rows` gives their number) and tokenize a sample of them.
 
     Raises:
         UsageError: an unusable local file.
@@ -64,7 +58,7 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     except UsageError:  # a folder that holds nothing but a config.json
         tokenizer = None
     if tokenizer is None or not Path(config.data.train).is_file():
-        return RunRows(examples=_examples(assumed_pairs(args), args), rows=rows, assumed=True)
+        return rows_of(assumed_pairs(args), args, rows=rows, assumed=True)
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
@@ -73,16 +67,14 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
     if not pairs:
         raise UsageError(f"{config.data.train}: no row is left to train on")
-    return RunRows(examples=_examples(pairs, args), rows=rows or len(train))
+    return rows_of(pairs, args, rows=rows or len(train))
 
 
-def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int) -> RunRows:
+def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int | None, assumed: bool = False) -> RunRows:
     """Return the rows of a run from its encoded rows, or from a sample of them."""
-    return RunRows(examples=_examples(pairs, args), rows=rows)
-
-
-def _examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> Sequence[Example]:
-    return training_examples(pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=args.seed)
+    ratio = args.data.english_ratio
+    examples = training_examples(pairs, METHODS[args.method], english_ratio=ratio, seed=args.seed)
+    return RunRows(examples=examples, rows=rows, assumed=assumed)
 
 
 def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
@@ -93,10 +85,7 @@ def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
         query, answer = min(query, longest[0]), min(answer, longest[1])
         return Side(ids=np.ones(query + answer, dtype=np.int32), query=(0, query), answer=query, characters=answer)
 
-    typical = Pair(
-        target=side(TYPICAL_TOKENS["query"], TYPICAL_TOKENS["answer"]),
-        english=side(TYPICAL_TOKENS["english_query"], TYPICAL_TOKENS["english_answer"]),
-    )
+    typical = Pair(target=side(*TYPICAL_TOKENS["target"]), english=side(*TYPICAL_TOKENS["english"]))
     # One in a hundred reaches the limits.
     return [Pair(target=side(*longest), english=side(*longest)), *[typical] * 99]
 
@@ -109,14 +98,7 @@ def num_tokens(example: Example) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rows and optimizer steps of a run.
-
-    Attributes:
-        rows: training rows of an epoch.
-        rows_per_step: rows of a step, over all micro-batches and processes.
-        steps: optimizer steps of the whole run.
-        rows_seen: rows over all epochs.
-    """
+    """Rows of an epoch, of a step (all micro-batches and processes) and of all epochs; optimizer steps of the run."""
 
     rows: int
     rows_per_step: int
@@ -135,23 +117,14 @@ def training_schedule(args: DeepSupervisionConfig, rows: int, processes: int) ->
     of_one = batches // processes if down else -(-batches // processes)
     steps_per_epoch = max(-(-of_one // window), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    return Schedule(
-        rows=rows,
-        rows_per_step=size * window * processes,
-        steps=steps,
-        rows_seen=rows * steps / steps_per_epoch,
-    )
+    seen = rows * steps / steps_per_epoch
+    return Schedule(rows=rows, rows_per_step=size * window * processes, steps=steps, rows_seen=seen)
 
 
 def largest_batch(
     examples: Sequence[Example], args: DeepSupervisionConfig, *, rows: int, processes: int
 ) -> list[Example]:
-    """Return the micro-batch with the most tokens of an epoch, in the order of `group_by_length` or at random.
-
-    Args:
-        examples: all rows, or a sample of them.
-        rows: number of training rows.
-    """
+    """Return the micro-batch with the most tokens of an epoch of `rows` rows; `examples` may be a sample of them."""
     count = max(min(rows, _ROWS_ORDERED), len(examples))
     indices = [row % len(examples) for row in range(count)]
     lengths = [len(examples[index].main.ids) for index in indices]

@@ -2,14 +2,13 @@
 
 `shared_passes` is the fast one: the target rows and all logits branches go through one forward without padding, in which a
 branch reads its prompt's states and leaves after its layer. `separate_passes` is the reference, and the fallback for
-models that cannot do that (`choose_passes`): one pass over the target rows and one truncated pass for each branch.
-Either runs one more pass over the English rows for the feature signal.
+models that cannot do that: one pass over the target rows and one truncated pass for each branch. Either runs one more
+pass over the English rows for the feature signal.
 
 Every pass goes through the root module's own `forward` (so that wrappers such as DDP or FSDP see it) with
 `logits_to_keep=1`: the model projects one position, and the losses project only the positions that they need.
 
-In distributed training (`in_lockstep`) every requested pass runs, even if no row of this rank's batch needs it: weights
-are gathered in every pass, and a rank that skipped one would leave the others waiting. Such a pass reads one token and
+In distributed training (`in_lockstep`) every requested pass runs; one that no row of the batch needs reads one token and
 predicts nothing.
 """
 
@@ -113,12 +112,8 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     _check_branches(architecture, counted, wanted)
     if in_lockstep():
         counted["attention_mask"] = _at_least_one_token(counted["attention_mask"])
-    packing = pack(
-        counted["input_ids"],
-        counted["attention_mask"],
-        _prompt_lengths(counted) if wanted else None,
-        [_branch(counted, layer, side) for layer, side in wanted.values()],
-    )
+    specs = [_branch(counted, layer, side) for layer, side in wanted.values()]
+    packing = pack(counted["input_ids"], counted["attention_mask"], _prompt_lengths(counted) if specs else None, specs)
     longest = longest_packed(model)
     if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
         return separate_passes(model, batch, request)
@@ -132,12 +127,9 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
         for name, (layer, _) in request.branches.items():
             branches[name] = BranchStates(hidden_states=taps.hidden_states[layer][0][none], labels=none)
     for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True):
-        labels = counted["english_input_ids"][counted[f"english_{side}_mask"]]
-        branches[name] = BranchStates(
-            hidden_states=pick(taps.hidden_states[layer][0], positions), labels=labels.to(packing.input_ids.device)
-        )
-    wants_english = _wants_english(counted, request)
-    english = _english_pass(model, counted, request, _run_without_padding) if wants_english else None
+        labels = counted["english_input_ids"][counted[f"english_{side}_mask"]].to(packing.input_ids.device)
+        branches[name] = BranchStates(hidden_states=pick(taps.hidden_states[layer][0], positions), labels=labels)
+    english = _english_pass(model, counted, request, _run_without_padding)
     return Passes(main=_padded(packing, taps, request.main_layers), branches=branches, english=english)
 
 
@@ -153,7 +145,6 @@ def _branch(batch: Batch, layer: int, side: str) -> Branch:
 
 
 def _run_packed(model: nn.Module, architecture: Architecture, packing: Packing, layers: Iterable[int]) -> Taps:
-    """Return packed states (1, N or fewer, width)."""
     with packed(model, architecture, packing), tap(architecture, layers) as taps:
         model(input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, logits_to_keep=1)
     return taps
@@ -169,10 +160,7 @@ def _run_without_padding(
 
 def _padded(packing: Packing, taps: Taps, layers: Iterable[int]) -> Taps:
     assert taps.final is not None
-    return Taps(
-        hidden_states={layer: packing.padded(taps.hidden_states[layer]) for layer in layers},
-        final=packing.padded(taps.final),
-    )
+    return Taps({layer: packing.padded(taps.hidden_states[layer]) for layer in layers}, packing.padded(taps.final))
 
 
 # --- separate passes, the reference --------------------------------------------------------------------------------
@@ -188,7 +176,7 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
         for name, (layer, side) in request.branches.items()
         if in_lockstep() or batch[f"english_{side}_mask"].any()
     }
-    english = _english_pass(model, batch, request, _run) if _wants_english(batch, request) else None
+    english = _english_pass(model, batch, request, _run)
     return Passes(main=main, branches=branches, english=english)
 
 
@@ -213,15 +201,12 @@ def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, lay
         taps = _run(model, architecture, input_ids, attention_mask, frozenset({layer}))
     # The token before predicts: the last prompt token predicts the first English one.
     predicting = branch_mask[:, 1:]
-    return BranchStates(
-        hidden_states=taps.hidden_states[layer][:, :-1][predicting], labels=input_ids[:, 1:][predicting]
-    )
+    states = taps.hidden_states[layer][:, :-1][predicting]
+    return BranchStates(hidden_states=states, labels=input_ids[:, 1:][predicting])
 
 
 def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay each row's English tokens behind its target prompt.
-
-    Rows without an English side are left out.
+    """Lay each row's English tokens behind its target prompt; leave out rows without an English side.
 
     Returns:
         input_ids (R, U), attention_mask (R, U) and branch_mask (R, U) bool, True on the English tokens; padded right.
@@ -247,11 +232,7 @@ def branch_inputs(batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_branches(architecture: Architecture, batch: Batch, branches: Mapping[str, tuple[int, str]]) -> None:
-    """Check the conditions of both ways.
-
-    Raises:
-        ValueError: a layer that the model does not have, or a row whose branch has no prompt to continue.
-    """
+    """Raise a `ValueError` for a layer that the model does not have, and a row whose branch has no prompt to continue."""
     for name, (layer, side) in branches.items():
         if not 1 <= layer <= architecture.num_layers:
             raise ValueError(f"{name}: layer {layer} is not in 1 to {architecture.num_layers}")
@@ -268,19 +249,16 @@ def _prompt_lengths(batch: Batch) -> Tensor:
 
 def _at_least_one_token(attention_mask: Tensor) -> Tensor:
     """Return the mask, with one token added to a batch that is all padding; that token's states are not read."""
-    if attention_mask.any():
-        return attention_mask
-    attention_mask = attention_mask.clone()
-    attention_mask[0, 0] = 1
+    if not attention_mask.any():
+        attention_mask = attention_mask.clone()
+        attention_mask[0, 0] = 1
     return attention_mask
 
 
-def _wants_english(batch: Batch, request: PassRequest) -> bool:
-    return bool(request.english_layers) and (in_lockstep() or bool(batch["english_attention_mask"].any()))
-
-
-def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Callable[..., Taps]) -> Taps:
-    """Run the English rows, no further than the highest requested layer."""
+def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Callable[..., Taps]) -> Taps | None:
+    """Run the English rows, no further than the highest requested layer; None if nothing is requested of them."""
+    if not request.english_layers or not (in_lockstep() or batch["english_attention_mask"].any()):
+        return None
     input_ids, attention_mask = batch["english_input_ids"], batch["english_attention_mask"]
     if not attention_mask.any():
         input_ids = batch["input_ids"][:, :1]
@@ -288,10 +266,8 @@ def _english_pass(model: nn.Module, batch: Batch, request: PassRequest, run: Cal
     runner = model if request.reference is None else request.reference
     architecture = find_architecture(runner)
     gradient = request.english_gradient and request.reference is None
-    with (
-        nullcontext() if gradient else _without_gradient(architecture),
-        truncated(architecture, max(request.english_layers)),
-    ):
+    context = nullcontext() if gradient else _without_gradient(architecture)
+    with context, truncated(architecture, max(request.english_layers)):
         return run(runner, architecture, input_ids, attention_mask, request.english_layers)
 
 
@@ -314,10 +290,9 @@ def _without_gradient(architecture: Architecture) -> Iterator[None]:
 
 @torch.no_grad()
 def check_shared_passes(model: nn.Module) -> float:
-    """Return the largest difference between the states of `shared_passes` and `separate_passes` on made-up rows.
+    """Return the largest difference between the states of `shared_passes` and `separate_passes` on rows of 24 tokens.
 
-    The check for a newly registered architecture: at rounding level, `shared_prefix=True` may be set in its
-    `ArchitectureSpec`. It does not see a sliding window beyond the 24 tokens of the rows.
+    If it is at rounding level, `shared_prefix=True` may be set in the `ArchitectureSpec` of a new architecture.
     """
     architecture = find_architecture(model)
     columns = torch.arange(24, device=architecture.device)
@@ -333,9 +308,8 @@ def check_shared_passes(model: nn.Module) -> float:
         "english_answer_mask": real & (columns >= 9),
     }
     top = max(architecture.num_layers - 1, 1)
-    request = PassRequest(
-        main_layers=frozenset({1, top}), branches={"conversion": (1, "query"), "thinking": (top, "answer")}
-    )
+    branches = {"conversion": (1, "query"), "thinking": (top, "answer")}
+    request = PassRequest(main_layers=frozenset({1, top}), branches=branches)
     with evaluation_mode(model):
         shared, separate = (run(model, batch, request) for run in (shared_passes, separate_passes))
     pairs = [

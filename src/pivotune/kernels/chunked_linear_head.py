@@ -1,12 +1,11 @@
 """Cross-entropy through a linear head, chunk by chunk, with its gradients computed in the forward pass.
 
-The logits `z = W h + b` of N rows, soft-capped if the model does so, are computed for a few rows at a time in one
-workspace. The gradient `softmax(z) - onehot(label)` replaces a chunk's logits in place and is multiplied back at once, so
-no tensor of N times the vocabulary ever exists. This takes 2 matrix products for a frozen head and 3 for a trained one,
-none of them in the backward pass.
+The logits `z = W h + b`, soft-capped if the model does so, are computed for a few rows at a time in one workspace. The
+gradient `softmax(z) - onehot(label)` replaces a chunk's logits in place and is multiplied back at once: 2 matrix products
+for a frozen head and 3 for a trained one, none of them in the backward pass.
 
 Products run in the dtype of the states, or in autocast's; logits become float32 before the soft-cap and the softmax
-(float64 stays float64). `F.linear` and `F.cross_entropy` of `logits.float()` give the same, up to rounding.
+(float64 stays float64).
 
 Letters: N rows, V vocabulary, R rows of one chunk.
 """
@@ -70,10 +69,7 @@ def linear_cross_entropies(states: Tensor, head: LinearHead, labels: Tensor) -> 
 
 
 def linear_cross_entropy_sum(states: Tensor, head: LinearHead, labels: Tensor) -> Tensor:
-    """Return the sum of `linear_cross_entropies`, with gradient to the states, the weight and the bias.
-
-    The first backward pass hands the gradients over; a second one through the same loss is an error.
-    """
+    """Return the sum of `linear_cross_entropies`, with gradient to the states, the weight and the bias, once."""
     operands = [tensor for tensor in (states, head.weight, head.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         loss = _TrainedHead.apply(states, head.weight, head.bias, head.softcap, labels)
@@ -124,8 +120,7 @@ class _TrainedHead(Function):
         refuse_second_derivative()
         if ctx.gradients is None:
             raise RuntimeError(
-                "second backward pass through the cross-entropy of a trained head: the first one has handed its "
-                "gradients over; compute the loss again"
+                "second backward pass through the cross-entropy of a trained head; compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # Scaled in place if possible: a scaled copy of the weight gradient would take as much memory as the head.
@@ -137,14 +132,9 @@ class _TrainedHead(Function):
 
 
 def refuse_second_derivative() -> None:
-    """Raise in a backward pass under `create_graph=True`.
-
-    Torch's `once_differentiable` says nothing for a constant upstream gradient, and the second derivative is missing.
-    """
+    """Raise in a backward pass under `create_graph=True`; `once_differentiable` misses constant upstream gradients."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "this cross-entropy can be differentiated once; create_graph=True asks for a second derivative"
-        )
+        raise RuntimeError("this cross-entropy can be differentiated once; create_graph=True needs a second derivative")
 
 
 # --- the loop over chunks ------------------------------------------------------------------------------------------
@@ -175,10 +165,7 @@ class HeadOutputs:
 
 
 def rows_per_chunk(device_type: str, vocab_size: int) -> int:
-    """Return how many rows' logits exist at once.
-
-    On a CPU 48 MiB of float32, and at least 128 rows; elsewhere 256 MiB, and at least 256 rows.
-    """
+    """Return how many rows' logits exist at once."""
     budget, least = (_CPU_LOGITS, _CPU_LEAST_ROWS) if device_type == "cpu" else (_GPU_LOGITS, _GPU_LEAST_ROWS)
     return max(least, budget // (vocab_size * 4))
 
@@ -210,14 +197,14 @@ def losses_and_gradients(states: Tensor, head: LinearHead, labels: Tensor, wante
         greedy=states.new_empty(len(states), dtype=torch.bool) if wanted.greedy else None,
     )
     with torch.autocast(states.device.type, enabled=False):
-        workspace = _Workspace.of(states, head, wanted)
+        workspace = _Workspace(states, head, wanted)
         for rows in even_chunks(len(states), len(workspace.logits)):
             chunk, logits = states[rows], workspace.logits[: rows.stop - rows.start]
             if head.bias is None:
                 torch.mm(chunk, head.weight.T, out=logits)
             else:
                 torch.addmm(head.bias, chunk, head.weight.T, out=logits)
-            _score_chunk(logits, labels, rows, head, workspace, wanted, outputs)
+            _score_chunk(logits, labels, rows, head.softcap, workspace, wanted, outputs)
             if outputs.states is not None:
                 torch.mm(logits, head.weight, out=outputs.states[rows])
             if outputs.weight is not None:
@@ -237,7 +224,6 @@ def _cast_as_autocast_would(states: Tensor, head: LinearHead) -> tuple[Tensor, L
     return states.to(dtype), LinearHead(head.weight.to(dtype), bias, head.softcap)
 
 
-@dataclass
 class _Workspace:
     """Buffers shared by all chunks.
 
@@ -248,30 +234,22 @@ class _Workspace:
         slope: derivative of the soft-cap for those rows; None without a soft-cap or without a gradient.
     """
 
-    logits: Tensor
-    softmax_rows: int
-    exact: Tensor | None
-    slope: Tensor | None
-
-    @classmethod
-    def of(cls, states: Tensor, head: LinearHead, wanted: Wanted) -> _Workspace:
+    def __init__(self, states: Tensor, head: LinearHead, wanted: Wanted) -> None:
         device_type, vocab_size, exact = device_kind(states), len(head.weight), exact_dtype(states.dtype)
         rows = max(1, min(len(states), rows_per_chunk(device_type, vocab_size)))
         cached = max(1, _CPU_SOFTMAX // (vocab_size * exact.itemsize)) if device_type == "cpu" else rows
         shape = min(rows, cached), vocab_size
-        return cls(
-            logits=states.new_empty(rows, vocab_size),
-            softmax_rows=shape[0],
-            exact=None if exact == states.dtype else states.new_empty(shape, dtype=exact),
-            slope=states.new_empty(shape, dtype=exact) if head.softcap and wanted.gradient else None,
-        )
+        self.logits = states.new_empty(rows, vocab_size)
+        self.softmax_rows = shape[0]
+        self.exact = None if exact == states.dtype else states.new_empty(shape, dtype=exact)
+        self.slope = states.new_empty(shape, dtype=exact) if head.softcap and wanted.gradient else None
 
 
 def _score_chunk(
     logits: Tensor,
     labels: Tensor,
     rows: slice,
-    head: LinearHead,
+    softcap: float | None,
     workspace: _Workspace,
     wanted: Wanted,
     outputs: HeadOutputs,
@@ -282,12 +260,12 @@ def _score_chunk(
         count = part.stop - part.start
         exact = logits[part] if workspace.exact is None else workspace.exact[:count].copy_(logits[part])
         slope = None if workspace.slope is None else workspace.slope[:count]
-        if head.softcap:
-            exact.div_(head.softcap).tanh_()
+        if softcap:
+            exact.div_(softcap).tanh_()
             if slope is not None:
                 # The derivative of c tanh(z / c) is 1 - tanh^2.
                 torch.mul(exact, exact, out=slope).neg_().add_(1)
-            exact.mul_(head.softcap)
+            exact.mul_(softcap)
         if outputs.greedy is not None:
             outputs.greedy[place] = exact.argmax(dim=1) == labels[place]
         outputs.losses[place] = _softmax_in_place(exact, labels[place])

@@ -1,16 +1,14 @@
 """Next-token cross-entropy from hidden states, on labelled positions only.
 
-Every vocabulary-sized tensor of training and scoring is made here, a chunk of rows at a time. There are three ways
-through the head:
+Every vocabulary-sized tensor of training and scoring is made here, a chunk of rows at a time:
 
-- a plain linear layer: `pivotune.kernels.chunked_linear_head`;
-- the same on CUDA, trained, with Liger installed: Liger's fused loss;
-- any other head (quantized, with adapters or hooks, wrapped): called as a module, so that its own forward decides. Each
-  chunk goes through the module and autograd, and its logits are dropped before the next chunk. This takes the same
-  memory, and for a trained head more time: its projection is computed twice.
+- a plain linear layer by `pivotune.kernels.chunked_linear_head`;
+- the same on CUDA, trained, with Liger installed, by Liger's fused loss;
+- any other head (quantized, with adapters or hooks, wrapped) is called as a module, chunk by chunk through autograd. For a
+  trained head this takes more time: its projection is computed twice.
 
-Under ZeRO-3 each of them runs in place of the head's own forward, inside which its weights are gathered. That is one
-gather for each loss, for any number of rows, because all ranks must gather equally often.
+Under ZeRO-3 each of them runs in place of the head's own forward, with one gather of its weights for each loss, because
+all ranks must gather equally often.
 """
 
 from __future__ import annotations
@@ -53,9 +51,8 @@ def _with_gathered_head(function: _HeadFunction[_Result]) -> _HeadFunction[_Resu
     @wraps(function)
     def run(architecture: Architecture, normed: Tensor, labels: Tensor) -> _Result:
         if normed.ndim != 2 or normed.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"states of shape {tuple(normed.shape)} do not match labels of shape {tuple(labels.shape)}"
-            )
+            shapes = tuple(normed.shape), tuple(labels.shape)
+            raise ValueError(f"states of shape {shapes[0]} do not match labels of shape {shapes[1]}")
         if not is_partitioned(architecture.lm_head):
             return function(architecture, normed, labels)
         return in_place_of_forward(architecture.lm_head, partial(function, architecture), normed, labels)
@@ -87,18 +84,10 @@ def cross_entropies(architecture: Architecture, normed: Tensor, labels: Tensor) 
 
 
 def cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor, *, frozen_head: bool) -> Tensor:
-    """Return the sum over N positions of -log softmax(logits)[label], with the model's soft-cap and logit scale.
+    """Return the sum of `cross_entropies`, a scalar; 0 with a gradient history for N = 0.
 
-    Args:
-        normed, labels: as for `cross_entropies`.
-        frozen_head: the head takes part in the forward pass and gets no gradient (inner losses).
-
-    Returns:
-        Scalar float32; float64 for a model in float64; 0 with a gradient history for N = 0. Differentiable once, and
-        with a trained head backward runs once.
-
-    Raises:
-        ValueError: states and labels do not match.
+    With `frozen_head` the head takes part in the forward pass and gets no gradient (inner losses); with a trained head
+    backward runs once. Other arguments and errors as for `cross_entropies`.
     """
     if frozen_head:
         return cross_entropies(architecture, normed, labels).sum()
@@ -147,11 +136,10 @@ def _linear_head(architecture: Architecture, *, frozen: bool) -> LinearHead | No
     head = architecture.lm_head
     if not is_plain_linear(head):
         return None
-    weight, bias = (
-        None if part is None else whole(cast(Tensor, part), frozen=frozen) for part in (head.weight, head.bias)
-    )
-    if weight is None or not is_plain_matrix(weight):
+    weight = whole(cast(Tensor, head.weight), frozen=frozen)
+    if not is_plain_matrix(weight):
         return None
+    bias = None if head.bias is None else whole(cast(Tensor, head.bias), frozen=frozen)
     if bias is not None and architecture.logit_scale != 1.0:
         bias = bias * architecture.logit_scale
     return LinearHead(weight, bias, architecture.softcap)
@@ -163,13 +151,10 @@ def _scaled(architecture: Architecture, normed: Tensor) -> Tensor:
 
 
 # --- Liger's fused loss --------------------------------------------------------------------------------------------
-# It fuses the softmax, its gradient and the soft-cap into one GPU kernel, for which `linear_cross_entropy_sum` launches
-# one each. Its speed beside ours has not been measured by this project: `python -m benchmarks.cross_entropy --device cuda`
-# does that.
-#
-# Torch's `F.linear_cross_entropy` (2.13) is not used. On a CPU (width 576, V = 49,152, float32, 256 rows a chunk) its time
-# for a trained head is 0.91 of naive's for 1,024 rows and 1.00 for 300; ours is 0.87 and 0.92. With the chunk it chooses
-# itself it takes 2.2 and 8.8 times naive's. It has no soft-cap, and its losses of single rows compute the logits twice.
+# It fuses the softmax, its gradient and the soft-cap into one GPU kernel. Its speed beside ours has not been measured:
+# `python -m benchmarks.cross_entropy --device cuda` does that. Torch's `F.linear_cross_entropy` (2.13) is not used: it has
+# no soft-cap, its losses of single rows compute the logits twice, and on a CPU (width 576, V = 49,152, float32, 256 rows a
+# chunk) it takes 0.91 of naive's time for 1,024 rows and 1.00 for 300, ours 0.87 and 0.92.
 
 
 def fused_loss_fits(states: Tensor, head: LinearHead) -> bool:
@@ -178,15 +163,9 @@ def fused_loss_fits(states: Tensor, head: LinearHead) -> bool:
     Not under autocast, which would cast the weight once for every chunk.
     """
     device_type = states.device.type
-    return (
-        device_type == "cuda"
-        and len(states) > 0
-        and torch.is_grad_enabled()
-        and head.weight.requires_grad
-        and states.dtype == head.weight.dtype != torch.float64
-        and not torch.is_autocast_enabled(device_type)
-        and _liger_installed()
-    )
+    one_dtype = states.dtype == head.weight.dtype != torch.float64 and not torch.is_autocast_enabled(device_type)
+    trained = torch.is_grad_enabled() and head.weight.requires_grad
+    return device_type == "cuda" and len(states) > 0 and trained and one_dtype and _liger_installed()
 
 
 @cache
@@ -218,10 +197,7 @@ def _module_cross_entropies(architecture: Architecture, normed: Tensor, labels: 
 
 
 def _module_cross_entropy_sum(architecture: Architecture, normed: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the cross-entropies, with gradient to the states and to the head's trained parameters.
-
-    Each chunk's logits are computed again in the backward pass.
-    """
+    """Return `cross_entropy_sum` of a trained head; each chunk's logits are computed again in the backward pass."""
     if not any(parameter.requires_grad for parameter in architecture.lm_head.parameters()):
         return _module_cross_entropies(architecture, normed, labels).sum()
     if not len(normed):

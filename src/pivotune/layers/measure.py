@@ -41,9 +41,8 @@ def analyze_layers(
     Args:
         pairs: encoded rows; all of them are measured.
         lens: called as `lens(hidden_states, layer)` on raw states; None for the logit lens (see `profile_layers`).
-        tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. Tokens of
-            one text are alike, so more rows add more information than more tokens, and the lens costs a head product per
-            token and layer.
+        tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. More rows
+            add more information than more tokens of one text.
         progress: called with the number of sequences done so far, both languages together.
 
     Raises:
@@ -128,20 +127,16 @@ def english_looking_tokens(
         return None, "the target texts have no letters, so English-looking tokens cannot be told"
     latin_share = sum(character in latin for character in letters) / len(letters)
     if latin_share >= 0.5:
-        return None, (
-            f"{latin_share:.0%} of the target language's letters are Latin, so English-looking tokens cannot be told"
-        )
+        share = f"{latin_share:.0%} of the target language's letters are Latin"
+        return None, f"{share}, so English-looking tokens cannot be told"
     vocabulary = tokenizer.get_vocab()
     looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     for token, index in vocabulary.items():
-        if index not in added:
-            looks_english[index] = _looks_english(tokenizer.convert_tokens_to_string([token]))
+        if index in added:
+            continue
+        text = tokenizer.convert_tokens_to_string([token])
+        foreign = any(not c.isascii() and (c == "\ufffd" or unicodedata.category(c)[0] in "LM") for c in text)
+        looks_english[index] = not foreign and sum(c.isascii() and c.isalpha() for c in text) >= 2
     share = f"{1 - latin_share:.0%} of the target language's letters are not Latin"
     return looks_english, f"{share}; {int(looks_english.sum())} tokens of ASCII letters count as English-looking"
-
-
-def _looks_english(text: str) -> bool:
-    ascii_letters = sum(character.isascii() and character.isalpha() for character in text)
-    foreign = any(not c.isascii() and (c == "�" or unicodedata.category(c)[0] in "LM") for c in text)
-    return ascii_letters >= 2 and not foreign

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
@@ -28,7 +29,7 @@ from pivotune.models.taps import evaluation_mode, tap
 
 
 class BlockSize(NamedTuple):
-    """How many logits exist at once, `rows` x `columns`, beside a temporary or two of the same size."""
+    """Number of logits that exist at once, `rows` x `columns`."""
 
     rows: int
     columns: int
@@ -74,9 +75,8 @@ def profile_layers(
     """Profile every layer of a causal LM on text (paper, section "Critical layers"; lens in `pivotune.lenses.logit`).
 
     For each counted token and layer k, with p_k = softmax(head(norm(lens(h_k, k)))): entropy -sum p_k log p_k in nats,
-    the indicator argmax p_k = argmax p_L, and the sum of p_k over `english_tokens`. There is one forward pass per batch;
-    then one `block` of logits exists at a time, for any number of layers and tokens and any vocabulary. Entropies are
-    float32 for a bfloat16 model too.
+    the indicator argmax p_k = argmax p_L, and the sum of p_k over `english_tokens`. There is one forward pass per batch.
+    Entropies are float32 for a bfloat16 model too.
 
     Args:
         model: a supported causal LM, wrapped or not. Evaluation mode inside, its modes as before afterwards.
@@ -87,8 +87,7 @@ def profile_layers(
         english_tokens: boolean vector over the vocabulary (see `english_looking_tokens`). A shorter one is padded
             with False: models often have more output rows than the tokenizer has tokens.
         block: how many logits exist at once; None chooses by device.
-        tokens_per_sequence: measure at most this many counted tokens of each sequence, evenly spread. The lens costs
-            L + 1 output projections for each token, while the standard error depends mostly on the number of sequences.
+        tokens_per_sequence: measure at most this many counted tokens of each sequence, evenly spread.
         progress: called after each batch with the number of sequences done so far.
 
     Raises:
@@ -97,10 +96,8 @@ def profile_layers(
     architecture = find_architecture(model)
     english = None
     if english_tokens is not None:
-        known = english_tokens[: architecture.vocab_size]
-        english = torch.zeros(architecture.vocab_size)
-        english[: len(known)] = known.float().cpu()
-        english = english.to(_head_device(architecture))
+        known = english_tokens[: architecture.vocab_size].float()
+        english = F.pad(known, (0, architecture.vocab_size - len(known))).to(_head_device(architecture))
     all_sums, all_counts, sequences = [], [], 0
     # no_grad rather than inference_mode: tensors that a model caches in a forward pass (rotary tables) must stay
     # usable in the training that follows.
@@ -160,23 +157,16 @@ def _counted_tokens(batch: Mapping[str, Tensor], tokens_per_sequence: int | None
 
 
 def _counted_states(
-    model: nn.Module,
-    architecture: Architecture,
-    batch: Mapping[str, Tensor],
-    token_mask: Tensor,
-    lens: Lens | None,
+    model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor], token_mask: Tensor, lens: Lens | None
 ) -> Tensor:
     """Return the lens's h_0..h_L at the counted positions, (L + 1, N, D), from one forward pass without logits."""
     device = next(model.parameters()).device
     takes_last_only = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
+    options = {"logits_to_keep": 1} if takes_last_only else {}
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     layers = range(architecture.num_layers + 1)
     with tap(architecture, layers) as taps:
-        model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            use_cache=False,
-            **({"logits_to_keep": 1} if takes_last_only else {}),
-        )
+        model(**inputs, use_cache=False, **options)
     taps.final = None
     output = taps.hidden_states[architecture.num_layers]
     counted = output.new_empty(len(layers), int(token_mask.sum()), output.shape[-1], device=_head_device(architecture))
@@ -196,13 +186,7 @@ def _head_device(architecture: Architecture) -> torch.device:
 
 
 class LensStatistics(NamedTuple):
-    """Statistics of each row's lens distribution p.
-
-    Attributes:
-        entropy: -sum p log p in nats, (R,) float32.
-        top: index of the most probable token, (R,).
-        english: sum of p over the tokens marked as English, (R,) float32; 0 if none were given.
-    """
+    """Of each row's lens distribution p, (R,): -sum p log p in nats, argmax p, sum of p over English tokens (or 0)."""
 
     entropy: Tensor
     top: Tensor
@@ -212,9 +196,9 @@ class LensStatistics(NamedTuple):
 def default_block(architecture: Architecture, device: torch.device) -> BlockSize:
     """Return the block that is fast on this device.
 
-    On a CPU 32 MiB. At 576 x 49,152 that took 0.6 of the time of chunks of whole rows. Blocks of 4 MiB were another 5 %
-    faster alone on the machine and up to four times slower beside other programs, because threads then wait for each other
-    at every small operation. On a GPU 256 MiB. A head that must be called as a module gives whole rows, so fewer of them.
+    On a CPU 32 MiB: 0.6 of the time of whole rows at 576 x 49,152. Blocks of 4 MiB were another 5 % faster alone on the
+    machine and up to four times slower beside other programs. On a GPU 256 MiB. A head that must be called as a module
+    gives whole rows, so fewer of them.
     """
     if plain_head(architecture) is None:
         return BlockSize(chunk_rows(architecture.vocab_size, device), architecture.vocab_size)
@@ -238,8 +222,8 @@ def lens_statistics(
         scratch, blocks = None, []
         for start, logits in logit_blocks(architecture, normed, columns):
             if scratch is None:
-                # Memory for every block's temporaries, two for logits of another type. Fresh memory costs page faults and,
-                # with the blocks' small results in between, leaves holes in the heap that add up to the size of all logits.
+                # Memory for every block's temporaries, two for logits of another type. Fresh memory costs page faults and
+                # leaves holes in the heap that add up to the size of all logits.
                 scratch = logits.new_empty((1 + (logits.dtype != torch.float32), logits.numel()), dtype=torch.float32)
             marked = None if english is None else english[start : start + logits.shape[-1]]
             blocks.append(_block_statistics(start, logits, marked, scratch))

@@ -27,25 +27,20 @@ TermName = Literal["conversion", "thinking"]
 LAYERS_JSON_VERSION = 1
 
 # The paper's own layers on LLaMA-2-7B (arXiv 2503.01275, "Critical layers"): 2 and about 15 of 32.
-PAPER_DEPTH = 32
-PAPER_CONVERSION = 2
-PAPER_THINKING = 15
+PAPER_CONVERSION, PAPER_THINKING, PAPER_DEPTH = 2, 15, 32
 
 # A straight line from the highest to the lowest entropy over the whole depth falls by range / L per layer. A falling
-# layer falls at least half as fast: slower is the slight slope of a plateau, and twice this margin still lets a fall
-# that takes half of the range spread over the whole upper half of the model.
+# layer falls at least half as fast: slower is the slight slope of a plateau.
 FALLING_STEP = 0.5
-# A fall is clear from a tenth of the range on; smaller ones look like the unevenness of a plateau.
-CLEAR_SHARE = 0.1
-# Nats. The standard error of a mean entropy over a few dozen sequences is about half of this.
-CLEAR_NATS = 0.1
+# A fall is clear from a tenth of the range on (less looks like the unevenness of a plateau), and from 0.1 nats on, twice
+# the standard error of a mean entropy over a few dozen sequences.
+CLEAR_SHARE, CLEAR_NATS = 0.1, 0.1
 # Layers. One layer that does not fall is an interruption; a plateau has two.
 INTERRUPTION = 1
 # Rises after the first fall began, as a share of the two drops together. White noise rises as much as it falls.
 LARGEST_RISE = 0.25
 # The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
-CONVERSION_BY = 0.5
-LAST_LAYERS = 2
+CONVERSION_BY, LAST_LAYERS = 0.5, 2
 # i, j and the last layer above them: fewer layers have no place for both.
 SMALLEST_DEPTH = 3
 
@@ -59,16 +54,14 @@ class Fall:
     drop: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerSelection:
     """The critical layers of a model and the reason for them.
 
     Attributes:
-        conversion: i, the layer where conversion to English ends; 1 <= i < j.
-        thinking: j, the layer where thinking in English ends; i < j < L.
+        conversion, thinking: i and j, where conversion to English and thinking in English end; 1 <= i < j < L.
         method: `entropy-falls` (read from the curve), `relative-depth` (the paper's 2/32 and 15/32 of the depth) or
             `explicit` (both set by the user).
-        reason: one sentence for a person, with numbers.
         falls: every clear fall that was found, from the bottom up.
     """
 
@@ -100,21 +93,18 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
        than `LARGEST_RISE` of the two drops.
 
     Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason names the falls.
-    Multiplying a curve with R >= 1 nat by a factor >= 1, or adding a constant, does not change the choice.
 
     Raises:
         UsageError: fewer than 4 values, that is fewer than 3 layers.
     """
     num_layers = len(entropy) - 1
     check_depth(num_layers)
-    broken = [layer for layer, value in enumerate(entropy) if not math.isfinite(value)]
-    if broken:
+    if broken := [layer for layer, value in enumerate(entropy) if not math.isfinite(value)]:
         return _fall_back(num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number")
     medians = [sorted(entropy[k - 1 : k + 2])[1] for k in range(2, num_layers)]
     curve = [*entropy[:2], *medians, entropy[num_layers]]
     falls = find_falls(curve)
-    objection = _objection(curve, falls)
-    if objection:
+    if objection := _objection(curve, falls):
         return _fall_back(num_layers, objection, falls)
     first, second = falls
     reason = (
@@ -122,9 +112,7 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
         f"where the first fall ends (layer {first.end} of {num_layers}), thinking where the second begins "
         f"(layer {second.start})"
     )
-    return LayerSelection(
-        conversion=first.end, thinking=second.start, method="entropy-falls", reason=reason, falls=(first, second)
-    )
+    return LayerSelection(first.end, second.start, "entropy-falls", reason, (first, second))
 
 
 def find_falls(curve: Sequence[float]) -> list[Fall]:
@@ -144,11 +132,7 @@ def find_falls(curve: Sequence[float]) -> list[Fall]:
 
 
 def relative_depth(num_layers: int) -> tuple[int, int]:
-    """Return the paper's layers at another depth: 2/32 and 15/32 of L, rounded half up, with 1 <= i < j < L.
-
-    Raises:
-        UsageError: `num_layers` < 3, which leaves no two inner layers.
-    """
+    """Return the paper's layers at another depth: 2/32 and 15/32 of L, rounded half up, with 1 <= i < j < L."""
     check_depth(num_layers)
     conversion = max(1, math.floor(num_layers * PAPER_CONVERSION / PAPER_DEPTH + 0.5))
     thinking = max(conversion + 1, math.floor(num_layers * PAPER_THINKING / PAPER_DEPTH + 0.5))
@@ -201,9 +185,7 @@ def _fall_back(num_layers: int, objection: str, falls: Sequence[Fall] = ()) -> L
         f"{objection}; fell back to the paper's relative depths {PAPER_CONVERSION}/{PAPER_DEPTH} and "
         f"{PAPER_THINKING}/{PAPER_DEPTH} of {num_layers} layers: {conversion} and {thinking}"
     )
-    return LayerSelection(
-        conversion=conversion, thinking=thinking, method="relative-depth", reason=reason, falls=tuple(falls)
-    )
+    return LayerSelection(conversion, thinking, "relative-depth", reason, tuple(falls))
 
 
 def resolve_layers(
@@ -223,84 +205,60 @@ def resolve_layers(
             requested layer leaves no room for the other one, or the selection was made for a deeper model.
     """
     check_depth(num_layers)
-    conversion = _check_requested("conversion", requested_conversion, 1, num_layers - 1, num_layers)
-    thinking = _check_requested("thinking", requested_thinking, 1, num_layers - 1, num_layers)
+    alone = "auto" in (requested_conversion, requested_thinking)
+    check_layer("conversion", requested_conversion, num_layers, alone=alone)
+    check_layer("thinking", requested_thinking, num_layers, alone=alone)
     automatic = selection or _fall_back(num_layers, "no entropy profile was made")
     if automatic.thinking >= num_layers:
         raise UsageError(
             f"the layer analysis chose thinking layer {automatic.thinking}, but this model has {num_layers} layers; "
             "it was made for another model, run `pivotune analyze` on this one"
         )
-    if conversion is not None and thinking is not None:
-        if conversion >= thinking:
-            raise UsageError(
-                f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
-                f"supervision.thinking.layer, which is {thinking}"
-            )
-        reason = f"layers {conversion} and {thinking} were asked for"
-        return LayerSelection(conversion=conversion, thinking=thinking, method="explicit", reason=reason)
-    if conversion is not None:
-        _check_requested("conversion", conversion, 1, num_layers - 2, num_layers)
-        thinking, how = _fit("thinking", automatic.thinking, range(conversion + 1, num_layers), num_layers)
-        how = f"conversion layer {conversion} was asked for; {how}"
-    elif thinking is not None:
-        _check_requested("thinking", thinking, 2, num_layers - 1, num_layers)
-        conversion, how = _fit("conversion", automatic.conversion, range(thinking - 1, 0, -1), num_layers)
-        how = f"thinking layer {thinking} was asked for; {how}"
-    else:
+    conversion, thinking = requested_conversion, requested_thinking
+    relative = relative_depth(num_layers)
+    if conversion == "auto" and thinking == "auto":
         return automatic
-    return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}; {automatic.reason}")
+    if conversion == "auto":
+        assert thinking != "auto"
+        candidates, allowed = (automatic.conversion, relative[0]), range(thinking - 1, 0, -1)
+        conversion = layer = next((k for k in candidates if k in allowed), allowed[0])
+        how = f"thinking layer {thinking} was asked for; conversion layer {layer} was chosen automatically"
+        misfit = "" if layer == candidates[0] else f" ({candidates[0]} is not below it)"
+    elif thinking == "auto":
+        candidates, allowed = (automatic.thinking, relative[1]), range(conversion + 1, num_layers)
+        thinking = layer = next((k for k in candidates if k in allowed), allowed[0])
+        how = f"conversion layer {conversion} was asked for; thinking layer {layer} was chosen automatically"
+        misfit = "" if layer == candidates[0] else f" ({candidates[0]} is not above it)"
+    elif conversion < thinking:
+        return LayerSelection(conversion, thinking, "explicit", f"layers {conversion} and {thinking} were asked for")
+    else:
+        raise UsageError(
+            f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
+            f"supervision.thinking.layer, which is {thinking}"
+        )
+    return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}{misfit}; {automatic.reason}")
 
 
-def check_layer(term: TermName, layer: int | Literal["auto"], num_layers: int) -> None:
-    """Refuse a layer that is not among 1..L-1; accept `auto`."""
-    _check_requested(term, layer, 1, num_layers - 1, num_layers)
-
-
-def _check_requested(term: TermName, layer: int | str | None, lowest: int, highest: int, num_layers: int) -> int | None:
-    """Return the layer, or None for `auto`. Bounds narrower than 1..L-1 leave room for the other layer."""
-    if layer is None or isinstance(layer, str):
-        return None
-    if lowest <= layer <= highest:
-        return layer
-    room = "" if (lowest, highest) == (1, num_layers - 1) else " so that the other term has a layer too"
+def check_layer(term: TermName, layer: int | Literal["auto"], num_layers: int, *, alone: bool = False) -> None:
+    """Refuse a layer that is not among 1..L-1; accept `auto`. With `alone` keep a layer free for the other term."""
+    lowest, highest = 1 + (alone and term == "thinking"), num_layers - 1 - (alone and term == "conversion")
+    if layer == "auto" or lowest <= layer <= highest:
+        return
+    room = " so that the other term has a layer too" if alone else ""
     choose = f"choose {lowest} to {highest}" if lowest < highest else f"only {lowest} is possible"
     raise UsageError(
         f"supervision.{term}.layer: {layer} is not allowed; the model has {num_layers} layers, {choose}{room}"
     )
 
 
-def _fit(term: TermName, chosen: int, allowed: range, num_layers: int) -> tuple[int, str]:
-    """Return an automatic layer among `allowed` (nearest to the requested layer first), and the reason."""
-    if chosen in allowed:
-        return chosen, f"{term} layer {chosen} was chosen automatically"
-    misfit = f"the automatic {term} layer {chosen} is not {'above' if term == 'thinking' else 'below'} it"
-    relative = relative_depth(num_layers)[0 if term == "conversion" else 1]
-    if relative in allowed:
-        return relative, f"{misfit}, so relative depth gave {relative}"
-    return allowed[0], f"{misfit}, so its neighbour {allowed[0]} was taken"
-
-
 # --- layers.json ---------------------------------------------------------------------------------------------------
-
-
-class ProfileRecord(TypedDict):
-    """Type of `LayerProfile.to_dict()`; a value that is not finite is null."""
-
-    num_layers: int
-    tokens: int
-    sequences: int
-    entropy: list[float | None]
-    entropy_stderr: list[float | None] | None
-    agreement: list[float | None]
-    english_share: list[float | None] | None
 
 
 class LayerAnalysis(TypedDict):
     """Content of `layers.json`.
 
-    `target` and `english` are the profiles on the two languages (`english` is null if only the target language was
-    measured); `english_tokens` is the reason given by `english_looking_tokens`.
+    `target` and `english` are the profiles on the two languages (`LayerProfile.to_dict()`, null for a value that is not
+    finite); `english_tokens` is the reason given by `english_looking_tokens`.
     """
 
     version: int
@@ -312,8 +270,8 @@ class LayerAnalysis(TypedDict):
     method: SelectionMethod
     reason: str
     falls: list[dict[str, Any]]
-    target: ProfileRecord
-    english: ProfileRecord | None
+    target: dict[str, Any]
+    english: dict[str, Any] | None
     english_tokens: str | None
 
 
@@ -326,13 +284,7 @@ def analysis_to_json(
     language: str | None = None,
     english_tokens: str | None = None,
 ) -> LayerAnalysis:
-    """Return the content of `layers.json`.
-
-    Args:
-        model: name or folder, as the user wrote it.
-        language: code of the target language.
-        english_tokens: the reason given by `english_looking_tokens`.
-    """
+    """Return the content of `layers.json`; `model` as the user wrote it, `language` its code."""
     analysis = {
         "version": LAYERS_JSON_VERSION,
         "model": model,
@@ -379,9 +331,9 @@ def read_layers_json(path: str | os.PathLike[str]) -> LayerAnalysis:
 def selection_from_json(analysis: LayerAnalysis) -> LayerSelection:
     """Return the selection in an analysis."""
     return LayerSelection(
-        conversion=analysis["conversion"],
-        thinking=analysis["thinking"],
-        method=analysis["method"],
-        reason=analysis["reason"],
-        falls=tuple(Fall(**fall) for fall in analysis["falls"]),
+        analysis["conversion"],
+        analysis["thinking"],
+        analysis["method"],
+        analysis["reason"],
+        tuple(Fall(**fall) for fall in analysis["falls"]),
     )

@@ -1,7 +1,6 @@
 """The only file that knows the module names of an architecture.
 
-All other code calls `find_architecture(model)` and gets the blocks, the final norm, the LM head and the transformation of
-the logits. A new family is one entry in `ARCHITECTURES`, or a call of `register_architecture`.
+A new family is one entry in `ARCHITECTURES`, or a call of `register_architecture`.
 """
 
 from __future__ import annotations
@@ -104,11 +103,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
 
 
 def register_architecture(model_type: str, spec: ArchitectureSpec) -> None:
-    """Register a new family; `model_type` as in the model's `config.json`.
-
-    Check it with `pivotune.lenses.logit.check_lens(model)`, which compares the lens at the last layer with the
-    model's own logits.
-    """
+    """Register a new family, `model_type` as in `config.json`; check it with `pivotune.lenses.logit.check_lens(model)`."""
     ARCHITECTURES[model_type] = spec
 
 

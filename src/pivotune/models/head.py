@@ -40,9 +40,8 @@ def readout(architecture: Architecture, normed: Tensor, *, frozen: bool) -> Tens
 def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
     """Yield logits of normed states (R, width), `columns` tokens of the vocabulary at a time: (first token, (R, columns)).
 
-    Blocks are rows of the head's matrix, so products of a few hundred rows run at full speed while the logits fit into
-    the cache. All share one buffer: a block may be overwritten, and the next one replaces it. A head that must be called
-    as a module (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
+    All share one buffer: a block may be overwritten, and the next one replaces it. A head that must be called as a module
+    (see `plain_head`) gives one block, the whole vocabulary. For use without gradient.
     """
     head = plain_head(architecture)
     if head is None:
@@ -67,9 +66,7 @@ def logit_blocks(architecture: Architecture, normed: Tensor, columns: int) -> It
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Return how many rows of logits (rows, vocabulary) to make at once, for uses that need whole rows.
 
-    On a CPU 24 MiB of float32: at 576 x 49,152 chunks of 128 rows were faster than 64 (the head is read once for each
-    chunk) and than 256 (fresh pages cost more than the product saves). At least 64 rows, for large vocabularies. On a
-    GPU 256 MiB, at least 256 rows.
+    On a CPU 24 MiB of float32: at 576 x 49,152 chunks of 128 rows were faster than of 64 and of 256. On a GPU 256 MiB.
     """
     budget, least = (24 * _MIB, 64) if device.type == "cpu" else (256 * _MIB, 256)
     return min(max(budget // (4 * vocab_size), least), 4096)

@@ -35,8 +35,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
     """Read the configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
 
     Raises:
-        UsageError: no such folder or Hub name, Hub out of reach and model not in its cache, gated repository, no
-            configuration, no safetensors (or a missing shard), an encoder-decoder or another non-causal model.
+        UsageError: as `locate`; a gated repository; an encoder-decoder or another non-causal model.
     """
     from transformers import AutoConfig
 
@@ -54,11 +53,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
-    """Raise the errors of loading `name` that can be found without reading weights or the tokenizer.
-
-    Raises:
-        UsageError: as `read_config`; no tokenizer beside the model.
-    """
+    """Raise the errors of `read_config`, and one for a model without a tokenizer; no weight is read."""
     read_config(name, trust_remote_code=trust_remote_code, revision=revision)
     tokenizer_files(name, revision)
 
@@ -69,8 +64,7 @@ def load_tokenizer(
     """Load the tokenizer of a model (of an adapter without one: of its base), padding on the right.
 
     A tokenizer without a padding token pads with its end-of-text token. So padding cannot be recognized by its id: masks
-    and labels must be built from lengths, as the collator does, or the model would not learn to stop. A chat template
-    that ends turns with another token than `eos_token` is left as it is.
+    and labels must be built from lengths, as the collator does, or the model would not learn to stop.
 
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files.
@@ -118,12 +112,14 @@ def load_model(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype: {dtype!r} found; allowed: {', '.join(DTYPES)}")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": torch_dtype}
+    if quantize not in (None, "4bit"):
+        raise UsageError(f"quantize: {quantize!r} found; allowed: 4bit, or leave it out")
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantize is not None:
-        options["quantization_config"] = _quantization_config(quantize)
+        options["quantization_config"] = _quantization_config()
     return _load(name, revision, options)
 
 
@@ -141,17 +137,10 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
             return PeftModel.from_pretrained(model, files.location, is_trainable=False, **files.arguments)
     config = read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
     check_index(files, getattr(config, "transformers_weights", None))
+    # Mismatched sizes are in the report and refused below, instead of a RuntimeError of many lines.
+    options = {**options, **files.arguments, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with one_line_errors(name, "model"), _quiet_transformers(files):
-        # Transformers declares one return type; with `output_loading_info` it is a pair.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.location,
-            use_safetensors=True,
-            output_loading_info=True,
-            # Reported in `report` and refused below, instead of a RuntimeError of many lines.
-            ignore_mismatched_sizes=True,
-            **options,
-            **files.arguments,
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(files.location, use_safetensors=True, **options)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{name}: {len(missing)} weights are not in the files, first {missing[0]}")
@@ -164,20 +153,14 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
     return model
 
 
-def _quantization_config(quantize: str) -> Any:
+def _quantization_config() -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if quantize != "4bit":
-        raise UsageError(f"quantize: {quantize!r} found; allowed: 4bit, or leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("quantize: 4bit needs the package bitsandbytes: pip install bitsandbytes")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    options = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in options.items()})
 
 
 def _check_causal(name: str, config: PretrainedConfig) -> None:

@@ -1,7 +1,4 @@
-"""Find a model's files in a folder, a run folder, the Hub or its cache, and check that none is missing.
-
-Errors of Transformers, PEFT and the Hub client about unusable files become one line here.
-"""
+"""Find a model's files in a folder, a run folder, the Hub or its cache, and check that none is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +20,6 @@ CHECKSUMS = "checksums.json"
 _CONFIG = "config.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors",)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 _HUB_TIMEOUT_SECONDS = 10
@@ -82,8 +78,7 @@ def locate(name: str, revision: str | None) -> ModelFiles:
     """Find a model's files, looking a Hub name up; of an adapter its own files, not its base model's.
 
     Raises:
-        UsageError: as `resolve_model`; no such Hub name or revision, Hub out of reach and model not in its cache, no
-            configuration or no safetensors.
+        UsageError: as `resolve_model`; Hub name or revision not found, no configuration or no safetensors.
     """
     location = resolve_model(name)
     if Path(location).is_dir():
@@ -180,11 +175,10 @@ def _names_in_hub_cache(name: str, revision: str | None) -> frozenset[str]:
 def _check_files(location: str, names: frozenset[str]) -> None:
     if _CONFIG not in names and _ADAPTER_CONFIG not in names:
         raise UsageError(f"{location}: not a model: neither {_CONFIG} nor {_ADAPTER_CONFIG} is there")
-    wanted = _ADAPTER_WEIGHTS if _ADAPTER_CONFIG in names else _WEIGHTS
+    wanted = ("adapter_model.safetensors",) if _ADAPTER_CONFIG in names else _WEIGHTS
     if not names.isdisjoint(wanted):
         return
-    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin")
-    if pickles:
+    if pickles := sorted(name for name in names - {"training_args.bin"} if name.endswith(_PICKLE_SUFFIXES)):
         raise UsageError(
             f"{location}: only safetensors are read and the weights are a pickle ({pickles[0]}); convert them with "
             f"transformers: AutoModelForCausalLM.from_pretrained({location!r}).save_pretrained('new-folder')"
@@ -197,8 +191,7 @@ def _check_weights(folder: Path) -> None:
     single, index = (folder / name for name in _WEIGHTS)
     if index.is_file() and not single.is_file():
         shards = read_shards(index)
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
+        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
             raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
     try:
         recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
@@ -233,11 +226,7 @@ def read_shards(index: Path) -> set[str]:
 
 
 def check_index(files: ModelFiles, named: str | None) -> None:
-    """Check the list of shards of a Hub model, or of an index that `config.json` names, as `resolve_model` does.
-
-    Args:
-        named: `transformers_weights` of the configuration.
-    """
+    """Check the shards of a Hub model, or of the index that `config.json` names (`transformers_weights`)."""
     from huggingface_hub import hf_hub_download
 
     single, index = _WEIGHTS
@@ -256,20 +245,16 @@ def check_index(files: ModelFiles, named: str | None) -> None:
 def one_line_errors(name: str, part: str) -> Iterator[None]:
     """Turn errors of Transformers, PEFT and the Hub client about unusable files or options into one line.
 
-    Args:
-        part: the part that cannot be loaded, for the message: `model`, `tokenizer`...
+    `part` is the part that cannot be loaded, for the message: `model`, `tokenizer`...
     """
     from safetensors import SafetensorError
 
+    expected = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
     try:
         yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise UsageError(_explain(name, error, part)) from error
     except Exception as error:
-        # `tokenizers` raises bare `Exception` for a damaged tokenizer.json; any subclass has another cause.
-        if type(error) is not Exception:
+        # `tokenizers` raises bare `Exception` for a damaged tokenizer.json; any other subclass has another cause.
+        if isinstance(error, UsageError) or not (isinstance(error, expected) or type(error) is Exception):
             raise
         raise UsageError(_explain(name, error, part)) from error
 
@@ -286,20 +271,18 @@ def about_base_of(name: str) -> Iterator[None]:
 def _explain(name: str, error: BaseException, part: str) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
+    of_hub = {
+        GatedRepoError: "a gated model: accept its terms on its Hub page, then log in with `hf auth login`",
+        RepositoryNotFoundError: "no such folder, and no such model on the Hugging Face Hub (a private one needs "
+        f"`hf auth login`); {OFFLINE_MODEL} needs neither",
+        RevisionNotFoundError: "the Hugging Face Hub has no such revision of this model",
+    }
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"{name}: a gated model: accept its terms on its Hub page, then log in with `hf auth login`"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return (
-            f"{name}: no such folder, and no such model on the Hugging Face Hub (a private one needs "
-            f"`hf auth login`); {OFFLINE_MODEL} needs neither"
-        )
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return f"{name}: the Hugging Face Hub has no such revision of this model"
+    for kind, text in of_hub.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return f"{name}: {text}"
     if "trust_remote_code" in str(error):
         return f"{name}: it needs code of its own to be run; set trust_remote_code to true if you trust its author"
     reason = shorten(str(error), width=300) or type(error).__name__

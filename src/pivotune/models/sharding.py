@@ -2,10 +2,9 @@
 
 The losses read the head's and the norm's weights outside the model's forward.
 
-- FSDP2 keeps every parameter as a shard and gathers a module's parameters around its forward. Accelerate puts the head,
-  the embedding that it may be tied to and the final norm (if it finds one; it does not below adapters) into a group
-  that stays gathered from the forward to the backward pass, as the root's own parameters do. So both are plain tensors
-  for the losses.
+- FSDP2 keeps every parameter as a shard and gathers a module's parameters around its forward. Accelerate keeps the head,
+  the embedding that it may be tied to and the final norm (not below adapters) gathered from the forward to the backward
+  pass. So both are plain tensors for the losses.
 - ZeRO-3 replaces parameters by empty tensors and gathers a module's own around its call. Code that reads them runs in
   place of the module's forward (`in_place_of_forward`), one call for each loss, the same on all ranks.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -86,8 +86,7 @@ def is_partitioned(module: nn.Module) -> bool:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Return the module's class without the one that FSDP2 puts in front."""
-    # FSDP2 makes (FSDP<Name>, FSDPModule, <Name>, ...).
+    """Return the module's class without those that FSDP2 puts in front: (FSDP<Name>, FSDPModule, <Name>, ...)."""
     return cast(type[nn.Module], type(module).__mro__[2]) if is_fsdp(module) else type(module)
 
 
@@ -131,14 +130,8 @@ def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *te
             module.forward = before
 
 
-class _InPlace:
+class _InPlace(partial):
     """A forward set by `in_place_of_forward`, recognized by its class."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        return self._function(*tensors)
 
 
 def whole(tensor: Tensor, *, frozen: bool) -> Tensor:

@@ -35,7 +35,7 @@ def tap(architecture: Architecture, layers: Iterable[int]) -> Iterator[Taps]:
     """Record `h_k` for every k in `layers`, and the final norm's output, of the first pass inside the context.
 
     Only the first firing of a hook counts: with activation checkpointing a block may run again in the backward pass,
-    and that copy has no gradient history of ours. Hooks are removed when the context ends, also by an exception.
+    and that copy has no gradient history of ours.
     """
     taps = Taps()
 

@@ -57,18 +57,15 @@ def _results_table(results: dict[str, Any]) -> str:
         if base := task.get("base"):
             # A single row has no standard error.
             spread = f" ± {task['stderr']:.3f}" if math.isfinite(task["stderr"]) else ""
-            cells = (
-                _text(name), str(task["n"]), f"{base['value']:.3f}", f"{task['value']:.3f}{spread}",
-                f"{base['nll_per_character']:.3f}", f"{task['nll_per_character']:.3f}",
-            )  # fmt: skip
-            rows.append(f"| {' | '.join(cells)} |")
+            nll = f"{base['value']:.3f} | {task['value']:.3f}{spread}"
+            characters = f"{base['nll_per_character']:.3f} | {task['nll_per_character']:.3f}"
+            rows.append(f"| {_text(name)} | {task['n']} | {nll} | {characters} |")
     if not rows:
         return ""
     titles = ("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
     head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
-    return "\n".join(
-        ["## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n", head, *rows]
-    )
+    title = "## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n"
+    return "\n".join([title, head, *rows])
 
 
 def _text(name: str) -> str:

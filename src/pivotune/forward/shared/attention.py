@@ -1,19 +1,20 @@
 """Attention of a packed batch: every segment attends to its own rows, by torch's fused kernels or written out here.
 
-`eager_chunked_attention` does the cases that the fused kernels do not or do slowly. They cap no products (Gemma-2), and
-on a CPU they multiply bfloat16 hardly faster than float32: for rows of 270 tokens it takes 0.6 of the fused kernel's
-time, for 150 tokens 0.4 (docs/performance.md). Like them it keeps nothing of size queries x keys for the backward pass
-except the mask, which all blocks share; the weights are computed again.
+`eager_chunked_attention` does the cases that the fused kernels do not (Gemma-2's soft-cap) or do slowly: in bfloat16 on a
+CPU it takes 0.6 of their time for rows of 270 tokens, 0.4 for 150 (docs/performance.md). Like them it keeps nothing of
+size queries x keys for the backward pass except the mask, which all blocks share; the weights are computed again.
 
 Shapes: R rows, H heads, G query heads for each key head, Q queries, K keys, D head size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from pivotune.forward.shared.packing import Packing
 from pivotune.models.sharding import device_kind
@@ -35,7 +36,7 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Let every segment of a packed batch attend to its own rows.
+    """Let every segment of a packed batch attend to its own rows; return (1, N, H, D).
 
     Args:
         query: (1, H, N, D), with rotary positions applied; `key` and `value` (1, key heads, N, D), where the number of
@@ -43,9 +44,6 @@ def packed_attention(
         scaling: of the products; None for 1 / sqrt(D).
         window: sliding window, in tokens, itself included.
         softcap: c of `c * tanh(products / c)` before the softmax (Gemma-2).
-
-    Returns:
-        (1, N, H, D).
     """
     # Under autocast rotary embeddings leave queries and keys in float32; attention would round them anyway.
     tokens = [states.to(value.dtype).transpose(1, 2)[0] for states in (query, key, value)]
@@ -57,12 +55,11 @@ def packed_attention(
         fused_is_slow = in_half_on_cpu and keys.shape[2] <= LONGEST_EAGER and not dropout
         eager = softcap is not None or fused_is_slow
         mask = segment.mask(window, explicit=eager)
+        options = {"mask": mask, "scaling": scaling, "dropout": dropout}
         if eager:
-            attended = eager_chunked_attention(
-                queries, keys, values, mask=mask, scaling=scaling, softcap=softcap, dropout=dropout
-            )
+            attended = eager_chunked_attention(queries, keys, values, softcap=softcap, **options)
         else:
-            attended = _fused_attention(queries, keys, values, mask, scaling, dropout)
+            attended = _fused_attention(queries, keys, values, **options)
         outputs.append(segment.queries.unpad(attended.transpose(1, 2)))
     return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
@@ -90,20 +87,15 @@ def eager_chunked_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute softmax(cap(scaling * query key^T)) value, with cap(z) = softcap * tanh(z / softcap).
+    """Compute softmax(cap(scaling * query key^T)) value, with cap(z) = softcap * tanh(z / softcap), (R, heads, Q, D).
 
     The products are rounded to the dtype of the inputs, as in Transformers' eager attention; the softmax is in float32.
 
     Args:
-        query: (R, heads, Q, D).
-        key, value: (R, H key heads, K, D), where H divides heads (grouped-query attention).
+        query: (R, heads, Q, D); `key` and `value` (R, H, K, D), where H divides heads (grouped-query attention).
         mask: (R or 1, 1, Q, K) bool, True if a query sees a key; None for causal attention, which needs Q = K.
         scaling: None for 1 / sqrt(D).
-        softcap: None for no cap.
         dropout: probability of dropping a weight; if not 0, the weights are kept for the backward pass.
-
-    Returns:
-        (R, heads, Q, D).
     """
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     if mask is None:
@@ -124,16 +116,10 @@ class _EagerChunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor,
-        scaling: float,
-        softcap: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, seen)
-        ctx.options = scaling, softcap  # type: ignore[attr-defined]
+        ctx.options = scaling, softcap
         output = torch.empty_like(query)
         # Autocast would make the weights float32, only to round them for the next product.
         with torch.autocast(query.device.type, enabled=False):
@@ -144,9 +130,9 @@ class _EagerChunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, seen = ctx.saved_tensors  # type: ignore[attr-defined]
-        scaling, softcap = ctx.options  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, seen = ctx.saved_tensors
+        scaling, softcap = ctx.options
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for rows in _row_chunks(query, key):
             weights, capped = _weights(query[rows], key[rows], _of_rows(seen, rows), scaling, softcap)

@@ -1,16 +1,15 @@
 """Run a Hugging Face decoder over a packed batch, through its public extension points only.
 
-Inside `packed` the model reads a `Packing` in one ordinary forward: a registered attention function keeps the sequences
-apart, and forward pre-hooks on the blocks cut off the branches that have reached their layer. The model is unchanged
-afterwards; activation checkpoints keep the packing for their second run in the backward pass.
+A registered attention function keeps the sequences apart, and forward pre-hooks on the blocks cut off the branches that
+have reached their layer. Activation checkpoints keep the packing for their second run in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +54,8 @@ def longest_packed(model: nn.Module) -> int | None:
         nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
         if any(parameters.get("rope_type") in ("dynamic", "longrope") for parameters in nested):
             lengths += [parameters.get("original_max_position_embeddings") for parameters in nested]
-            lengths.append(getattr(config, "original_max_position_embeddings", None))
-            lengths.append(getattr(config, "max_position_embeddings", None))
+            names = ("original_max_position_embeddings", "max_position_embeddings")
+            lengths += [getattr(config, name, None) for name in names]
     return min((length for length in lengths if length), default=None)
 
 
@@ -70,10 +69,7 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
             count = packing.tokens_left(index)
             if count < packing.num_tokens:
                 stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
-            if (wrapper := _checkpoint_wrapper(block)) is not None:
-                stack.enter_context(_wrapper_keeps_packing(wrapper, configs, packing))
-            elif getattr(block, "gradient_checkpointing", False) and block.training:
-                stack.enter_context(_checkpoint_keeps_packing(block, configs, packing, count))
+            stack.enter_context(_checkpoint_keeps_packing(block, configs, packing, count))
         lengthen = partial(_lengthen, packing.num_tokens)
         stack.callback(architecture.final_norm.register_forward_hook(lengthen).remove)
         yield
@@ -90,7 +86,10 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _attention_installed(configs: Sequence[Any], packing: Packing) -> Iterator[None]:
-    _register_attention()
+    from transformers import AttentionInterface
+
+    # Registered without a mask function, so that Transformers makes no mask.
+    AttentionInterface.register(ATTENTION, _attention)
     before = [config._attn_implementation for config in configs]
     token = _packing.set(packing)
     try:
@@ -101,14 +100,6 @@ def _attention_installed(configs: Sequence[Any], packing: Packing) -> Iterator[N
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         _packing.reset(token)
-
-
-@cache
-def _register_attention() -> None:
-    from transformers import AttentionInterface
-
-    # Registered without a mask function, so that Transformers makes no mask.
-    AttentionInterface.register(ATTENTION, _attention)
 
 
 # Not traced by torch.compile: the packing changes with every batch, and each would be compiled anew.
@@ -128,9 +119,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     packing = _packing.get()
     assert packing is not None, "the packed attention runs inside `packed` only"
-    return packed_attention(
-        packing, query, key, value, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap
-    ), None
+    options: Any = {"scaling": scaling, "dropout": dropout, "window": sliding_window, "softcap": softcap}
+    return packed_attention(packing, query, key, value, **options), None
 
 
 # --- branches that leave -------------------------------------------------------------------------------------------
@@ -159,37 +149,37 @@ def _lengthen(length: int, norm: nn.Module, args: tuple, output: Tensor) -> Tens
 
 @contextmanager
 def _checkpoint_keeps_packing(block: nn.Module, configs: Sequence[Any], packing: Packing, count: int) -> Iterator[None]:
-    """Make the function that Transformers' checkpoint keeps install the attention, and read truncated inputs."""
-    # Set on the module inside: attributes set on an FSDP wrapper do not reach it.
-    inside = (module for module in block.modules() if "_gradient_checkpointing_func" in vars(module))
-    owner: Any = next(inside, block)
-    checkpoint = owner._gradient_checkpointing_func
+    """Make the function that a checkpoint keeps install the attention; under Transformers' own it truncates its inputs.
 
-    def keeping(function: partial, *args: Any) -> Any:
-        args, keywords = _narrow(count, owner, args, function.keywords)
-        run = partial(function.func, *function.args, **keywords)
-        return checkpoint(_with_attention(run, configs, packing), *args)
+    Inputs of torch's `checkpoint_wrapper` are truncated already, because its hooks do not rerun.
+    """
+    name, owner = "checkpoint_fn", _checkpoint_wrapper(block)
+    own = owner is None
+    if own and not (getattr(block, "gradient_checkpointing", False) and block.training):
+        yield
+        return
+    if own:
+        name = "_gradient_checkpointing_func"
+        # Set on the module inside: attributes set on an FSDP wrapper do not reach it.
+        owner = next((module for module in block.modules() if name in vars(module)), block)
+    checkpoint = getattr(owner, name)
 
-    owner._gradient_checkpointing_func = keeping
+    def keeping(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if own:
+            args, keywords = _narrow(count, owner, args, function.keywords)
+            function = partial(function.func, *function.args, **keywords)
+
+        def with_attention(*args: Any, **kwargs: Any) -> Any:
+            with _attention_installed(configs, packing):
+                return function(*args, **kwargs)
+
+        return checkpoint(with_attention, *args, **kwargs)
+
+    setattr(owner, name, keeping)
     try:
         yield
     finally:
-        owner._gradient_checkpointing_func = checkpoint
-
-
-@contextmanager
-def _wrapper_keeps_packing(owner: Any, configs: Sequence[Any], packing: Packing) -> Iterator[None]:
-    """Same for torch's `checkpoint_wrapper`. Inputs are already truncated, because its hooks do not rerun."""
-    checkpoint = owner.checkpoint_fn
-
-    def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(_with_attention(function, configs, packing), *args, **kwargs)
-
-    owner.checkpoint_fn = keeping
-    try:
-        yield
-    finally:
-        owner.checkpoint_fn = checkpoint
+        setattr(owner, name, checkpoint)
 
 
 def _checkpoint_wrapper(block: nn.Module) -> Any:
@@ -200,11 +190,3 @@ def _checkpoint_wrapper(block: nn.Module) -> Any:
             return block
         block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
     return None
-
-
-def _with_attention(function: Callable[..., Any], configs: Sequence[Any], packing: Packing) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _attention_installed(configs, packing):
-            return function(*args, **kwargs)
-
-    return run

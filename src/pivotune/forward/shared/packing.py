@@ -1,9 +1,8 @@
 """Many sequences in one forward pass without padding, and branches that leave it early.
 
 All tokens of a batch lie behind each other in one row of length N: first the main sequences, then the tokens of the
-branches, the branch with the highest layer first. A branch continues the prompt of its row: its positions go on from the
-prompt's last token, and its tokens see the prompt and themselves. The branches lie at the end, so one that has reached
-its layer leaves by cutting the end off, and nothing else moves.
+branches, the branch with the highest layer first, so that one which has reached its layer leaves by cutting the end off. A
+branch continues the prompt of its row: its positions go on from there, and its tokens see the prompt and themselves.
 
 Shapes: B rows, T tokens of the longest main sequence, N packed tokens, n tokens of one segment, R rows of one segment,
 Q its longest row, K the longest row of keys (prompt and branch).
@@ -13,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # Rows with no more padding than this stay padded: taking padding out costs four copies of the attention's inputs and
 # outputs in every block, about as much as computing this share of the tokens in vain (docs/performance.md).
@@ -27,42 +26,30 @@ PADDING_LEFT_IN = 0.02
 # --- from packed tokens to padded rows and back --------------------------------------------------------------------
 
 
-class _Pad(torch.autograd.Function):
-    """Packed (N, ...) to padded (rows * length, ...). Each packed token is taken at most once: its gradient is a copy."""
+class _Take(torch.autograd.Function):
+    """Rows of `source` at `gather`; gradients are copied, where indexing would add them up one by one.
+
+    Of the rows taken only those at `places` (None: all) get a gradient; their sources must be distinct.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, packed: Tensor, gather: Tensor, sources: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(sources, places)
-        ctx.num_tokens = len(packed)  # type: ignore[attr-defined]
-        return packed.index_select(0, gather)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        sources, places = ctx.saved_tensors  # type: ignore[attr-defined]
-        result = gradient.new_zeros((ctx.num_tokens, *gradient.shape[1:]))  # type: ignore[attr-defined]
-        return result.index_copy_(0, sources, gradient.index_select(0, places)), None, None, None
-
-
-class _Pick(torch.autograd.Function):
-    """Rows (m, ...) of a tensor at distinct places; indexing would add gradients up one by one, this copies them."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = len(source)  # type: ignore[attr-defined]
-        return source.index_select(0, places)
+    def forward(ctx: Any, source: Tensor, gather: Tensor, places: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gather, places)
+        ctx.size = len(source)
+        return source.index_select(0, gather)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (places,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient.new_zeros((ctx.size, *gradient.shape[1:])).index_copy_(0, places, gradient), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gather, places = ctx.saved_tensors
+        if places is not None:
+            gather, gradient = gather[places], gradient.index_select(0, places)
+        return gradient.new_zeros((ctx.size, *gradient.shape[1:])).index_copy_(0, gather, gradient), None, None
 
 
 def pick(packed: Tensor, positions: Tensor) -> Tensor:
     """Return the tokens (m, ...) of `packed` (N, ...) at `positions` (m,), which must be distinct."""
-    return _Pick.apply(packed, positions)
+    return _Take.apply(packed, positions, None)
 
 
 def leading(lengths: Tensor, size: int) -> Tensor:
@@ -87,11 +74,6 @@ class Scatter:
     padded: Tensor
     contiguous: tuple[int, int] | None = None
 
-    @cached_property
-    def packed(self) -> Tensor:
-        """(m,) packed positions of the places that are no padding."""
-        return self.gather[self.padded]
-
     def to(self, device: torch.device) -> Scatter:
         """Copy to `device`, without waiting for it."""
         gather, padded = (tensor.to(device, non_blocking=True) for tensor in (self.gather, self.padded))
@@ -103,13 +85,13 @@ class Scatter:
             start, stop = self.contiguous
             result = packed[start:stop]
         else:
-            result = _Pad.apply(packed, self.gather, self.packed, self.padded)
+            result = _Take.apply(packed, self.gather, self.padded)
         return result.unflatten(0, (self.rows, self.length))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """Return the tokens of a padded tensor (rows, length, ...) as packed ones (m, ...), in packed order."""
         flat = padded.flatten(0, 1)
-        return flat if self.contiguous is not None else _Pick.apply(flat, self.padded)
+        return flat if self.contiguous is not None else pick(flat, self.padded)
 
 
 # --- the packed batch ----------------------------------------------------------------------------------------------
@@ -120,7 +102,6 @@ class PackedSegment:
     """The main sequences, or the tokens of one branch: packed positions `start` to `stop`.
 
     Attributes:
-        start: packed position of its first token.
         layer: the last layer k that the segment runs through; None for all.
         queries, keys: maps to padded rows for attention, of its tokens and of the tokens that these may see.
         prompt_lengths: (R,) tokens of the prompt before each row of a branch; None for main sequences.
@@ -148,9 +129,7 @@ class PackedSegment:
     def mask(self, window: int | None, *, explicit: bool = False) -> Tensor | None:
         """Return the keys that each query sees, (R or 1, 1, Q, K) bool; made once for all blocks.
 
-        Args:
-            window: how far back a query sees, itself included (sliding-window attention); None for no limit.
-            explicit: return a mask for plain causal attention too, instead of None.
+        With a `window` a query sees that many tokens, itself included. Plain causal attention gets a mask if `explicit`.
         """
         if window is not None and window >= self.keys.length:
             window = None
@@ -206,16 +185,14 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """Copy to `device`, without waiting for it."""
-        return Packing(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            segments=[segment.to(device) for segment in self.segments],
-            predicting=[positions.to(device, non_blocking=True) for positions in self.predicting],
+        input_ids, position_ids, *predicting = (
+            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.position_ids, *self.predicting)
         )
+        segments = [segment.to(device) for segment in self.segments]
+        return Packing(input_ids=input_ids, position_ids=position_ids, segments=segments, predicting=predicting)
 
     @property
     def num_tokens(self) -> int:
-        """N, of all segments."""
         return self.input_ids.shape[1]
 
     def present(self, num_tokens: int) -> Sequence[PackedSegment]:
@@ -234,9 +211,7 @@ class Packing:
 def pack(
     input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None, branches: Sequence[Branch] = ()
 ) -> Packing:
-    """Lay the rows of a batch, and branches that continue their prompts, behind each other.
-
-    Pack small integers on the CPU and move the result to the device.
+    """Lay the rows of a batch, and branches that continue their prompts, behind each other; all tensors on the CPU.
 
     Args:
         input_ids, attention_mask: (B, T), padded right.
@@ -264,12 +239,8 @@ def pack(
         last_of_prompt = starts[branch.rows] + prompt_lengths[branch.rows] - 1
         candidates = torch.cat([last_of_prompt[:, None], segment.queries.gather.view(rows, length)], dim=1)
         predicting[index] = candidates[leading(branch.lengths + 1, length + 1)]
-    return Packing(
-        input_ids=torch.cat(all_tokens)[None],
-        position_ids=torch.cat(all_positions)[None],
-        segments=segments,
-        predicting=predicting,
-    )
+    input_ids, position_ids = torch.cat(all_tokens)[None], torch.cat(all_positions)[None]
+    return Packing(input_ids=input_ids, position_ids=position_ids, segments=segments, predicting=predicting)
 
 
 def _pack_main(input_ids: Tensor, attention_mask: Tensor) -> tuple[Scatter, Tensor, Tensor]:

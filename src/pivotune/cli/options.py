@@ -1,4 +1,4 @@
-"""Options of the verbs that evaluate."""
+"""Options that several verbs have."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-Languages = Annotated[
-    str, typer.Option("--lang", help="Languages of benchmarks and groups, comma-separated; default: the run's own.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with the publishers' files; default: download from the Hub.")
-]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: training.max_steps=100. Repeatable.")]
+Languages = Annotated[str, typer.Option("--lang", help="Languages of benchmarks, comma-separated; default: the run's.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with the publishers' files; default: download them.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first items of each task.")]
 Split = Annotated[str | None, typer.Option(help="Split of all benchmarks: test or validation.")]
 BatchSize = Annotated[str, typer.Option(help="Requests per batch: a number or auto.")]
