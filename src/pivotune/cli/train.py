@@ -48,7 +48,6 @@ def train(
     out = console(as_json)
     from pivotune.runs.folder import check_same_run, holds_run, is_finished
     from pivotune.training.resilience.checkpoints import kept, remove_replaced
-    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
     folder = Path(run_config.output_dir)
     if auto_resume and not resume:
@@ -60,6 +59,9 @@ def train(
             if as_json:
                 print_json({"run": str(folder), **json.loads((folder / "results.json").read_text(encoding="utf-8"))})
             return
+    _check_paths(run_config)
+    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
+
     with StopSignals() as signals:
         try:
             result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
@@ -76,6 +78,21 @@ def train(
     from pivotune.cli.training_display import describe_result
 
     describe_result(out, result)
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Report a missing model folder or data file before torch is imported, which takes seconds."""
+    from pivotune.data.sources import check_source
+    from pivotune.models.bundled import PREFIX
+    from pivotune.models.locating import resolve_model
+
+    with reported_once():
+        if not config.model.startswith(PREFIX):
+            resolve_model(config.model)
+        data = config.data
+        for source in (data.train, data.english, data.validation, data.validation_english):
+            if isinstance(source, str):
+                check_source(source)
 
 
 def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:

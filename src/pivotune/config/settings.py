@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class EncodingConfig(Section):
-    """How rows become tokens: the part of `data` that a trainer needs beside its rows."""
+    """Settings of the encoding: the part of `data` that a trainer needs beside its rows."""
 
     language: str | None = None
     template: str | None = None  # chat where the tokenizer has one, alpaca otherwise
@@ -46,7 +46,7 @@ class EncodingConfig(Section):
 
 
 class DataConfig(EncodingConfig):
-    """Which rows are trained on and held out, and how they become tokens."""
+    """Training and held-out rows, and their encoding."""
 
     train: str
     english: str | None = None  # one aligned English file beside `train`
@@ -147,7 +147,7 @@ class LoraSettings(Section):
 
 
 class FaultsConfig(Section):
-    """What a training does at a fault (docs/reliability.md)."""
+    """Reactions to faults of a training (docs/reliability.md)."""
 
     # A non-finite number means that rows or settings are wrong: stopping shows it.
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -171,6 +171,16 @@ def _parse(record: Any, number: int, need_target: bool, need_english: bool) -> R
         return error.with_traceback(None)
 
 
+def check_source(source: str) -> None:
+    """Read the first record of a file; a Hub name passes.
+
+    Raises:
+        UsageError: the file is missing, a folder, empty, of unknown type or unreadable.
+    """
+    if parse_hub_name(source) is None:
+        next(_open_source(source, keep_bad=True).records, None)
+
+
 def _open_source(source: RowSource, *, keep_bad: bool) -> _Source:
     name, unit = "the given rows", "row"
     if isinstance(source, str) and (hub_name := parse_hub_name(source)):
