@@ -13,7 +13,7 @@ from pivotune.cli.main import main
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("signal", ["logits", "feature"])
+@pytest.mark.parametrize("signal", ["logits", pytest.param("feature", marks=pytest.mark.exhaustive)])
 def test_training_on_real_rows_lowers_heldout_nll_and_the_model_answers(tmp_path, shared_data, smollm2, signal, capfd):
     run = tmp_path / "run"
     settings = {

@@ -171,6 +171,7 @@ def test_unknown_task_is_refused_before_training(config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_real_model_on_real_rows(tmp_path, monkeypatch, shared_data, smollm2, capsys):
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     monkeypatch.chdir(tmp_path)

@@ -50,6 +50,7 @@ def test_xcopa_equals_the_harness(smollm2, shared_data, tmp_path):
     assert [record["correct"] for record in items(tmp_path).values()] == correct
 
 
+@pytest.mark.exhaustive
 def test_xnli_equals_the_harness(smollm2, shared_data, tmp_path):
     """The harness reads the publisher's rows in the Hub's schema."""
     labels = {"entailment": 0, "neutral": 1, "contradiction": 2}
@@ -66,6 +67,7 @@ def test_xnli_equals_the_harness(smollm2, shared_data, tmp_path):
     assert [record["correct"] for record in items(tmp_path).values()] == correct
 
 
+@pytest.mark.exhaustive
 def test_every_kind_of_task_on_real_files(smollm2, shared_data, tmp_path):
     """All sets at hand, a few items each, through the run's template; the model knows some English."""
     settings = EvaluationSettings(data_dir=shared_data / "eval", limit=2, max_new_tokens=4)

@@ -603,6 +603,7 @@ def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_real_model(tmp_path, shared_data, smollm2):
     """SmolLM2 on real Vietnamese rows: a few steps lower the held-out NLL, and the folder answers by itself."""
     config = parse_config({

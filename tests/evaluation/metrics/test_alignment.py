@@ -298,6 +298,7 @@ def test_one_pair_is_too_few(tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     from pivotune.models.loading import load_model, load_tokenizer
 
