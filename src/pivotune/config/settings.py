@@ -22,7 +22,7 @@ InnerTerm = Literal["conversion", "thinking"]
 
 
 class Section(BaseModel):
-    """A settings section. Strict: `true` is no number and "yes" no boolean; an unknown key is an error."""
+    """Base of all settings sections. Types are strict (`true` is not a number), and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 

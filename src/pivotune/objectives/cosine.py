@@ -113,7 +113,7 @@ def pooled_feature_loss(
     """Return `feature_loss` for an English side that is already pooled.
 
     Args:
-        pooled_english: (B, width); rows without an English side are left out, whatever they hold.
+        pooled_english: (B, width); the values of rows without an English side are ignored.
     """
     target_mask, english_mask = span_masks(batch, span)
     rows = english_mask.any(dim=1)
