@@ -110,7 +110,7 @@ def _batches(
 def english_looking_tokens(
     tokenizer: PreTrainedTokenizerBase, target_texts: Iterable[str]
 ) -> tuple[Tensor | None, str]:
-    """Return a mask of English-looking tokens, or None where the target language is too similar, and the reason.
+    """Return a mask of English-looking tokens, or None for a target language in Latin script, and the reason.
 
     This works if most letters of the target language are not Latin. A token then looks English if its own decoded text
     has at least two ASCII letters and no other letter or part of one. Special and added tokens never do.
