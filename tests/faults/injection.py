@@ -154,11 +154,11 @@ def inject_read_only(step: int) -> None:
 
 def inject_nan_loss(step: int) -> None:
     """The first micro-batch of the step has a TFT loss that is no number."""
-    from pivotune.training import trainer as module
+    from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 
     poisoned: list[int] = []
     at_step(step, lambda trainer: poisoned.append(step))
-    terms = module.deep_supervision_terms
+    terms = DeepSupervisionLoss.terms
 
     def compute(*args: Any, **options: Any) -> Any:
         found = terms(*args, **options)
@@ -167,7 +167,7 @@ def inject_nan_loss(step: int) -> None:
             found["tft"] = found["tft"]._replace(sum=found["tft"].sum * math.nan)
         return found
 
-    module.deep_supervision_terms = compute
+    DeepSupervisionLoss.terms = compute
 
 
 def inject_infinite_gradient(step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,15 +21,63 @@ from pivotune.objectives.base import InnerLoss, LossTerm, Objective, no_loss
 from pivotune.objectives.next_token import next_token_loss
 
 
+class DeepSupervisionLoss:
+    """The loss terms of a supervision; its objectives and its lens are built once.
+
+    Args:
+        supervision: its layers must be numbers.
+        lens: the lens of `supervision.lens` for the model; None builds one for each batch.
+        reference: the frozen starting model, needed for `english: frozen` where batches do not carry its pooled vectors
+            (`english_features_<term>`).
+        run_passes: runs the forward passes; None for the fastest way that the model allows
+            (`pivotune.forward.passes.choose_passes`).
+    """
+
+    def __init__(
+        self,
+        supervision: SupervisionConfig,
+        *,
+        lens: Lens | None = None,
+        reference: nn.Module | None = None,
+        run_passes: RunPasses | None = None,
+    ) -> None:
+        self.names = ("tft", *supervision.active())
+        self.objectives = build_objectives(supervision)
+        self._supervision, self._lens, self._reference, self._run_passes = supervision, lens, reference, run_passes
+
+    def terms(self, model: nn.Module, batch: Batch, skip: frozenset[str] = frozenset()) -> dict[str, LossTerm]:
+        """Return the terms of one micro-batch; see `deep_supervision_terms`."""
+        architecture = find_architecture(model)
+        groups = [
+            (objective, [loss for loss in losses if loss.name not in skip]) for objective, losses in self.objectives
+        ]
+        groups = [(objective, losses) for objective, losses in groups if losses]
+        requests = [objective.request(losses, batch, architecture, self._reference) for objective, losses in groups]
+        passes = (self._run_passes or choose_passes(model))(model, batch, merge_requests(requests))
+        assert passes.main.final is not None
+        terms = {"tft": next_token_loss(architecture, passes.main.final, batch["labels"])}
+        lens = self._lens or LENSES[self._supervision.lens](architecture)
+        inner: dict[str, LossTerm] = {}
+        for objective, losses in groups:
+            inner.update(objective(losses, passes, batch, architecture, lens))
+        names = [name for name in self.names[1:] if name not in skip]
+        return {**terms, **{name: inner.get(name) or no_loss(batch) for name in names}}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the number of items that each term of a batch counts; see `term_counts`."""
+        counts = {"tft": (batch["labels"][:, 1:] >= 0).sum()}
+        for objective, losses in self.objectives:
+            counts.update({loss.name: objective.count(loss, batch) for loss in losses})
+        return {name: counts[name] for name in self.names}
+
+
 def deep_supervision_terms(
     model: nn.Module,
     batch: Batch,
     supervision: SupervisionConfig,
     *,
     skip: frozenset[str] = frozenset(),
-    lens: Lens | None = None,
-    reference: nn.Module | None = None,
-    run_passes: RunPasses | None = None,
+    **options: Any,
 ) -> dict[str, LossTerm]:
     """Return all loss terms of one micro-batch: `tft`, and `conversion` and `thinking` where they are on.
 
@@ -37,27 +86,12 @@ def deep_supervision_terms(
         batch: see `pivotune.data.collator.DeepSupervisionCollator`.
         supervision: its layers must be numbers.
         skip: inner losses to leave out with their passes (those whose weight is 0 now).
-        lens: the lens of `supervision.lens` for this model; None builds it.
-        reference: the frozen starting model, needed for `english: frozen` where the batch does not carry its pooled
-            vectors (`english_features_<term>`).
-        run_passes: runs the forward passes; None for the fastest way that the model allows
-            (`pivotune.forward.passes.choose_passes`).
+        options: of `DeepSupervisionLoss`.
 
     Returns:
         name -> (sum, count); a term that has nothing to count in this batch is a zero with count 0.
     """
-    architecture = find_architecture(model)
-    groups = build_objectives(supervision, skip)
-    requests = [objective.request(losses, batch, architecture, reference) for objective, losses in groups]
-    passes = (run_passes or choose_passes(model))(model, batch, merge_requests(requests))
-    assert passes.main.final is not None
-    terms = {"tft": next_token_loss(architecture, passes.main.final, batch["labels"])}
-    read_states: Lens = lens or LENSES[supervision.lens](architecture)
-    inner: dict[str, LossTerm] = {}
-    for objective, losses in groups:
-        inner.update(objective(losses, passes, batch, architecture, read_states))
-    names = [name for name in supervision.active() if name not in skip]
-    return {**terms, **{name: inner.get(name) or no_loss(batch) for name in names}}
+    return DeepSupervisionLoss(supervision, **options).terms(model, batch, skip)
 
 
 def term_counts(batch: Batch, supervision: SupervisionConfig) -> dict[str, Tensor]:
@@ -66,20 +100,14 @@ def term_counts(batch: Batch, supervision: SupervisionConfig) -> dict[str, Tenso
     Equal to the counts of `deep_supervision_terms`; the trainer divides by their sum over an accumulation window and all
     ranks.
     """
-    counts = {"tft": (batch["labels"][:, 1:] >= 0).sum()}
-    for objective, losses in build_objectives(supervision):
-        counts.update({loss.name: objective.count(loss, batch) for loss in losses})
-    return {name: counts[name] for name in ("tft", *supervision.active())}
+    return DeepSupervisionLoss(supervision).counts(batch)
 
 
-def build_objectives(
-    supervision: SupervisionConfig, skip: frozenset[str] = frozenset()
-) -> list[tuple[Objective, list[InnerLoss]]]:
+def build_objectives(supervision: SupervisionConfig) -> list[tuple[Objective, list[InnerLoss]]]:
     """Return the objectives of the active signals, each with the losses that it computes."""
     by_signal: dict[str, list[InnerLoss]] = {}
     for name, term in supervision.active().items():
-        if name not in skip:
-            by_signal.setdefault(term.signal, []).append(InnerLoss(name, int(term.layer)))
+        by_signal.setdefault(term.signal, []).append(InnerLoss(name, int(term.layer)))
     return [(OBJECTIVES[signal](supervision.options(signal)), losses) for signal, losses in by_signal.items()]
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from pivotune.config.registry import LENSES
-from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
+from pivotune.config.settings import NO_SUPERVISION
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
@@ -26,7 +26,7 @@ from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import schedule_factor, weighted_total
-from pivotune.objectives.deep_supervision import build_objectives, deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
@@ -127,9 +127,11 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         )
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)
-        self.lens = LENSES[args.supervision.lens](find_architecture(trained))
-        self._run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
-        _log_non_additive(self.supervision)
+        run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
+        lens = LENSES[args.supervision.lens](find_architecture(trained))
+        self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
+        self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
+        _log_non_additive(self._losses)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
 
@@ -184,9 +186,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
         weights = {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
         off = frozenset(name for name, weight in weights.items() if weight == 0)
-        terms = deep_supervision_terms(
-            model, inputs, self.supervision, skip=off, lens=self.lens, run_passes=self._run_passes
-        )
+        terms = self._losses.terms(model, inputs, off)
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
         # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
         loss = weighted_total(terms, weights, counts) * self.accelerator.num_processes
@@ -202,7 +202,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         return stack
 
     def _count_terms(self, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-        counted = [term_counts(batch, self.supervision) for batch in batches]
+        counted = [self._losses.counts(batch) for batch in batches]
         names = list(counted[0])
         totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
         return dict(zip(names, self._sum_over_ranks(totals), strict=True))
@@ -247,7 +247,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         """Add the negative log-likelihood of a batch's answers as sums: means of means would weigh short rows more."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            term = deep_supervision_terms(model, inputs, NO_SUPERVISION, run_passes=self._run_passes)["tft"]
+            term = self._heldout_losses.terms(model, inputs)["tft"]
         sums = [term.sum, term.count, inputs["answer_characters"].sum()]
         self._heldout += torch.stack([value.double().cpu() for value in sums])
         return term.sum.detach() / term.count.clamp(min=1), None, None
@@ -269,8 +269,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         return output
 
 
-def _log_non_additive(supervision: SupervisionConfig) -> None:
-    for objective, losses in build_objectives(supervision):
+def _log_non_additive(terms: DeepSupervisionLoss) -> None:
+    for objective, losses in terms.objectives:
         if not objective.additive:
             names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
             logger.warning(
