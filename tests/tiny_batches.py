@@ -37,15 +37,17 @@ def supervise(
 ) -> SupervisionConfig:
     """Inner losses, none by default, with options of both signals: `logits_mode`, `logits_norm`, `pooling`, `english`...
 
-    The order of the layers is not checked.
+    The lens is `logit` and all tokens train unless asked otherwise. The order of the layers is not checked.
     """
+    lens = options.pop("lens", "logit")
     logits = {key.removeprefix("logits_"): value for key, value in options.items() if key.startswith("logits_")}
     feature = {key: value for key, value in options.items() if not key.startswith("logits_")}
     return SupervisionConfig().model_copy(
         update={
             "conversion": conversion or signal(),
             "thinking": thinking or signal(),
-            "logits": LogitsConfig(**logits),
+            "lens": lens,
+            "logits": LogitsConfig(**{"gradient": "all", **logits}),
             "feature": FeatureConfig(**feature),
         }
     )

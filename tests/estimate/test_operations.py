@@ -21,6 +21,9 @@ def _addmm(total, left, right, **_):
 SUPERVISIONS = {
     "tft": supervise(),
     "logits": supervise(conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3)),
+    "prompt": supervise(
+        conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3), logits_gradient="prompt"
+    ),
     "feature": supervise(conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=3)),
     "joint": supervise(thinking=signal(kind="feature", layer=3), english="joint"),
 }

@@ -80,4 +80,10 @@ OBJECTIVES: Registry[Any] = Registry(
         "feature": "pivotune.objectives.cosine:Cosine",
     }
 )
-LENSES: Registry[Any] = Registry({"logit": "pivotune.lenses.logit:LogitLens"})
+LENSES: Registry[Any] = Registry(
+    {
+        "logit": "pivotune.lenses.logit:LogitLens",
+        "tuned": "pivotune.lenses.tuned:TunedLens",
+        "model": "pivotune.lenses.model:ModelLens",
+    }
+)

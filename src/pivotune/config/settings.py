@@ -69,6 +69,8 @@ class LogitsConfig(Section):
 
     mode: Literal["autoregressive", "positional"] = "autoregressive"
     norm: Literal["final", "none"] = "final"
+    # prompt: English tokens are computed with detached weights, so that reading is trained and not writing English.
+    gradient: Literal["all", "prompt"] = "all"
     forward: Literal["auto", "shared", "separate"] = "auto"  # one pass with the target rows, or passes of their own
 
 
@@ -79,6 +81,15 @@ class FeatureConfig(Section):
     span: Literal["query", "query+answer"] = "query"
     english: Literal["detached", "joint", "frozen"] = "detached"
     english_norm: Literal["final", "raw"] = "final"
+
+
+class TunedLensConfig(Section):
+    """The fit of the tuned lens on the starting model, before training."""
+
+    text: Literal["english", "both", "branches"] = "english"
+    states: Annotated[int, Field(ge=100)] = 10_000  # token states
+    steps: Annotated[int, Field(ge=0)] = 60  # Adam steps after the regression
+    refit: Annotated[int, Field(ge=0)] = 0  # optimizer steps between fits on the model in training; 0: frozen
 
 
 class SupervisionConfig(Section):
@@ -95,6 +106,7 @@ class SupervisionConfig(Section):
     lens: LensName = "logit"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
+    tuned: TunedLensConfig = TunedLensConfig()
     profile_rows: Annotated[int, Field(ge=1)] = 64  # rows whose entropy decides an `auto` layer
 
     @model_validator(mode="after")
@@ -107,6 +119,19 @@ class SupervisionConfig(Section):
                 self.__pydantic_extra__[key] = options.model_validate(value)  # type: ignore[index]
             except ValidationError as error:
                 raise ValueError(describe(options, error, f"supervision.{key}.")) from error
+        return self
+
+    @model_validator(mode="after")
+    def _lens_fits_logits(self) -> SupervisionConfig:
+        logits = self.logits
+        if self.lens != "logit" and logits.norm == "none":
+            raise ValueError(f"supervision.lens: {self.lens} reads through the final norm; set logits.norm: final")
+        if logits.mode == "positional" and self.lens == "model":
+            raise ValueError("supervision.lens: model continues English branches; set logits.mode: autoregressive")
+        if logits.mode == "positional" and logits.gradient == "prompt" and "gradient" in logits.model_fields_set:
+            raise ValueError(
+                "supervision.logits.gradient: prompt needs English branches; set logits.mode: autoregressive"
+            )
         return self
 
     @model_validator(mode="after")

@@ -22,12 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pivotune.config.registry import LENSES
 from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import Forward, choose_passes
+from pivotune.lenses.base import Lens
+from pivotune.lenses.tuned import TunedLens
 from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import assumed_device_kind
 from pivotune.objectives.base import weighted_total
-from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts
+from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 
 # The first block after a cut differs (branches are cut off before it), the second stands for the rest.
 _BLOCKS_KEPT = 2
@@ -84,8 +87,9 @@ def dry_step(
         model.train()
         run_passes = choose_passes(model, forward)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            terms = deep_supervision_terms(model, batch, supervision, run_passes=run_passes)
-            loss = weighted_total(terms, dict.fromkeys(terms, 1.0), term_counts(batch, supervision))
+            losses = DeepSupervisionLoss(supervision, lens=_unfitted_lens(model, supervision), run_passes=run_passes)
+            terms = losses.terms(model, batch)
+            loss = weighted_total(terms, dict.fromkeys(terms, 1.0), losses.counts(batch))
         del terms
         log.in_backward = True
         log.begin("backward")
@@ -93,6 +97,17 @@ def dry_step(
         del loss
     gradients = [] if accumulated else [p.grad for p in model.parameters() if p.grad is not None]
     return log.timeline(gradients, times)
+
+
+def _unfitted_lens(model: nn.Module, supervision: SupervisionConfig) -> Lens:
+    """Return the run's lens; a tuned one with maps of the right shape."""
+    architecture = find_architecture(model)
+    lens: Lens = LENSES[supervision.lens](architecture)
+    if isinstance(lens, TunedLens):
+        width = architecture.head_weight.shape[1]
+        layers = {int(term.layer) for term in supervision.active().values()}
+        lens.maps = {layer: (torch.empty(width, width), torch.empty(width)) for layer in layers}
+    return lens
 
 
 def _cut(model: nn.Module, supervision: SupervisionConfig) -> tuple[SupervisionConfig, dict[str, int]]:

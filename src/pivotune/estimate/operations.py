@@ -41,6 +41,8 @@ class Costs:
     Attributes:
         block: forward pass of one block.
         step: forward and backward pass of one block.
+        reading_step: the same without the weights' gradients (`logits.gradient: prompt`).
+        lens: forward pass of a tuned lens.
         head: forward pass of the head, 2dV.
         head_trained: True where the head's weight gets a gradient.
         attention: operations for one query and one key, forward and backward, in one block.
@@ -49,6 +51,8 @@ class Costs:
 
     block: float
     step: float
+    reading_step: float
+    lens: float
     head: float
     head_trained: bool
     attention: float
@@ -78,6 +82,8 @@ def measure_costs(model: nn.Module, *, checkpointing: bool, whole_squares: bool)
     return Costs(
         block=block,
         step=block * (1 + checkpointing + backward),
+        reading_step=block * (2 + checkpointing),
+        lens=2.0 * head.shape[1] ** 2,
         head=2.0 * head.numel(),
         head_trained=head.requires_grad,
         attention=(pair + (2.0 + 2.0 * whole_squares if checkpointing else 0.0)) * width,
@@ -106,11 +112,21 @@ def row_operations(example: Example, costs: Costs, supervision: SupervisionConfi
         autoregressive = supervision.logits.mode == "autoregressive"
         english, target = lengths[name]
         # `positional` cuts the English tokens to the target's length. The head is frozen: only the states get a gradient.
-        total += 2 * costs.head * (english if autoregressive else min(english, target))
+        predicted = english if autoregressive else min(english, target)
+        total += 2 * (costs.head + (supervision.lens == "tuned") * costs.lens) * predicted
         if autoregressive:
-            run = english - 1 + (query if separate else 0)
-            pairs = run * (run + (0 if separate else 2 * query))
-            total += int(signal.layer) * (costs.step * run + costs.attention * pairs)
+            through_model = supervision.lens == "model"
+            alone = separate or through_model
+            run = english - 1 + (query if alone else 0)
+            pairs = run * (run + (0 if alone else 2 * query))
+            # The separate reference computes detached weights' gradients with zeros.
+            reading = supervision.logits.gradient == "prompt" and not alone
+            total += int(signal.layer) * (
+                (costs.reading_step if reading else costs.step) * run + costs.attention * pairs
+            )
+            if through_model:
+                above = costs.num_layers - int(signal.layer)
+                total += above * (costs.reading_step * run + costs.attention * pairs)
     if feature_layers and supervision.feature.english != "frozen":
         # The forward pass of the English row that the feature signal compares with; frozen features are computed once.
         tokens = len(parallel.ids)

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
+from pivotune.forward.detached import tokens_detached
 from pivotune.forward.shared.hooks import longest_packed, packed, packing_unsupported_reason
 from pivotune.forward.shared.packing import Branch, Packing, leading, pack, pick
 from pivotune.models.architecture import Architecture, find_architecture
@@ -44,6 +46,10 @@ class PassRequest:
         main_layers: layers k of the main sequence whose `h_k` is needed.
         branches: name -> (layer, side) of English branches that continue the target prompt, read through the first
             `layer` blocks; side is `query` (x_en) or `answer` (y_en).
+        detached_branches: True if branch tokens are computed with detached weights, so that their gradient reaches the
+            weights through the keys and values of the prompt alone (`logits.gradient: prompt`).
+        branches_to_top: True if branches go on to the last layer, with everything above their own layer detached, and
+            their states are `h_L` (`lens: model`).
         english_layers: layers k of the English sequence whose `h_k` is needed; empty for no English pass.
         english_gradient: True if gradient flows through the English pass.
         reference: another model that runs the English pass (a frozen copy of the starting model); None for this one.
@@ -51,6 +57,8 @@ class PassRequest:
 
     main_layers: frozenset[int] = frozenset()
     branches: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    detached_branches: bool = False
+    branches_to_top: bool = False
     english_layers: frozenset[int] = frozenset()
     english_gradient: bool = False
     reference: nn.Module | None = None
@@ -108,8 +116,9 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     architecture = find_architecture(model)
     # Tokens are counted on the CPU, in one piece: every question to a device waits for it.
     counted = {name: tensor.cpu() for name, tensor in batch.items() if not tensor.is_floating_point()}
-    wanted = {name: spec for name, spec in request.branches.items() if counted[f"english_{spec[1]}_mask"].any()}
-    _check_branches(architecture, counted, wanted)
+    packed_branches = {} if request.branches_to_top else request.branches
+    wanted = {name: spec for name, spec in packed_branches.items() if counted[f"english_{spec[1]}_mask"].any()}
+    _check_branches(architecture, counted, request.branches)
     if in_lockstep():
         counted["attention_mask"] = _at_least_one_token(counted["attention_mask"])
     specs = [_branch(counted, layer, side) for layer, side in wanted.values()]
@@ -117,14 +126,16 @@ def shared_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Passe
     longest = longest_packed(model)
     if packing.num_tokens == 0 or (longest is not None and int(packing.position_ids.max()) >= longest):
         return separate_passes(model, batch, request)
+    if request.detached_branches and wanted:
+        packing = replace(packing, trained=packing.segments[0].stop)
     packing = packing.to(architecture.device)
-    layers = request.main_layers | {layer for layer, _ in request.branches.values()}
+    layers = request.main_layers | {layer for layer, _ in packed_branches.values()}
     taps = _run_packed(model, architecture, packing, layers)
-    branches = {}
+    branches = _branch_passes(model, architecture, batch, request) if request.branches_to_top else {}
     if in_lockstep():
         # Branches without a token, with a gradient history: all ranks gather the head for the inner losses (ZeRO-3).
         none = torch.zeros(0, dtype=torch.long, device=packing.input_ids.device)
-        for name, (layer, _) in request.branches.items():
+        for name, (layer, _) in packed_branches.items():
             branches[name] = BranchStates(hidden_states=taps.hidden_states[layer][0][none], labels=none)
     for (name, (layer, side)), positions in zip(wanted.items(), packing.predicting, strict=True):
         labels = counted["english_input_ids"][counted[f"english_{side}_mask"]].to(packing.input_ids.device)
@@ -171,13 +182,19 @@ def separate_passes(model: nn.Module, batch: Batch, request: PassRequest) -> Pas
     architecture = find_architecture(model)
     _check_branches(architecture, batch, request.branches)
     main = _run(model, architecture, batch["input_ids"], batch["attention_mask"], request.main_layers)
-    branches = {
-        name: _branch_pass(model, architecture, batch, layer, side)
+    branches = _branch_passes(model, architecture, batch, request)
+    english = _english_pass(model, batch, request, _run)
+    return Passes(main=main, branches=branches, english=english)
+
+
+def _branch_passes(
+    model: nn.Module, architecture: Architecture, batch: Batch, request: PassRequest
+) -> dict[str, BranchStates]:
+    return {
+        name: _branch_pass(model, architecture, batch, request, layer, side)
         for name, (layer, side) in request.branches.items()
         if in_lockstep() or batch[f"english_{side}_mask"].any()
     }
-    english = _english_pass(model, batch, request, _run)
-    return Passes(main=main, branches=branches, english=english)
 
 
 def _run(
@@ -190,18 +207,29 @@ def _run(
     return taps
 
 
-def _branch_pass(model: nn.Module, architecture: Architecture, batch: Batch, layer: int, side: str) -> BranchStates:
-    """Run [prompt | English tokens] through the first `layer` blocks."""
+def _branch_pass(
+    model: nn.Module, architecture: Architecture, batch: Batch, request: PassRequest, layer: int, side: str
+) -> BranchStates:
+    """Run [prompt | English tokens] through the first `layer` blocks, or on to the top with all above detached."""
     if batch[f"english_{side}_mask"].any():
         input_ids, attention_mask, branch_mask = branch_inputs(batch, side)
     else:
         input_ids, attention_mask = batch["input_ids"][:1, :1], torch.ones_like(batch["attention_mask"][:1, :1])
         branch_mask = torch.zeros_like(attention_mask, dtype=torch.bool)
-    with truncated(architecture, layer):
-        taps = _run(model, architecture, input_ids, attention_mask, frozenset({layer}))
+    top = architecture.num_layers if request.branches_to_top else layer
     # The token before predicts: the last prompt token predicts the first English one.
     predicting = branch_mask[:, 1:]
-    states = taps.hidden_states[layer][:, :-1][predicting]
+    with ExitStack() as stack:
+        for index, block in enumerate(architecture.blocks[:top]):
+            if index < layer and request.detached_branches:
+                stack.enter_context(tokens_detached(block, ~branch_mask, ~branch_mask if index == 0 else None))
+            elif index >= layer:
+                # Gradient leaves through the tokens that predict or are predicted, down to h_layer.
+                passing = F.pad(predicting, (0, 1)) | branch_mask if index == layer else None
+                stack.enter_context(tokens_detached(block, torch.zeros_like(branch_mask), passing))
+        stack.enter_context(truncated(architecture, top))
+        taps = _run(model, architecture, input_ids, attention_mask, frozenset({top}))
+    states = taps.hidden_states[top][:, :-1][predicting]
     return BranchStates(hidden_states=states, labels=input_ids[:, 1:][predicting])
 
 

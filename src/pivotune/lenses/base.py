@@ -10,7 +10,8 @@ from torch import Tensor
 class Lens(Protocol):
     """Built once for a model, registered in `pivotune.config.registry.LENSES` as a callable of its `Architecture`.
 
-    The objectives apply it to one term at a time, then call the head once for all terms.
+    The objectives apply it to one term at a time, then call the head once for all terms. A lens with `maps` is fitted on
+    the starting model before training (`pivotune.lenses.tuned.TunedLens`).
     """
 
     def __call__(self, hidden_states: Tensor, layer: int) -> Tensor:

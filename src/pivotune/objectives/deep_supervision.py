@@ -52,11 +52,12 @@ class DeepSupervisionLoss:
             (objective, [loss for loss in losses if loss.name not in skip]) for objective, losses in self.objectives
         ]
         groups = [(objective, losses) for objective, losses in groups if losses]
+        lens = self._lens or LENSES[self._supervision.lens](architecture)
         requests = [objective.request(losses, batch, architecture, self._reference) for objective, losses in groups]
-        passes = (self._run_passes or choose_passes(model))(model, batch, merge_requests(requests))
+        request = replace(merge_requests(requests), branches_to_top=getattr(lens, "branches_to_top", False))
+        passes = (self._run_passes or choose_passes(model))(model, batch, request)
         assert passes.main.final is not None
         terms = {"tft": next_token_loss(architecture, passes.main.final, batch["labels"])}
-        lens = self._lens or LENSES[self._supervision.lens](architecture)
         inner: dict[str, LossTerm] = {}
         for objective, losses in groups:
             inner.update(objective(losses, passes, batch, architecture, lens))
@@ -119,6 +120,7 @@ def merge_requests(requests: Sequence[PassRequest]) -> PassRequest:
             merged,
             main_layers=merged.main_layers | request.main_layers,
             branches={**merged.branches, **request.branches},
+            detached_branches=merged.detached_branches or request.detached_branches,
             english_layers=merged.english_layers | request.english_layers,
             english_gradient=merged.english_gradient or request.english_gradient,
             reference=merged.reference or request.reference,

@@ -37,7 +37,10 @@ class AutoregressiveNLL:
         self, losses: Sequence[InnerLoss], batch: Batch, architecture: Architecture, reference: nn.Module | None
     ) -> PassRequest:
         """Ask for one English branch a loss, which leaves the forward after the loss's layer."""
-        return PassRequest(branches={loss.name: (loss.layer, SIDES[loss.name]) for loss in losses})
+        return PassRequest(
+            branches={loss.name: (loss.layer, SIDES[loss.name]) for loss in losses},
+            detached_branches=self.options.gradient == "prompt",
+        )
 
     def count(self, loss: InnerLoss, batch: Batch) -> Tensor:
         """Count the English tokens of the loss's side."""

@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pivotune.config.settings import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
@@ -36,15 +32,12 @@ from pivotune.models.taps import evaluation_mode, truncated
 from pivotune.objectives.cosine import english_layer, english_states, frozen_losses, pool, span_masks
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
+from pivotune.training.kept_arrays import Arrays, can_be_reused, map_arrays, save_arrays, weights_digest
 from pivotune.training.progress import Progress, silent
-from pivotune.training.resilience.checkpoints import STAGING, reason_of
 
 logger = logging.getLogger(__name__)
 FEATURES_FILE = "english-features.safetensors"
 _FORMAT = "1"
-# Settings of a model that do not change its states.
-_IRRELEVANT = ("transformers_version", "architectures", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
-Vectors = dict[str, np.ndarray]
 
 
 class FeatureDataset(ExampleDataset):
@@ -60,7 +53,7 @@ class FeatureDataset(ExampleDataset):
         self._path = path
         has_english = has_parallel(self.examples)
         self._places = np.where(has_english, np.cumsum(has_english) - 1, -1)
-        self._vectors = map_vectors(path)
+        self._vectors = map_arrays(path)
 
     def __getitem__(self, index: int) -> Example:
         place = self._places[index]
@@ -141,15 +134,11 @@ def prepare_features(
         )
     sides = ParallelSides(examples)
     key = _key(model, sides, supervision, autocast)
-    problem = _unusable_reason(path, key, len(sides))
-    if problem is None:
-        logger.info("%s: used again", path)
+    if can_be_reused(path, key):
         return
-    if path.exists():
-        logger.warning("%s: computed again (%s)", path, problem)
     architecture, losses = find_architecture(model), frozen_losses(supervision)
     shape = (len(sides), architecture.head_weight.shape[1])
-    vectors: Vectors = {loss.name: np.empty(shape, dtype=np.float32) for loss in losses}
+    vectors: Arrays = {loss.name: np.empty(shape, dtype=np.float32) for loss in losses}
     layers = frozenset(english_layer(loss, architecture.num_layers) for loss in losses)
     collate, run_passes = DeepSupervisionCollator(pad_token_id), choose_passes(model)
     # Longest rows first: a lack of memory shows at once.
@@ -173,7 +162,7 @@ def prepare_features(
                 english = english_states(states, loss, architecture.num_layers, supervision.feature)
                 vectors[loss.name][rows] = pool(english, mask, supervision.feature.pooling).cpu().numpy()
             advance(start + len(rows))
-    save_vectors(path, vectors, key)
+    save_arrays(path, vectors, key)
 
 
 def _key(
@@ -198,66 +187,3 @@ def _key(
         "rows": rows.hexdigest(),
         "settings": json.dumps(settings, sort_keys=True),
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of the configuration and every tensor."""
-    config = cast(Any, model).config.to_dict()
-    relevant = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IRRELEVANT}
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _content_digest(vectors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(vectors):
-        digest.update(np.ascontiguousarray(vectors[name]).data)
-    return digest.hexdigest()
-
-
-def _unusable_reason(path: Path, key: Mapping[str, str], num_rows: int) -> str | None:
-    """Return the reason in a few words why the file cannot be used; None where it can."""
-    if not path.is_file():
-        return "not there"
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-        changed = [name for name, value in key.items() if found.get(name) != value]
-        if changed:
-            return f"other {', '.join(changed)}"
-        vectors = map_vectors(path)
-    except (OSError, SafetensorError) as error:
-        return reason_of(error)
-    whole = all(table.shape[0] == num_rows for table in vectors.values())
-    return None if whole and found.get("content") == _content_digest(vectors) else "damaged"
-
-
-def map_vectors(path: Path) -> Vectors:
-    """Return the tensors of a file as arrays over its mapped bytes; Safetensors' own arrays would be copies."""
-    with safe_open(path, framework="pt") as file:
-        return {name: cast(Tensor, file.get_tensor(name)).numpy() for name in file.keys()}  # noqa: SIM118
-
-
-def save_vectors(path: Path, vectors: Vectors, key: Mapping[str, str]) -> None:
-    """Write the whole file or nothing."""
-    # The next checkpoint removes the leftovers of a killed process from the staging folder.
-    staging = path.parent / STAGING
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=staging) as folder:
-            temporary = Path(folder) / path.name
-            save_file(vectors, temporary, metadata={**key, "content": _content_digest(vectors)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"{path}: cannot be written ({reason_of(error)}); make room or choose another output_dir"
-        ) from error
-    finally:
-        with suppress(OSError):
-            staging.rmdir()

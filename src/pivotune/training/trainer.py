@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from pivotune.config.registry import LENSES
 from pivotune.config.settings import NO_SUPERVISION
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
@@ -32,6 +31,7 @@ from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
+from pivotune.training.lens_fitting import build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.preparation import (
     build_heldout_datasets,
@@ -110,6 +110,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
+        # So is a tuned lens.
+        lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
         ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
@@ -128,7 +130,6 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)
         run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
-        lens = LENSES[args.supervision.lens](find_architecture(trained))
         self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
         _log_non_additive(self._losses)

@@ -21,7 +21,7 @@ from tiny_batches import (
 )
 from torch import Tensor, nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.settings import LogitsConfig, SupervisionConfig
 from pivotune.errors import UsageError
 from pivotune.forward import passes as branches
 from pivotune.forward.passes import (
@@ -77,6 +77,24 @@ def test_terms_and_all_gradients_equal_those_of_separate_passes(family, use_reen
         found, found_gradients = terms_and_gradients(model, batch, supervision, weights, shared_passes)
         assert (hook_count(model), attention_implementations(model)) == kept
         assert found.keys() == expected.keys()
+        for name, (loss, count) in expected.items():
+            assert found[name] == (pytest.approx(loss, rel=1e-5), count)
+        assert relative_difference(found_gradients, expected_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize("lens", ["logit", "model"])
+def test_branches_with_detached_weights_equal_those_of_separate_passes(distinct_family, use_reentrant, lens):
+    """The reference computes every module twice and picks by token; the shared forward never makes the products."""
+    model = checkpointed(build_tiny_model(distinct_family).train(), use_reentrant)
+    kept = hook_count(model), [name for name, module in model.named_modules() if "forward" in vars(module)]
+    for seed, layers in enumerate([(1, 3), (3, 2)]):
+        supervision = logits(*layers).model_copy(update={"logits": LogitsConfig(gradient="prompt"), "lens": lens})
+        batch = random_batch(seed)
+        weights = dict(zip(("tft", "conversion", "thinking"), torch.rand(3).tolist(), strict=True))
+        expected, expected_gradients = terms_and_gradients(model, batch, supervision, weights, separate_passes)
+        found, found_gradients = terms_and_gradients(model, batch, supervision, weights, shared_passes)
+        assert (hook_count(model), [n for n, module in model.named_modules() if "forward" in vars(module)]) == kept
         for name, (loss, count) in expected.items():
             assert found[name] == (pytest.approx(loss, rel=1e-5), count)
         assert relative_difference(found_gradients, expected_gradients) < 1e-5

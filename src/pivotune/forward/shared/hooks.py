@@ -7,7 +7,7 @@ have reached their layer. Activation checkpoints keep the packing for their seco
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pivotune.forward.detached import input_detached, kept_in_checkpoints, weights_detached
 from pivotune.forward.shared.attention import packed_attention
 from pivotune.forward.shared.packing import Packing
 from pivotune.models.architecture import Architecture, find_architecture, unwrap_model
@@ -66,10 +67,12 @@ def packed(model: nn.Module, architecture: Architecture, packing: Packing) -> It
     with ExitStack() as stack:
         stack.enter_context(_attention_installed(configs, packing))
         for index, block in enumerate(architecture.blocks):
-            count = packing.tokens_left(index)
-            if count < packing.num_tokens:
-                stack.callback(block.register_forward_pre_hook(partial(_narrow, count), with_kwargs=True).remove)
-            stack.enter_context(_checkpoint_keeps_packing(block, configs, packing, count))
+            enter = partial(_enter, packing, index)
+            if packing.tokens_left(index) < packing.num_tokens or packing.trained is not None:
+                stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            inside = partial(_inside, block, configs, packing, index)
+            stack.enter_context(kept_in_checkpoints(block, inside, enter))
+            stack.enter_context(_branches_detached(block, packing, index))
         lengthen = partial(_lengthen, packing.num_tokens)
         stack.callback(architecture.final_norm.register_forward_hook(lengthen).remove)
         yield
@@ -123,13 +126,35 @@ def _attention(
     return packed_attention(packing, query, key, value, **options), None
 
 
+@contextmanager
+def _inside(block: nn.Module, configs: Sequence[Any], packing: Packing, index: int) -> Iterator[None]:
+    """The contexts in which block number `index` runs again for an activation checkpoint."""
+    with _attention_installed(configs, packing), _branches_detached(block, packing, index):
+        yield
+
+
+def _branches_detached(block: nn.Module, packing: Packing, index: int) -> AbstractContextManager[None]:
+    if packing.trained is None or packing.tokens_left(index) <= packing.trained:
+        return nullcontext()
+    return weights_detached(block, packing.trained, packing.tokens_left(index))
+
+
 # --- branches that leave -------------------------------------------------------------------------------------------
 
 
-def _narrow(count: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Return a block's arguments with the first `count` tokens only."""
-    args = tuple(_first(value, count) if index == 0 else value for index, value in enumerate(args))
-    return args, {name: _first(value, count) if name in _PER_TOKEN else value for name, value in kwargs.items()}
+def _enter(
+    packing: Packing, index: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of block number `index` without the branches that have left.
+
+    The first block reads embeddings; with detached weights those of branch tokens are not trained either.
+    """
+    count = packing.tokens_left(index)
+    args = tuple(_first(value, count) if place == 0 else value for place, value in enumerate(args))
+    kwargs = {name: _first(value, count) if name in _PER_TOKEN else value for name, value in kwargs.items()}
+    if index == 0 and packing.trained is not None:
+        return input_detached(packing.trained, block, args, kwargs)
+    return args, kwargs
 
 
 def _first(value: Any, count: int) -> Any:
@@ -142,51 +167,3 @@ def _lengthen(length: int, norm: nn.Module, args: tuple, output: Tensor) -> Tens
     """Fill up with zeros in place of the branches that left: a decoder may give its output its input's shape (GPT-2)."""
     missing = length - output.shape[1]
     return F.pad(output, (0, 0, 0, missing)) if missing else output
-
-
-# --- activation checkpoints: they run a block again in the backward pass, after `packed` has ended -----------------
-
-
-@contextmanager
-def _checkpoint_keeps_packing(block: nn.Module, configs: Sequence[Any], packing: Packing, count: int) -> Iterator[None]:
-    """Make the function that a checkpoint keeps install the attention; under Transformers' own it truncates its inputs.
-
-    Inputs of torch's `checkpoint_wrapper` are truncated already, because its hooks do not rerun.
-    """
-    name, owner = "checkpoint_fn", _checkpoint_wrapper(block)
-    own = owner is None
-    if own and not (getattr(block, "gradient_checkpointing", False) and block.training):
-        yield
-        return
-    if own:
-        name = "_gradient_checkpointing_func"
-        # Set on the module inside: attributes set on an FSDP wrapper do not reach it.
-        owner = next((module for module in block.modules() if name in vars(module)), block)
-    checkpoint = getattr(owner, name)
-
-    def keeping(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if own:
-            args, keywords = _narrow(count, owner, args, function.keywords)
-            function = partial(function.func, *function.args, **keywords)
-
-        def with_attention(*args: Any, **kwargs: Any) -> Any:
-            with _attention_installed(configs, packing):
-                return function(*args, **kwargs)
-
-        return checkpoint(with_attention, *args, **kwargs)
-
-    setattr(owner, name, keeping)
-    try:
-        yield
-    finally:
-        setattr(owner, name, checkpoint)
-
-
-def _checkpoint_wrapper(block: nn.Module) -> Any:
-    """Return torch's `checkpoint_wrapper` around a block (FSDP's own activation checkpointing adds it), or None."""
-    while hasattr(block, "_checkpoint_wrapped_module"):
-        # Not `hasattr`: torch's wrappers pass attributes of the wrapped module on.
-        if "checkpoint_fn" in vars(block):
-            return block
-        block = vars(block)["_modules"]["_checkpoint_wrapped_module"]
-    return None

@@ -176,12 +176,14 @@ class Packing:
         segments: in packed order; the first holds the main sequences.
         predicting: for every branch, in the order given, the packed positions whose states predict its tokens: the
             prompt's last token, then the branch's own, row by row.
+        trained: number of leading tokens, those of the main sequences, that train the weights; None for all tokens.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segments: Sequence[PackedSegment]
     predicting: Sequence[Tensor]
+    trained: int | None = None
 
     def to(self, device: torch.device) -> Packing:
         """Copy to `device`, without waiting for it."""
@@ -189,7 +191,8 @@ class Packing:
             tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.position_ids, *self.predicting)
         )
         segments = [segment.to(device) for segment in self.segments]
-        return Packing(input_ids=input_ids, position_ids=position_ids, segments=segments, predicting=predicting)
+        moved = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments, "predicting": predicting}
+        return replace(self, **moved)
 
     @property
     def num_tokens(self) -> int:
