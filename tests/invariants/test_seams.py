@@ -72,7 +72,7 @@ def test_trained_from_yaml(tmp_path, capsys):
         ({"push": {"powr": 3}}, r"unknown key supervision\.push\.powr; did you mean supervision\.push\.power\?"),
         ({"pusch": {"power": 3}}, r"unknown key supervision\.pusch"),
         ({"thinking": {"signal": "pusch"}}, r"allowed: 'logits', 'feature', 'push' or 'none'"),
-        ({"lens": "halfing"}, r"allowed: 'logit' or 'halving'"),
+        ({"lens": "halfing"}, r"allowed: 'logit', 'tuned', 'model' or 'halving'"),
     ],
 )
 def test_mistakes_name_the_registered_names(tmp_path, changes, message):

@@ -117,7 +117,14 @@ def fit_tuned_lens(
     architecture, random = find_architecture(model), np.random.default_rng(seed)
     chosen = _choose(texts, config.states, random)
     top = architecture.num_layers
-    states, text_of = _collect(model, architecture, chosen, [*layers, top], batch_size, progress)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done)
+
+    states, text_of = _collect(
+        model, architecture, chosen, [*layers, top], batch_size, lambda done: tell(min(done, config.states))
+    )
     if len(text_of) < 100:
         raise UsageError(f"supervision.tuned: the texts have {len(text_of)} states; at least 100 are needed")
     # Whole texts are held out: the states of one text resemble each other.
@@ -129,9 +136,7 @@ def fit_tuned_lens(
     closed_form = {layer: _mean_kl(architecture, lens, states[layer][held], outputs[held], layer) for layer in layers}
     best = dict(lens.maps)
     train = {layer: states[layer][~held] for layer in layers}
-    _refine(
-        architecture, lens, train, outputs[~held], config.steps, random, lambda n: _tell(progress, config.states + n)
-    )
+    _refine(architecture, lens, train, outputs[~held], config.steps, random, lambda n: tell(config.states + n))
     figures = {}
     for layer in layers:
         kl = _mean_kl(architecture, lens, states[layer][held], outputs[held], layer)
@@ -140,11 +145,6 @@ def fit_tuned_lens(
         lens._cast.pop(layer, None)
         figures[layer] = LensFigures(kl, _mean_kl(architecture, None, states[layer][held], outputs[held], layer))
     return lens, figures
-
-
-def _tell(progress: Callable[[int], None] | None, done: int) -> None:
-    if progress is not None:
-        progress(done)
 
 
 def _choose(texts: Sequence[Text], states: int, random: np.random.Generator) -> list[Text]:
@@ -166,7 +166,7 @@ def _collect(
     texts: Sequence[Text],
     layers: Sequence[int],
     batch_size: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> tuple[dict[int, Tensor], np.ndarray]:
     """Return layer -> raw states (N, D), float32, and the place of each state's text (N,)."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -188,7 +188,7 @@ def _collect(
             for layer in layers:
                 parts[layer].append(taps.hidden_states[layer][read.to(architecture.device)].float())
             text_of.append(np.repeat(rows, read.sum(1).numpy()))
-            _tell(progress, sum(map(len, text_of)))
+            progress(sum(map(len, text_of)))
     return {layer: torch.cat(found) for layer, found in parts.items()}, np.concatenate(text_of)
 
 
