@@ -92,6 +92,14 @@ class TunedLensConfig(Section):
     refit: Annotated[int, Field(ge=0)] = 0  # optimizer steps between fits on the model in training; 0: frozen
 
 
+class BalanceConfig(Section):
+    """Bounds on the gradients of the inner losses; `balance: gradient` is short for `{mode: gradient}`."""
+
+    mode: Literal["none", "gradient"] = "none"
+    every: Annotated[int, Field(ge=1)] = 100  # optimizer steps between measurements, each about two micro-batches long
+    max_share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5  # of the gradient of L_TFT
+
+
 class SupervisionConfig(Section):
     """The inner losses: conversion (L_LC at layer i) and thinking (L_ET at layer j).
 
@@ -107,7 +115,13 @@ class SupervisionConfig(Section):
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
     tuned: TunedLensConfig = TunedLensConfig()
+    balance: BalanceConfig = BalanceConfig()
     profile_rows: Annotated[int, Field(ge=1)] = 64  # rows whose entropy decides an `auto` layer
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _registered_options(self) -> SupervisionConfig:

@@ -31,6 +31,7 @@ from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
+from pivotune.training.gradient_balance import GradientBalance
 from pivotune.training.lens_fitting import build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.preparation import (
@@ -135,6 +136,24 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         _log_non_additive(self._losses)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
+        layers = {name: int(term.layer) for name, term in self.supervision.active().items()}
+        self.balance = GradientBalance(self.supervision.balance, layers)
+        self._check_balance()
+        self.add_callback(self.balance)
+
+    def _check_balance(self) -> None:
+        """Measure no gradients where they cannot be taken one loss at a time; refuse to balance them there."""
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        reason = (
+            "weights are sharded" if self.is_fsdp_enabled or self.is_deepspeed_enabled
+            else "activation checkpoints are reentrant" if self.args.gradient_checkpointing and reentrant
+            else None
+        )  # fmt: skip
+        if reason is None:
+            return
+        if self.balance.config.mode == "gradient" and self.balance.layers:
+            raise UsageError(f"supervision.balance: gradient cannot be measured where {reason}; allowed here: none")
+        self.balance.layers = {}
 
     # ---- batches ----
 
@@ -164,6 +183,20 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
 
     # ---- loss ----
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run one micro-batch; before the first of some steps measure the gradients of its losses one by one."""
+        if self.balance.due(self.state.global_step):
+            batch = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                step, reduce = self.state.global_step, self._sum_over_ranks
+                self.balance.measure(model, batch, self._losses, self._weights(), step, reduce)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _weights(self) -> dict[str, float]:
+        """Return the weight of every term at this step, before balancing."""
+        factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
+        return {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Any]:
@@ -184,8 +217,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             inputs: a batch as `DeepSupervisionCollator` makes it.
             num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
         """
-        factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
-        weights = {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
+        balanced = self.balance.factors
+        weights = {name: weight * balanced.get(name, 1.0) for name, weight in self._weights().items()}
         off = frozenset(name for name, weight in weights.items() if weight == 0)
         terms = self._losses.terms(model, inputs, off)
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
@@ -217,6 +250,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             if self.supervision.active():
                 # The log line of step n reports the factor that step n used.
                 step = max(self.state.global_step - 1, 0)
+                logs.update(self.balance.take_figures())
                 logs["supervision_factor"] = schedule_factor(self.args.supervision.schedule, step, self.state.max_steps)
         if "loss" in logs or "train_runtime" in logs:
             # After the last line of a run the sums belong to no later run.
