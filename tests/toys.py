@@ -65,6 +65,7 @@ class BothPrompts:
     main_language = "target"
     replay = False
     inner_losses = True
+    needs_english = True
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         english_prompt = np.tile([False, True], len(replayed))

@@ -130,7 +130,7 @@ def test_missing_keys(key):
 
 
 CHOICES = [
-    ("method", "dft", "'english-only', 'tft' or 'deep-supervision'"),
+    ("method", "dft", "'english-only', 'tft', 'deep-supervision' or 'cross-lingual'"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("quantize", "8bit", "'4bit'"),
     ("data.on_bad_row", "ignore", "'error' or 'skip'"),

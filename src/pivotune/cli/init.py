@@ -12,7 +12,7 @@ _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HEAD = """\
 # pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
-method: {method}                 # english-only | tft (translated fine-tuning) | deep-supervision
+method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | deep-supervision
 
 data:
   train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
@@ -54,7 +54,7 @@ seed: 0
 
 
 def init(
-    method: Annotated[str, typer.Option(help="deep-supervision, tft or english-only.")] = "deep-supervision",
+    method: Annotated[str, typer.Option(help="deep-supervision, cross-lingual, tft or english-only.")] = "deep-supervision",
     model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",

@@ -67,6 +67,7 @@ METHODS: Registry[Any] = Registry(
         "english-only": "pivotune.methods.baselines:ENGLISH_ONLY",
         "tft": "pivotune.methods.baselines:TFT",
         "deep-supervision": "pivotune.methods.deep_supervision:DEEP_SUPERVISION",
+        "cross-lingual": "pivotune.methods.cross_lingual:CROSS_LINGUAL",
     },
     # The paper's name: plain supervised fine-tuning on the English rows.
     aliases={"sft": "english-only"},

@@ -5,6 +5,7 @@ Defaults stand beside their reason; the measured ones are explained in docs/expe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -205,10 +206,36 @@ def check_signals(method: str, supervision: SupervisionConfig) -> None:
         raise ValueError("supervision: both signals are none; that is method: tft")
 
 
+# Settings in place of the defaults above; keys that are given change them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    # arXiv 2503.01275: unweighted inner losses all the way, read through the logit lens, translated rows only.
+    "paper": {
+        "data": {"english_ratio": 0.0},
+        "supervision": {
+            "conversion": {"weight": 1.0},
+            "thinking": {"weight": 1.0},
+            "schedule": "constant",
+            "lens": "logit",
+            "logits": {"gradient": "all"},
+        },
+    },
+}
+
+
+def merged(defaults: Any, given: Any) -> Any:
+    """Return nested settings in which `given` values replace `defaults`."""
+    if not (isinstance(defaults, Mapping) and isinstance(given, Mapping)):
+        return given
+    both = {key: merged(defaults[key], given[key]) for key in defaults.keys() & given.keys()}
+    return {**defaults, **given, **both}
+
+
 class RunConfig(Section):
     """Everything `pivotune train` reads."""
 
     model: str
+    preset: Literal["recommended", "paper"] = "recommended"
     method: MethodName = "deep-supervision"
     data: DataConfig
     supervision: SupervisionConfig = SupervisionConfig()
@@ -221,6 +248,12 @@ class RunConfig(Section):
     trust_remote_code: bool = False
     output_dir: str
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, settings: Any) -> Any:
+        preset = settings.get("preset") if isinstance(settings, Mapping) else None
+        return merged(PRESETS[preset], settings) if isinstance(preset, str) and preset in PRESETS else settings
 
     @field_validator("training")
     @classmethod

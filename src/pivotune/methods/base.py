@@ -44,6 +44,7 @@ class Method(Protocol):
         main_language: the language that the method teaches; the held-out rows must have this side.
         replay: whether `data.english_ratio` turns a share of the rows into English ones.
         inner_losses: whether `supervision` applies.
+        needs_english: whether every training row must have its English side.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method(Protocol):
     main_language: Language
     replay: bool
     inner_losses: bool
+    needs_english: bool
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         """Return the training examples of all rows; `replayed` (rows,) bool marks rows replayed in English."""
@@ -59,11 +61,11 @@ class Method(Protocol):
 
 def required_sides(method: Method, english_ratio: float, *, heldout: bool = False) -> RequiredSides:
     """Return the sides that rows need: for held-out rows the main language alone."""
-    if method.inner_losses or method.main_language == "english":
+    if method.needs_english:
         needed_by = f"method {method.name}"
     else:
         needed_by = f"data.english_ratio {english_ratio:g} (0 for none)"
-    trained = method.inner_losses or (method.replay and english_ratio > 0)
+    trained = method.needs_english or (method.replay and english_ratio > 0)
     return RequiredSides(
         target=method.main_language == "target",
         english=method.main_language == "english" or (trained and not heldout),

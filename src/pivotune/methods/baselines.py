@@ -18,6 +18,7 @@ class PlainFineTuning:
     main_language: Language
     replay: bool
     inner_losses: bool = False
+    needs_english: bool = False
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         """One example a row, in the main language or replayed in English."""
@@ -35,6 +36,7 @@ ENGLISH_ONLY = PlainFineTuning(
     summary="Supervised fine-tuning (SFT) on the English side of the rows.",
     main_language="english",
     replay=False,
+    needs_english=True,
 )
 TFT = PlainFineTuning(
     name="tft",

@@ -11,4 +11,5 @@ DEEP_SUPERVISION = PlainFineTuning(
     main_language="target",
     replay=True,
     inner_losses=True,
+    needs_english=True,
 )

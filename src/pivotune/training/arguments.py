@@ -23,7 +23,15 @@ from transformers.training_args import OptimizerNames
 
 from pivotune.config.messages import validate
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig, SupervisionConfig, check_signals
+from pivotune.config.settings import (
+    PRESETS,
+    EncodingConfig,
+    FaultsConfig,
+    RunConfig,
+    SupervisionConfig,
+    check_signals,
+    merged,
+)
 from pivotune.config.training_ranges import check_ranges
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
@@ -61,7 +69,8 @@ class DeepSupervisionConfig(TrainingArguments):
     `args.supervision.thinking.layer`. `pivotune.config.settings` lists keys and defaults.
 
     Args:
-        method: `deep-supervision`, or a baseline: `tft` (target language only), `english-only`.
+        method: `deep-supervision`, its control `cross-lingual`, or a baseline: `tft` (target language only), `english-only`.
+        preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
         faults: treatment of non-finite losses, and the time limit of collectives.
@@ -73,7 +82,8 @@ class DeepSupervisionConfig(TrainingArguments):
         UsageError: an unknown key, or a value that is not allowed.
     """
 
-    method: str = field(default="deep-supervision", metadata={"help": "deep-supervision, tft or english-only"})
+    method: str = field(default="deep-supervision", metadata={"help": "deep-supervision, cross-lingual, tft or english-only"})
+    preset: str = field(default="recommended", metadata={"help": "recommended or paper"})
     supervision: SupervisionSection = field(default_factory=SupervisionConfig, metadata={"help": "section, as JSON"})
     data: DataSection = field(default_factory=EncodingConfig, metadata={"help": "section, as JSON"})
     faults: FaultsSection = field(default_factory=FaultsConfig, metadata={"help": "section, as JSON"})
@@ -106,11 +116,18 @@ class DeepSupervisionConfig(TrainingArguments):
 
     def _read_sections(self) -> None:
         """Replace mappings and JSON texts by checked sections."""
+        if self.preset not in PRESETS:
+            raise UsageError(
+                f"DeepSupervisionConfig: preset: {self.preset!r} is not allowed; allowed: {', '.join(PRESETS)}"
+            )
         for name, section in _SECTIONS.items():
-            value = getattr(self, name)
-            if not isinstance(value, section):
-                value = json.loads(value) if isinstance(value, str) else dict(value or {})
-                setattr(self, name, validate(section, value, where="DeepSupervisionConfig", within=f"{name}."))
+            value, preset = getattr(self, name), PRESETS[self.preset].get(name, {})
+            if isinstance(value, section) and not preset:
+                continue
+            if isinstance(value, section):
+                value = value.model_dump(exclude_unset=True)
+            value = merged(preset, json.loads(value) if isinstance(value, str) else dict(value or {}))
+            setattr(self, name, validate(section, value, where="DeepSupervisionConfig", within=f"{name}."))
         try:
             self.method = METHODS.check(self.method)
             check_signals(self.method, self.supervision)
