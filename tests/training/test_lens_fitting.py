@@ -13,8 +13,9 @@ from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
 from pivotune.lenses.model import ModelLens
+from pivotune.lenses.tuned import lens_texts
 from pivotune.training import lens_fitting
-from pivotune.training.lens_fitting import LENS_FILE, build_lens, lens_texts, read_lens_figures
+from pivotune.training.lens_fitting import LENS_FILE, build_lens, read_lens_figures
 
 TUNED = {
     "lens": "tuned",

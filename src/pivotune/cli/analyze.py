@@ -25,6 +25,9 @@ def analyze(
     language: Annotated[str | None, typer.Option("--lang", "--language", help="Code of the target language.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to measure, spread over the data.")] = 64,
     tokens_per_row: Annotated[int, typer.Option(min=0, help="Tokens counted in each text; 0 counts all.")] = 32,
+    rule: Annotated[
+        str, typer.Option("--layers", help="Chosen by: reading (through a tuned lens) or paper.")
+    ] = "reading",
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of each prompt and each answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -32,7 +35,7 @@ def analyze(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the analysis as JSON on stdout.")] = False,
 ) -> None:
-    """Measure the entropy of every layer and choose the conversion and the thinking layer."""
+    """Measure what every layer can say and how sure it is, and choose the conversion and the thinking layer."""
     picture = out.with_suffix(".png")
     if out.is_dir():
         raise UsageError(f"--out: {out} is a folder; name a file, such as {out / 'layers.json'}")
@@ -41,6 +44,8 @@ def analyze(
     for path in (out, picture):
         if path.exists() and not overwrite:
             raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
+    if rule not in ("reading", "paper"):
+        raise UsageError(f"--layers: {rule!r} is not allowed; allowed: reading, paper")
     quiet_libraries()
     pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
     try:  # before the measurement, which takes long
@@ -49,6 +54,7 @@ def analyze(
     except OSError as error:
         raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
+    from pivotune.config.settings import TunedLensConfig
     from pivotune.layers.measure import analyze_layers, num_sequences
     from pivotune.layers.selection import write_layers_json
     from pivotune.models.loading import load_model
@@ -57,6 +63,7 @@ def analyze(
     loaded = load_model(model)
     with progress("Measuring the layers", num_sequences(pairs)) as advance:
         options: Any = {"batch_size": batch_size, "tokens_per_row": tokens_per_row or None, "progress": advance}
+        options["tuned"] = TunedLensConfig() if rule == "reading" else None
         analysis = analyze_layers(loaded, tokenizer, pairs, model_name=model, language=language, **options)
     write_layers_json(out, analysis)
     plot_entropy(analysis, picture)
@@ -74,12 +81,13 @@ def _encode(
     from pivotune.models.loading import check_model, load_tokenizer, read_config
 
     check_model(model)  # before the imports that load torch
+    from pivotune.data.datasets import spread
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
     from pivotune.layers.selection import check_depth
     from pivotune.models.architecture import check_architecture
-    from pivotune.training.preparation import context_length, spread
+    from pivotune.training.preparation import context_length
 
     config = read_config(model)
     check_architecture(config.model_type)
@@ -98,12 +106,15 @@ def print_layers(out: Console, analysis: LayerAnalysis) -> None:
     columns = ["layer", "entropy (nats)", "top-1 = output's"]
     columns += ["English entropy"] if english else []
     columns += ["share on English tokens"] if target["english_share"] else []
+    reading = analysis.get("reading")
+    columns += ["NLL of x_en", "NLL of y_en"] if reading else []
     table = Table(*columns, "")
     marks = {analysis["conversion"]: "conversion", analysis["thinking"]: "thinking"}
     for layer in range(analysis["num_layers"] + 1):
         cells = [str(layer), f"{target['entropy'][layer]:.3f}", f"{target['agreement'][layer]:.0%}"]
         cells += [f"{english['entropy'][layer]:.3f}"] if english else []
         cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
+        cells += [f"{reading[name][layer]:.2f}" for name in ("conversion", "thinking")] if reading else []
         table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)
     out.print(table)
     chosen = f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}"

@@ -54,7 +54,9 @@ seed: 0
 
 
 def init(
-    method: Annotated[str, typer.Option(help="deep-supervision, cross-lingual, tft or english-only.")] = "deep-supervision",
+    method: Annotated[
+        str, typer.Option(help="deep-supervision, cross-lingual, tft or english-only.")
+    ] = "deep-supervision",
     model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
     language: Annotated[str, typer.Option("--lang", "--language", help="Code of the target language.")] = "vi",

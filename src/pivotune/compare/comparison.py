@@ -315,7 +315,7 @@ def _notes(
     if differences:
         notes.append(
             f"Differences are to {baseline}, with 95 % intervals: paired bootstrap over items ({resamples:,} resamples, "
-            f"seed {seed}). Better or worse is said only where the interval excludes zero."
+            f"seed {seed}). A method is called better or worse only where the interval excludes zero."
         )
     if any(found.num_seeds for found in differences):
         notes.append(

@@ -117,7 +117,9 @@ class SupervisionConfig(Section):
     feature: FeatureConfig = FeatureConfig()
     tuned: TunedLensConfig = TunedLensConfig()
     balance: BalanceConfig = BalanceConfig()
-    profile_rows: Annotated[int, Field(ge=1)] = 64  # rows whose entropy decides an `auto` layer
+    # What an `auto` layer is chosen by: what each layer can say through a tuned lens, or the paper's entropy curve.
+    layers: Literal["reading", "paper"] = "paper"
+    profile_rows: Annotated[int, Field(ge=1)] = 64  # rows that are measured for it
 
     @field_validator("balance", mode="before")
     @classmethod
@@ -217,6 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "thinking": {"weight": 1.0},
             "schedule": "constant",
             "lens": "logit",
+            "layers": "paper",
             "logits": {"gradient": "all"},
         },
     },

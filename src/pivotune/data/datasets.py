@@ -163,3 +163,9 @@ def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
     return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))
+
+
+def spread(items: Sequence[_T], count: int) -> list[_T]:
+    """Return `count` items at even distances: files are often sorted by topic."""
+    step = max(len(items) / count, 1.0)
+    return [items[int(index * step)] for index in range(min(count, len(items)))]

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import parse_config
+from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.demo.rows import build_demo_rows, write_demo_rows
 from pivotune.errors import UsageError
@@ -22,7 +23,7 @@ from pivotune.runs.execute import RunResult, execute_run
 from pivotune.runs.prepare import PreparedRun, prepare_run
 from pivotune.text.files import write_json
 from pivotune.training.heldout import greedy_answers
-from pivotune.training.preparation import heldout_examples, spread
+from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress
 
 MODEL = "bundled:smollm2-135m-instruct"

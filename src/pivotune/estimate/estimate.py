@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pivotune.config.settings import RunConfig
 from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.estimate.dry_step import dry_step
 from pivotune.estimate.memory import Memory, ModelSize, measure_model, memory_of, meta_model, read_model_config
@@ -22,7 +23,7 @@ from pivotune.estimate.rows import RunRows, Schedule, largest_batch, num_tokens,
 from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed.strategies import Strategy, sharding_unsupported_reason, strategy_of
-from pivotune.training.preparation import assumed_supervision, spread
+from pivotune.training.preparation import assumed_supervision
 
 logger = logging.getLogger(__name__)
 # Full sharding is tried over up to this many devices.

@@ -13,14 +13,14 @@ import torch
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
-from pivotune.data.datasets import training_examples
+from pivotune.data.datasets import spread, training_examples
 from pivotune.data.examples import Example, Pair, Side
 from pivotune.errors import UsageError
 from pivotune.estimate.memory import read_model_config
 from pivotune.models.loading import load_tokenizer
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
 from pivotune.training.batching import length_grouped_order
-from pivotune.training.preparation import build_encoder, load_run_rows, spread
+from pivotune.training.preparation import build_encoder, load_run_rows
 
 # Rows that are tokenized, enough to know their lengths, and rows that are put in order: more change the longest
 # micro-batch little.

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pivotune.config.settings import TunedLensConfig
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
 from pivotune.layers.profile import LayerProfile, profile_layers
-from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_layers
+from pivotune.layers.reading import measure_reading
+from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_by_reading, select_layers
 from pivotune.lenses.base import Lens
+from pivotune.lenses.tuned import fit_tuned_lens, lens_texts
+from pivotune.models.architecture import find_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +32,7 @@ def analyze_layers(
     pairs: Sequence[Pair],
     *,
     lens: Lens | None = None,
+    tuned: TunedLensConfig | None = None,
     model_name: str = "",
     language: str | None = None,
     batch_size: int = 8,
@@ -41,6 +46,8 @@ def analyze_layers(
     Args:
         pairs: encoded rows; all of them are measured.
         lens: called as `lens(hidden_states, layer)` on raw states; None for the logit lens (see `profile_layers`).
+        tuned: fit a tuned lens for every layer on these rows and look through it; where rows have both sides, choose the
+            layers by what they can say (`select_by_reading`) in place of the entropy.
         tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. More rows
             add more information than more tokens of one text.
         progress: called with the number of sequences done so far, both languages together.
@@ -56,6 +63,14 @@ def analyze_layers(
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
     vocabulary, reason = english_looking_tokens(tokenizer, texts)
     device = next(model.parameters()).device
+    reading = None
+    if tuned is not None:
+        layers = range(1, find_architecture(model).num_layers)
+        lens, _ = fit_tuned_lens(model, lens_texts(pairs, tuned.text), layers, tuned.model_copy(update={"steps": 0}))
+        if english:
+            reading = measure_reading(
+                model, pairs, lens, pad_token_id=tokenizer.pad_token_id or 0, batch_size=batch_size
+            )
 
     def profile(sides: Sequence[Side], done: int) -> LayerProfile:
         return profile_layers(
@@ -69,13 +84,16 @@ def analyze_layers(
 
     target_profile = profile(target, 0)
     english_profile = profile(english, len(target)) if english else None
+    selection = select_layers(target_profile.entropy) if reading is None else select_by_reading(reading)
     return analysis_to_json(
-        select_layers(target_profile.entropy),
+        selection,
         target_profile,
         english_profile,
         model=model_name,
         language=language,
         english_tokens=reason,
+        lens="logit" if tuned is None else "tuned",
+        reading=reading,
     )
 
 
@@ -124,11 +142,11 @@ def english_looking_tokens(
     letters = [character for text in target_texts for character in text if character.isalpha()]
     latin = {character for character in set(letters) if "LATIN" in unicodedata.name(character, "")}
     if not letters:
-        return None, "the target texts have no letters, so English-looking tokens cannot be told"
+        return None, "the target texts have no letters, so English-looking tokens cannot be recognized"
     latin_share = sum(character in latin for character in letters) / len(letters)
     if latin_share >= 0.5:
         share = f"{latin_share:.0%} of the target language's letters are Latin"
-        return None, f"{share}, so English-looking tokens cannot be told"
+        return None, f"{share}, so English-looking tokens cannot be recognized"
     vocabulary = tokenizer.get_vocab()
     looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)

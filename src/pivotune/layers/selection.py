@@ -20,8 +20,9 @@ from pivotune.text.files import finite, write_json
 
 if TYPE_CHECKING:
     from pivotune.layers.profile import LayerProfile
+    from pivotune.layers.reading import LayerReading
 
-SelectionMethod = Literal["entropy-falls", "relative-depth", "explicit"]
+SelectionMethod = Literal["reading", "entropy-falls", "relative-depth", "explicit"]
 TermName = Literal["conversion", "thinking"]
 
 LAYERS_JSON_VERSION = 1
@@ -41,6 +42,8 @@ INTERRUPTION = 1
 LARGEST_RISE = 0.25
 # The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
 CONVERSION_BY, LAST_LAYERS = 0.5, 2
+# Shares of the gain in likelihood at which a layer is chosen by reading (docs/experiments.md).
+CONVERSION_SHARE, THINKING_SHARE = 0.1, 0.5
 # i, j and the last layer above them: fewer layers have no place for both.
 SMALLEST_DEPTH = 3
 
@@ -60,8 +63,8 @@ class LayerSelection:
 
     Attributes:
         conversion, thinking: i and j, where conversion to English and thinking in English end; 1 <= i < j < L.
-        method: `entropy-falls` (read from the curve), `relative-depth` (the paper's 2/32 and 15/32 of the depth) or
-            `explicit` (both set by the user).
+        method: `reading` (from what each layer can say), `entropy-falls` (from the entropy curve), `relative-depth` (the
+            paper's 2/32 and 15/32 of the depth) or `explicit` (both set by the user).
         falls: every clear fall that was found, from the bottom up.
     """
 
@@ -74,6 +77,40 @@ class LayerSelection:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {**asdict(self), "falls": [asdict(fall) for fall in self.falls]}
+
+
+def select_by_reading(reading: LayerReading) -> LayerSelection:
+    """Choose the layers from what each can say, read through a tuned lens (`LayerReading`).
+
+    The likelihood of the English text improves from layer to layer. Let N_k be -log P at layer k and N* the lowest value
+    of the layers below L. The thinking layer j is the first at which y_en has `THINKING_SHARE` of the gain from layer 1 to
+    N*: the loss has something to work with, and layers are left to convert back. The conversion layer i is the first with
+    `CONVERSION_SHARE` of the gain for x_en. Without a gain of `CLEAR_NATS` a layer is at the paper's relative depth.
+    """
+    num_layers = len(reading.thinking) - 1
+    check_depth(num_layers)
+    relative = dict(zip(("conversion", "thinking"), relative_depth(num_layers), strict=True))
+    layers, reasons = {}, []
+    for name, share, values in (
+        ("conversion", CONVERSION_SHARE, reading.conversion),
+        ("thinking", THINKING_SHARE, reading.thinking),
+    ):
+        inner = values[1:num_layers]
+        gain = inner[0] - min(inner)
+        if not all(map(math.isfinite, inner)) or gain < CLEAR_NATS:
+            layers[name] = relative[name]
+            reasons.append(f"{name}: no layer says the English text clearly better; the paper's relative depth")
+            continue
+        layers[name] = 1 + next(k for k, value in enumerate(inner) if inner[0] - value >= share * gain)
+        reasons.append(
+            f"{name}: at layer {layers[name]} the English text has {share:.0%} of its gain in likelihood "
+            f"({inner[0]:.2f} to {min(inner):.2f} nats per token)"
+        )
+    if not layers["conversion"] < layers["thinking"]:
+        layers["conversion"] = max(1, layers["thinking"] - 1)
+        layers["thinking"] = layers["conversion"] + 1
+        reasons.append("conversion was moved below thinking")
+    return LayerSelection(layers["conversion"], layers["thinking"], "reading", "; ".join(reasons))
 
 
 def select_layers(entropy: Sequence[float]) -> LayerSelection:
@@ -254,13 +291,7 @@ def check_layer(term: TermName, layer: int | Literal["auto"], num_layers: int, *
 # --- layers.json ---------------------------------------------------------------------------------------------------
 
 
-class LayerAnalysis(TypedDict):
-    """Content of `layers.json`.
-
-    `target` and `english` are the profiles on the two languages (`LayerProfile.to_dict()`, null for a value that is not
-    finite); `english_tokens` is the reason given by `english_looking_tokens`.
-    """
-
+class _Analysis(TypedDict):
     version: int
     model: str
     language: str | None
@@ -275,6 +306,18 @@ class LayerAnalysis(TypedDict):
     english_tokens: str | None
 
 
+class LayerAnalysis(_Analysis, total=False):
+    """Content of `layers.json`.
+
+    `target` and `english` are the profiles on the two languages (`LayerProfile.to_dict()`, null for a value that is not
+    finite) through the lens `lens`; `reading` is what each layer can say (`LayerReading.to_dict()`), where rows have both
+    sides; `english_tokens` is the reason given by `english_looking_tokens`.
+    """
+
+    lens: str
+    reading: dict[str, Any] | None
+
+
 def analysis_to_json(
     selection: LayerSelection,
     target_profile: LayerProfile,
@@ -283,6 +326,8 @@ def analysis_to_json(
     model: str,
     language: str | None = None,
     english_tokens: str | None = None,
+    lens: str = "logit",
+    reading: LayerReading | None = None,
 ) -> LayerAnalysis:
     """Return the content of `layers.json`; `model` as the user wrote it, `language` its code."""
     analysis = {
@@ -294,6 +339,8 @@ def analysis_to_json(
         "target": target_profile.to_dict(),
         "english": english_profile and english_profile.to_dict(),
         "english_tokens": english_tokens,
+        "lens": lens,
+        "reading": reading and reading.to_dict(),
     }
     return finite(analysis)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.config.settings import TunedLensConfig
+from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
 from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.models.architecture import Architecture, find_architecture
@@ -86,6 +87,29 @@ class TunedLens:
             layer: (torch.tensor(arrays[f"layer.{layer}.weight"]), torch.tensor(arrays[f"layer.{layer}.bias"]))
             for layer in sorted(layers)
         }
+
+
+def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
+    """Return the texts whose states a lens is fitted on.
+
+    `english`: the English side of every row; `both`: every other row's target side instead; `branches`: the English query
+    or answer behind the target prompt, as the inner losses read it. The first token's state is not used: it has no context,
+    and activations of its own.
+    """
+    texts = []
+    for index, pair in enumerate(pairs):
+        english, target = pair.english, pair.target
+        if english is None or (text == "both" and index % 2 and target is not None):
+            if target is not None:
+                texts.append(Text(target.ids, 1))
+        elif text == "branches" and target is not None:
+            part = slice(*english.query) if index % 2 else slice(english.answer, len(english.ids))
+            texts.append(
+                Text(np.concatenate([target.ids[: target.answer], english.ids[part]]), max(target.answer - 1, 1))
+            )
+        else:
+            texts.append(Text(english.ids, 1))
+    return texts
 
 
 def fit_tuned_lens(

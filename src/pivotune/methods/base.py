@@ -61,13 +61,10 @@ class Method(Protocol):
 
 def required_sides(method: Method, english_ratio: float, *, heldout: bool = False) -> RequiredSides:
     """Return the sides that rows need: for held-out rows the main language alone."""
-    if method.needs_english:
-        needed_by = f"method {method.name}"
-    else:
-        needed_by = f"data.english_ratio {english_ratio:g} (0 for none)"
+    replay = f"data.english_ratio {english_ratio:g} (0 for none)"
     trained = method.needs_english or (method.replay and english_ratio > 0)
     return RequiredSides(
         target=method.main_language == "target",
         english=method.main_language == "english" or (trained and not heldout),
-        needed_by=needed_by,
+        needed_by=f"method {method.name}" if method.needs_english else replay,
     )

@@ -119,7 +119,7 @@ def _execute(
     in_memory = partial(explained_out_of_memory, config, args)
 
     def begin_folder() -> LayerAnalysis | None:
-        """Write the first files; return the layers of a resumed run, whatever another machine would measure."""
+        """Write the first files; return the layers of a resumed run: another machine might measure others."""
         remove_half_written(folder)
         write_run_config(folder, config)
         # A process that was killed before it wrote the record has trained on nothing yet.

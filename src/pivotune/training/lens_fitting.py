@@ -8,24 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from pivotune.config.registry import LENSES
 from pivotune.config.settings import SupervisionConfig, TunedLensConfig
+from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.lenses.base import Lens
-from pivotune.lenses.tuned import LensFigures, Text, TunedLens, fit_tuned_lens
+from pivotune.lenses.tuned import LensFigures, TunedLens, fit_tuned_lens, lens_texts
 from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.kept_arrays import can_be_reused, map_arrays, save_arrays, weights_digest
-from pivotune.training.preparation import spread
 from pivotune.training.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -113,29 +112,6 @@ def fit_lens(
             batch_size=args.per_device_eval_batch_size,
             progress=advance,
         )
-
-
-def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
-    """Return the texts whose states a lens is fitted on.
-
-    `english`: the English side of every row; `both`: every other row's target side instead; `branches`: the English query
-    or answer behind the target prompt, as the inner losses read it. The first token's state is not used: it has no context,
-    and activations of its own.
-    """
-    texts = []
-    for index, pair in enumerate(pairs):
-        english, target = pair.english, pair.target
-        if english is None or (text == "both" and index % 2 and target is not None):
-            if target is not None:
-                texts.append(Text(target.ids, 1))
-        elif text == "branches" and target is not None:
-            part = slice(*english.query) if index % 2 else slice(english.answer, len(english.ids))
-            texts.append(
-                Text(np.concatenate([target.ids[: target.answer], english.ids[part]]), max(target.answer - 1, 1))
-            )
-        else:
-            texts.append(Text(english.ids, 1))
-    return texts
 
 
 def read_lens_figures(path: Path) -> dict[int, LensFigures]:

@@ -17,6 +17,7 @@ from pivotune.data.datasets import (
     check_branch_lengths,
     side_examples,
     split_validation,
+    spread,
     training_examples,
 )
 from pivotune.data.examples import Encoder, Pair
@@ -163,7 +164,7 @@ def measure_layers(
     model_name: str = "",
     progress: Progress = silent,
 ) -> LayerAnalysis:
-    """Measure the entropy of every layer on `supervision.profile_rows` rows spread over the data, on the run's device.
+    """Measure every layer (`supervision.layers`) on `supervision.profile_rows` rows spread over the data.
 
     The main process measures for all: rounding on other processes might choose other layers. It holds the whole model.
 
@@ -179,8 +180,15 @@ def measure_layers(
 
     def measure() -> LayerAnalysis:
         with placed(model, args.device), progress("Measuring the layers", num_sequences(rows)) as advance:
+            tuned = args.supervision.tuned if args.supervision.layers == "reading" else None
             return analyze_layers(
-                model, tokenizer, rows, model_name=model_name, language=args.data.language, progress=advance
+                model,
+                tokenizer,
+                rows,
+                tuned=tuned,
+                model_name=model_name,
+                language=args.data.language,
+                progress=advance,
             )
 
     return ranks.on_main(measure)
@@ -253,12 +261,6 @@ def check_layers(supervision: SupervisionConfig, num_layers: int) -> None:
         resolve_layers(supervision.conversion.layer, supervision.thinking.layer, num_layers)
     for name, term in active.items():
         check_layer(name, term.layer, num_layers)
-
-
-def spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """Return `count` items at even distances: files are often sorted by topic."""
-    step = max(len(items) / count, 1.0)
-    return [items[int(index * step)] for index in range(min(count, len(items)))]
 
 
 # ---- model and tokenizer ----

@@ -138,7 +138,9 @@ class RowCheck:
     def _ids(self, texts: list[Text]) -> list[np.ndarray]:
         """Return the numbers of the different terms of prompt and answer."""
         ids = self.term_ids
-        return [np.array([ids.setdefault(term, len(ids)) for term in text.terms()], dtype=np.int32) for text in texts]
+        # In one order: that of a set differs from process to process.
+        terms = (sorted(text.terms()) for text in texts)
+        return [np.array([ids.setdefault(term, len(ids)) for term in each], dtype=np.int32) for each in terms]
 
 
 def _is_copy(target: Text, english: Text) -> bool:
