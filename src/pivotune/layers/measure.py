@@ -65,7 +65,7 @@ def analyze_layers(
     device = next(model.parameters()).device
     reading = None
     if tuned is not None:
-        layers = range(1, find_architecture(model).num_layers)
+        layers = range(find_architecture(model).num_layers)
         lens, _ = fit_tuned_lens(model, lens_texts(pairs, tuned.text), layers, tuned.model_copy(update={"steps": 0}))
         if english:
             reading = measure_reading(

@@ -56,7 +56,7 @@ def measure_reading(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> LayerReading:
-    """Read both English sides behind the target prompts through a lens at layers 1 to L - 1, and at 0 and L as they are.
+    """Read both English sides behind the target prompts through a lens at layers 0 to L - 1, and at the output.
 
     Args:
         pairs: rows; those without both sides are left out.
@@ -82,7 +82,7 @@ def measure_reading(
                 counts[name] += len(labels)
                 for layer in layers:
                     states = taps.hidden_states.pop(layer)[:, :-1][read]
-                    if 0 < layer < architecture.num_layers:
+                    if layer < architecture.num_layers:
                         states = lens(states, layer)
                     sums[name][layer] += _nll(architecture, states, labels)
             if progress is not None:

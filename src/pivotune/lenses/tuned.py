@@ -131,7 +131,7 @@ def fit_tuned_lens(
     Args:
         model: a supported causal LM, wrapped or not; runs in evaluation mode.
         texts: read in a random order until `config.states` states are there.
-        layers: 1 to L - 1.
+        layers: 0 to L - 1.
         start: maps to continue from in place of the regression (`config.refit`).
         progress: called with the states read plus the Adam steps done, up to `config.states + config.steps`.
 
