@@ -14,7 +14,7 @@ from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, method, data, supervision, training, faults, lora, quantize, dtype, revision, trust_remote_code, "
+    "model, preset, method, data, supervision, training, faults, lora, quantize, dtype, revision, trust_remote_code, "
     "output_dir, seed"
 )
 
@@ -51,6 +51,7 @@ def test_every_default():
     signal = {"signal": "logits", "layer": "auto", "weight": 0.3}
     assert parse_config(SMALLEST).model_dump() == {
         "model": "m",
+        "preset": "recommended",
         "method": "deep-supervision",
         "data": {
             "train": "pairs.jsonl",
@@ -70,8 +71,11 @@ def test_every_default():
             "thinking": signal,
             "schedule": "linear",
             "lens": "logit",
-            "logits": {"mode": "autoregressive", "norm": "final", "forward": "auto"},
+            "logits": {"mode": "autoregressive", "norm": "final", "gradient": "all", "forward": "auto"},
             "feature": {"pooling": "mean", "span": "query", "english": "detached", "english_norm": "final"},
+            "tuned": {"text": "english", "states": 10_000, "steps": 60, "refit": 0},
+            "balance": {"mode": "none", "every": 100, "max_share": 0.5},
+            "layers": "paper",
             "profile_rows": 64,
         },
         "training": {},
@@ -103,12 +107,12 @@ def test_every_default():
             "unknown key supervision.conversion.wieght; did you mean supervision.conversion.weight?",
         ),
         ("supervision.logits.moed=x", "unknown key supervision.logits.moed; did you mean supervision.logits.mode?"),
-        ("supervision.logits={zzz: 1}", "unknown key supervision.logits.zzz; known keys: mode, norm, forward"),
+        ("supervision.logits={zzz: 1}", "unknown key supervision.logits.zzz; known keys: mode, norm, gradient, forward"),
         ("lora.rank_=8", "unknown key lora.rank_; known keys: r, alpha, dropout, target_modules"),
         ("zzz=1", f"unknown key zzz; known keys: {ROOT_KEYS}"),
         ("int=1", f"unknown key int; known keys: {ROOT_KEYS}"),
         ("lora.str=1", "unknown key lora.str; known keys: r, alpha, dropout, target_modules"),
-        ("supervision.logits={1: 2}", "unknown key supervision.logits.1; known keys: mode, norm, forward"),
+        ("supervision.logits={1: 2}", "unknown key supervision.logits.1; known keys: mode, norm, gradient, forward"),
     ],
 )  # fmt: skip
 def test_unknown_key_names_the_nearest_valid_one(change, expected):
@@ -381,3 +385,30 @@ def test_importing_the_configuration_imports_nothing_heavy():
     script = f"import sys, pivotune.config.settings; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_preset_changes_defaults_and_single_keys_change_it():
+    paper = changed("preset=paper")
+    assert (paper.supervision.thinking.weight, paper.supervision.schedule) == (1.0, "constant")
+    assert (paper.supervision.lens, paper.supervision.logits.gradient) == ("logit", "all")
+    assert paper.data.english_ratio == 0.0
+    own = changed("preset=paper", "supervision.thinking.weight=0.5", "data.english_ratio=0.1")
+    assert (own.supervision.thinking.weight, own.supervision.conversion.weight) == (0.5, 1.0)
+    assert own.data.english_ratio == 0.1
+    assert message("preset=papr") == "run.yaml: preset: 'papr' is not allowed; allowed: 'recommended' or 'paper'"
+    # What a run writes down is read back as it was.
+    assert parse_config(yaml.safe_load(dump_config(own))) == own
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["supervision.lens=tuned", "supervision.logits.norm=none"], "set logits.norm: final"),
+        (["supervision.lens=model", "supervision.logits.mode=positional"], "set logits.mode: autoregressive"),
+        (["supervision.logits={mode: positional, gradient: prompt}"], "set logits.mode: autoregressive"),
+        (["supervision.balance=gradients"], "supervision.balance.mode: 'gradients' is not allowed"),
+        (["supervision.tuned={states: 5}"], "supervision.tuned.states: 5"),
+    ],
+)
+def test_lens_and_balance_are_checked(changes, expected):
+    assert expected in message(*changes)

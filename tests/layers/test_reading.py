@@ -47,7 +47,7 @@ def curve(*values: float) -> list[float]:
 @pytest.mark.parametrize(
     ("x_en", "y_en", "chosen"),
     [
-        (curve(9, 8.5, 7, 6, 5, 4, 4), curve(9, 9, 8, 7, 5, 3, 3), (2, 5)),
+        (curve(9, 8.5, 7, 6, 5, 4, 4), curve(9, 9, 8, 7, 5, 3, 3), (3, 5)),
         (curve(9, 9, 9, 9, 9, 9, 8), curve(9, 5, 5, 5, 5, 5, 5), (1, 2)),
     ],
 )

@@ -15,8 +15,11 @@ SUPERVISION = {
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
     "lens": "logit",
-    "logits": {"mode": "positional", "norm": "none", "forward": "separate"},
+    "logits": {"mode": "positional", "norm": "none", "gradient": "all", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
+    "tuned": {"text": "both", "states": 321, "steps": 3, "refit": 0},
+    "balance": {"mode": "gradient", "every": 7, "max_share": 0.2},
+    "layers": "reading",
     "profile_rows": 11,
 }
 

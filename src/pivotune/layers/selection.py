@@ -43,7 +43,7 @@ LARGEST_RISE = 0.25
 # The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
 CONVERSION_BY, LAST_LAYERS = 0.5, 2
 # Shares of the gain in likelihood at which a layer is chosen by reading (docs/experiments.md).
-CONVERSION_SHARE, THINKING_SHARE = 0.1, 0.5
+CONVERSION_SHARE, THINKING_SHARE = 0.15, 0.5
 # i, j and the last layer above them: fewer layers have no place for both.
 SMALLEST_DEPTH = 3
 

@@ -10,7 +10,7 @@ Shapes: N states, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from pivotune.models.taps import evaluation_mode
 RIDGE = 0.01
 ADAM_LEARNING_RATE = 3e-4
 ADAM_STATES = 256
-HELD_OUT = 0.1
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the texts, states
 
 
 class Text(NamedTuple):
@@ -154,21 +154,23 @@ def fit_tuned_lens(
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))
     outputs, lens = states.pop(top), TunedLens(architecture)
+    train = {layer: found[~held] for layer, found in states.items()}
+    test = {layer: found[held][:MOST_HELD_OUT] for layer, found in states.items()}
     for layer in layers:
         known = None if start is None else start.maps[layer]
-        lens.maps[layer] = known or _ridge(states[layer][~held], outputs[~held])
-    closed_form = {layer: _mean_kl(architecture, lens, states[layer][held], outputs[held], layer) for layer in layers}
-    best = dict(lens.maps)
-    train = {layer: states[layer][~held] for layer in layers}
-    _refine(architecture, lens, train, outputs[~held], config.steps, random, lambda n: tell(config.states + n))
-    figures = {}
-    for layer in layers:
-        kl = _mean_kl(architecture, lens, states[layer][held], outputs[held], layer)
-        if not kl < closed_form[layer]:
-            lens.maps[layer], kl = best[layer], closed_form[layer]
-        lens._cast.pop(layer, None)
-        figures[layer] = LensFigures(kl, _mean_kl(architecture, None, states[layer][held], outputs[held], layer))
-    return lens, figures
+        lens.maps[layer] = known or _ridge(train[layer], outputs[~held])
+    expected = outputs[held][:MOST_HELD_OUT]
+    logit_kl, kl = (_mean_kl(architecture, read, test, expected) for read in (None, lens))
+    before = dict(lens.maps)
+    if config.steps:
+        _refine(architecture, lens, train, outputs[~held], config.steps, random, lambda n: tell(config.states + n))
+        for layer, refined in _mean_kl(architecture, lens, test, expected).items():
+            if refined < kl[layer]:
+                kl[layer] = refined
+            else:
+                lens.maps[layer] = before[layer]
+        lens._cast.clear()
+    return lens, {layer: LensFigures(kl[layer], logit_kl[layer]) for layer in layers}
 
 
 def _choose(texts: Sequence[Text], states: int, random: np.random.Generator) -> list[Text]:
@@ -263,19 +265,20 @@ def _refine(
 
 
 @torch.no_grad()
-def _mean_kl(architecture: Architecture, lens: TunedLens | None, states: Tensor, outputs: Tensor, layer: int) -> float:
-    """Return the mean of KL(p_L || p_k) in nats over N states."""
-    total = 0.0
-    for part in _parts(architecture, len(states), states.device):
-        read = states[part] if lens is None else lens(states[part], layer)
-        found, wanted = (_logits(architecture, each).log_softmax(-1) for each in (read, outputs[part]))
-        total += F.kl_div(found, wanted, log_target=True, reduction="sum").item()
-    return total / len(states)
-
-
-def _parts(architecture: Architecture, count: int, device: torch.device) -> Iterator[slice]:
-    size = chunk_rows(architecture.vocab_size, device)
-    return (slice(begin, begin + size) for begin in range(0, count, size))
+def _mean_kl(
+    architecture: Architecture, lens: TunedLens | None, states: Mapping[int, Tensor], outputs: Tensor
+) -> dict[int, float]:
+    """Return the mean of KL(p_L || p_k) in nats over N states, by layer; through the logit lens without a lens."""
+    totals = dict.fromkeys(states, 0.0)
+    size = chunk_rows(architecture.vocab_size, outputs.device)
+    for begin in range(0, len(outputs), size):
+        part = slice(begin, begin + size)
+        wanted = _logits(architecture, outputs[part]).log_softmax(-1)
+        for layer, inner in states.items():
+            read = inner[part] if lens is None else lens(inner[part], layer)
+            found = _logits(architecture, read).log_softmax(-1)
+            totals[layer] += F.kl_div(found, wanted, log_target=True, reduction="sum").item()
+    return {layer: total / len(outputs) for layer, total in totals.items()}
 
 
 def _logits(architecture: Architecture, states: Tensor) -> Tensor:
