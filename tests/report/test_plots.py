@@ -271,6 +271,18 @@ def test_bars(draw):
     assert segments[0][:, 1].tolist() == pytest.approx([2.154 - 0.196, 2.154 + 0.196])
 
 
+def test_paired_differences_stand_below_the_bars(draw):
+    results = {"TFT": {"vi": 1.2, "en": 1.0}, "ours": {"vi": 1.1, "en": 1.0}}
+    paired = {"vi": {"value": -0.1, "low": -0.3, "high": 0.05}, "en": {"value": None, "low": None, "high": None}}
+    axes, below = draw(plot_metric_bars, results, differences=paired, difference="ours minus TFT")
+    assert all_texts(below) == ["-0.100", "n/a"]
+    assert "ours minus TFT" in below.get_ylabel()
+    assert axes.get_xlabel() == ""
+    assert below.get_xlabel() == "language of question and answer"
+    segments = [segment.tolist() for collection in below.collections for segment in collection.get_segments()]
+    assert [[0.0, pytest.approx(-0.3)], [0.0, pytest.approx(0.05)]] in segments
+
+
 def test_bars_under_names_that_the_font_lacks(draw):
     (axes,) = draw(plot_metric_bars, {"模型": {"المقياس": 1.0}})
     assert legend_texts(axes) == ["method 1"]

@@ -23,6 +23,7 @@ from pivotune.runs.prepare import prepare_run
 from pivotune.sweeps import run as module
 from pivotune.sweeps.plan import parse_grid, plan_cells
 from pivotune.sweeps.run import Sweep, describe_sweep, prepare_sweep, run_sweep
+from pivotune.training import lens_fitting
 
 LAYERS = "supervision.thinking.layer=2,3"
 EVALUATED = {"seed": None, "max_new_tokens": None, "backend": "hf", "dtype": "auto"}
@@ -434,3 +435,21 @@ def test_a_split_is_known_by_what_was_typed_and_by_its_own_name(tmp_path):
 
     assert missing("test") == missing("devtest") == ()
     assert missing("dev") == missing(None) == ("flores_en-vi",)
+
+
+def test_cells_share_a_fitted_lens(config, monkeypatch):
+    fits = []
+    fit = lens_fitting.fit_lens
+    monkeypatch.setattr(lens_fitting, "fit_lens", lambda *args, **options: fits.append(1) or fit(*args, **options))
+    tuned = ["supervision.lens=tuned", "supervision.tuned={states: 200, steps: 2}", "data.validation=2"]
+    grid = "supervision.thinking.weight=0.1,0.2"
+    sweep = prepare(config, grid, "supervision.thinking.layer=2,3", changes=tuned)
+    assert run(sweep)[0] == {}
+    # Layers 1 and 2, then 3.
+    assert len(fits) == 2
+    assert [len(lens_fitting.read_lens_figures(cell.folder / "lens.safetensors")) for cell in sweep.cells] == [
+        2,
+        3,
+        3,
+        3,
+    ]

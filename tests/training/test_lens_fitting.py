@@ -39,10 +39,15 @@ def test_a_fit_is_kept_and_used_again_only_if_nothing_changed(tmp_path, caplog):
     assert (tmp_path / LENS_FILE).stat().st_mtime_ns == written
     assert all(torch.equal(first.maps[k][0], again.maps[k][0]) for k in (1, 3))
     assert "tuned lens at layer 3: KL" in caplog.text
-    for changes in ({"thinking": {"layer": 2}}, {"tuned": {"states": 300, "steps": 6}}):
-        build(tmp_path, **changes)
-        assert "computed again" in caplog.text
-        caplog.clear()
+    # The maps of other layers are added.
+    more = build(tmp_path, thinking={"layer": 2})
+    assert list(more.maps) == [1, 2, 3]
+    alone = build(tmp_path / "alone", thinking={"layer": 2})
+    assert torch.equal(more.maps[2][0], alone.maps[2][0])
+    assert torch.equal(more.maps[3][0], first.maps[3][0])
+    changes = {"tuned": {"states": 300, "steps": 6}}
+    build(tmp_path, **changes)
+    assert "computed again (other settings)" in caplog.text
     build(tmp_path, pairs=PAIRS[:30], **changes)
     assert "computed again (other rows)" in caplog.text
     figures = read_lens_figures(tmp_path / LENS_FILE)

@@ -68,7 +68,8 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
         sides = {language: "target", "en": "english"}
         return {_NAMES[name]: {code: one[side][key] for code, side in sides.items()} for name, one in models.items()}
 
-    plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"))
+    paired = {"differences": results["difference"], "difference": "deep supervision\nminus TFT"}
+    plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"), **paired)
     plot_training(read_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
     return pictures
 
@@ -89,6 +90,11 @@ def _show(screen: Console, results: dict[str, Any]) -> None:
         sides = (measured["target"], measured["english"])
         nll = [f"{side['nll']:.3f} ± {side['stderr']:.3f}" for side in sides]
         table.add_row(_NAMES[name], *nll, *(f"{side['exact_match']:.0%}" for side in sides))
+    cells = [
+        f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+        for found in (results["difference"][code] for code in (language, "en"))
+    ]
+    table.add_row("deep supervision minus TFT, paired, 95 % interval", *cells, "", "", style="bold")
     screen.print(table)
 
     table = Table("question", "right answer", *(_NAMES[name] for name in models), show_lines=True)

@@ -126,13 +126,16 @@ def plot_metric_bars(
     path: str | Path,
     *,
     errors: Mapping[str, Mapping[str, float | None]] | None = None,
+    differences: Mapping[str, Mapping[str, float | None]] | None = None,
+    difference: str = "difference",
 ) -> None:
     """Draw held-out NLL as grouped bars: a group for each language, a bar in it for each method, its value above it.
 
-    `results` and their standard `errors` (drawn as 95 % intervals) are by method, then language.
+    `results` and their standard `errors` (drawn as 95 % intervals) are by method, then language. A second panel, named
+    `difference`, shows paired `differences`: language -> `value`, `low`, `high`.
     """
     languages = list(dict.fromkeys(language for values in results.values() for language in values))
-    figure, (axes,) = new_figure((3.6,))
+    figure, (axes, *below) = new_figure((3.6, 1.7) if differences else (3.6,))
     width = 0.8 / max(len(results), 1)
     for index, (method, values) in enumerate(results.items()):
         places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(languages))]
@@ -148,7 +151,25 @@ def plot_metric_bars(
     names = [drawable(language, f"language {n}") for n, language in enumerate(languages, 1)]
     axes.set_xticks(range(len(languages)), names)
     axes.set_ylabel("held-out answer NLL (nats per token)")
-    axes.set_xlabel("language of question and answer")
+    for axes_below in below:
+        points = [(differences or {}).get(language, {}) for language in languages]
+        values, low, high = ([_number(point.get(key)) for point in points] for key in ("value", "low", "high"))
+        margins = [
+            [value - bound for value, bound in zip(values, low, strict=True)],
+            [bound - value for value, bound in zip(values, high, strict=True)],
+        ]
+        style = {"fmt": "o", "color": "black", "elinewidth": 1, "capsize": 3, "markersize": 4}
+        axes_below.errorbar(range(len(languages)), values, yerr=margins, **style)
+        axes_below.axhline(0, color=GREY, linestyle=DASHED, linewidth=1)
+        for place, value in enumerate(values):
+            text = f"{value:+.3f}" if math.isfinite(value) else "n/a"
+            _add_note(
+                axes_below, text, (place, value if math.isfinite(value) else 0), "data", -3, ha="left", color="black"
+            )
+        axes_below.set_ylabel(f"{difference}\n(paired, 95 %)")
+        axes_below.margins(y=0.2)
+        axes_below.grid(visible=False, axis="x")
+    (below[-1] if below else axes).set_xlabel("language of question and answer")
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from pivotune.sweeps.plan import Cell
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact
 from pivotune.training.arguments import build_arguments
+from pivotune.training.lens_fitting import LENS_FILE
 from pivotune.training.preparation import check_layers
 from pivotune.training.resilience.checkpoints import last_checkpoint
 from pivotune.training.resilience.preemption import StopSignals
@@ -216,7 +218,7 @@ def describe_sweep(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass
 class _Work:
-    """Train and evaluate; measure the starting model's held-out scores once for equal rows."""
+    """Train and evaluate; score the starting model, and fit its lens, once for equal rows."""
 
     sweep: Sweep
     announce: Callable[[str], None]
@@ -224,6 +226,7 @@ class _Work:
     progress: Progress | None
     stop_signals: StopSignals
     before: dict[str, Scores] = field(default_factory=dict)
+    lenses: dict[str, Path] = field(default_factory=dict)
 
     def do_base(self, name: str) -> None:
         folder, config = self.sweep.folder / name, self.sweep.bases[name]
@@ -253,9 +256,16 @@ class _Work:
             "stop_signals": self.stop_signals,
             "before": self.before.get(key),
         }
+        lens, known = cell.folder / LENS_FILE, self.lenses.get(key)
+        if known is not None and not lens.exists():
+            # The run looks whether it is the lens of its own layers and settings.
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known, lens)
         with self.watch("Training") as callback:
             callbacks = [] if callback is None else [callback]
             self.before[key] = execute_run(prepared, resume=resume, callbacks=callbacks, **shared).before
+        if lens.exists():
+            self.lenses[key] = lens
 
     def _evaluate(self, model: str | Path, folder: Path, tasks: Sequence[str], settings: EvaluationSettings) -> None:
         if tasks:

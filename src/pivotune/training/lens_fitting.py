@@ -62,14 +62,18 @@ def build_lens(
             "set zero3_init_flag: false, or use lens: logit"
         )
     path = Path(cast(str, args.output_dir)) / LENS_FILE
-    key = _key(model, pairs, supervision.tuned, layers, args)
+    key = _key(model, pairs, supervision.tuned, args)
 
     def fit() -> None:
-        if can_be_reused(path, key):
+        # The map of a layer does not depend on the other layers: those that a file has are kept.
+        known = read_lens_figures(path) if can_be_reused(path, key) else {}
+        missing = [layer for layer in layers if layer not in known]
+        if not missing:
             return
         with placed(model, args.device):
-            fitted, figures = fit_lens(model, args, supervision.tuned, pairs, layers, progress)
-        save_arrays(path, fitted.to_arrays(), {**key, "figures": json.dumps(figures)})
+            fitted, figures = fit_lens(model, args, supervision.tuned, pairs, missing, progress)
+        arrays = {**(map_arrays(path) if known else {}), **fitted.to_arrays()}
+        save_arrays(path, arrays, {**key, "figures": json.dumps({**known, **figures})})
 
     ranks.on_main(fit)
     lens.set_arrays(map_arrays(path))
@@ -122,11 +126,7 @@ def read_lens_figures(path: Path) -> dict[int, LensFigures]:
 
 
 def _key(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    config: TunedLensConfig,
-    layers: Sequence[int],
-    args: DeepSupervisionConfig,
+    model: nn.Module, pairs: Sequence[Pair], config: TunedLensConfig, args: DeepSupervisionConfig
 ) -> dict[str, str]:
     """Return everything that the maps depend on, as the file's metadata."""
     settings: dict[str, Any] = config.model_dump(exclude={"refit"})
@@ -135,5 +135,4 @@ def _key(
         "weights": weights_digest(model),
         "rows": pairs_digest(pairs),
         "settings": json.dumps({**settings, "seed": args.seed, "bf16": args.bf16, "fp16": args.fp16}, sort_keys=True),
-        "layers": json.dumps(list(layers)),
     }
