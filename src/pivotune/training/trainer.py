@@ -136,6 +136,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         _log_non_additive(self._losses)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
+        self._inner_weights = {name: term.weight for name, term in self.supervision.active().items()}
         layers = {name: int(term.layer) for name, term in self.supervision.active().items()}
         self.balance = GradientBalance(self.supervision.balance, layers)
         self._check_balance()
@@ -195,7 +196,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     def _weights(self) -> dict[str, float]:
         """Return the weight of every term at this step, before balancing."""
         factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
-        return {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
+        return {"tft": 1.0, **{name: weight * factor for name, weight in self._inner_weights.items()}}
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
