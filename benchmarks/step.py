@@ -59,6 +59,7 @@ from pivotune.objectives.deep_supervision import deep_supervision_terms, term_co
 # Tokens of query, answer, English query and English answer: the mean of translated Alpaca rows (docs/performance.md).
 FIXED = (105, 165, 70, 110)
 SHARED_GOALS = {"smollm2": 1.25, "llama2-7b": 1.25, "gemma2-2b": 1.33}
+PROMPT_GOALS = {"smollm2": 1.24, "llama2-7b": 1.18}
 MEMORY_GOALS = {"smollm2": 1.25, "llama2-7b": 1.15}
 WEIGHTS = {"tft": 1.0, "conversion": 0.3, "thinking": 0.3}
 
@@ -87,10 +88,17 @@ def main(arguments: Sequence[str] | None) -> None:
     supervisions = _supervisions(find_architecture(model).num_layers)
     with tempfile.TemporaryDirectory(prefix="pivotune-benchmark-") as folder:
         steps = _steps(model, batch, supervisions, options, folder)
-        rows = _gradient_rows(model, batch, supervisions["logits"], options)
+        if options.only:
+            steps = {name: step for name, step in steps.items() if name in options.only}
+        rows = [
+            row for kind in ("logits", "prompt") for row in _gradient_rows(model, batch, supervisions[kind], options)
+        ]
         seconds = measure(steps, options.rounds)
         memory = {name: peak_memory(step, options.device) for name, step in steps.items()}
-    rows += _time_rows(seconds, options, ideal_ratio(model, lengths[options.replay :], lengths, supervisions["logits"]))
+    ideal = [
+        ideal_ratio(model, lengths[options.replay :], lengths, supervisions[kind]) for kind in ("logits", "prompt")
+    ]
+    rows += _time_rows(seconds, options, *ideal)
     rows += _memory_rows(memory, options)
     report(options, rows)
 
@@ -112,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", choices=["fixed", "mixed"], default="fixed", help="one length, or as in real data")
     parser.add_argument("--replay", type=int, default=0, help="how many of the rows are English replay rows")
     parser.add_argument("--layers", type=positive, help="blocks, where the shape's own are too many for the machine")
+    parser.add_argument(
+        "--only", type=lambda text: ["tft", *text.split(",")], help="contenders beside tft: shared,prompt"
+    )
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast over weights of --dtype")
     return parser
 
@@ -161,10 +172,12 @@ def _supervisions(num_layers: int) -> dict[str, SupervisionConfig]:
 
     def both(signal: str, **options: Any) -> SupervisionConfig:
         terms = {"conversion": {"signal": signal, "layer": low}, "thinking": {"signal": signal, "layer": high}}
-        return SupervisionConfig.model_validate({**terms, signal: options})
+        return SupervisionConfig.model_validate({**terms, "lens": "logit", signal: options})
 
     return {
-        "logits": both("logits"),
+        # Random weights have no lens to fit, and a map of the width costs little beside the head.
+        "logits": both("logits", gradient="all"),
+        "prompt": both("logits", gradient="prompt"),
         "positional": both("logits", mode="positional"),
         "feature": both("feature"),
         "frozen": both("feature", english="frozen"),
@@ -185,6 +198,7 @@ def _steps(
     return {
         "tft": step("tft", shared_passes),
         "shared": step("logits", shared_passes),
+        "prompt": step("prompt", shared_passes),
         "separate": step("logits", separate_passes),
         "three full-depth calls": step("logits", full_depth_passes),
         "three calls, first writing": lambda: _first_writing(model, batch, supervisions["logits"], options),
@@ -297,22 +311,32 @@ def ideal_ratio(
     head = architecture.head_weight.numel()
     tft = sum(6 * block * architecture.num_layers * (row.query + row.answer) + 6 * head * row.answer for row in rows)
     low, high = (int(term.layer) for term in (supervision.conversion, supervision.thinking))
+    # Detached weights get no gradient from the branch's tokens.
+    products = 4 if supervision.logits.gradient == "prompt" else 6
     extra = sum(
-        6 * block * (low * row.english_query + high * row.english_answer)
+        products * block * (low * row.english_query + high * row.english_answer)
         + 4 * head * (row.english_query + row.english_answer)
         for row in branched
     )
     return 1 + extra / tft
 
 
-def _time_rows(seconds: Mapping[str, list[float]], options: argparse.Namespace, ideal: float) -> list[Row]:
-    goal = _goal(SHARED_GOALS, options)
-    limit = 1.05 if options.device == "cpu" else 1.10
-    rows = [time_row("1: logits, shared forward / TFT", seconds, "shared", "tft", goal)]
-    rows.append(_against_ideal(rows[0], ideal, at_most(limit)))
+def _time_rows(
+    seconds: Mapping[str, list[float]], options: argparse.Namespace, ideal: float, ideal_prompt: float
+) -> list[Row]:
+    limit = at_most(1.05 if options.device == "cpu" else 1.10)
+    rows = []
+    for what, name, goals, best in (
+        ("1: logits, shared forward / TFT", "shared", SHARED_GOALS, ideal),
+        ("10: logits, gradient through the prompt only / TFT", "prompt", PROMPT_GOALS, ideal_prompt),
+    ):
+        if name in seconds:
+            rows.append(time_row(what, seconds, name, "tft", _goal(goals, options)))
+            rows.append(_against_ideal(rows[-1], best, limit))
     pairs: list[tuple[str, str, str, Goal | None]] = [
         ("3: three calls as first written / shared forward", "three calls, first writing", "shared", at_least(1.6)),
         ("3: three full-depth calls, our losses / shared forward", "three full-depth calls", "shared", at_least(1.6)),
+        ("   gradient through the prompt only / all gradients", "prompt", "shared", at_most(1.0)),
         ("   logits, separate truncated passes / TFT", "separate", "tft", None),
         ("   logits, positional / TFT", "positional", "tft", None),
         ("5: feature, detached / TFT", "feature, detached", "tft", at_most(1.22)),
@@ -321,7 +345,9 @@ def _time_rows(seconds: Mapping[str, list[float]], options: argparse.Namespace, 
         ("7: our trainer, TFT / TRL's SFTTrainer", "our trainer", "SFTTrainer", at_most(1.05)),
     ]
     return rows + [
-        time_row(what, seconds, above, below, goal) for what, above, below, goal in pairs if below in seconds
+        time_row(what, seconds, above, below, goal)
+        for what, above, below, goal in pairs
+        if above in seconds and below in seconds
     ]
 
 
@@ -341,12 +367,17 @@ def _against_ideal(measured: Row, ideal: float, goal: Goal) -> Row:
 
 
 def _memory_rows(memory: Mapping[str, int], options: argparse.Namespace) -> list[Row]:
-    goal = _goal(MEMORY_GOALS, options)
+    pairs = [
+        ("4: peak memory, shared forward / TFT", "shared", "tft", _goal(MEMORY_GOALS, options)),
+        ("   peak memory, gradient through the prompt only / TFT", "prompt", "tft", None),
+        ("   peak memory, separate passes / TFT", "separate", "tft", None),
+        ("   peak memory, three calls as first written / TFT", "three calls, first writing", "tft", None),
+        ("   peak memory, our trainer / Trainer", "our trainer", "Trainer", None),
+    ]
     return [
-        memory_row("4: peak memory, shared forward / TFT", memory, "shared", "tft", goal),
-        memory_row("   peak memory, separate passes / TFT", memory, "separate", "tft"),
-        memory_row("   peak memory, three calls as first written / TFT", memory, "three calls, first writing", "tft"),
-        memory_row("   peak memory, our trainer / Trainer", memory, "our trainer", "Trainer"),
+        memory_row(what, memory, above, below, goal)
+        for what, above, below, goal in pairs
+        if above in memory and below in memory
     ]
 
 
@@ -363,7 +394,7 @@ def _gradient_rows(
     norm = sum(gradient.double().square().sum() for gradient in separate.values())
     value = float((difference / norm) ** 0.5)
     exact = options.dtype == torch.float32 and not options.autocast
-    what = "9: gradients, shared forward against separate passes: relative difference"
+    what = f"9: gradients ({supervision.logits.gradient}), shared forward against separate passes: relative difference"
     return [Row(what=what, ratio=value, spread=(value, value), goal=at_most(1e-5) if exact else None)]
 
 
