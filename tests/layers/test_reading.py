@@ -6,11 +6,13 @@ from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_pairs
 
 from pivotune.config.settings import TunedLensConfig
+from pivotune.data.datasets import set_apart
 from pivotune.layers.measure import analyze_layers
 from pivotune.layers.reading import TOKENS_PER_ROW, LayerReading, measure_reading
 from pivotune.layers.selection import select_by_reading
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
+from pivotune.training.lens_fitting import fit_all_layers
 
 PAIRS = make_pairs(8)
 
@@ -66,9 +68,11 @@ def test_a_model_that_says_nothing_gets_the_papers_depths():
 
 
 def test_the_analysis_holds_what_was_read():
-    pairs = make_pairs(24)
-    options = {"tuned": TunedLensConfig(states=400), "model_name": "tiny"}
-    analysis = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), pairs, **options)
+    pairs, others = set_apart(make_pairs(48), 24, 400)
+    assert len(others) == 24
+    assert not {pair.number for pair in pairs} & {pair.number for pair in others}
+    lens = fit_all_layers(build_tiny_model(), others, TunedLensConfig(states=400))
+    analysis = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), pairs, lens=lens, reading=True)
     assert analysis["lens"] == "tuned"
     assert analysis["method"] == "reading"
     assert len(analysis["reading"]["thinking"]) == NUM_LAYERS + 1

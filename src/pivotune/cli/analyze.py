@@ -47,7 +47,7 @@ def analyze(
     if rule not in ("reading", "paper"):
         raise UsageError(f"--layers: {rule!r} is not allowed; allowed: reading, paper")
     quiet_libraries()
-    pairs, tokenizer = _encode(model, data, english, rows, template, max_tokens)
+    pairs, others, tokenizer = _encode(model, data, english, rows, template, max_tokens)
     try:  # before the measurement, which takes long
         out.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out.parent).close()
@@ -59,11 +59,14 @@ def analyze(
     from pivotune.layers.selection import write_layers_json
     from pivotune.models.loading import load_model
     from pivotune.report.plots import plot_entropy
+    from pivotune.training.lens_fitting import fit_all_layers
 
     loaded = load_model(model)
+    reading = rule == "reading" and any(pair.target and pair.english for pair in pairs)
+    lens = fit_all_layers(loaded, others, TunedLensConfig(), progress) if reading else None
     with progress("Measuring the layers", num_sequences(pairs)) as advance:
         options: Any = {"batch_size": batch_size, "tokens_per_row": tokens_per_row or None, "progress": advance}
-        options["tuned"] = TunedLensConfig() if rule == "reading" else None
+        options |= {"lens": lens, "reading": reading}
         analysis = analyze_layers(loaded, tokenizer, pairs, model_name=model, language=language, **options)
     write_layers_json(out, analysis)
     plot_entropy(analysis, picture)
@@ -76,26 +79,28 @@ def analyze(
 
 def _encode(
     model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int
-) -> tuple[list[Pair], Any]:
-    """Check the model and encode the rows before a weight is loaded; return the rows and the tokenizer."""
+) -> tuple[list[Pair], list[Pair], Any]:
+    """Check the model and encode rows before a weight is loaded; return those to measure, others, and the tokenizer."""
     from pivotune.models.loading import check_model, load_tokenizer, read_config
 
     check_model(model)  # before the imports that load torch
-    from pivotune.data.datasets import spread
+    from pivotune.data.datasets import set_apart
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows
     from pivotune.data.templates import load_template
     from pivotune.layers.selection import check_depth
     from pivotune.models.architecture import check_architecture
+    from pivotune.training.lens_fitting import FITTED_ON
     from pivotune.training.preparation import context_length
 
     config = read_config(model)
     check_architecture(config.model_type)
     check_depth(config.get_text_config().num_hidden_layers)
-    chosen = spread(load_rows(data, english=english, need_english=english is not None), rows)
+    chosen, others = set_apart(load_rows(data, english=english, need_english=english is not None), rows, FITTED_ON)
     tokenizer = load_tokenizer(model)
     limits = Limits(max_tokens, max_tokens, context_length(config))
-    return Encoder(tokenizer, load_template(template, tokenizer), limits).encode(chosen, source=data), tokenizer
+    encoder = Encoder(tokenizer, load_template(template, tokenizer), limits)
+    return encoder.encode(chosen, source=data), encoder.encode(others, on_bad_row="skip", source=data), tokenizer
 
 
 def print_layers(out: Console, analysis: LayerAnalysis) -> None:

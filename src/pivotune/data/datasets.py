@@ -165,6 +165,14 @@ def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[
     return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))
 
 
+def set_apart(rows: Sequence[_T], count: int, others: int) -> tuple[list[_T], list[_T]]:
+    """Return `count` rows spread over the data and up to `others` different ones; the same where there are no others."""
+    chosen = spread(range(len(rows)), count)
+    rest = sorted(set(spread(range(len(rows)), count + others)) - set(chosen))
+    first = [rows[index] for index in chosen]
+    return first, [rows[index] for index in rest] or first
+
+
 def spread(items: Sequence[_T], count: int) -> list[_T]:
     """Return `count` items at even distances: files are often sorted by topic."""
     step = max(len(items) / count, 1.0)

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pivotune.config.settings import TunedLensConfig
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
 from pivotune.layers.profile import LayerProfile, profile_layers
 from pivotune.layers.reading import measure_reading
 from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_by_reading, select_layers
 from pivotune.lenses.base import Lens
-from pivotune.lenses.tuned import fit_tuned_lens, lens_texts
-from pivotune.models.architecture import find_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +29,7 @@ def analyze_layers(
     pairs: Sequence[Pair],
     *,
     lens: Lens | None = None,
-    tuned: TunedLensConfig | None = None,
+    reading: bool = False,
     model_name: str = "",
     language: str | None = None,
     batch_size: int = 8,
@@ -46,8 +43,9 @@ def analyze_layers(
     Args:
         pairs: encoded rows; all of them are measured.
         lens: called as `lens(hidden_states, layer)` on raw states; None for the logit lens (see `profile_layers`).
-        tuned: fit a tuned lens for every layer on these rows and look through it; where rows have both sides, choose the
-            layers by what they can say (`select_by_reading`) in place of the entropy.
+            A tuned one should be fitted on other rows.
+        reading: choose the layers by what they can say through the lens (`select_by_reading`), if rows have both sides; by
+            the entropy otherwise.
         tokens_per_row: how many tokens of each sequence are counted, at even distances; None counts all of them. More rows
             add more information than more tokens of one text.
         progress: called with the number of sequences done so far, both languages together.
@@ -63,14 +61,12 @@ def analyze_layers(
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
     vocabulary, reason = english_looking_tokens(tokenizer, texts)
     device = next(model.parameters()).device
-    reading = None
-    if tuned is not None:
-        layers = range(find_architecture(model).num_layers)
-        lens, _ = fit_tuned_lens(model, lens_texts(pairs, tuned.text), layers, tuned.model_copy(update={"steps": 0}))
-        if english:
-            reading = measure_reading(
-                model, pairs, lens, pad_token_id=tokenizer.pad_token_id or 0, batch_size=batch_size
-            )
+    read = None
+    if reading and english:
+        pad_token_id = tokenizer.pad_token_id or 0
+        read = measure_reading(
+            model, pairs, lens or (lambda states, layer: states), pad_token_id=pad_token_id, batch_size=batch_size
+        )
 
     def profile(sides: Sequence[Side], done: int) -> LayerProfile:
         return profile_layers(
@@ -84,7 +80,7 @@ def analyze_layers(
 
     target_profile = profile(target, 0)
     english_profile = profile(english, len(target)) if english else None
-    selection = select_layers(target_profile.entropy) if reading is None else select_by_reading(reading)
+    selection = select_layers(target_profile.entropy) if read is None else select_by_reading(read)
     return analysis_to_json(
         selection,
         target_profile,
@@ -92,8 +88,8 @@ def analyze_layers(
         model=model_name,
         language=language,
         english_tokens=reason,
-        lens="logit" if tuned is None else "tuned",
-        reading=reading,
+        lens="logit" if lens is None else "tuned",
+        reading=read,
     )
 
 

@@ -150,7 +150,10 @@ def fit_tuned_lens(
         model, architecture, chosen, [*layers, top], batch_size, lambda done: tell(min(done, config.states))
     )
     if len(text_of) < 100:
-        raise UsageError(f"supervision.tuned: the texts have {len(text_of)} states; at least 100 are needed")
+        raise UsageError(
+            f"tuned lens: the rows have {len(text_of)} token states; at least 100 are needed: give more rows, or read "
+            "through the logit lens (supervision.lens: logit, supervision.layers: paper)"
+        )
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))
     outputs, lens = states.pop(top), TunedLens(architecture)

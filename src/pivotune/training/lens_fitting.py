@@ -32,6 +32,8 @@ LENS_FILE = "lens.safetensors"
 _FORMAT = "1"
 # Rows that texts are taken from, at even distances; 10,000 states come from about a hundred.
 _ROWS = 2000
+# Rows beside the measured ones that an analysis fits its lens on.
+FITTED_ON = 400
 # KL in nats from the model's own output above which a lens reads little of what a layer holds.
 UNRELIABLE_KL = 4.0
 
@@ -116,6 +118,16 @@ def fit_lens(
             batch_size=args.per_device_eval_batch_size,
             progress=advance,
         )
+
+
+def fit_all_layers(
+    model: nn.Module, pairs: Sequence[Pair], config: TunedLensConfig, progress: Progress = silent
+) -> TunedLens:
+    """Fit a lens for every layer by the regression alone, to see what each layer can say."""
+    quick = config.model_copy(update={"steps": 0})
+    with progress("Fitting a lens for every layer", quick.states) as advance:
+        layers = range(find_architecture(model).num_layers)
+        return fit_tuned_lens(model, lens_texts(pairs, quick.text), layers, quick, progress=advance)[0]
 
 
 def read_lens_figures(path: Path) -> dict[int, LensFigures]:

@@ -15,9 +15,9 @@ from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import (
     PairExamples,
     check_branch_lengths,
+    set_apart,
     side_examples,
     split_validation,
-    spread,
     training_examples,
 )
 from pivotune.data.examples import Encoder, Pair
@@ -32,6 +32,7 @@ from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
+from pivotune.training.lens_fitting import FITTED_ON, fit_all_layers
 from pivotune.training.progress import Progress, silent
 
 _Item = TypeVar("_Item")
@@ -176,20 +177,23 @@ def measure_layers(
             "supervision: layers cannot be measured on a model that ZeRO-3 has partitioned already; name both layers "
             "(`pivotune analyze` finds them), or set zero3_init_flag: false"
         )
-    rows = spread(pairs, args.supervision.profile_rows)
+    reading = args.supervision.layers == "reading"
+    rows, others = set_apart(pairs, args.supervision.profile_rows, FITTED_ON if reading else 0)
 
     def measure() -> LayerAnalysis:
-        with placed(model, args.device), progress("Measuring the layers", num_sequences(rows)) as advance:
-            tuned = args.supervision.tuned if args.supervision.layers == "reading" else None
-            return analyze_layers(
-                model,
-                tokenizer,
-                rows,
-                tuned=tuned,
-                model_name=model_name,
-                language=args.data.language,
-                progress=advance,
-            )
+        with placed(model, args.device):
+            lens = fit_all_layers(model, others, args.supervision.tuned, progress) if reading else None
+            with progress("Measuring the layers", num_sequences(rows)) as advance:
+                return analyze_layers(
+                    model,
+                    tokenizer,
+                    rows,
+                    lens=lens,
+                    reading=reading,
+                    model_name=model_name,
+                    language=args.data.language,
+                    progress=advance,
+                )
 
     return ranks.on_main(measure)
 
