@@ -108,16 +108,19 @@ def print_layers(out: Console, analysis: LayerAnalysis) -> None:
     from rich.table import Table
 
     target, english = analysis["target"], analysis["english"]
-    columns = ["layer", "entropy (nats)", "top-1 = output's"]
-    columns += ["English entropy"] if english else []
-    columns += ["share on English tokens"] if target["english_share"] else []
     reading = analysis.get("reading")
-    columns += ["NLL of x_en", "NLL of y_en"] if reading else []
-    table = Table(*columns, "")
+    columns = ["layer", "entropy", "top-1"]
+    columns += ["English entropy"] if english and not reading else []
+    columns += ["English share"] if target["english_share"] else []
+    columns += ["NLL x_en", "NLL y_en"] if reading else []
+    caption = "entropy in nats; top-1: share of tokens whose likeliest is the output's"
+    if reading:
+        caption += "; NLL in nats per token: English query and answer after the target prompt, through a tuned lens"
+    table = Table(*columns, "", caption=caption)
     marks = {analysis["conversion"]: "conversion", analysis["thinking"]: "thinking"}
     for layer in range(analysis["num_layers"] + 1):
         cells = [str(layer), f"{target['entropy'][layer]:.3f}", f"{target['agreement'][layer]:.0%}"]
-        cells += [f"{english['entropy'][layer]:.3f}"] if english else []
+        cells += [f"{english['entropy'][layer]:.3f}"] if english and not reading else []
         cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
         cells += [f"{reading[name][layer]:.2f}" for name in ("conversion", "thinking")] if reading else []
         table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)
