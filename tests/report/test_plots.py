@@ -117,6 +117,17 @@ def test_entropy_of_both_languages_with_the_chosen_layers(draw):
     assert lower.get_xlabel().startswith("layer k")
 
 
+def test_what_each_layer_can_say_is_drawn_below(draw):
+    reading = {"conversion": [90.0, 6.0, 5.0, 4.0, 3.5], "thinking": [99.0, 8.0, 7.0, 5.0, 3.0], "tokens": {}}
+    upper, _, lowest = draw(plot_entropy, {**layers(), "lens": "tuned", "reading": reading, "method": "reading"})
+    drawn = curves(lowest)
+    assert drawn["English query"][1:] == reading["conversion"][1:]
+    assert drawn["English answer"][1:] == reading["thinking"][1:]
+    assert math.isnan(drawn["English query"][0])
+    assert upper.get_title(loc="left").startswith("Tuned-lens entropy")
+    assert "i and j: by the English text that each layer can say" in all_texts(upper)
+
+
 def test_band_is_the_95_percent_interval(draw):
     upper, _ = draw(plot_entropy, layers(english=None))
     (band,) = upper.collections

@@ -43,13 +43,15 @@ _TRAINING_COLOURS = {"loss": 6, "tft_loss": 0, "conversion_loss": 2, "thinking_l
 
 
 def plot_entropy(layers: Mapping[str, Any], path: str | Path) -> None:
-    """Draw the mean entropy of every layer of `layers.json` with i and j; below it agreement and English share."""
+    """Draw the mean entropy of every layer of `layers.json` with i and j; below it agreement and English share, and the
+    likelihood of the English text where it was read."""
     languages = {layers.get("language") or "target": layers["target"]}
     if layers.get("english"):
         languages["en"] = layers["english"]
     shares = (("agreement", "top-1 = output's", "-", None), ("english_share", "on English tokens", ":", "white"))
     with_shares = any(profile.get(key) for profile in languages.values() for key, *_ in shares)
-    figure, all_axes = new_figure((3, 2) if with_shares else (3,))
+    reading = layers.get("reading")
+    figure, all_axes = new_figure([3, *[2] * (with_shares + bool(reading))])
     for index, (language, profile) in enumerate(languages.items()):
         label = drawable(language, "target")
         _draw_entropy(all_axes[0], profile, label, index)
@@ -58,15 +60,27 @@ def plot_entropy(layers: Mapping[str, Any], path: str | Path) -> None:
                 style = {"linestyle": linestyle, "markerfacecolor": fill or _colour(index)}
                 _draw_line(all_axes[1], range(len(profile[key])), profile[key], f"{label}: {meaning}", index, **style)
     _mark_layers(all_axes, layers["conversion"], layers["thinking"])
-    for axes in all_axes[1:]:
+    if reading:
+        names = {"conversion": "English query", "thinking": "English answer"}
+        for index, (term, label) in enumerate(names.items()):
+            # The embeddings, layer 0, say nothing: their value would hide the others.
+            values = [None, *reading[term][1:]]
+            _draw_line(all_axes[-1], range(len(values)), values, label, 2 + index)
+        all_axes[-1].set_ylabel("NLL after the target\nprompt (nats per token)")
+    for axes in all_axes[1 : 1 + with_shares]:
         axes.set_ylabel("share of tokens\nor probability")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(-0.03, 1.03)
     _finish_layers(all_axes, layers["num_layers"])
-    found = {"entropy-falls": "read from the two entropy falls", "explicit": "as asked for"}
+    found = {
+        "reading": "by the English text that each layer can say",
+        "entropy-falls": "read from the two entropy falls",
+        "explicit": "as asked for",
+    }
     how = found.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
     name = short_name(str(layers["model"]), "the model", LONGEST_TITLE)
-    set_title(all_axes[0], f"Logit-lens entropy by layer: {name}", f"i and j: {how}", above=MARK_POINTS)
+    lens = "Tuned" if layers.get("lens") == "tuned" else "Logit"
+    set_title(all_axes[0], f"{lens}-lens entropy by layer: {name}", f"i and j: {how}", above=MARK_POINTS)
     save_figure(figure, path)
 
 
