@@ -26,6 +26,8 @@ import yaml
 from conftest import SHARED, build_tiny_model, build_tiny_tokenizer, tiny_rows
 from safetensors.numpy import load_file
 
+from pivotune.config.settings import SupervisionConfig
+
 _LAYERS = {"conversion": {"layer": 1}, "thinking": {"layer": 3}}
 _FEATURE = {name: {**section, "signal": "feature", "weight": 0.5} for name, section in _LAYERS.items()}
 # Case -> changes of the settings below. A key with dots is a path.
@@ -57,7 +59,9 @@ CASES: dict[str, dict[str, Any]] = {
     "two-ranks": {"ranks": 2},
     "resumed": {"training.save_strategy": "steps", "training.save_steps": 3, "resume": 3},
 }
-_CLOCK = ("runtime", "per_second", "total_flos")
+# Of the clock, or logged and written since the first recording.
+_LEFT_OUT = ("runtime", "per_second", "total_flos", "gradient_share", "cosine")
+_NEW_IN_LAYERS = ("lens", "reading")
 
 
 def settings_of(case: str, folder: Path) -> dict[str, Any]:
@@ -86,7 +90,16 @@ def settings_of(case: str, folder: Path) -> dict[str, Any]:
             section[name] = section = dict(section.get(name, {}))
         section[last] = value
     settings["model"] = str(folder / settings["model"])
+    settings["supervision"] = _raw(settings["supervision"])
     return settings
+
+
+def _raw(supervision: dict[str, Any]) -> dict[str, Any]:
+    """Name what were the defaults when the numbers were recorded; code before that knows no other."""
+    if "layers" not in SupervisionConfig.model_fields:
+        return supervision
+    logits = {"gradient": "all", **supervision.get("logits", {})}
+    return {"lens": "logit", "layers": "paper", **supervision, "logits": logits}
 
 
 def real_settings(folder: Path) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def real_settings(folder: Path) -> dict[str, Any]:
     return {
         "model": "bundled:smollm2-135m-instruct",
         "data": {"train": str(SHARED / "data/train/vi.jsonl.gz"), "limit": 24, "validation": 4, "language": "vi"},
-        "supervision": {"profile_rows": 4},
+        "supervision": _raw({"profile_rows": 4}),
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"},
         "output_dir": str(folder / "runs" / "real"),
     }
@@ -152,17 +165,18 @@ def read_numbers(folder: Path) -> dict[str, Any]:
     """Everything in a run folder that must not change."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     items = gzip.decompress((folder / "results.items.jsonl.gz").read_bytes())
-    layers = folder / "layers.json"
+    path = folder / "layers.json"
+    layers = {**json.loads(path.read_text()), "model": ""} if path.is_file() else None
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(folder / "model" / "model.safetensors").items()):
         digest.update(name.encode() + tensor.tobytes())
     results = json.loads((folder / "results.json").read_text())
     results["model"] = Path(results["model"]).name
     return {
-        "metrics": [{k: v for k, v in line.items() if not any(word in k for word in _CLOCK)} for line in lines],
+        "metrics": [{k: v for k, v in line.items() if not any(word in k for word in _LEFT_OUT)} for line in lines],
         "weights": digest.hexdigest(),
         "results": results,
-        "layers": {**json.loads(layers.read_text()), "model": ""} if layers.is_file() else None,
+        "layers": layers and {key: value for key, value in layers.items() if key not in _NEW_IN_LAYERS},
         "items": hashlib.sha256(items).hexdigest(),
     }
 

@@ -13,12 +13,14 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
 
-from pivotune.config.settings import RunConfig
+from pivotune.config.settings import RunConfig, merged
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.trainer import DeepSupervisionTrainer
 
+# A tuned lens takes a fit and hundreds of tokens: tests that are about something else read raw states.
+RAW = {"lens": "logit", "layers": "paper", "logits": {"gradient": "all"}}
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
 
 
@@ -45,6 +47,7 @@ def arguments(folder: Path, **changes: Any) -> DeepSupervisionConfig:
         "logging_steps": 1,
         "save_strategy": "no",
         **changes,
+        "supervision": merged(RAW, changes.get("supervision") or {}),
     }
     with warnings.catch_warnings():
         # Flat names keep the tests short; tests/training/test_arguments.py tests their deprecation.
@@ -113,7 +116,6 @@ def run_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "model": str(folder / "base"),
         "data": {"train": str(folder / "rows.jsonl"), "validation": 4, "language": "sw"},
-        "supervision": {"profile_rows": 8},
         "training": {
             **QUIET,
             "max_steps": 4,
@@ -123,6 +125,7 @@ def run_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         },
         "output_dir": str(folder / "run"),
         **changes,
+        "supervision": merged({**RAW, "profile_rows": 8}, changes.get("supervision") or {}),
     }
 
 

@@ -71,7 +71,7 @@ class LogitsConfig(Section):
     mode: Literal["autoregressive", "positional"] = "autoregressive"
     norm: Literal["final", "none"] = "final"
     # prompt: English tokens are computed with detached weights, so that reading is trained and not writing English.
-    gradient: Literal["all", "prompt"] = "all"
+    gradient: Literal["all", "prompt"] = "prompt"
     forward: Literal["auto", "shared", "separate"] = "auto"  # one pass with the target rows, or passes of their own
 
 
@@ -112,13 +112,13 @@ class SupervisionConfig(Section):
     conversion: SignalConfig = SignalConfig()
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    lens: LensName = "logit"
+    lens: LensName = "tuned"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
     tuned: TunedLensConfig = TunedLensConfig()
     balance: BalanceConfig = BalanceConfig()
     # What an `auto` layer is chosen by: what each layer can say through a tuned lens, or the paper's entropy curve.
-    layers: Literal["reading", "paper"] = "paper"
+    layers: Literal["reading", "paper"] = "reading"
     profile_rows: Annotated[int, Field(ge=1)] = 64  # rows that are measured for it
 
     @field_validator("balance", mode="before")
@@ -142,7 +142,9 @@ class SupervisionConfig(Section):
     def _lens_fits_logits(self) -> SupervisionConfig:
         logits = self.logits
         if self.lens != "logit" and logits.norm == "none":
-            raise ValueError(f"supervision.lens: {self.lens} reads through the final norm; set logits.norm: final")
+            raise ValueError(
+                f"supervision.lens: {self.lens} reads through the final norm; set logits.norm: final, or lens: logit"
+            )
         if logits.mode == "positional" and self.lens == "model":
             raise ValueError("supervision.lens: model continues English branches; set logits.mode: autoregressive")
         if logits.mode == "positional" and logits.gradient == "prompt" and "gradient" in logits.model_fields_set:
