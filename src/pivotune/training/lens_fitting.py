@@ -18,7 +18,6 @@ from pivotune.config.settings import SupervisionConfig, TunedLensConfig
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
-from pivotune.layers.measure import spread
 from pivotune.lenses.base import Lens
 from pivotune.lenses.tuned import LensFigures, Text, TunedLens, fit_tuned_lens
 from pivotune.models.architecture import find_architecture
@@ -26,6 +25,7 @@ from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.kept_arrays import can_be_reused, map_arrays, save_arrays, weights_digest
+from pivotune.training.preparation import spread
 from pivotune.training.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
