@@ -15,8 +15,10 @@ SUPERVISION = {
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
     "lens": "logit",
-    "logits": {"mode": "positional", "norm": "none", "forward": "separate"},
+    "phase": {"steps": 5, "task": True, "learning_rate": 3e-4},
+    "logits": {"mode": "positional", "norm": "none", "gradient": "all", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
+    "tuned": {"text": "both", "states": 200, "steps": 3, "refit": 0},
     "profile_rows": 11,
 }
 

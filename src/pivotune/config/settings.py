@@ -92,6 +92,21 @@ class TunedLensConfig(Section):
     refit: Annotated[int, Field(ge=0)] = 0  # optimizer steps between fits on the model in training; 0: frozen
 
 
+class PhaseConfig(Section):
+    """A first phase that aligns: only the inner losses train in it, and only L_TFT trains after it."""
+
+    steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps; 0: no phase
+    task: bool = False  # L_TFT trains in the phase too
+    # Learning rate of the phase; None: the scheduled one.
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_steps(self) -> PhaseConfig:
+        if not self.steps and (self.task or self.learning_rate is not None):
+            raise ValueError("supervision.phase: task and learning_rate belong to a phase; set supervision.phase.steps")
+        return self
+
+
 class SupervisionConfig(Section):
     """The inner losses: conversion (L_LC at layer i) and thinking (L_ET at layer j).
 
@@ -103,6 +118,7 @@ class SupervisionConfig(Section):
     conversion: SignalConfig = SignalConfig()
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    phase: PhaseConfig = PhaseConfig()
     lens: LensName = "logit"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()

@@ -24,7 +24,7 @@ from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.models.sharding import is_fsdp
-from pivotune.objectives.base import schedule_factor, weighted_total
+from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.batching import eval_loader, train_loader
@@ -33,6 +33,7 @@ from pivotune.training.distributed.strategies import check_head, prepare_fsdp, u
 from pivotune.training.english_features import with_features
 from pivotune.training.lens_fitting import build_lens
 from pivotune.training.metrics import LogWindow
+from pivotune.training.phase import Phase
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
@@ -133,6 +134,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
         _log_non_additive(self._losses)
+        self._phase = Phase(self.supervision)
+        if self.supervision.phase.steps:
+            self.add_callback(self._phase)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
 
@@ -184,9 +188,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             inputs: a batch as `DeepSupervisionCollator` makes it.
             num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
         """
-        factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
-        weights = {"tft": 1.0, **{name: term.weight * factor for name, term in self.supervision.active().items()}}
-        off = frozenset(name for name, weight in weights.items() if weight == 0)
+        weights = self._phase.weights(self.state.global_step, self.state.max_steps)
+        off = frozenset(name for name in self.supervision.active() if weights[name] == 0)
         terms = self._losses.terms(model, inputs, off)
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
         # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
@@ -215,9 +218,11 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if not self._window.empty and "loss" in logs:
             logs.update(self._window.metrics(self._sum_over_ranks))
             if self.supervision.active():
-                # The log line of step n reports the factor that step n used.
+                # The log line of step n reports the factor and the learning rate that step n used.
                 step = max(self.state.global_step - 1, 0)
-                logs["supervision_factor"] = schedule_factor(self.args.supervision.schedule, step, self.state.max_steps)
+                logs["supervision_factor"] = self._phase.factor(step, self.state.max_steps)
+                if (rate := self._phase.learning_rate(step)) is not None:
+                    logs["learning_rate"] = rate
         if "loss" in logs or "train_runtime" in logs:
             # After the last line of a run the sums belong to no later run.
             self._window.clear()
