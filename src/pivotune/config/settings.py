@@ -216,6 +216,7 @@ class RunConfig(Section):
     supervision: SupervisionConfig = SupervisionConfig()
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved
     lora: LoraSettings | None = None
     quantize: Literal["4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -27,6 +27,7 @@ from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.averaging import WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
@@ -135,6 +136,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
         _log_non_additive(self._losses)
         self._phase = Phase(self.supervision)
+        self._average = None if args.ema is None else WeightAverage(self, args.ema)
+        if self._average is not None:
+            self.add_callback(self._average)
         if self.supervision.phase.steps:
             self.add_callback(self._phase)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
@@ -210,6 +214,14 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         names = list(counted[0])
         totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
         return dict(zip(names, self._sum_over_ranks(totals), strict=True))
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; into a checkpoint also the moving average of its weights."""
+        super().save_model(output_dir, _internal_call)
+        if self._average is not None and self._staging is not None and self.args.should_save:
+            self._average.save(Path(cast(str, output_dir)))
 
     # ---- logging ----
 

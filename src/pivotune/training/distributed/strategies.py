@@ -82,6 +82,15 @@ def sharding_unsupported_reason(strategy: Strategy, *, quantized: bool, optimize
     return None
 
 
+def whole_weights_reason(strategy: Strategy, *, ema: float | None) -> str | None:
+    """Return the reason why a strategy cannot use `ema`, and the remedy, or None."""
+    if ema is None or strategy in ("single", "ddp"):
+        return None
+    return (
+        f"ema: {ema:g} needs whole weights in every process, and {strategy} shards them; train with DDP, or without ema"
+    )
+
+
 def check_sharding(args: TrainingArguments, *, quantized: bool, optimizer: str) -> None:
     """Refuse, before the model is loaded, a combination that would fail later or not be sharded at all.
 
