@@ -14,8 +14,8 @@ from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, method, data, supervision, training, faults, ema, lora, quantize, dtype, revision, trust_remote_code, "
-    "output_dir, seed"
+    "model, method, data, supervision, training, faults, ema, interpolate, lora, quantize, dtype, revision, "
+    "trust_remote_code, output_dir, seed"
 )
 
 
@@ -79,6 +79,7 @@ def test_every_default():
         "training": {},
         "faults": {"nonfinite": "stop", "skip_limit": 10, "hang_timeout": 1800.0},
         "ema": None,
+        "interpolate": 1.0,
         "lora": None,
         "quantize": None,
         "dtype": "auto",
@@ -184,6 +185,8 @@ def test_unknown_choice_lists_what_is_allowed(key, found, allowed):
         ("ema=1", "1 is not allowed; allowed: less than 1"),
         ("ema=0.0", "0.0 is not allowed; allowed: greater than 0"),
         ("ema=true", "True is not allowed; allowed: a valid number"),
+        ("interpolate=0", "0 is not allowed; allowed: greater than 0"),
+        ("interpolate=1.5", "1.5 is not allowed; allowed: less than or equal to 1"),
         ("lora.r=0", "0 is not allowed; allowed: greater than or equal to 1"),
         ("lora.dropout=1.0", "1.0 is not allowed; allowed: less than 1"),
         ("lora.target_modules=5", "5 is not allowed; allowed: a valid string, or a valid list"),

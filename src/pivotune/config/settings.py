@@ -217,6 +217,9 @@ class RunConfig(Section):
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved
+    interpolate: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # share of the trained weights; the rest are the starting ones
+    )
     lora: LoraSettings | None = None
     quantize: Literal["4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

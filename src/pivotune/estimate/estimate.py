@@ -85,9 +85,9 @@ def arguments_for(config: RunConfig, device: str) -> DeepSupervisionConfig:
 def why_impossible(config: RunConfig, target: Target) -> str | None:
     """Return the reason why the target's strategy cannot train this run; None if it can."""
     optimizer = optimizer_name(arguments_for(config, target.device))
-    return whole_weights_reason(target.strategy, ema=config.ema) or sharding_unsupported_reason(
+    return sharding_unsupported_reason(
         target.strategy, quantized=config.quantize is not None, optimizer=optimizer
-    )
+    ) or whole_weights_reason(target.strategy, ema=config.ema, interpolate=config.interpolate)
 
 
 def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:

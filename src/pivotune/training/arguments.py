@@ -66,6 +66,7 @@ class DeepSupervisionConfig(TrainingArguments):
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
         faults: treatment of non-finite losses, and the time limit of collectives.
         ema: decay of an exponential moving average of the trained weights, which replaces them at the end; None for none.
+        interpolate: share A of the trained weights at the end, which become A x trained + (1 - A) x starting weights.
         train_sampling_strategy: as in `TrainingArguments`, but `group_by_length` by default: batches of rows of similar
             length, with little padding.
         logging_nan_inf_filter: as in `TrainingArguments`, but off by default: see `faults.nonfinite`.
@@ -80,6 +81,9 @@ class DeepSupervisionConfig(TrainingArguments):
     faults: FaultsSection = field(default_factory=FaultsConfig, metadata={"help": "section, as JSON"})
     ema: float | None = field(
         default=None, metadata={"help": "decay of a moving average of the weights, which is saved"}
+    )
+    interpolate: float = field(
+        default=1.0, metadata={"help": "share of the trained weights; the rest are the starting ones"}
     )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "sampler of the training rows", "choices": _SAMPLING_STRATEGIES}
@@ -107,7 +111,7 @@ class DeepSupervisionConfig(TrainingArguments):
             setattr(self, self.mixed_precision, True)
         ranks.set_timeout(self.ddp_timeout)
         check_fsdp(fsdp_version(self))
-        reason = whole_weights_reason(strategy_of(self), ema=self.ema)
+        reason = whole_weights_reason(strategy_of(self), ema=self.ema, interpolate=self.interpolate)
         if reason is not None:
             raise UsageError(reason)
         if self.ema is not None and self.load_best_model_at_end:
@@ -122,7 +126,7 @@ class DeepSupervisionConfig(TrainingArguments):
             if not isinstance(value, section):
                 value = json.loads(value) if isinstance(value, str) else dict(value or {})
                 setattr(self, name, validate(section, value, where="DeepSupervisionConfig", within=f"{name}."))
-        validate(_Weights, {"ema": self.ema}, where="DeepSupervisionConfig")
+        validate(_Weights, {name: getattr(self, name) for name in _WEIGHTS}, where="DeepSupervisionConfig")
         try:
             self.method = METHODS.check(self.method)
             check_signals(self.method, self.supervision)
@@ -149,7 +153,7 @@ class DeepSupervisionConfig(TrainingArguments):
 
 
 # Settings of a run beside its sections, declared once.
-_WEIGHTS = ("ema",)
+_WEIGHTS = ("ema", "interpolate")
 _Weights = create_model(
     "_Weights",
     __base__=Section,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -35,10 +35,6 @@ class WeightAverage(TrainerCallback):
         """Write the average into a checkpoint."""
         save_file({name: tensor.contiguous() for name, tensor in self._average.items()}, folder / AVERAGE_FILE)
 
-    def _trained(self) -> dict[str, Tensor]:
-        parameters = self._trainer.model.named_parameters()
-        return {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
-
     # ---- events ----
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -47,7 +43,7 @@ class WeightAverage(TrainerCallback):
         Raises:
             UsageError: the checkpoint has no average of these weights.
         """
-        trained = self._trained()
+        trained = trained_weights(self._trainer.model)
         self._average = {name: tensor.float().clone() for name, tensor in trained.items()}
         if self._trainer.resumed_from is None:
             return
@@ -61,10 +57,15 @@ class WeightAverage(TrainerCallback):
             average.copy_(found[name])
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        weights = [tensor.float() for tensor in self._trained().values()]
+        weights = [tensor.float() for tensor in trained_weights(self._trainer.model).values()]
         self._update(list(self._average.values()), weights, 0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for name, tensor in self._trained().items():
+        for name, tensor in trained_weights(self._trainer.model).items():
             tensor.copy_(self._average[name])
         self._average = {}
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained parameters by name, tied ones once, as tensors that can be written in place."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

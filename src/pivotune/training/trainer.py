@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
+from pivotune.training.interpolation import Interpolation
 from pivotune.training.lens_fitting import build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.phase import Phase
@@ -68,6 +70,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         peft_config: a `peft` configuration to train adapters in place of the whole model.
         layers: a finished layer analysis; if absent, an `auto` layer is measured on the training rows.
         callbacks, optimizers: as in `Trainer`.
+        load_start: reads the starting model again, for `interpolate`; None reads it by its name.
         progress: shows long preparations; a tqdm bar if absent.
         stop_signals, verified_checkpoint: see `FaultTolerantTrainer`.
 
@@ -94,6 +97,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         layers: LayerAnalysis | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        load_start: Callable[[], nn.Module] | None = None,
         progress: Progress | None = None,
         stop_signals: StopSignals | None = None,
         verified_checkpoint: Path | None = None,
@@ -103,8 +107,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         # Seed before the adapters draw their first weights; `Trainer` seeds too late.
         set_seed(args.seed)
         if isinstance(model, str):
-            # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
-            model = merge_adapters(load_model(model, dtype="float32" if peft_config is None else "auto"))
+            load_start = load_start or partial(_load_whole, model, adapters=peft_config is not None)
+            model = _load_whole(model, adapters=peft_config is not None)
         pairs = encode_dataset(train_dataset, args, processing_class, model.config)
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
@@ -116,6 +120,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
+        interpolation = None if args.interpolate == 1 else Interpolation(trained, args.interpolate, load_start)
         ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
         super().__init__(
             model=cast(PreTrainedModel, trained),
@@ -139,6 +144,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self._average = None if args.ema is None else WeightAverage(self, args.ema)
         if self._average is not None:
             self.add_callback(self._average)
+        if interpolation is not None:
+            # Behind the average, which it reads.
+            self.add_callback(interpolation)
         if self.supervision.phase.steps:
             self.add_callback(self._phase)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
@@ -294,6 +302,11 @@ def _log_non_additive(terms: DeepSupervisionLoss) -> None:
             logger.warning(
                 "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
             )
+
+
+def _load_whole(name: str, *, adapters: bool) -> PreTrainedModel:
+    """Load a starting model; full fine-tuning in bfloat16 loses small updates, adapters leave the base as it is."""
+    return merge_adapters(load_model(name, dtype="auto" if adapters else "float32"))
 
 
 def _name_of(model: str | PreTrainedModel) -> str:
