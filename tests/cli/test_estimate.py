@@ -39,6 +39,17 @@ def test_json_for_one_device(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_moving_average_takes_memory_and_whole_weights(tmp_path, capsys):
+    gpus = ("--gpus", "2", "--gpu-memory", "1GiB", "--tflops", "100", "--rows", "16")
+    plain = estimated(capsys, run_file(tmp_path), *gpus)
+    averaged = estimated(capsys, run_file(tmp_path, ema=0.9), *gpus)
+    (before,) = (item for item in plain["strategies"] if item["strategy"] == "ddp")
+    (ddp,) = (item for item in averaged["strategies"] if item.get("memory"))
+    assert ddp["strategy"] == "ddp"
+    more = ddp["memory"]["optimizer"] - before["memory"]["optimizer"]
+    assert more == 4 * plain["parameters"]["trained"]
+
+
 def test_a_config_json_alone_will_do(tmp_path, capsys):
     """No weights, no tokenizer, no rows: typical lengths are assumed, and all strategies compared."""
     tiny_config("gemma2").save_pretrained(tmp_path / "bare")

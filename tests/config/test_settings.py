@@ -14,8 +14,8 @@ from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, preset, method, data, supervision, training, faults, lora, quantize, dtype, revision, trust_remote_code, "
-    "output_dir, seed"
+    "model, preset, method, data, supervision, training, faults, ema, interpolate, lora, quantize, dtype, revision, "
+    "trust_remote_code, output_dir, seed"
 )
 
 
@@ -70,6 +70,7 @@ def test_every_default():
             "conversion": signal,
             "thinking": signal,
             "schedule": "linear",
+            "phase": {"steps": 0, "task": False, "learning_rate": None},
             "lens": "tuned",
             "logits": {"mode": "autoregressive", "norm": "final", "gradient": "prompt", "forward": "auto"},
             "feature": {"pooling": "mean", "span": "query", "english": "detached", "english_norm": "final"},
@@ -80,6 +81,8 @@ def test_every_default():
         },
         "training": {},
         "faults": {"nonfinite": "stop", "skip_limit": 10, "hang_timeout": 1800.0},
+        "ema": None,
+        "interpolate": 1.0,
         "lora": None,
         "quantize": None,
         "dtype": "auto",
@@ -170,6 +173,8 @@ def test_unknown_choice_lists_what_is_allowed(key, found, allowed):
         ("supervision.thinking.layer=half", "'half' is not allowed; allowed: a valid integer, or 'auto'"),
         ("supervision.thinking.layer=2.5", "2.5 is not allowed; allowed: a valid integer, or 'auto'"),
         ("supervision.thinking.layer=true", "True is not allowed; allowed: a valid integer, or 'auto'"),
+        ("supervision.phase.steps=-1", "-1 is not allowed; allowed: greater than or equal to 0"),
+        ("supervision.phase.learning_rate=0", "0 is not allowed; allowed: greater than 0"),
         ("supervision.profile_rows=0", "0 is not allowed; allowed: greater than or equal to 1"),
         ("data.english_ratio=1", "1 is not allowed; allowed: less than 1"),
         ("data.english_ratio=-0.5", "-0.5 is not allowed; allowed: greater than or equal to 0"),
@@ -180,6 +185,11 @@ def test_unknown_choice_lists_what_is_allowed(key, found, allowed):
         ("data.max_prompt_tokens=0", "0 is not allowed; allowed: greater than or equal to 1"),
         ("data.max_completion_tokens=-1", "-1 is not allowed; allowed: greater than or equal to 1"),
         ("data.limit=0", "0 is not allowed; allowed: greater than or equal to 1"),
+        ("ema=1", "1 is not allowed; allowed: less than 1"),
+        ("ema=0.0", "0.0 is not allowed; allowed: greater than 0"),
+        ("ema=true", "True is not allowed; allowed: a valid number"),
+        ("interpolate=0", "0 is not allowed; allowed: greater than 0"),
+        ("interpolate=1.5", "1.5 is not allowed; allowed: less than or equal to 1"),
         ("lora.r=0", "0 is not allowed; allowed: greater than or equal to 1"),
         ("lora.dropout=1.0", "1.0 is not allowed; allowed: less than 1"),
         ("lora.target_modules=5", "5 is not allowed; allowed: a valid string, or a valid list"),

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-row-each": {"per_process": 1, "english_ratio": 0.5, **_RANDOM},
     "one-row-each-separate": {"per_process": 1, "english_ratio": 0.5, "logits_forward": "separate", **_RANDOM},
     "one-row-each-feature": {"per_process": 1, "english_ratio": 0.5, **FEATURE, **_RANDOM},
+    "phase": {"supervision": {"phase": {"steps": 2, "learning_rate": 0.05}}},
     "accumulated": {"gradient_accumulation_steps": 3, "rows": 17},
     "accumulated-one-row": {"gradient_accumulation_steps": 2, "per_process": 1, "rows": 5, "english_ratio": 0.4},
     "untied": {"model": {"tie_word_embeddings": False}},

@@ -15,6 +15,7 @@ SUPERVISION = {
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
     "lens": "logit",
+    "phase": {"steps": 5, "task": True, "learning_rate": 3e-4},
     "logits": {"mode": "positional", "norm": "none", "gradient": "all", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
     "tuned": {"text": "both", "states": 321, "steps": 3, "refit": 0},

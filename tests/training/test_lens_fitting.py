@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from peft import LoraConfig
-from tiny_training import arguments, make_pairs, tiny_trainer, weights
+from tiny_training import arguments, assert_same, make_pairs, tiny_trainer, weights
 
 from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import Pair, Side
@@ -99,3 +99,21 @@ def test_trained_through_the_lens(tmp_path, adapters):
     raw.train()
     ours, others = weights(trained.model), weights(raw.model)
     assert any(not torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_a_lens_is_fitted_again_in_training_and_on_resume_exactly(tmp_path):
+    supervision = {**TUNED, "tuned": {"states": 200, "steps": 2, "refit": 2}}
+    options = {"supervision": supervision, "max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    whole = tiny_trainer(tmp_path, **options)
+    before = {layer: maps[0].clone() for layer, maps in whole._losses._lens.maps.items()}
+    whole.train()
+    assert all(not torch.equal(before[k], maps[0]) for k, maps in whole._losses._lens.maps.items())
+    resumed = tiny_trainer(tmp_path, **options)
+    assert torch.equal(resumed._losses._lens.maps[1][0], before[1])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(weights(whole.model), weights(resumed.model))
+    frozen = tiny_trainer(tmp_path / "frozen", **{**options, "supervision": TUNED})
+    frozen.train()
+    assert any(not torch.equal(one, two) for one, two in zip(
+        weights(whole.model).values(), weights(frozen.model).values(), strict=True
+    ))  # fmt: skip

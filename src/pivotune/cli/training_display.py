@@ -75,6 +75,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
         active = config.supervision.active().items()
         terms = [f"{term} {one.signal} at layer {one.layer}, weight {one.weight:g}" for term, one in active]
         name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
+        if steps := config.supervision.phase.steps:
+            name += f" over the first {steps} steps, then L_TFT alone"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {name}", soft_wrap=True)
     out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")

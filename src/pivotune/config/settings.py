@@ -101,6 +101,21 @@ class BalanceConfig(Section):
     max_share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5  # of the gradient of L_TFT
 
 
+class PhaseConfig(Section):
+    """A first phase that aligns: only the inner losses train in it, and only L_TFT trains after it."""
+
+    steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps; 0: no phase
+    task: bool = False  # L_TFT trains in the phase too
+    # Learning rate of the phase; None: the scheduled one.
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_steps(self) -> PhaseConfig:
+        if not self.steps and (self.task or self.learning_rate is not None):
+            raise ValueError("supervision.phase: task and learning_rate belong to a phase; set supervision.phase.steps")
+        return self
+
+
 class SupervisionConfig(Section):
     """The inner losses: conversion (L_LC at layer i) and thinking (L_ET at layer j).
 
@@ -112,6 +127,7 @@ class SupervisionConfig(Section):
     conversion: SignalConfig = SignalConfig()
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    phase: PhaseConfig = PhaseConfig()
     lens: LensName = "tuned"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
@@ -246,6 +262,10 @@ class RunConfig(Section):
     supervision: SupervisionConfig = SupervisionConfig()
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved
+    interpolate: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # share of the trained weights; the rest are the starting ones
+    )
     lora: LoraSettings | None = None
     quantize: Literal["4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +22,12 @@ from pivotune.estimate.operations import Device, find_device, measure_costs, row
 from pivotune.estimate.rows import RunRows, Schedule, largest_batch, num_tokens, rows_of, training_schedule
 from pivotune.objectives.cosine import frozen_losses
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
-from pivotune.training.distributed.strategies import Strategy, sharding_unsupported_reason, strategy_of
+from pivotune.training.distributed.strategies import (
+    Strategy,
+    sharding_unsupported_reason,
+    strategy_of,
+    whole_weights_reason,
+)
 from pivotune.training.preparation import assumed_supervision
 
 logger = logging.getLogger(__name__)
@@ -81,7 +86,9 @@ def arguments_for(config: RunConfig, device: str) -> DeepSupervisionConfig:
 def why_impossible(config: RunConfig, target: Target) -> str | None:
     """Return the reason why the target's strategy cannot train this run; None if it can."""
     optimizer = optimizer_name(arguments_for(config, target.device))
-    return sharding_unsupported_reason(target.strategy, quantized=config.quantize is not None, optimizer=optimizer)
+    return sharding_unsupported_reason(
+        target.strategy, quantized=config.quantize is not None, optimizer=optimizer
+    ) or whole_weights_reason(target.strategy, ema=config.ema, interpolate=config.interpolate)
 
 
 def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunRows) -> list[Estimate]:
@@ -108,6 +115,9 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     model = meta_model(config, model_config)
     optimizer = optimizer_name(args)
     size = measure_model(model, optimizer=optimizer, quantized=config.quantize is not None)
+    if config.ema is not None:
+        # The average is kept beside the optimizer's states, in float32.
+        size = replace(size, optimizer_bytes=size.optimizer_bytes + 4 * size.trained)
     whole_squares = device == "cpu" and args.bf16
     costs = measure_costs(model, checkpointing=checkpointing, whole_squares=whole_squares)
     separate = forward == "separate"

@@ -141,6 +141,7 @@ def _execute(
         processing_class=prepared.tokenizer,
         peft_config=None if config.lora is None else build_lora_config(config.lora, model),
         layers=layers,
+        load_start=partial(_load_starting_model, config),
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         progress=progress,
         stop_signals=stop_signals,

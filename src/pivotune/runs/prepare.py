@@ -15,6 +15,7 @@ from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.data.examples import EncodingReport, Pair
 from pivotune.errors import UsageError
+from pivotune.estimate.rows import training_schedule
 from pivotune.models.adapters import check_adapters
 from pivotune.models.architecture import check_architecture
 from pivotune.models.loading import check_model, load_tokenizer, read_config
@@ -23,6 +24,7 @@ from pivotune.runs.record import check_rows_record
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_sharding
+from pivotune.training.phase import check_phase
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
@@ -91,6 +93,8 @@ def prepare_run(
             f"data.validation: {config.data.validation} gives none"
         )
     build_train_dataset(train, args, model_config)
+    if METHODS[config.method].inner_losses:
+        check_phase(args.supervision, training_schedule(args, len(train), args.world_size).steps)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
     model, output = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()

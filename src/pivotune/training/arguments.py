@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args, get_type_hints
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -28,6 +28,7 @@ from pivotune.config.settings import (
     EncodingConfig,
     FaultsConfig,
     RunConfig,
+    Section,
     SupervisionConfig,
     check_signals,
     merged,
@@ -36,7 +37,7 @@ from pivotune.config.training_ranges import check_ranges
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.strategies import check_fsdp, fsdp_version
+from pivotune.training.distributed.strategies import check_fsdp, fsdp_version, strategy_of, whole_weights_reason
 from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
@@ -74,6 +75,8 @@ class DeepSupervisionConfig(TrainingArguments):
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
         faults: treatment of non-finite losses, and the time limit of collectives.
+        ema: decay of an exponential moving average of the trained weights, which replaces them at the end; None for none.
+        interpolate: share A of the trained weights at the end, which become A x trained + (1 - A) x starting weights.
         train_sampling_strategy: as in `TrainingArguments`, but `group_by_length` by default: batches of rows of similar
             length, with little padding.
         logging_nan_inf_filter: as in `TrainingArguments`, but off by default: see `faults.nonfinite`.
@@ -89,6 +92,12 @@ class DeepSupervisionConfig(TrainingArguments):
     supervision: SupervisionSection = field(default_factory=SupervisionConfig, metadata={"help": "section, as JSON"})
     data: DataSection = field(default_factory=EncodingConfig, metadata={"help": "section, as JSON"})
     faults: FaultsSection = field(default_factory=FaultsConfig, metadata={"help": "section, as JSON"})
+    ema: float | None = field(
+        default=None, metadata={"help": "decay of a moving average of the weights, which is saved"}
+    )
+    interpolate: float = field(
+        default=1.0, metadata={"help": "share of the trained weights; the rest are the starting ones"}
+    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "sampler of the training rows", "choices": _SAMPLING_STRATEGIES}
     )
@@ -115,6 +124,13 @@ class DeepSupervisionConfig(TrainingArguments):
             setattr(self, self.mixed_precision, True)
         ranks.set_timeout(self.ddp_timeout)
         check_fsdp(fsdp_version(self))
+        reason = whole_weights_reason(strategy_of(self), ema=self.ema, interpolate=self.interpolate)
+        if reason is not None:
+            raise UsageError(reason)
+        if self.ema is not None and self.load_best_model_at_end:
+            raise UsageError(
+                "training.load_best_model_at_end: true would replace the moving average of ema; set one of them"
+            )
 
     def _read_sections(self) -> None:
         """Replace mappings and JSON texts by checked sections."""
@@ -130,6 +146,7 @@ class DeepSupervisionConfig(TrainingArguments):
                 value = value.model_dump(exclude_unset=True)
             value = merged(preset, json.loads(value) if isinstance(value, str) else dict(value or {}))
             setattr(self, name, validate(section, value, where="DeepSupervisionConfig", within=f"{name}."))
+        validate(_Weights, {name: getattr(self, name) for name in _WEIGHTS}, where="DeepSupervisionConfig")
         try:
             self.method = METHODS.check(self.method)
             check_signals(self.method, self.supervision)
@@ -155,6 +172,13 @@ class DeepSupervisionConfig(TrainingArguments):
         return Limits(prompt=self.data.max_prompt_tokens, completion=self.data.max_completion_tokens, context=context)
 
 
+# Settings of a run beside its sections, declared once.
+_WEIGHTS = ("ema", "interpolate")
+_Weights = create_model(
+    "_Weights",
+    __base__=Section,
+    **cast(Any, {name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in _WEIGHTS}),
+)
 _SECTIONS = {"supervision": SupervisionConfig, "data": EncodingConfig, "faults": FaultsConfig}
 _plain_init = DeepSupervisionConfig.__init__
 
@@ -202,7 +226,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     Raises:
         UsageError: an unknown field of TrainingArguments, or a value it refuses.
     """
-    own = {name: getattr(config, name) for name in ("output_dir", "seed", "method", *_SECTIONS)}
+    own = {name: getattr(config, name) for name in ("output_dir", "seed", "method", *_WEIGHTS, *_SECTIONS)}
     _check_training_keys(config.training, {*own, *FLAT_NAMES})
     training = {key: _typed(key, value) for key, value in config.training.items()}
     check_ranges(training)

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import nn
+from transformers import TrainerCallback
 
 from pivotune.config.registry import LENSES
 from pivotune.config.settings import SupervisionConfig, TunedLensConfig
@@ -20,7 +23,7 @@ from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.lenses.base import Lens
 from pivotune.lenses.tuned import LensFigures, TunedLens, fit_tuned_lens, lens_texts
-from pivotune.models.architecture import find_architecture
+from pivotune.models.architecture import find_architecture, unwrap_model
 from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
@@ -118,6 +121,49 @@ def fit_lens(
             batch_size=args.per_device_eval_batch_size,
             progress=advance,
         )
+
+
+class LensRefit(TrainerCallback):
+    """Fit a tuned lens again on the model in training, every `tuned.refit` optimizer steps; kept in every checkpoint.
+
+    Args:
+        trainer: its model is read in evaluation mode; `resumed_from` names the checkpoint that holds the maps.
+        lens: changed in place.
+        pairs: rows whose texts are read.
+    """
+
+    def __init__(self, trainer: Any, lens: TunedLens, config: TunedLensConfig, pairs: Sequence[Pair]) -> None:
+        self._trainer, self._lens, self._config, self._pairs = trainer, lens, config, pairs
+
+    def save(self, folder: Path) -> None:
+        """Write the maps into a checkpoint."""
+        save_file(self._lens.to_arrays(), folder / LENS_FILE)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the maps of the checkpoint.
+
+        Raises:
+            UsageError: the checkpoint has none.
+        """
+        checkpoint = self._trainer.resumed_from
+        if checkpoint is None:
+            return
+        path = checkpoint / LENS_FILE
+        if not path.is_file():
+            raise UsageError(f"{path}: not there; resume with the supervision.tuned.refit that the run was begun with")
+        self._lens.set_arrays(map_arrays(path))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step or state.global_step % self._config.refit:
+            return
+
+        def fit() -> dict[str, np.ndarray]:
+            model, start = unwrap_model(self._trainer.model), self._lens
+            # Dropout is off and no random number of the training is drawn.
+            lens, _ = fit_lens(model, args, self._config, self._pairs, list(start.maps), start=start)
+            return lens.to_arrays()
+
+        self._lens.set_arrays(ranks.on_main(fit))
 
 
 def fit_all_layers(

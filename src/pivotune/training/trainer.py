@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +21,24 @@ from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
 from pivotune.layers.selection import LayerAnalysis
+from pivotune.lenses.tuned import TunedLens
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.models.sharding import is_fsdp
-from pivotune.objectives.base import schedule_factor, weighted_total
+from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.averaging import WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
 from pivotune.training.gradient_balance import GradientBalance
-from pivotune.training.lens_fitting import build_lens
+from pivotune.training.interpolation import Interpolation
+from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
+from pivotune.training.phase import Phase
 from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
@@ -67,6 +72,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         peft_config: a `peft` configuration to train adapters in place of the whole model.
         layers: a finished layer analysis; if absent, an `auto` layer is measured on the training rows.
         callbacks, optimizers: as in `Trainer`.
+        load_start: reads the starting model again, for `interpolate`; None reads it by its name.
         progress: shows long preparations; a tqdm bar if absent.
         stop_signals, verified_checkpoint: see `FaultTolerantTrainer`.
 
@@ -93,6 +99,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         layers: LayerAnalysis | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        load_start: Callable[[], nn.Module] | None = None,
         progress: Progress | None = None,
         stop_signals: StopSignals | None = None,
         verified_checkpoint: Path | None = None,
@@ -102,8 +109,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         # Seed before the adapters draw their first weights; `Trainer` seeds too late.
         set_seed(args.seed)
         if isinstance(model, str):
-            # Full fine-tuning in bfloat16 loses small updates; adapters leave the base as it is.
-            model = merge_adapters(load_model(model, dtype="float32" if peft_config is None else "auto"))
+            load_start = load_start or partial(_load_whole, model, adapters=peft_config is not None)
+            model = _load_whole(model, adapters=peft_config is not None)
         pairs = encode_dataset(train_dataset, args, processing_class, model.config)
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
@@ -115,6 +122,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
+        interpolation = None if args.interpolate == 1 else Interpolation(trained, args.interpolate, load_start)
         ranks.on_main(lambda: check_head(args, find_architecture(trained).lm_head))
         super().__init__(
             model=cast(PreTrainedModel, trained),
@@ -134,9 +142,23 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
         _log_non_additive(self._losses)
+        self._phase = Phase(self.supervision)
+        self._refit = None
+        if isinstance(lens, TunedLens) and self.supervision.tuned.refit and pairs:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UsageError("supervision.tuned.refit: the weights are sharded in training; allowed here: 0")
+            self._refit = LensRefit(self, lens, self.supervision.tuned, pairs)
+            self.add_callback(self._refit)
+        self._average = None if args.ema is None else WeightAverage(self, args.ema)
+        if self._average is not None:
+            self.add_callback(self._average)
+        if interpolation is not None:
+            # Behind the average, which it reads.
+            self.add_callback(interpolation)
+        if self.supervision.phase.steps:
+            self.add_callback(self._phase)
         self._window = LogWindow(("tft", *self.supervision.active()), args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
-        self._inner_weights = {name: term.weight for name, term in self.supervision.active().items()}
         layers = {name: int(term.layer) for name, term in self.supervision.active().items()}
         self.balance = GradientBalance(self.supervision.balance, layers)
         self._check_balance()
@@ -190,13 +212,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             batch = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 step, reduce = self.state.global_step, self._sum_over_ranks
-                self.balance.measure(model, batch, self._losses, self._weights(), step, reduce)
+                weights = self._phase.weights(step, self.state.max_steps)
+                self.balance.measure(model, batch, self._losses, weights, step, reduce)
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def _weights(self) -> dict[str, float]:
-        """Return the weight of every term at this step, before balancing."""
-        factor = schedule_factor(self.args.supervision.schedule, self.state.global_step, self.state.max_steps)
-        return {"tft": 1.0, **{name: weight * factor for name, weight in self._inner_weights.items()}}
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -218,9 +236,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             inputs: a batch as `DeepSupervisionCollator` makes it.
             num_items_in_batch: counts per term of the window, from `get_batch_samples`; None counts this batch alone.
         """
-        balanced = self.balance.factors
-        weights = {name: weight * balanced.get(name, 1.0) for name, weight in self._weights().items()}
-        off = frozenset(name for name, weight in weights.items() if weight == 0)
+        balanced, scheduled = self.balance.factors, self._phase.weights(self.state.global_step, self.state.max_steps)
+        weights = {name: weight * balanced.get(name, 1.0) for name, weight in scheduled.items()}
+        off = frozenset(name for name, weight in weights.items() if weight == 0 and name != "tft")
         terms = self._losses.terms(model, inputs, off)
         counts = num_items_in_batch or self._count_terms([inputs], self.args.device)
         # DDP and FSDP average gradients over ranks; the counts are of all ranks together.
@@ -242,6 +260,16 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         totals = torch.stack([torch.stack([counts[name].to(device) for counts in counted]).sum() for name in names])
         return dict(zip(names, self._sum_over_ranks(totals), strict=True))
 
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; into a checkpoint also the moving average of its weights, and a lens that was fitted again."""
+        super().save_model(output_dir, _internal_call)
+        if self._staging is not None and self.args.should_save:
+            for callback in (self._average, self._refit):
+                if callback is not None:
+                    callback.save(Path(cast(str, output_dir)))
+
     # ---- logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -249,10 +277,12 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if not self._window.empty and "loss" in logs:
             logs.update(self._window.metrics(self._sum_over_ranks))
             if self.supervision.active():
-                # The log line of step n reports the factor that step n used.
+                # The log line of step n reports the factor and the learning rate that step n used.
                 step = max(self.state.global_step - 1, 0)
                 logs.update(self.balance.take_figures())
-                logs["supervision_factor"] = schedule_factor(self.args.supervision.schedule, step, self.state.max_steps)
+                logs["supervision_factor"] = self._phase.factor(step, self.state.max_steps)
+                if (rate := self._phase.learning_rate(step)) is not None:
+                    logs["learning_rate"] = rate
         if "loss" in logs or "train_runtime" in logs:
             # After the last line of a run the sums belong to no later run.
             self._window.clear()
@@ -312,6 +342,11 @@ def _log_non_additive(terms: DeepSupervisionLoss) -> None:
             logger.warning(
                 "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
             )
+
+
+def _load_whole(name: str, *, adapters: bool) -> PreTrainedModel:
+    """Load a starting model; full fine-tuning in bfloat16 loses small updates, adapters leave the base as it is."""
+    return merge_adapters(load_model(name, dtype="auto" if adapters else "float32"))
 
 
 def _name_of(model: str | PreTrainedModel) -> str:

@@ -37,6 +37,9 @@ LORA = {"peft_config": LoraConfig(r=4, lora_dropout=0.3, target_modules="all-lin
 FROZEN = {"conversion_signal": "feature", "thinking_signal": "feature", "feature_english": "frozen"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deep supervision": ({"supervision_schedule": "cosine"}, {}),
+    "a phase": ({"supervision": {"phase": {"steps": 4, "learning_rate": 3e-3}}}, {}),
+    "a moving average": ({"ema": 0.7}, {}),
+    "a moving average of adapters": ({"ema": 0.7}, LORA),
     "adapters with dropout": ({"supervision_schedule": "linear"}, LORA),
     "cached English features": (FROZEN, {}),
     "rows at random": ({"train_sampling_strategy": "random", "gradient_accumulation_steps": 3}, {}),

@@ -82,6 +82,16 @@ def sharding_unsupported_reason(strategy: Strategy, *, quantized: bool, optimize
     return None
 
 
+def whole_weights_reason(strategy: Strategy, *, ema: float | None, interpolate: float) -> str | None:
+    """Return the reason why a strategy cannot use `ema` or `interpolate`, and the remedy, or None."""
+    key, value = ("ema", ema) if ema is not None else ("interpolate", interpolate)
+    if value in (None, 1.0) or strategy in ("single", "ddp"):
+        return None
+    return (
+        f"{key}: {value:g} needs whole weights in every process, and {strategy} shards them; use DDP, or leave it out"
+    )
+
+
 def check_sharding(args: TrainingArguments, *, quantized: bool, optimizer: str) -> None:
     """Refuse, before the model is loaded, a combination that would fail later or not be sharded at all.
 

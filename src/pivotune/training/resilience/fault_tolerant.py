@@ -188,6 +188,7 @@ class FaultTolerantTrainer(Trainer):
 
     Attributes:
         order: shape of an optimizer step; of a resumed run as it was begun.
+        resumed_from: the checkpoint that the training continues from; None for a new one.
     """
 
     args: DeepSupervisionConfig
@@ -205,6 +206,7 @@ class FaultTolerantTrainer(Trainer):
         self.order: DataOrder = order_of(self.args, self._train_batch_size)
         self.counters = PivotuneCounters(self)
         self.save_and_stop = SaveAndStop(self, stop_signals)
+        self.resumed_from: Path | None = None
         self._verified = verified_checkpoint
         self._staging: Path | None = None
 
@@ -223,6 +225,7 @@ class FaultTolerantTrainer(Trainer):
         self.order = now if checkpoint is None else ranks.on_main(lambda: resumed_order(checkpoint, now))
         if self.order != now:
             logger.warning("%s was begun with %s; this run has %s, in the same order", checkpoint, self.order, now)
+        self.resumed_from = checkpoint
         if checkpoint is not None:
             ranks.on_main(lambda: set_newer_aside(self._folder, checkpoint))
         # `PivotuneCounters` restores them in every run; `Trainer` would make new callbacks.
