@@ -64,6 +64,7 @@ def test_paper_settings(model, language, kind):
     if config.method == "deep-supervision":
         supervision = config.supervision
         assert supervision.schedule == "constant"
+        assert (config.preset, supervision.lens, supervision.logits.gradient) == ("paper", "logit", "all")
         for term, layer in zip((supervision.conversion, supervision.thinking), LAYERS[model], strict=True):
             assert (term.signal, term.weight, term.layer) == (kind, 1.0, layer)
 
@@ -78,6 +79,7 @@ def test_small_recipes_have_the_recommended_preset(path):
         supervision = config.supervision
         assert (supervision.conversion.weight, supervision.thinking.weight) == (0.3, 0.3)
         assert supervision.schedule == "linear"
+        assert (supervision.lens, supervision.logits.gradient) == ("tuned", "prompt")
 
 
 def test_small_recipes_of_one_model_differ_only_in_method():

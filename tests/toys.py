@@ -23,6 +23,7 @@ class Push:
     """Mean distance of all states of a micro-batch from one another: not a sum over rows."""
 
     additive = False
+    uses_lens = True
     seen: ClassVar[list[Any]] = []
 
     def __init__(self, options: PushOptions) -> None:

@@ -407,7 +407,8 @@ def test_a_preset_changes_defaults_and_single_keys_change_it():
     assert own.data.english_ratio == 0.1
     assert message("preset=papr") == "run.yaml: preset: 'papr' is not allowed; allowed: 'recommended' or 'paper'"
     # What a run writes down is read back as it was.
-    assert parse_config(yaml.safe_load(dump_config(own))) == own
+    for config in (own, changed("supervision.logits.mode=positional")):
+        assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -415,7 +416,7 @@ def test_a_preset_changes_defaults_and_single_keys_change_it():
     [
         (["supervision.lens=tuned", "supervision.logits.norm=none"], "set logits.norm: final, or lens: logit"),
         (["supervision.lens=model", "supervision.logits.mode=positional"], "set logits.mode: autoregressive"),
-        (["supervision.logits={mode: positional, gradient: prompt}"], "set logits.mode: autoregressive"),
+        (["supervision.logits={mode: positional, gradient: prompt}"], "set gradient: all, or mode: autoregressive"),
         (["supervision.balance=gradients"], "supervision.balance.mode: 'gradients' is not allowed"),
         (["supervision.tuned={states: 5}"], "supervision.tuned.states: 5"),
     ],

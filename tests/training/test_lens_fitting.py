@@ -66,6 +66,14 @@ def test_a_tuned_lens_needs_rows(tmp_path):
         build(tmp_path, pairs=None)
 
 
+def test_losses_that_compare_raw_states_need_no_fit(tmp_path):
+    feature = {"signal": "feature"}
+    lens = build(tmp_path, conversion={"layer": 1, **feature}, thinking={"layer": 3, **feature})
+    assert lens.maps == {}
+    half = build(tmp_path, conversion={"layer": 1, **feature})
+    assert list(half.maps) == [3]
+
+
 def test_other_lenses_need_no_fit(tmp_path):
     assert isinstance(build(tmp_path, lens="model"), ModelLens)
     assert not (tmp_path / LENS_FILE).exists()

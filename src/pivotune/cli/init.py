@@ -12,6 +12,7 @@ _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HEAD = """\
 # pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
+preset: recommended                   # or paper: unweighted inner losses through the logit lens, no English rows
 method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | deep-supervision
 
 data:
@@ -30,8 +31,8 @@ supervision:
   conversion: {signal: logits, layer: auto, weight: 0.3}   # language conversion at a bottom layer: logits | feature | none
   thinking: {signal: logits, layer: auto, weight: 0.3}     # English thinking at a middle layer
   schedule: linear                    # constant | linear | cosine, down to 0 at the last step
-  logits: {mode: autoregressive, norm: final, forward: auto} # autoregressive | positional; final | none; \
-auto | shared | separate
+  lens: tuned                         # logit (raw states) | tuned (fitted before training) | model (its upper layers)
+  logits: {gradient: prompt}          # prompt | all; with all the English tokens train the layers, too
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 

@@ -74,6 +74,17 @@ class LogitsConfig(Section):
     gradient: Literal["all", "prompt"] = "prompt"
     forward: Literal["auto", "shared", "separate"] = "auto"  # one pass with the target rows, or passes of their own
 
+    @model_validator(mode="before")
+    @classmethod
+    def _positional_has_no_branches(cls, settings: Any) -> Any:
+        if not (isinstance(settings, Mapping) and settings.get("mode") == "positional"):
+            return settings
+        if settings.get("gradient") == "prompt":
+            raise ValueError(
+                "supervision.logits.gradient: prompt needs English branches; set gradient: all, or mode: autoregressive"
+            )
+        return {"gradient": "all", **settings}
+
 
 class FeatureConfig(Section):
     """Options of the feature signal. Gradient through the English side collapses English: detached by default."""
@@ -163,10 +174,6 @@ class SupervisionConfig(Section):
             )
         if logits.mode == "positional" and self.lens == "model":
             raise ValueError("supervision.lens: model continues English branches; set logits.mode: autoregressive")
-        if logits.mode == "positional" and logits.gradient == "prompt" and "gradient" in logits.model_fields_set:
-            raise ValueError(
-                "supervision.logits.gradient: prompt needs English branches; set logits.mode: autoregressive"
-            )
         return self
 
     @model_validator(mode="after")

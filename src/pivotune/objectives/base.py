@@ -41,9 +41,11 @@ class Objective(Protocol):
     Attributes:
         additive: True where the loss is a sum over items, so that 1 x 8 = 8 x 1 = 2 ranks. A loss over pairs of rows is
             not additive: it compares the rows of one micro-batch, and other micro-batches train differently.
+        uses_lens: whether it reads states through the lens, which may have to be fitted for its layers.
     """
 
     additive: bool
+    uses_lens: bool
 
     def request(
         self, losses: Sequence[InnerLoss], batch: Batch, architecture: Architecture, reference: nn.Module | None

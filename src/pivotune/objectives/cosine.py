@@ -29,6 +29,7 @@ class Cosine:
     """Cosine distance between the pooled states of both languages, a row at a time."""
 
     additive = True
+    uses_lens = False
 
     def __init__(self, options: FeatureConfig) -> None:
         self.options = options

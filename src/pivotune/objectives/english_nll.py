@@ -29,6 +29,7 @@ class AutoregressiveNLL:
     """The English tokens follow the target prompt; each state predicts the next token."""
 
     additive = True
+    uses_lens = True
 
     def __init__(self, options: LogitsConfig) -> None:
         self.options = options

@@ -25,6 +25,7 @@ from pivotune.lenses.base import Lens
 from pivotune.lenses.tuned import LensFigures, TunedLens, fit_tuned_lens, lens_texts
 from pivotune.models.architecture import find_architecture, unwrap_model
 from pivotune.models.sharding import is_partitioned, placed
+from pivotune.objectives.deep_supervision import build_objectives
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.kept_arrays import can_be_reused, map_arrays, save_arrays, weights_digest
@@ -56,7 +57,8 @@ def build_lens(
         UsageError: no rows to fit it on, or ZeRO-3 has partitioned the model already, or the file cannot be written.
     """
     lens: Lens = LENSES[supervision.lens](find_architecture(model))
-    layers = sorted({int(term.layer) for term in supervision.active().values()})
+    groups = build_objectives(supervision)
+    layers = sorted({loss.layer for objective, losses in groups if objective.uses_lens for loss in losses})
     if not isinstance(lens, TunedLens) or not layers:
         return lens
     if not pairs:
