@@ -85,9 +85,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 
 
 def step_logs(trainer: DeepSupervisionTrainer) -> list[dict[str, Any]]:
-    """The log lines of training steps without what depends on the clock."""
+    """The log lines of training steps without what depends on the clock, or on one micro-batch (gradient figures)."""
     return [
-        {name: value for name, value in line.items() if "per_second" not in name}
+        {name: value for name, value in line.items() if not name.endswith(("per_second", "gradient_share", "cosine"))}
         for line in trainer.state.log_history
         if "loss" in line
     ]

@@ -14,6 +14,7 @@ from pivotune.training.trainer import DeepSupervisionTrainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 FEATURE = {"conversion_signal": "feature", "thinking_signal": "feature"}
+PROMPT = {"gradient": "prompt"}
 _RANDOM = {"train_sampling_strategy": "random"}
 
 # Arguments of the trainer, and under "model", "lora" and "rows" what else differs. 13 rows in batches of 4 over all
@@ -25,6 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "logits-separate": {"logits_forward": "separate"},
     "logits-no-norm": {"logits_norm": "none"},
     "logits-positional": {"logits_mode": "positional"},
+    "prompt": {"supervision": {"logits": PROMPT}},
+    "prompt-separate": {"supervision": {"logits": {**PROMPT, "forward": "separate"}}},
+    "prompt-lora-checkpointed": {"supervision": {"logits": PROMPT}, "lora": {}, "gradient_checkpointing": True},
+    "lens-model": {"supervision": {"logits": PROMPT, "lens": "model"}},
+    "lens-tuned": {"supervision": {"logits": PROMPT, "lens": "tuned", "tuned": {"states": 150, "steps": 3}}, "rows": 24},
     "conversion-only": {"thinking_signal": "none"},
     "thinking-only-separate": {"conversion_signal": "none", "logits_forward": "separate"},
     "feature-detached": {**FEATURE},

@@ -20,6 +20,7 @@ from pivotune.training.trainer import DeepSupervisionTrainer
 
 SIGNALS: dict[str, dict[str, Any]] = {
     "logits": {},
+    "prompt": {"supervision": {"logits": {"gradient": "prompt"}}},
     "positional": {"logits_mode": "positional"},
     "feature": {"conversion_signal": "feature", "thinking_signal": "feature", "feature_span": "query+answer"},
     "frozen": {"conversion_signal": "feature", "thinking_signal": "feature", "feature_english": "frozen"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from tiny_batches import gradients, make_batch, signal, supervise
-from tiny_training import step_logs, tiny_trainer, weights
+from tiny_training import tiny_trainer, weights
 
 from pivotune.config.settings import BalanceConfig, SupervisionConfig
 from pivotune.errors import UsageError
@@ -78,6 +78,10 @@ def test_factors_bound_and_gate(monkeypatch, english, factor):
     assert logged["thinking_factor"] == factor
     assert balance.take_figures() == {}
     assert ("thinking_english_cosine" in logged) == (english is not None)
+
+
+def step_logs(trainer) -> list[dict]:
+    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 def trained(folder, mode: str, **changes):
