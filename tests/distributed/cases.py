@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-row-each-separate": {"per_process": 1, "english_ratio": 0.5, "logits_forward": "separate", **_RANDOM},
     "one-row-each-feature": {"per_process": 1, "english_ratio": 0.5, **FEATURE, **_RANDOM},
     "phase": {"supervision": {"phase": {"steps": 2, "learning_rate": 0.05}}},
+    "keep-english": {"supervision": {"keep_english": {"kl": 0.7, "top": 5}}, "english_ratio": 0.4},
     "accumulated": {"gradient_accumulation_steps": 3, "rows": 17},
     "accumulated-one-row": {"gradient_accumulation_steps": 2, "per_process": 1, "rows": 5, "english_ratio": 0.4},
     "untied": {"model": {"tie_word_embeddings": False}},

@@ -42,6 +42,15 @@ def test_every_combination_with_every_seed_first_seed_first(config):
     assert [cell.config.output_dir for cell in cells] == [str(config.parent / "sweep" / cell.name) for cell in cells]
 
 
+def test_english_is_kept_by_every_method_with_replay(config):
+    grid = ("method=tft,english-only", "supervision.keep_english.kl=0.1,0.2", "supervision.profile_rows=3,4")
+    assert names(plan(config, *grid)) == [
+        "method=tft,keep_english.kl=0.1,seed=7",
+        "method=tft,keep_english.kl=0.2,seed=7",
+        "method=english-only,seed=7",
+    ]
+
+
 def test_seed_of_the_configuration_where_none_is_given(config):
     (cell,) = plan(config, "method=tft")
     assert (cell.name, cell.seed) == ("method=tft,seed=7", 7)

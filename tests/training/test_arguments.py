@@ -15,6 +15,7 @@ SUPERVISION = {
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
     "lens": "logit",
+    "keep_english": {"kl": 0.2, "top": 7},
     "phase": {"steps": 5, "task": True, "learning_rate": 3e-4},
     "logits": {"mode": "positional", "norm": "none", "gradient": "all", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},

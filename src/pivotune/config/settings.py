@@ -127,6 +127,19 @@ class PhaseConfig(Section):
         return self
 
 
+class KeepEnglishConfig(Section):
+    """A loss at the top on the rows replayed in English: KL(starting model || model) over the answer, in nats."""
+
+    kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # weight, in every step; 0: off
+    top: Annotated[int, Field(ge=1)] = 32  # likeliest tokens of the starting model; all others are compared as one
+
+    @model_validator(mode="after")
+    def _top_needs_weight(self) -> KeepEnglishConfig:
+        if not self.kl and self.top != type(self).model_fields["top"].default:
+            raise ValueError("supervision.keep_english: top belongs to a loss; set supervision.keep_english.kl")
+        return self
+
+
 class SupervisionConfig(Section):
     """The inner losses: conversion (L_LC at layer i) and thinking (L_ET at layer j).
 
@@ -139,6 +152,7 @@ class SupervisionConfig(Section):
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     phase: PhaseConfig = PhaseConfig()
+    keep_english: KeepEnglishConfig = KeepEnglishConfig()
     lens: LensName = "tuned"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()

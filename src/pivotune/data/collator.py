@@ -55,6 +55,10 @@ class DeepSupervisionCollator:
         english_answer_mask     (B, S) bool, the tokens of y_en
     Where the examples carry pooled English vectors (`feature.english: frozen`), by loss term:
         english_features_conversion, english_features_thinking  (B, width) float32, zeros in rows without an English side
+    Where the examples carry the starting model's predictions (`keep_english`), its K likeliest tokens at up to N answer
+    tokens; zeros in rows that are not replayed and behind a row's answer:
+        start_tokens                (B, N, K) int64
+        start_log_probabilities     (B, N, K + 1) float32, that of all other tokens last
 
     In every row the answer is contiguous and last, so a prompt is what stands before the first label. A row without any
     token is all padding; T is 1 at least.
@@ -81,6 +85,11 @@ class DeepSupervisionCollator:
         features = [example.english_features for example in examples if example.english_features is not None]
         for name in features[0] if features else ():
             batch[f"english_features_{name}"] = np.stack([vectors[name] for vectors in features])
+        predictions = [example.start_predictions for example in examples if example.start_predictions is not None]
+        if predictions:
+            tokens, log_probabilities = zip(*predictions, strict=True)
+            batch["start_tokens"] = _stacked(tokens, np.int64)
+            batch["start_log_probabilities"] = _stacked(log_probabilities, np.float32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _pad(self, sides: Sequence[Side | None], *, least: int = 0) -> dict[str, np.ndarray]:
@@ -99,3 +108,11 @@ class DeepSupervisionCollator:
                 arrays["query_mask"][index, slice(*side.query)] = True
                 arrays["answer_mask"][index, side.answer : length] = True
         return arrays
+
+
+def _stacked(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    """Return arrays (n, K) of several lengths as one (arrays, longest n, K), with zeros behind the shorter ones."""
+    stacked = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return stacked

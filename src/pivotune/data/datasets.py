@@ -33,7 +33,7 @@ class PairExamples(LazySequence[Example]):
     Attributes:
         main_lengths, main_answers: int32 (examples,), tokens of the main side, and its first answer token.
         query_lengths: int32 (examples,), English query tokens of the parallel side, 0 without one.
-        has_parallel: bool (examples,).
+        has_parallel, english_answer: bool (examples,).
 
     Raises:
         ValueError: a pair lacks a side that the plan needs; `load_rows` checks this.
@@ -46,7 +46,7 @@ class PairExamples(LazySequence[Example]):
         self.main_answers = np.where(plan.english_prompt, english["answer"], target["answer"])
         answers = [side["length"] - side["answer"] for side in (english, target)]
         self.main_lengths = self.main_answers + np.where(plan.english_answer, *answers)
-        self.has_parallel = plan.parallel
+        self.has_parallel, self.english_answer = plan.parallel, plan.english_answer
         self.query_lengths = np.where(plan.parallel, english["query_end"] - english["query_start"], 0)
         needs_english = plan.english_prompt | plan.english_answer | plan.parallel
         needs_target = ~(plan.english_prompt & plan.english_answer)
@@ -103,6 +103,19 @@ def has_parallel(examples: Sequence[Example]) -> np.ndarray:
     if isinstance(examples, PairExamples):
         return examples.has_parallel
     return np.array([example.parallel is not None for example in examples], dtype=bool)
+
+
+def predicted_english_tokens(examples: Sequence[Example]) -> np.ndarray:
+    """Return the answer tokens that a token before predicts in every example replayed in English; 0 for others.
+
+    A replayed example has an English answer and no English parallel. int (examples,); lazy examples are not made.
+    """
+    if isinstance(examples, PairExamples):
+        answers, english = examples.main_answers, examples.english_answer
+    else:
+        answers = np.array([example.main.answer for example in examples])
+        english = np.array([example.english_answer for example in examples], dtype=bool)
+    return np.where(english & ~has_parallel(examples), main_lengths(examples) - np.maximum(answers, 1), 0)
 
 
 def training_examples(

@@ -80,6 +80,9 @@ class Example:
         english_prompt, english_answer: whether prompt and answer of `main` are English (replay, or English-only training).
         english_features: pooled English vectors (width,) float32 by loss term, where they were computed before training;
             zeros for rows without an English side.
+        start_predictions: the starting model's K likeliest tokens (N, K) int32 at the N answer tokens of a replayed row,
+            where they were computed before training, and their log-probabilities (N, K + 1) float16, that of all other
+            tokens last; N is 0 for other rows.
         number: the row's 1-based place in its source.
     """
 
@@ -88,6 +91,7 @@ class Example:
     english_prompt: bool = False
     english_answer: bool = False
     english_features: Mapping[str, np.ndarray] | None = None
+    start_predictions: tuple[np.ndarray, np.ndarray] | None = None
     number: int = 0
 
 

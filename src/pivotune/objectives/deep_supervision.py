@@ -18,6 +18,7 @@ from pivotune.forward.passes import Batch, PassRequest, RunPasses, choose_passes
 from pivotune.lenses.base import Lens
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.base import InnerLoss, LossTerm, Objective, no_loss
+from pivotune.objectives.english_kl import count_kept, english_kl
 from pivotune.objectives.next_token import next_token_loss
 
 
@@ -41,7 +42,8 @@ class DeepSupervisionLoss:
         reference: nn.Module | None = None,
         run_passes: RunPasses | None = None,
     ) -> None:
-        self.names = ("tft", *supervision.active())
+        self._keeps_english = supervision.keep_english.kl > 0
+        self.names = ("tft", *supervision.active(), *(["english_kl"] if self._keeps_english else []))
         self.objectives = build_objectives(supervision)
         self._supervision, self._lens, self._reference, self._run_passes = supervision, lens, reference, run_passes
 
@@ -59,6 +61,8 @@ class DeepSupervisionLoss:
         assert passes.main.final is not None
         terms = {"tft": next_token_loss(architecture, passes.main.final, batch["labels"])}
         inner: dict[str, LossTerm] = {}
+        if self._keeps_english:
+            inner["english_kl"] = english_kl(architecture, passes.main.final, batch)
         for objective, losses in groups:
             inner.update(objective(losses, passes, batch, architecture, lens))
         names = [name for name in self.names[1:] if name not in skip]
@@ -69,6 +73,8 @@ class DeepSupervisionLoss:
         counts = {"tft": (batch["labels"][:, 1:] >= 0).sum()}
         for objective, losses in self.objectives:
             counts.update({loss.name: objective.count(loss, batch) for loss in losses})
+        if self._keeps_english:
+            counts["english_kl"] = count_kept(batch)
         return {name: counts[name] for name in self.names}
 
 
@@ -80,7 +86,7 @@ def deep_supervision_terms(
     skip: frozenset[str] = frozenset(),
     **options: Any,
 ) -> dict[str, LossTerm]:
-    """Return all loss terms of one micro-batch: `tft`, and `conversion` and `thinking` where they are on.
+    """Return all loss terms of one micro-batch: `tft`, and `conversion`, `thinking` and `english_kl` where they are on.
 
     Args:
         model: causal LM, wrapped or not.

@@ -161,6 +161,8 @@ def _load(path: Path, changes: Sequence[str], options: Sequence[Option]) -> RunC
 def _is_unused(key: str, config: RunConfig) -> bool:
     method = METHODS[config.method]
     if not method.inner_losses:
+        if method.replay and key.startswith("supervision.keep_english"):
+            return False
         return key.partition(".")[0] == "supervision" or (not method.replay and key == "data.english_ratio")
     supervision = config.supervision
     signals = {"conversion": supervision.conversion.signal, "thinking": supervision.thinking.signal}

@@ -302,7 +302,9 @@ def blank_like(example: Example) -> Example:
     """Return a row without tokens that collates with `example`."""
     features = example.english_features
     zeros = None if features is None else {name: np.zeros_like(vector) for name, vector in features.items()}
-    return replace(example, main=_NO_TOKENS, parallel=None, english_features=zeros)
+    predictions = example.start_predictions
+    none = None if predictions is None else (predictions[0][:0], predictions[1][:0])
+    return replace(example, main=_NO_TOKENS, parallel=None, english_features=zeros, start_predictions=none)
 
 
 # ---- data loaders ----

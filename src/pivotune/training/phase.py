@@ -35,7 +35,7 @@ class Phase(TrainerCallback):
         """Return the weight of every loss term at a step, counted from 0."""
         factor = self.factor(step, num_steps)
         inner = {name: term.weight * factor for name, term in self._supervision.active().items()}
-        return {"tft": 0.0 if self._is_alone(step) else 1.0, **inner}
+        return {"tft": 0.0 if self._is_alone(step) else 1.0, **inner, "english_kl": self._supervision.keep_english.kl}
 
     def learning_rate(self, step: int) -> float | None:
         """Return the phase's own learning rate at a step; None where the scheduled one counts."""

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 from torch import nn
 
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import NO_SUPERVISION, DataConfig, EncodingConfig, SupervisionConfig
+from pivotune.config.settings import NO_SUPERVISION, DataConfig, EncodingConfig, KeepEnglishConfig, SupervisionConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import (
     PairExamples,
     check_branch_lengths,
+    predicted_english_tokens,
     set_apart,
     side_examples,
     split_validation,
@@ -32,6 +33,7 @@ from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
+from pivotune.training.distributed.strategies import strategy_of
 from pivotune.training.lens_fitting import FITTED_ON, fit_all_layers
 from pivotune.training.progress import Progress, silent
 
@@ -126,7 +128,8 @@ def build_train_dataset(
     """Return the training examples of the method.
 
     Raises:
-        UsageError: a row whose English branch does not fit into the model's context.
+        UsageError: a row whose English branch does not fit into the model's context, or `supervision.keep_english` without
+            a replayed row, under ZeRO-3, or with more tokens than the vocabulary.
     """
     if pairs is None:
         return None
@@ -134,7 +137,23 @@ def build_train_dataset(
         pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=cast(int, args.seed)
     )
     check_branch_lengths(examples, context_length(model_config))
+    if METHODS[args.method].replay and args.supervision.keep_english.kl:
+        _check_keep_english(args, examples, model_config.get_text_config().vocab_size)
     return ExampleDataset(examples)
+
+
+def _check_keep_english(args: DeepSupervisionConfig, examples: PairExamples, vocab_size: int) -> None:
+    keep = args.supervision.keep_english
+    if not predicted_english_tokens(examples).any():
+        raise UsageError(
+            f"supervision.keep_english.kl: {keep.kl:g} trains on rows replayed in English, and data.english_ratio: "
+            f"{args.data.english_ratio:g} gives none of {len(examples)}; raise it"
+        )
+    if keep.top >= vocab_size:
+        raise UsageError(f"supervision.keep_english.top: {keep.top} is not below the vocabulary of {vocab_size} tokens")
+    if strategy_of(args) == "zero3":
+        # It gathers the head for every chunk of rows, and ranks have unequally many.
+        raise UsageError("supervision.keep_english: ZeRO-3 cannot share out this loss; train with FSDP2 or ZeRO-2")
 
 
 def heldout_examples(pairs: Sequence[Pair]) -> dict[str, PairExamples]:
@@ -213,8 +232,10 @@ def choose_supervision(
     Raises:
         UsageError: a layer outside 1..L-1, or conversion not below thinking; as `measure_layers`.
     """
+    # The loss on replayed rows applies to the baselines too.
+    keep = {"keep_english": args.supervision.keep_english if METHODS[args.method].replay else KeepEnglishConfig()}
     if not METHODS[args.method].inner_losses:
-        return NO_SUPERVISION, None
+        return NO_SUPERVISION.model_copy(update=keep), None
     num_layers = find_architecture(model).num_layers
     check_layers(args.supervision, num_layers)
     if layers is None and any(term.layer == "auto" for term in args.supervision.active().values()):
@@ -224,11 +245,13 @@ def choose_supervision(
     supervision, chosen = resolve_supervision(args.supervision, num_layers, layers)
     if layers is not None:
         layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})
-    return supervision, layers
+    return supervision.model_copy(update=keep), layers
 
 
 def assumed_supervision(args: DeepSupervisionConfig, num_layers: int) -> SupervisionConfig:
     """Return the inner losses before anything is measured: `auto` layers lie at the paper's relative depths.
+
+    Without `keep_english`, whose few rows of logits an estimate need not count.
 
     Raises:
         UsageError: as `check_layers`.
@@ -236,7 +259,8 @@ def assumed_supervision(args: DeepSupervisionConfig, num_layers: int) -> Supervi
     if not METHODS[args.method].inner_losses:
         return NO_SUPERVISION
     check_layers(args.supervision, num_layers)
-    return resolve_supervision(args.supervision, num_layers, None)[0]
+    supervision = args.supervision.model_copy(update={"keep_english": KeepEnglishConfig()})
+    return resolve_supervision(supervision, num_layers, None)[0]
 
 
 def resolve_supervision(

@@ -34,6 +34,7 @@ from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
+from pivotune.training.english_predictions import with_start_predictions
 from pivotune.training.gradient_balance import GradientBalance
 from pivotune.training.interpolation import Interpolation
 from pivotune.training.lens_fitting import LensRefit, build_lens
@@ -118,7 +119,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
         rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
-        # So is a tuned lens.
+        # So are the predictions on replayed rows, and a tuned lens.
+        rows = with_start_predictions(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
@@ -157,7 +159,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             self.add_callback(interpolation)
         if self.supervision.phase.steps:
             self.add_callback(self._phase)
-        self._window = LogWindow(("tft", *self.supervision.active()), args.device)
+        self._window = LogWindow(self._losses.names, args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
         layers = {name: int(term.layer) for name, term in self.supervision.active().items()}
         self.balance = GradientBalance(self.supervision.balance, layers)

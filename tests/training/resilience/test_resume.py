@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a phase": ({"supervision": {"phase": {"steps": 4, "learning_rate": 3e-3}}}, {}),
     "a moving average": ({"ema": 0.7}, {}),
     "a moving average of adapters": ({"ema": 0.7}, LORA),
+    "kept English": ({"supervision": {"keep_english": {"kl": 0.5}}}, LORA),
     "adapters with dropout": ({"supervision_schedule": "linear"}, LORA),
     "cached English features": (FROZEN, {}),
     "rows at random": ({"train_sampling_strategy": "random", "gradient_accumulation_steps": 3}, {}),
