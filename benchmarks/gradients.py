@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ _FITTED_ON = 400
 
 def main() -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--data", required=True)
     parser.add_argument("--english", help="aligned English file beside the data")
@@ -46,9 +47,8 @@ def main() -> None:
     parser.add_argument("--lenses", type=lambda text: text.split(","), default=["logit", "tuned", "model"])
     options = parser.parse_args()
 
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model, dtype="float32")
-    if torch.cuda.is_available():
-        model.to("cuda")
+    tokenizer: Any = load_tokenizer(options.model)
+    model: Any = load_model(options.model, dtype="float32").to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     architecture = find_architecture(model)
     limits = Limits(options.max_tokens, options.max_tokens)
     encoder = Encoder(tokenizer, load_template(None, tokenizer), limits)

@@ -218,7 +218,7 @@ def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--out", type=Path, default=Path("runs/inner-supervision"))
     parser.add_argument("--data", type=Path)

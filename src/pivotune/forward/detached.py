@@ -126,11 +126,13 @@ def _token_dim(states: Tensor, tokens: int) -> int:
 
 
 def _linear(module: nn.Linear, trained: int, states: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
+    weight: Tensor = module.weight
+    bias: Tensor | None = module.bias
     if torch.is_autocast_enabled(states.device.type):
         # As autocast does it, but outside the function, whose backward runs without autocast.
         dtype = torch.get_autocast_dtype(states.device.type)
-        states, weight, bias = (None if each is None else each.to(dtype) for each in (states, weight, bias))
+        states, weight = states.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     return _PartlyTrainedLinear.apply(states, weight, bias, trained)
 
 

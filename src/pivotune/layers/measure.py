@@ -15,6 +15,8 @@ from pivotune.layers.profile import LayerProfile, profile_layers
 from pivotune.layers.reading import measure_reading
 from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_by_reading, select_layers
 from pivotune.lenses.base import Lens
+from pivotune.lenses.logit import LogitLens
+from pivotune.models.architecture import find_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +67,7 @@ def analyze_layers(
     if reading and english:
         pad_token_id = tokenizer.pad_token_id or 0
         read = measure_reading(
-            model, pairs, lens or (lambda states, layer: states), pad_token_id=pad_token_id, batch_size=batch_size
+            model, pairs, lens or LogitLens(find_architecture(model)), pad_token_id=pad_token_id, batch_size=batch_size
         )
 
     def profile(sides: Sequence[Side], done: int) -> LayerProfile:

@@ -89,8 +89,8 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
     """
     num_layers = len(reading.thinking) - 1
     check_depth(num_layers)
-    relative = dict(zip(("conversion", "thinking"), relative_depth(num_layers), strict=True))
-    layers, reasons = {}, []
+    layers: dict[str, int] = dict(zip(("conversion", "thinking"), relative_depth(num_layers), strict=True))
+    reasons = []
     for name, share, values in (
         ("conversion", CONVERSION_SHARE, reading.conversion),
         ("thinking", THINKING_SHARE, reading.thinking),
@@ -98,7 +98,6 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
         inner = values[1:num_layers]
         gain = inner[0] - min(inner)
         if not all(map(math.isfinite, inner)) or gain < CLEAR_NATS:
-            layers[name] = relative[name]
             reasons.append(f"{name}: no layer says the English text clearly better; the paper's relative depth")
             continue
         layers[name] = 1 + next(k for k, value in enumerate(inner) if inner[0] - value >= share * gain)

@@ -68,7 +68,8 @@ class TunedLens:
             raise ValueError(f"the tuned lens has no map for layer {layer}; fit it with `fit_tuned_lens`")
         matrix, offset = self._cast.get(layer) or self.maps[layer]
         if matrix.dtype != hidden_states.dtype or matrix.device != hidden_states.device:
-            matrix, offset = self._cast[layer] = tuple(tensor.to(hidden_states) for tensor in self.maps[layer])
+            matrix, offset = (tensor.to(hidden_states) for tensor in self.maps[layer])
+            self._cast[layer] = matrix, offset
         return hidden_states + F.linear(hidden_states, matrix, offset)
 
     def to_arrays(self) -> dict[str, np.ndarray]:

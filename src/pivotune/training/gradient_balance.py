@@ -174,8 +174,9 @@ def _mean_over_ranks(
     """Average each figure over the ranks whose micro-batch has it."""
     rows = [figures.get(name, (None, None, None)) for name in names]
     values = torch.tensor([[[value or 0.0, value is not None] for value in row] for row in rows], device=device)
+    totals: list[Any] = sum_over_ranks(values).tolist() if rows else []
     means: dict[str, GradientFigures] = {}
-    for name, row in zip(names, sum_over_ranks(values).tolist() if rows else (), strict=True):
+    for name, row in zip(names, totals, strict=True):
         ratio, cosine, english = (total / count if count else None for total, count in row)
         if ratio is not None and cosine is not None:
             means[name] = GradientFigures(ratio, cosine, english)

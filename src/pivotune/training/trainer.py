@@ -161,14 +161,14 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             self.add_callback(self._phase)
         self._window = LogWindow(self._losses.names, args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
-        layers = {name: int(term.layer) for name, term in self.supervision.active().items()}
-        self.balance = GradientBalance(self.supervision.balance, layers)
+        inner = {name: int(term.layer) for name, term in self.supervision.active().items()}
+        self.balance = GradientBalance(self.supervision.balance, inner)
         self._check_balance()
         self.add_callback(self.balance)
 
     def _check_balance(self) -> None:
         """Measure no gradients where they cannot be taken one loss at a time; refuse to balance them there."""
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        reentrant = dict(self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)  # type: ignore[arg-type]
         reason = (
             "weights are sharded" if self.is_fsdp_enabled or self.is_deepspeed_enabled
             else "activation checkpoints are reentrant" if self.args.gradient_checkpointing and reentrant
