@@ -13,7 +13,10 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from filelock import FileLock
 
 from pivotune.cli.main import main
+from pivotune.config.settings import merged
 
+# A tuned lens takes a fit and hundreds of tokens: most runs here read raw states.
+RAW = {"lens": "logit", "layers": "paper", "logits": {"gradient": "all"}}
 STEPS = 2
 LAYERS = ["supervision.conversion.layer=1", "supervision.thinking.layer=3"]
 
@@ -36,6 +39,7 @@ def write_config(folder: Path, model: Path, rows: Path | str, **changes) -> Path
         },
         "output_dir": str(folder / "run"),
         **changes,
+        "supervision": merged(RAW, changes.get("supervision") or {}),
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cli_runs import RAW
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
@@ -19,8 +20,6 @@ from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.trainer import DeepSupervisionTrainer
 
-# A tuned lens takes a fit and hundreds of tokens: tests that are about something else read raw states.
-RAW = {"lens": "logit", "layers": "paper", "logits": {"gradient": "all"}}
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
 
 

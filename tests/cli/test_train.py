@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import LAYERS, STEPS, set_options, steps, write_config, write_jsonl
+from cli_runs import LAYERS, STEPS, metrics, set_options, steps, write_config, write_jsonl
 from conftest import tiny_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pivotune.cli.main import main
 from pivotune.config.yaml_text import load_config
+from pivotune.training.lens_fitting import read_lens_figures
 
 RUN_FILES = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
              "rows.json", "start-scores.json", ".lock", "model", f"checkpoint-{STEPS}"}  # fmt: skip
@@ -35,6 +36,14 @@ FEATURES = {
 }
 VARIANTS = {
     "logits-autoregressive": signals("logits", "logits"),
+    "recommended": signals(
+        "logits",
+        "logits",
+        "supervision.lens=tuned",
+        "supervision.logits.gradient=prompt",
+        "supervision.tuned={states: 100, steps: 2}",
+    ),
+    "lens-model": signals("logits", "logits", "supervision.lens=model"),
     "logits-positional": signals("logits", "logits", "supervision.logits.mode=positional"),
     "logits-without-norm": signals("logits", "logits", "supervision.logits.norm=none"),
     "feature-raw-english": signals("feature", "feature", "supervision.feature.english_norm=raw"),
@@ -93,7 +102,8 @@ def variant(finished, name: str) -> Path:
 def test_every_signal_and_mode(name, finished, model):
     run = variant(finished, name)
     features = {"english-features.safetensors"} if name.endswith("frozen") else set()
-    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json"} | features
+    lens = {"lens.safetensors"} if name == "recommended" else set()
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json"} | features | lens
     first = steps(run)[0]
     assert [line["step"] for line in steps(run)] == [1, 2]
     # The same start and the same rows: the answer's loss is TFT's, whatever the inner losses are.
@@ -145,6 +155,19 @@ def test_layers_are_chosen_where_none_are_given(config):
     assert 1 <= layers["conversion"] < layers["thinking"] < layers["num_layers"]
     assert layers["reason"]
     assert load_config(run / "config.yaml").supervision.conversion.layer == "auto"
+
+
+def test_the_defaults_read_the_layers_through_a_lens(config, capsys):
+    run = train(config, "supervision={tuned: {states: 100, steps: 2}, profile_rows: 4}")
+    layers = json.loads((run / "layers.json").read_text())
+    assert (layers["method"], layers["lens"]) == ("reading", "tuned")
+    figures = read_lens_figures(run / "lens.safetensors")
+    assert list(figures) == [layers["conversion"], layers["thinking"]]
+    assert "linear schedule; tuned lens" in (out := capsys.readouterr().out)
+    kl = figures[layers["thinking"]].kl
+    assert "lens     KL from the output in nats: " in out
+    assert f"{kl:.2f} at layer {layers['thinking']} (logit lens " in out
+    assert "thinking_cosine" in metrics(run)[0]
 
 
 def test_the_run_folder_describes_the_run(finished, model):

@@ -12,6 +12,7 @@ from pivotune.cli.common import print_lines, printable, progress_bar, safe, stde
 from pivotune.cli.estimate import gibibytes, training_line
 from pivotune.config.registry import METHODS
 from pivotune.data.examples import preview
+from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +75,7 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     if method.inner_losses:
         active = config.supervision.active().items()
         terms = [f"{term} {one.signal} at layer {one.layer}, weight {one.weight:g}" for term, one in active]
-        name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule"
+        name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule; {config.supervision.lens} lens"
         if steps := config.supervision.phase.steps:
             name += f" over the first {steps} steps, then L_TFT alone"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
@@ -123,6 +124,10 @@ def describe_result(out: Console, result: RunResult) -> None:
     if chosen := result.layers:
         layers = f"conversion {chosen['conversion']}, thinking {chosen['thinking']}: {safe(chosen['reason'])}"
         out.print(f"[bold]layers[/]   {layers}", soft_wrap=True)
+    if (lens := result.folder / LENS_FILE).is_file():
+        figures = read_lens_figures(lens).items()
+        found = [f"{one.kl:.2f} at layer {layer} (logit lens {one.logit_kl:.2f})" for layer, one in figures]
+        out.print(f"[bold]lens[/]     KL from the output in nats: {', '.join(found)}", soft_wrap=True)
     if result.results["tasks"]:
         table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
         for name, task in result.results["tasks"].items():
