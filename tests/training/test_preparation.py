@@ -6,6 +6,7 @@ import pytest
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_config, tiny_rows
 from tiny_training import arguments, make_pairs
 
+from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
@@ -21,7 +22,6 @@ from pivotune.training.preparation import (
     context_length,
     encode_dataset,
     heldout_examples,
-    spread,
 )
 
 PAIRS = make_pairs(8)
