@@ -159,7 +159,8 @@ def test_every_option_reaches_the_objective(tmp_path):
     options = {
         "conversion": {"signal": "feature", "layer": 1},
         "thinking": {"signal": "logits", "layer": 3},
-        "logits": {"mode": "positional", "norm": "none"},
+        "lens": "logit",
+        "logits": {"mode": "positional", "norm": "none", "gradient": "all"},
         "feature": {"pooling": "last", "span": "query+answer", "english": "joint", "english_norm": "raw"},
     }
     supervision, _ = choose_supervision(
