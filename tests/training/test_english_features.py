@@ -277,6 +277,7 @@ def test_training_runs_no_english_pass_and_holds_no_second_model(tmp_path):
     """A forward for every step and none besides, as in plain fine-tuning."""
     trainer = tiny_trainer(tmp_path, **OPTIONS)
     assert (tmp_path / FEATURES_FILE).is_file()
+    trainer.balance.layers = {}  # measures gradients at the first step
     calls = Calls(trainer.model)
     trainer.train()
     assert calls.count == trainer.state.global_step == 4

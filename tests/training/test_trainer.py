@@ -241,7 +241,7 @@ def test_report_to_reaches_the_integration(tmp_path, monkeypatch):
 def test_report_to_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path, report_to=[])
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert sorted(names) == ["DefaultFlowCallback", "PrinterCallback"]
+    assert sorted(names) == ["DefaultFlowCallback", "GradientBalance", "PrinterCallback"]
 
 
 class Ruin(TrainerCallback):
