@@ -266,6 +266,7 @@ def test_exact_match(answer, gold, same):
     assert exact_match(gold, answer) is same
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_real_model_learns_the_facts(smollm2, tmp_path, monkeypatch):
     from pivotune.cli.common import progress

@@ -189,6 +189,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(model, data, tmp_path):
     """`kill -9` while answers are coming in; the second start asks only for the rest and ends with the same bytes."""

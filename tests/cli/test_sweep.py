@@ -38,6 +38,7 @@ def refused(capsys, config, *options) -> str:
     return err.removeprefix("pivotune: error: ").rstrip("\n")
 
 
+@pytest.mark.exhaustive
 def test_layer_sweep_with_seeds_gives_tables_and_figure_3(config, tmp_path, capsys):
     grid = ("--grid", "method=tft,deep-supervision", *SWEEP, "--seeds", "0,1")
     assert sweep(config, *grid) == 0

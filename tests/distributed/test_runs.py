@@ -33,6 +33,9 @@ def assert_same_lines(one: Path, other: Path, tolerance: float) -> None:
     found, expected = metrics(one), metrics(other)
     assert len(found) == len(expected) > 4
     for line, right in zip(found, expected, strict=True):
+        for name in [key for key in {*line, *right} if key.endswith(("gradient_share", "cosine"))]:
+            # Of one micro-batch, which has fewer rows in two processes; not measured where weights are sharded.
+            line.pop(name, None), right.pop(name, None)
         assert line == pytest.approx(right, rel=tolerance, abs=tolerance)
 
 

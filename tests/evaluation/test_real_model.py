@@ -41,6 +41,7 @@ def harness(model: str, task: str, files: dict[str, str], **changes):
     return results["results"][task]["acc,none"], [sample["acc"] for sample in results["samples"][task]]
 
 
+@pytest.mark.exhaustive
 def test_xcopa_equals_the_harness(smollm2, shared_data, tmp_path):
     file = shared_data / "eval" / "xcopa" / "test.vi.jsonl"
     accuracy, correct = harness(smollm2, "xcopa_vi", {"test": str(file)}, validation_split=None)

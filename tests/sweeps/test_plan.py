@@ -100,7 +100,11 @@ def test_tft_is_not_refused_for_layers_that_it_does_not_use(config):
         ),
         ("method=sft", "data.english_ratio=0,0.5", "data.limit=10,20"),
         ("method=tft", "supervision.schedule=linear,constant", "data.english_ratio=0,0.5"),
-        ("method=deep-supervision", "supervision.feature.pooling=mean,last", "supervision.logits.forward=shared,separate"),
+        (
+            "method=deep-supervision",
+            "supervision.feature.pooling=mean,last",
+            "supervision.logits.forward=shared,separate",
+        ),
     ],
 )
 def test_keys_that_a_cell_does_not_use_make_no_cells(config, switch, unused, used):

@@ -176,6 +176,7 @@ class _StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.exhaustive
 def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -236,6 +237,7 @@ def test_a_failing_cell_costs_only_itself_and_is_tried_again(config, monkeypatch
     assert not log.exists()
 
 
+@pytest.mark.exhaustive
 def test_a_cell_whose_checkpoints_are_damaged_fails_alone(tmp_path):
     config = write(tmp_path, save_strategy="steps", save_steps=1)
     first, second = (cell.folder for cell in prepare(config, LAYERS).cells)

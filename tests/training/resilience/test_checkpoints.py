@@ -276,6 +276,7 @@ except UsageError as error:
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("share", [0.5, 1.5])
 def test_a_real_limit_on_file_size(tmp_path, share):
     """The kernel refuses the bytes: at half of the weights' size in the weights, at 1.5 times in the optimizer."""

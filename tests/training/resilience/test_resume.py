@@ -58,6 +58,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "data workers": ({"dataloader_num_workers": 1, "save_steps": 4}, LORA),
 }
+# Between them weights, adapters, an average, a schedule and files of the starting model; the others are exhaustive.
+_QUICK = ("deep supervision", "a moving average of adapters", "kept English")
 
 
 def trainer_of(folder: Path, case: str, callbacks: tuple[Any, ...] = ()) -> Any:
@@ -96,7 +98,9 @@ def assert_same_end(one: Any, other: Any) -> None:
     assert one.state.total_flos == other.state.total_flos
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in _QUICK else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
+)
 def test_every_checkpoint_leads_to_the_same_end(tmp_path, case):
     whole = trainer_of(tmp_path / "whole", case)
     end = whole.train()
@@ -188,6 +192,7 @@ def best_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Any:
     return tiny_trainer(folder, trainer=trainer, **{**BEST, **changes})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["steps", "best"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_evaluation_that_is_made_up_for_finds_the_best_checkpoint(tmp_path, strategy, step):
@@ -208,6 +213,7 @@ class Patience(EarlyStoppingCallback):
     """Early stopping under another name."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("callback", [EarlyStoppingCallback, Patience])
 @pytest.mark.parametrize(("step", "evaluating"), [(1, False), (2, False), (2, True)])
 def test_early_stopping_is_where_it_would_have_been(tmp_path, callback, step, evaluating):
