@@ -152,3 +152,11 @@ def test_no_torch_is_loaded_for_it():
     )
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_a_preset_fills_what_the_file_leaves_out(tmp_path):
+    text = render("deep-supervision", model="m", data="d", language="vi")
+    paper = read(text.replace("preset: recommended", "preset: paper      "), tmp_path)
+    supervision = paper.supervision
+    assert (supervision.thinking.weight, supervision.schedule, supervision.lens) == (1.0, "constant", "logit")
+    assert (supervision.logits.gradient, paper.data.english_ratio) == ("all", 0.0)

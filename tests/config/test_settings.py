@@ -201,7 +201,7 @@ def test_unknown_choice_lists_what_is_allowed(key, found, allowed):
         ("trust_remote_code=maybe", "'maybe' is not allowed; allowed: a valid boolean"),
         ("model=", "None is not allowed; allowed: a valid string"),
         ("training=5", "5 is not allowed; allowed: a valid dictionary"),
-        ("data=pairs.jsonl", "'pairs.jsonl' is not allowed; allowed: a valid dictionary or instance of DataConfig"),
+        ("data=pairs.jsonl", "'pairs.jsonl' is not allowed; allowed: a section with keys of its own"),
     ],
 )
 def test_value_that_is_not_allowed(change, expected):

@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from peft import LoraConfig
-from tiny_training import arguments, assert_same, make_pairs, tiny_trainer, weights
+from tiny_training import arguments, assert_same, make_pairs, run_settings, tiny_trainer, weights
 
 from pivotune.config.settings import SupervisionConfig
+from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
 from pivotune.lenses.model import ModelLens
 from pivotune.lenses.tuned import lens_texts
+from pivotune.runs.prepare import prepare_run
 from pivotune.training import lens_fitting
 from pivotune.training.lens_fitting import LENS_FILE, build_lens, read_lens_figures
 
@@ -125,3 +127,13 @@ def test_a_lens_is_fitted_again_in_training_and_on_resume_exactly(tmp_path):
     assert any(not torch.equal(one, two) for one, two in zip(
         weights(whole.model).values(), weights(frozen.model).values(), strict=True
     ))  # fmt: skip
+
+
+def test_too_few_rows_are_refused_before_a_folder_is_made(tmp_path):
+    tuned = run_settings(tmp_path, supervision={**TUNED, "layers": "reading"})
+    tuned["data"] |= {"limit": 3, "validation": 1}
+    with pytest.raises(UsageError, match="at least 100 are needed: give more rows"):
+        prepare_run(parse_config(tuned))
+    assert not (tmp_path / "run").exists()
+    raw = {**tuned, "supervision": {**tuned["supervision"], "lens": "logit", "layers": "paper"}}
+    assert prepare_run(parse_config(raw)).train

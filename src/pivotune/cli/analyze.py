@@ -63,7 +63,7 @@ def analyze(
 
     loaded = load_model(model)
     reading = rule == "reading" and any(pair.target and pair.english for pair in pairs)
-    lens = fit_all_layers(loaded, others, TunedLensConfig(), progress) if reading else None
+    lens = fit_all_layers(loaded, others, TunedLensConfig(), progress, pairs) if reading else None
     with progress("Measuring the layers", num_sequences(pairs)) as advance:
         options: Any = {"batch_size": batch_size, "tokens_per_row": tokens_per_row or None, "progress": advance}
         options |= {"lens": lens, "reading": reading}

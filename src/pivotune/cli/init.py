@@ -12,7 +12,8 @@ _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HEAD = """\
 # pivotune train run.yaml            (change any key with --set, e.g. --set training.num_train_epochs=1)
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
-preset: recommended                   # or paper: unweighted inner losses through the logit lens, no English rows
+preset: recommended                   # or paper: unweighted inner losses through the logit lens, no English rows;
+                                      # keys behind a # below show what it gives, and change it without the #
 method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | deep-supervision
 
 data:
@@ -20,7 +21,7 @@ data:
   validation: 0.05                    # held out: number of rows, share below 1 (at most 500 rows), or a file
   language: {language}                        # code of the target language, for reports
   # template: chat                    # chat | alpaca | a Jinja file; chat where the tokenizer has a chat template
-  english_ratio: {ratio}                 # share of the rows trained in English, so that English is not forgotten
+  {ratio}                 # share of the rows trained in English, so that English is not forgotten
   max_prompt_tokens: 256
   max_completion_tokens: 256
   on_bad_row: error                   # error | skip
@@ -28,11 +29,11 @@ data:
 
 _SUPERVISION = """
 supervision:
-  conversion: {signal: logits, layer: auto, weight: 0.3}   # language conversion at a bottom layer: logits | feature | none
-  thinking: {signal: logits, layer: auto, weight: 0.3}     # English thinking at a middle layer
-  schedule: linear                    # constant | linear | cosine, down to 0 at the last step
-  lens: tuned                         # logit (raw states) | tuned (fitted before training) | model (its upper layers)
-  logits: {gradient: prompt}          # prompt | all; with all the English tokens train the layers, too
+  conversion: {signal: logits, layer: auto} # language conversion at a bottom layer: logits | feature | none
+  thinking: {signal: logits, layer: auto} # English thinking at a middle layer; `weight` of each: 0.3
+  # schedule: linear                  # constant | linear | cosine, down to 0 at the last step
+  # lens: tuned                       # logit (raw states) | tuned (fitted before training) | model (its upper layers)
+  # logits: {gradient: prompt}        # prompt | all; with all the English tokens train the layers, too
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 
@@ -79,7 +80,7 @@ def render(method: str, *, model: str, data: str, language: str) -> str:
     def scalar(value: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()
 
-    ratio = 0.25 if METHODS[method].replay else 0
+    ratio = "# english_ratio: 0.25" if METHODS[method].replay else "english_ratio: 0"
     head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
     return head + (_SUPERVISION if METHODS[method].inner_losses else "") + tail

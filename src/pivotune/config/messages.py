@@ -61,6 +61,8 @@ def _allowed(problems: Sequence[Any], problem: Any) -> str:
     """Join what is allowed over the members of a union."""
     alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
     wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
+    # Not the name of a class.
+    wordings = ["a section with keys of its own" if "instance of" in wording else wording for wording in wordings]
     return "allowed: " + ", or ".join(dict.fromkeys(wordings))
 
 

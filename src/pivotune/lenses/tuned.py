@@ -30,6 +30,7 @@ from pivotune.models.taps import evaluation_mode
 RIDGE = 0.01
 ADAM_LEARNING_RATE = 3e-4
 ADAM_STATES = 256
+LEAST_STATES = 100
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the texts, states
 
 
@@ -113,6 +114,20 @@ def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
     return texts
 
 
+def count_states(texts: Sequence[Text]) -> int:
+    """Return the number of token states that texts have."""
+    return sum(max(len(text.ids) - text.first, 0) for text in texts)
+
+
+def check_states(count: int) -> None:
+    """Refuse to fit a lens on fewer than `LEAST_STATES` token states."""
+    if count < LEAST_STATES:
+        raise UsageError(
+            f"tuned lens: the rows have {count} token states; at least {LEAST_STATES} are needed: give more rows, or read "
+            "through the logit lens (supervision.lens: logit, supervision.layers: paper)"
+        )
+
+
 def fit_tuned_lens(
     model: nn.Module,
     texts: Sequence[Text],
@@ -150,11 +165,8 @@ def fit_tuned_lens(
     states, text_of = _collect(
         model, architecture, chosen, [*layers, top], batch_size, lambda done: tell(min(done, config.states))
     )
-    if len(text_of) < 100:
-        raise UsageError(
-            f"tuned lens: the rows have {len(text_of)} token states; at least 100 are needed: give more rows, or read "
-            "through the logit lens (supervision.lens: logit, supervision.layers: paper)"
-        )
+    check_states(len(text_of))
+    tell(config.states)
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))
     outputs, lens = states.pop(top), TunedLens(architecture)

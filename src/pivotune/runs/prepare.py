@@ -24,6 +24,7 @@ from pivotune.runs.record import check_rows_record
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_sharding
+from pivotune.training.lens_fitting import check_lens_rows
 from pivotune.training.phase import check_phase
 from pivotune.training.preparation import (
     build_encoder,
@@ -95,6 +96,7 @@ def prepare_run(
     build_train_dataset(train, args, model_config)
     if METHODS[config.method].inner_losses:
         check_phase(args.supervision, training_schedule(args, len(train), args.world_size).steps)
+        check_lens_rows(args.supervision, train)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)
     model, output = Path(config.model).expanduser().resolve(), Path(config.output_dir).resolve()

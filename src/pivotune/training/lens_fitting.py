@@ -22,7 +22,15 @@ from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.lenses.base import Lens
-from pivotune.lenses.tuned import LensFigures, TunedLens, fit_tuned_lens, lens_texts
+from pivotune.lenses.tuned import (
+    LEAST_STATES,
+    LensFigures,
+    TunedLens,
+    check_states,
+    count_states,
+    fit_tuned_lens,
+    lens_texts,
+)
 from pivotune.models.architecture import find_architecture, unwrap_model
 from pivotune.models.sharding import is_partitioned, placed
 from pivotune.objectives.deep_supervision import build_objectives
@@ -169,13 +177,32 @@ class LensRefit(TrainerCallback):
 
 
 def fit_all_layers(
-    model: nn.Module, pairs: Sequence[Pair], config: TunedLensConfig, progress: Progress = silent
+    model: nn.Module,
+    others: Sequence[Pair],
+    config: TunedLensConfig,
+    progress: Progress = silent,
+    measured: Sequence[Pair] = (),
 ) -> TunedLens:
-    """Fit a lens for every layer by the regression alone, to see what each layer can say."""
+    """Fit a lens for every layer by the regression alone, to see what each layer can say of the `measured` rows."""
     quick = config.model_copy(update={"steps": 0})
+    texts = lens_texts(others, config.text)
+    if count_states(texts) < LEAST_STATES:
+        # Too few rows to set some apart.
+        texts = lens_texts([*others, *measured], config.text)
     with progress("Fitting a lens for every layer", quick.states) as advance:
         layers = range(find_architecture(model).num_layers)
-        return fit_tuned_lens(model, lens_texts(pairs, quick.text), layers, quick, progress=advance)[0]
+        return fit_tuned_lens(model, texts, layers, quick, progress=advance)[0]
+
+
+def check_lens_rows(supervision: SupervisionConfig, pairs: Sequence[Pair]) -> None:
+    """Refuse rows that are too few to fit a lens on, before anything is loaded or written.
+
+    Raises:
+        UsageError: names the number of token states, and what to do.
+    """
+    by_reading = supervision.layers == "reading" and any(t.layer == "auto" for t in supervision.active().values())
+    if by_reading or LENSES[supervision.lens] is TunedLens:
+        check_states(count_states(lens_texts(spread(pairs, _ROWS), supervision.tuned.text)))
 
 
 def read_lens_figures(path: Path) -> dict[int, LensFigures]:

@@ -201,7 +201,7 @@ def measure_layers(
 
     def measure() -> LayerAnalysis:
         with placed(model, args.device):
-            lens = fit_all_layers(model, others, args.supervision.tuned, progress) if reading else None
+            lens = fit_all_layers(model, others, args.supervision.tuned, progress, rows) if reading else None
             with progress("Measuring the layers", num_sequences(rows)) as advance:
                 return analyze_layers(
                     model,
