@@ -49,8 +49,9 @@ def curve(*values: float) -> list[float]:
 @pytest.mark.parametrize(
     ("x_en", "y_en", "chosen"),
     [
-        (curve(9, 8.5, 7, 6, 5, 4, 4), curve(9, 9, 8, 7, 5, 3, 3), (3, 5)),
-        (curve(9, 9, 9, 9, 9, 9, 8), curve(9, 5, 5, 5, 5, 5, 5), (1, 2)),
+        (curve(9, 7, 6.9, 6, 5, 4, 4), curve(9, 9, 8, 7, 5, 3, 3), (2, 5)),
+        # Conversion too high and thinking too low: a tenth and two thirds of 8.
+        (curve(9, 9, 9, 9, 9, 9, 8), curve(9, 5, 5, 5, 5, 5, 5), (1, 5)),
     ],
 )
 def test_layers_are_chosen_by_their_share_of_the_gain(x_en, y_en, chosen):
@@ -58,13 +59,14 @@ def test_layers_are_chosen_by_their_share_of_the_gain(x_en, y_en, chosen):
     assert (found.conversion, found.thinking) == chosen
     assert found.method == "reading"
     assert "nats per token" in found.reason
+    assert ("by its depth" in found.reason) is (chosen == (1, 5))
 
 
-def test_a_model_that_says_nothing_gets_the_papers_depths():
-    flat = [9.0] * 33
+def test_a_model_that_says_nothing_gets_layers_by_depth():
+    flat = [9.0] * 31
     found = select_by_reading(LayerReading(conversion=flat, thinking=flat, tokens={}))
-    assert (found.conversion, found.thinking) == (2, 15)
-    assert "relative depth" in found.reason
+    assert (found.conversion, found.thinking) == (3, 20)
+    assert "no layer says the English text clearly better" in found.reason
 
 
 def test_the_analysis_holds_what_was_read():

@@ -132,7 +132,13 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
                 "language": settings.language,
                 "english_ratio": 0.25,
             },
-            "supervision": {"conversion": signal, "thinking": signal, "profile_rows": settings.profiled},
+            "supervision": {
+                "conversion": signal,
+                "thinking": signal,
+                "profile_rows": settings.profiled,
+                # Facts are short: the lens of this many states is nearly that of the default, in half of the time.
+                "tuned": {"states": 4000, "steps": 40},
+            },
             "training": {
                 "num_train_epochs": 1,
                 "learning_rate": 2e-4,

@@ -44,6 +44,8 @@ LARGEST_RISE = 0.25
 CONVERSION_BY, LAST_LAYERS = 0.5, 2
 # Shares of the gain in likelihood at which a layer is chosen by reading (docs/experiments.md).
 CONVERSION_SHARE, THINKING_SHARE = 0.15, 0.5
+# Depths of the layers that were measured, 3 and 20 of 30 (docs/experiments.md).
+CONVERSION_DEPTH, THINKING_DEPTH = 0.1, 2 / 3
 # i, j and the last layer above them: fewer layers have no place for both.
 SMALLEST_DEPTH = 3
 
@@ -85,11 +87,13 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
     The likelihood of the English text improves from layer to layer. Let N_k be -log P at layer k and N* the lowest value
     of the layers below L. The thinking layer j is the first at which y_en has `THINKING_SHARE` of the gain from layer 1 to
     N*: the loss has something to work with, and layers are left to convert back. The conversion layer i is the first with
-    `CONVERSION_SHARE` of the gain for x_en. Without a gain of `CLEAR_NATS` a layer is at the paper's relative depth.
+    `CONVERSION_SHARE` of the gain for x_en. Conversion belongs to the lowest third of the layers and thinking above it; a
+    layer that does not, or without a gain of `CLEAR_NATS`, is at `CONVERSION_DEPTH` or `THINKING_DEPTH` of L.
     """
     num_layers = len(reading.thinking) - 1
     check_depth(num_layers)
-    layers: dict[str, int] = dict(zip(("conversion", "thinking"), relative_depth(num_layers), strict=True))
+    conversion = max(1, round(CONVERSION_DEPTH * num_layers))
+    layers = {"conversion": conversion, "thinking": max(conversion + 1, round(THINKING_DEPTH * num_layers))}
     reasons = []
     for name, share, values in (
         ("conversion", CONVERSION_SHARE, reading.conversion),
@@ -98,17 +102,17 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
         inner = values[1:num_layers]
         gain = inner[0] - min(inner)
         if not all(map(math.isfinite, inner)) or gain < CLEAR_NATS:
-            reasons.append(f"{name}: no layer says the English text clearly better; the paper's relative depth")
+            reasons.append(f"{name}: no layer says the English text clearly better; layer {layers[name]} by its depth")
             continue
-        layers[name] = 1 + next(k for k, value in enumerate(inner) if inner[0] - value >= share * gain)
-        reasons.append(
-            f"{name}: at layer {layers[name]} the English text has {share:.0%} of its gain in likelihood "
-            f"({inner[0]:.2f} to {min(inner):.2f} nats per token)"
-        )
-    if not layers["conversion"] < layers["thinking"]:
-        layers["conversion"] = max(1, layers["thinking"] - 1)
-        layers["thinking"] = layers["conversion"] + 1
-        reasons.append("conversion was moved below thinking")
+        found = 1 + next(k for k, value in enumerate(inner) if inner[0] - value >= share * gain)
+        curve = f"({inner[0]:.2f} to {min(inner):.2f} nats per token)"
+        where = f"{share:.0%} of the gain in likelihood {curve} at layer {found}"
+        if (found > num_layers / 3) is (name == "thinking"):
+            layers[name] = found
+            reasons.append(f"{name}: {where}")
+        else:
+            side = "in the lowest third" if name == "thinking" else "above the lowest third"
+            reasons.append(f"{name}: {where}, {side}; layer {layers[name]} by its depth")
     return LayerSelection(layers["conversion"], layers["thinking"], "reading", "; ".join(reasons))
 
 
