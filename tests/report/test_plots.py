@@ -286,7 +286,7 @@ def test_paired_differences_stand_below_the_bars(draw):
     results = {"TFT": {"vi": 1.2, "en": 1.0}, "ours": {"vi": 1.1, "en": 1.0}}
     paired = {"vi": {"value": -0.1, "low": -0.3, "high": 0.05}, "en": {"value": None, "low": None, "high": None}}
     axes, below = draw(plot_metric_bars, results, differences=paired, difference="ours minus TFT")
-    assert all_texts(below) == ["-0.100", "n/a"]
+    assert [text.strip() for text in all_texts(below)] == ["-0.100", "n/a"]
     assert "ours minus TFT" in below.get_ylabel()
     assert axes.get_xlabel() == ""
     assert below.get_xlabel() == "language of question and answer"

@@ -176,7 +176,8 @@ def plot_metric_bars(
         axes_below.errorbar(range(len(languages)), values, yerr=margins, **style)
         axes_below.axhline(0, color=GREY, linestyle=DASHED, linewidth=1)
         for place, value in enumerate(values):
-            text = f"{value:+.3f}" if math.isfinite(value) else "n/a"
+            # Beside the point, not upon it.
+            text = f"   {value:+.3f}" if math.isfinite(value) else "n/a"
             _add_note(
                 axes_below, text, (place, value if math.isfinite(value) else 0), "data", -3, ha="left", color="black"
             )
