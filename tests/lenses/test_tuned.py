@@ -115,6 +115,13 @@ def test_same_seed_same_lens_and_progress_reaches_its_end():
     assert seen[-1] == CONFIG.states + CONFIG.steps
 
 
+def test_a_single_long_text_is_enough():
+    long = Text(np.random.default_rng(0).integers(3, VOCABULARY, 400).astype(np.int32), 1)
+    figures = fit_tuned_lens(build_tiny_model(), [long], [1], CONFIG)[1]
+    assert np.isfinite(figures[1].kl)
+    assert figures[1].logit_kl > 0
+
+
 def test_a_few_tokens_are_refused():
     with pytest.raises(UsageError, match="at least 100 are needed"):
         fit_tuned_lens(build_tiny_model(), texts(2), [1], CONFIG)

@@ -137,3 +137,6 @@ def test_too_few_rows_are_refused_before_a_folder_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
     raw = {**tuned, "supervision": {**tuned["supervision"], "lens": "logit", "layers": "paper"}}
     assert prepare_run(parse_config(raw)).train
+    # A loss that compares raw states fits no lens.
+    feature = {"layers": "paper", "conversion": {"layer": 1, "signal": "feature"}, "thinking": {"signal": "none"}}
+    assert prepare_run(parse_config({**tuned, "supervision": {**tuned["supervision"], **feature}})).train

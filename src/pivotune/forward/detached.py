@@ -8,7 +8,7 @@ values of the prompt alone. A linear layer then also saves its weight-gradient p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pivotune.models.sharding import class_of, has_replaced_forward
+from pivotune.models.sharding import class_of, forward_set, has_replaced_forward
 
 # The tokens that train the weights: the first n of a packed batch (1, N, ...), or a mask (R, U) of a padded one.
 Trained = int | Tensor
@@ -73,25 +73,14 @@ def tokens_detached(block: nn.Module, trained: Tensor, passing: Tensor | None = 
         yield
 
 
-@contextmanager
-def _forward_replaced(module: nn.Module, trained: Trained, tokens: int) -> Iterator[None]:
-    before = vars(module).get("forward")
-    if isinstance(before, _PartlyDetached):
+def _forward_replaced(module: nn.Module, trained: Trained, tokens: int) -> AbstractContextManager[None]:
+    if isinstance(vars(module).get("forward"), _PartlyDetached):
         # A checkpoint keeps the context and enters it inside the first one too.
-        yield
-        return
+        return nullcontext()
     linear = class_of(module) is nn.Linear and not has_replaced_forward(module)
     if linear and isinstance(trained, int):
-        module.forward = _PartlyDetached(_linear, module, trained)
-    else:
-        module.forward = _PartlyDetached(_by_parts, module, module.forward, trained, tokens)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+        return forward_set(module, _PartlyDetached(_linear, module, trained))
+    return forward_set(module, _PartlyDetached(_by_parts, module, module.forward, trained, tokens))
 
 
 class _PartlyDetached(partial):

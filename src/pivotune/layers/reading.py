@@ -1,4 +1,4 @@
-"""What every layer can already say: the likelihood of the English query and answer after the target prompt, by layer.
+"""Measure the likelihood of the English query and answer after the target prompt, at every layer.
 
 The entropy of a layer says how sure it is, not of what. Read through a tuned lens, -log P of x_en and of y_en at layer k
 are the inner losses themselves before training: they show from which layer on the losses have something to work with.

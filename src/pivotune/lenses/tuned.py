@@ -169,6 +169,9 @@ def fit_tuned_lens(
     tell(config.states)
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))
+    if not held.any():
+        # A single text: its last states.
+        held[-int(len(held) * HELD_OUT) :] = True
     outputs, lens = states.pop(top), TunedLens(architecture)
     train = {layer: found[~held] for layer, found in states.items()}
     test = {layer: found[held][:MOST_HELD_OUT] for layer, found in states.items()}
@@ -195,7 +198,7 @@ def _choose(texts: Sequence[Text], states: int, random: np.random.Generator) -> 
     for index in random.permutation(len(texts)):
         text = texts[int(index)]
         chosen.append(text)
-        count += max(len(text.ids) - text.first, 0)
+        count += count_states([text])
         if count >= states:
             break
     return chosen

@@ -119,10 +119,17 @@ def in_place_of_forward(module: nn.Module, function: Callable[..., _Result], *te
 
     They gather them again for the gradients of the result.
     """
-    before = vars(module).get("forward")
-    module.forward = _InPlace(function)
-    try:
+    with forward_set(module, _InPlace(function)):
         return module(*tensors)
+
+
+@contextmanager
+def forward_set(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the context this instance has another forward; one that another library has set comes back after it."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
         if before is None:
             del module.forward

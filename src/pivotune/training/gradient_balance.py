@@ -125,7 +125,7 @@ class GradientBalance(TrainerCallback, ExportableState):
         self._measured: int | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"config": None, "layers": {}}, "attributes": {"factors": self.factors}}
+        return {"args": {}, "attributes": {"factors": self.factors}}
 
     def due(self, step: int) -> bool:
         """Return True once at every step where gradients are to be measured."""

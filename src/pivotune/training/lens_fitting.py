@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from pivotune.config.registry import LENSES
+from pivotune.config.registry import LENSES, OBJECTIVES
 from pivotune.config.settings import SupervisionConfig, TunedLensConfig
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
@@ -201,7 +201,9 @@ def check_lens_rows(supervision: SupervisionConfig, pairs: Sequence[Pair]) -> No
         UsageError: names the number of token states, and what to do.
     """
     by_reading = supervision.layers == "reading" and any(t.layer == "auto" for t in supervision.active().values())
-    if by_reading or LENSES[supervision.lens] is TunedLens:
+    signals = {term.signal for term in supervision.active().values()}
+    reads = any(OBJECTIVES[signal](supervision.options(signal)).uses_lens for signal in signals)
+    if by_reading or (reads and LENSES[supervision.lens] is TunedLens):
         check_states(count_states(lens_texts(spread(pairs, _ROWS), supervision.tuned.text)))
 
 
