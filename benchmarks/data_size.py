@@ -14,6 +14,7 @@ import random
 import resource
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from pivotune.data.check import check_rows
 from pivotune.data.examples import Encoder
@@ -45,6 +46,7 @@ class SpaceTokenizer:
 
     is_fast = True
     bos_token_id = None
+    added_tokens_decoder: ClassVar = {}
     eos_token = "<end>"
 
     def __call__(self, texts: list[str], **_: object) -> dict[str, list]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pivotune.data.control_tokens import ControlTokens
 from pivotune.data.formats import numbered_by
 from pivotune.data.rows import Row
 from pivotune.data.templates import Rendered, Template, Turn
@@ -138,6 +139,7 @@ class Encoder:
         self.limits = limits
         self.report = EncodingReport()
         self._bos = begin_ids(tokenizer, template.adds_special_tokens)
+        self._control_tokens = ControlTokens(tokenizer)
 
     def encode(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> list[Pair]:
         """Encode all rows, in order; see `encode_lazily`."""
@@ -154,7 +156,7 @@ class Encoder:
             rendered: list[tuple[int, list[tuple[Turn, Rendered] | None]]] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
-                    sides = [(turn, self.template.render(turn)) if turn.is_whole else None for turn in row.sides]
+                    sides = [(turn, self._render(turn)) if turn.is_whole else None for turn in row.sides]
                     rendered.append((row.number, sides))
             tokenized = [list(self._tokenize([sides[place] for _, sides in rendered])) for place in (0, 1)]
             for (number, _), target, english in zip(rendered, *tokenized, strict=True):
@@ -163,7 +165,11 @@ class Encoder:
 
     def encode_prompt(self, turn: Turn) -> list[int]:
         """Return the token ids of the prompt alone, as in training: generation continues them."""
-        return self._bos + self._ids([self.template.render(turn).prompt])[0][0]
+        return self._bos + self._ids([self._render(turn).prompt])[0][0]
+
+    def _render(self, turn: Turn) -> Rendered:
+        """Render a turn whose text is text: control tokens in it are hidden until `_ids`."""
+        return self.template.render(self._control_tokens.hide(turn))
 
     @contextmanager
     def _row_errors(self, number: int, on_bad_row: str, source: str) -> Iterator[None]:
@@ -206,7 +212,9 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} has no fast version, which is needed to find the query's tokens"
             )
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False)
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        plain = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        hidden = self._control_tokens
+        return [hidden.encode(text) if hidden.are_hidden(text) else ids for text, ids in zip(texts, plain, strict=True)]
 
     def _fit(self, pair: Pair) -> Pair:
         """Cut both sides to the limits; each keeps the same share of its query, and of its answer."""
