@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 
 from pivotune.cli.main import main
+from pivotune.data.sources import load_rows
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,37 @@ def test_mistakes_are_one_line_with_code_2(write, capsys, arguments, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("pivotune: error: ")
     assert message in error
+
+
+def test_clean_rows_are_written_with_a_report(write, tmp_path, capsys):
+    rows = tiny_rows(12)
+    rows[4] = copied(rows[4])
+    rows[7] = {**rows[7], "completion": " "}
+    rows[9]["completion"] += "<|im_end|>"
+    alpaca = {f"{key}{end}": f"{key}{end} maji" for key in ("instruction", "input", "output") for end in ("", "_en")}
+    turns = [{"role": "user", "content": "habari"}, {"role": "assistant", "content": "nzuri"}]
+    chat = {f"messages{end}": [{"role": role, "content": f"{role}{end}"} for role in ("system", "user", "assistant")]
+            for end in ("", "_en")}  # fmt: skip
+    chat["messages"] = [*turns, *chat["messages"][1:]]
+    source, out = write([*rows, alpaca, chat]), tmp_path / "clean.jsonl"
+    assert main(["data", "check", source, "--lang", "sw", "--write-clean", str(out)]) == 0
+    assert "11 rows in" in capsys.readouterr().out
+    kept = [row for place, row in enumerate(load_rows(source, on_bad_row="skip")) if place not in (4, 8)]
+    again = list(load_rows(out))
+    assert [replace(row, number=0) for row in again] == [replace(row, number=0) for row in kept]
+    report = json.loads((tmp_path / "clean.report.json").read_text())
+    assert (report["written"], report["unusable"]) == (11, {"`completion` is empty": 1})
+    assert [(row["number"], row["reasons"]) for row in report["left_out"]] == [
+        (5, ["untranslated"]), (10, ["control_tokens"]),
+    ]  # fmt: skip
+
+
+def test_places_for_clean_rows_that_are_refused(write, tmp_path, capsys):
+    source = write(tiny_rows(4))
+    for out, reason in (
+        (source, "would replace the data that is read"),
+        (str(tmp_path / "clean.csv"), "allowed: a file name that ends in .jsonl"),
+        (str(tmp_path / "none" / "clean.jsonl"), "no folder"),
+    ):
+        assert main(["data", "check", source, "--lang", "sw", "--write-clean", out]) == 2
+        assert reason in capsys.readouterr().err

@@ -108,8 +108,8 @@ def test_rows_copied_from_english():
     assert numbers_of(check, "untranslated") == [3, 7]
     notes = {finding.number: finding.note for problem in check.problems for finding in problem.examples}
     assert (notes[3], notes[7]) == ("prompt and answer", "the prompt")
-    assert numbers_of(check, "copied_answer") == [9]
-    assert check.flagged == 2, "a copied answer is no defect: the task may ask for English"
+    assert numbers_of(check, "left_in_english") == [9]
+    assert check.flagged == 3
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,6 @@ def test_repetitions_are_told_apart():
     assert {"same as row 1", "prompt of row 1", "English of row 1"} <= notes
 
 
-def test_html_escapes():
-    rows = with_row(
-        parallel_rows("sw", 30), 2, completion="Kama n &lt; 2 basi jibu ni &quot;ndiyo&quot; kwa sababu n ni ndogo."
-    )
-    check = check_rows(rows, language="sw")
-    assert numbers_of(check, "html_escapes") == [2]
-
-
 # --- pairs ---------------------------------------------------------------------------------------------------------
 
 
@@ -261,19 +253,18 @@ def test_numbers_agree_whatever_their_script_and_separators(target, english):
 
 def test_length_ratio_outliers():
     rows = parallel_rows("sw", 300)
-    long_row = max(rows, key=lambda row: len(row.completion))
-    rows = with_row(rows, long_row.number, completion="Kwa sababu.", prompt="Kwa nini?")
-    check = check_rows(rows, language="sw")
-    assert numbers_of(check, "length_ratio") == [long_row.number]
+    padded = " ".join(row.completion for row in rows[100:110])
+    check = check_rows(with_row(rows, 7, completion=padded), language="sw")
+    assert numbers_of(check, "length_ratio") == [7]
     assert not check.problems[-1].defect
 
 
 def test_code_is_as_long_in_both_languages():
     code = "".join(f"values[{n}] = (n * {n}) + lines[{n}]; print(values[{n}])\n" for n in range(20))
-    prose = "word by word and line by line, it goes on and on, and nobody knows how it will ever end. " * 15
     rows = parallel_rows("zh", 300)
+    padded = "".join(row.completion for row in rows[100:120])
     rows = with_row(rows, 7, completion=code, completion_en=code)
-    rows = with_row(rows, 9, completion=prose, completion_en=prose)
+    rows = with_row(rows, 9, completion=padded)
     assert numbers_of(check_rows(rows, language="zh"), "length_ratio") == [9]
 
 
@@ -449,7 +440,10 @@ def test_mistakes_are_one_line():
 def test_planted_defects_in_real_data(shared_data, language):
     rows = list(load_rows(shared_data / "train" / f"{language}.jsonl.gz", limit=3000))
     clean = check_rows(rows, language=language)
-    assert clean.flagged <= 30
+    # Some rows are damaged: HTML escapes, zero-width characters, NFD and placeholders, by reading.
+    damaged = ("html_escapes", "invisible_characters", "decomposed_characters", "placeholder")
+    truly = {number for name in damaged for number in numbers_of(clean, name)}
+    assert clean.flagged - len(truly) <= 15
     assert clean.shifts == []
     places = random.Random(0).sample(range(len(rows)), 240)
     shuffled, copied = places[:150], places[150:]

@@ -91,7 +91,7 @@ def test_encoded_rows():
 
 
 def test_checking(tmp_path, monkeypatch):
-    monkeypatch.setattr("pivotune.data.check.rows.LEXICON_COMPARED", 100)
+    monkeypatch.setattr("pivotune.data.check.lexicon.LEXICON_COMPARED", 100)
     monkeypatch.setattr("pivotune.data.check.shifts.SHIFT_ROWS", 100)
     monkeypatch.setattr("pivotune.data.check.run._ROWS_PER_STEP", 32)
     # Too short for the language detector, which takes most of the time.

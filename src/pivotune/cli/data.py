@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,16 +43,21 @@ def check(
     max_completion_tokens: Annotated[int, typer.Option(min=1, help="Limit of training, with --model.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Check only the first usable rows.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to show for each kind of problem.")] = 3,
+    clean: Annotated[
+        Path | None, typer.Option("--write-clean", help="Write the rows without defects here (.jsonl), with a report.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all row numbers.")] = False,
 ) -> None:
-    """Check parallel rows: lengths, repeated and untranslated rows, wrong languages, misaligned or shifted pairs."""
+    """Check parallel rows: lengths, damaged text, cut answers, repeated and untranslated rows, misaligned pairs."""
     if template is not None and model is None:
         raise UsageError("--template: needs --model, whose tokenizer it is for")
-    from pivotune.data.check import base_language, check_rows
+    from pivotune.data.check import base_language, check_clean_path, check_rows, report_path, write_clean
     from pivotune.data.sources import load_rows
 
     if base_language(language) == "en":
         raise UsageError(f"--lang: {language} is English, the other side of every row; name the target language")
+    if clean is not None:
+        check_clean_path(clean, data, english)
     encoder = None
     if model is not None:
         from pivotune.data.examples import Encoder, Limits
@@ -66,6 +72,7 @@ def check(
     rows = load_rows(data, english=english, on_bad_row="skip", needed_by="data check", limit=limit)
     with progress("Checking rows", len(rows)) as advance:
         found = check_rows(rows, language=language, encoder=encoder, examples=show, progress=advance)
+    written = write_clean(clean, rows, found) if clean else 0
     # The target side of the first row that fits the limits.
     pairs = encoder.encode(rows[:100], on_bad_row="skip") if encoder else []
     example = pairs[0].target if pairs else None
@@ -84,6 +91,9 @@ def check(
         out.print()
         print_example(out, encoder.tokenizer, example)
     out.print(f"[bold]verdict[/]  {found.verdict}", soft_wrap=True)
+    if clean:
+        line = f"{written:,} rows in {clean}; the others and why in {report_path(clean)}"
+        out.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
 
 
 def print_check(out: Console, found: DataCheck) -> None:

@@ -1,0 +1,75 @@
+"""The rows without defects as a file, and a report of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pivotune.data.check.result import DataCheck
+from pivotune.data.rows import ENGLISH_SUFFIX, Row
+from pivotune.errors import UsageError
+from pivotune.text.files import write_json, write_pieces
+
+
+def check_clean_path(path: Path, *sources: str | None) -> None:
+    """Refuse a path that cannot become the file of clean rows.
+
+    Raises:
+        UsageError: no `.jsonl` file, a missing folder, or one of the files that are read.
+    """
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise UsageError(f"--write-clean: {path} found; allowed: a file name that ends in .jsonl")
+    if not path.parent.is_dir():
+        raise UsageError(f"--write-clean: no folder {path.parent}")
+    written = {path.resolve(), report_path(path).resolve()}
+    if any(source is not None and Path(source).resolve() in written for source in sources):
+        raise UsageError(f"--write-clean: {path} would replace the data that is read; name another file")
+
+
+def report_path(path: Path) -> Path:
+    """Return the place of the report beside the clean rows: `out.report.json` for `out.jsonl`."""
+    return path.with_suffix(".report.json")
+
+
+def write_clean(path: Path, rows: Iterable[Row], check: DataCheck) -> int:
+    """Write the rows without defects as JSON Lines, and the report; return the number of rows written.
+
+    The report names each row that is left out with the kinds of its defects, and counts the rows that could not be used.
+    """
+    reasons: dict[int, list[str]] = {}
+    for problem in check.problems:
+        for number in problem.numbers if problem.defect else ():
+            reasons.setdefault(number, []).append(problem.name)
+    left_out: list[dict[str, Any]] = []
+
+    def clean_lines() -> Iterator[bytes]:
+        for row in rows:
+            if row.number in reasons:
+                left_out.append({"number": row.number, "id": row.id, "reasons": reasons[row.number]})
+            else:
+                yield json.dumps(_record(row), ensure_ascii=False).encode() + b"\n"
+
+    write_pieces(path, clean_lines())
+    titles = {problem.name: problem.title for problem in check.problems if problem.defect}
+    written = check.usable - len(left_out)
+    counts = {"source": check.source, "written": written, "unusable": check.skipped, "reasons": titles}
+    write_json(report_path(path), {**counts, "left_out": left_out})
+    return written
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """Return the row in a form in which it is read again: both sides as a chat, as Alpaca, or as prompt and completion."""
+    record: dict[str, Any] = {"id": row.id} if row.id else {}
+    for turn, suffix in zip(row.sides, ("", ENGLISH_SUFFIX), strict=True):
+        if turn.history:
+            query, answer = ("user", turn.user_text), ("assistant", turn.completion)
+            last = [{"role": role, "content": text} for role, text in (query, answer)]
+            record[f"messages{suffix}"] = [*turn.history, *last]
+        elif turn.input:
+            texts = {"instruction": turn.prompt, "input": turn.input, "output": turn.completion}
+            record |= {f"{key}{suffix}": text for key, text in texts.items()}
+        else:
+            record |= {f"prompt{suffix}": turn.prompt, f"completion{suffix}": turn.completion}
+    return record

@@ -1,0 +1,149 @@
+"""Answers that end before their English does: ends, lengths, lines, list items and brackets, weighed against each other.
+
+Each sign is a log-likelihood ratio of "cut" against "whole". How often whole answers show it is counted in the file
+itself, so that a script without full stops or a loose translation needs stronger signs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+
+import numpy as np
+
+# Characters of an answer below which an end or a length proves nothing.
+CUT_CHARACTERS = 20
+# Fewer rows do not show how whole answers look.
+CUT_ROWS = 20
+# Nats needed: 100 to 1, for cut answers are one in some tens or hundreds.
+CUT_EVIDENCE = 4.6
+# Rows of similar length whose usual ratio is compared.
+CUT_LEAST_ROWS, CUT_MOST_ROWS = 40, 500
+# A cut leaves any share of the answer up to this one; a part in `CUT_LATE` is cut later.
+CUT_KEPT, CUT_LATE = 0.95, 0.05
+# A cut answer ends in the middle of a sentence, lacks lines or sentences, and leaves brackets open about this often.
+CUT_OPEN, CUT_FEWER, CUT_DANGLING = 0.7, 0.8, 0.3
+# A sign that no whole answer of the file shows is counted as this often among whole ones: it decides nothing alone.
+WHOLE_RATE = 0.003
+# Spread of the log length ratio of loose translations.
+TAIL_SCALE = 0.35
+# Added to both lengths.
+_FEW = 5
+_TERMINATORS = ".!?…。！？．｡؟۔؛।॥។៕។៖။၏፧።᙮᠃᠉꘎꓿՜։:：;；~～|$>%°"  # also signs that end tables, formulas and code
+_CLOSERS = "\"'”’»›「」『』】）)]}》*_`\u200b\u200e\u200f \n\t"
+_ABBREVIATION = re.compile(r"\b(?:etc|Jr|Sr|Inc|Ltd|Co|Corp|[A-Z]|[ap]\.m)\.\W*$")
+_JOINING = tuple(",，、،؍-–—/(（[「『“‘«&+=:：")
+_BRACKETS = (("(（", ")）"), ("[［", "]］"), ("“「『《", "”」』》"))
+_SENTENCE_END = re.compile(r"(?<![.\d])[.!?…؟۔।॥។။።]+(?=\W*\s)|[。！？．｡]+")
+_LINE = re.compile(r"\S[^\n]*")
+_ITEM = re.compile("[,，、،;；؛]")
+# An English answer with so many lines or items is a list.
+_LEAST_LINES, _LEAST_ITEMS = 3, 4
+
+
+class CutTable:
+    """The signs of all rows, 4 bytes a row.
+
+    `ends`, `parts` and `sentences` are -1 where the English gives no measure, 0 for an answer like its English, 1 for a
+    missing end, missing lines or items, missing sentences. `dangling` is 1 for an open bracket or a comma at the end.
+    """
+
+    def __init__(self) -> None:
+        self.ends, self.parts, self.sentences, self.dangling = array("b"), array("b"), array("b"), array("b")
+
+    def append(self, answer: str, english: str) -> None:
+        """Add the answers of the next row."""
+        is_measure = _is_closed(english) and not _ABBREVIATION.search(english[-20:])
+        self.ends.append(int(not _is_closed(answer)) if is_measure else -1)
+        self.parts.append(_fewer_parts(answer, english))
+        sentences = _sentences(english)
+        self.sentences.append(int(_sentences(answer) < sentences) if is_measure and sentences >= 2 else -1)
+        self.dangling.append(_is_dangling(answer) and not _is_dangling(english))
+
+    def cut_answers(self, characters: np.ndarray, left_out: np.ndarray) -> dict[int, str]:
+        """Return the rows whose answers are cut -> the signs.
+
+        Args:
+            characters: int32 (rows, 2), lengths of the answer and of its English.
+            left_out: bool (rows,), rows that are damaged otherwise.
+        """
+        judged = np.flatnonzero(~left_out & (characters[:, 1] >= CUT_CHARACTERS))
+        if len(judged) < CUT_ROWS:
+            return {}
+        target, english = np.log(characters[judged] + _FEW).T
+        distance, length = _length_evidence(target - english, english)
+        # Rows of the usual length are whole, whatever share of the file is cut.
+        usual = distance > -0.1
+        evidence = length
+        signs = {}
+        for name, values, rate in (
+            ("no end", self.ends, CUT_OPEN), ("fewer lines or items", self.parts, CUT_FEWER),
+            ("fewer sentences", self.sentences, CUT_FEWER),
+            ("open bracket or comma", self.dangling, CUT_DANGLING),
+        ):  # fmt: skip
+            sign = np.frombuffer(values, dtype=np.int8)[judged]
+            whole = ((sign[usual] == 1).sum() + 1) / ((sign[usual] >= 0).sum() + CUT_ROWS)
+            whole = min(max(whole, WHOLE_RATE), 0.9)
+            rate = max(rate, whole)
+            gain = np.where(sign == 1, math.log(rate / whole), math.log((1 - rate) / (1 - whole)))
+            evidence = evidence + np.where(sign >= 0, gain, 0.0)
+            signs[name] = sign == 1
+        found = {}
+        # A longer answer than usual has another fault.
+        for place in np.flatnonzero((evidence >= CUT_EVIDENCE) & (distance < 0.1)).tolist():
+            reasons = [name for name, sign in signs.items() if sign[place]]
+            share = f"{math.exp(distance[place]):.0%} of the usual length"
+            found[int(judged[place])] = ", ".join([*reasons, share])
+        return found
+
+
+def _length_evidence(ratio: np.ndarray, english: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distance of each log length ratio from that of rows of similar length, and its evidence for a cut."""
+    distance, scale = np.zeros((2, len(ratio)))
+    size = min(max(len(ratio) // 8, CUT_LEAST_ROWS), CUT_MOST_ROWS)
+    for part in np.array_split(np.argsort(english, kind="stable"), max(1, len(ratio) // size)):
+        distance[part] = ratio[part] - np.median(ratio[part])
+        # Cuts widen the lower half only.
+        above = distance[part][distance[part] >= 0]
+        # 1.4826 makes the median absolute deviation the standard deviation of a normal distribution.
+        scale[part] = max(1.4826 * float(np.median(above)), 0.06)
+    # Loose translations are too long as often as they are too short: that gives the weight of the wide tail.
+    tail = max(2 * float((distance > np.maximum(4 * scale, 0.4)).mean()), 0.01)
+    core = np.exp(-0.5 * (distance / scale) ** 2) / (math.sqrt(2 * math.pi) * scale)
+    whole = (1 - tail) * core + tail * np.exp(-np.abs(distance) / TAIL_SCALE) / (2 * TAIL_SCALE)
+    late = CUT_LATE * np.exp(-np.maximum(distance, 0) / scale)
+    kept = np.where(distance < math.log(CUT_KEPT), np.exp(distance) / CUT_KEPT, late)
+    return distance, np.log(kept / whole)
+
+
+def _is_closed(text: str) -> bool:
+    end = text.rstrip(_CLOSERS)
+    return bool(end) and (end[-1] in _TERMINATORS or len(end) < len(text.rstrip()) - 2 or _is_symbol(end[-1]))
+
+
+def _is_symbol(character: str) -> bool:
+    """Return True for an emoji or another picture, which can end a text."""
+    return "\u2190" <= character <= "\u2bff" or character >= "\U0001f000"
+
+
+def _is_dangling(text: str) -> bool:
+    text = text.rstrip()
+    return text.endswith(_JOINING) or any(
+        sum(map(text.count, opening)) > sum(map(text.count, closing)) for opening, closing in _BRACKETS
+    )
+
+
+def _sentences(text: str) -> int:
+    return len(_SENTENCE_END.findall(text.rstrip(_CLOSERS) + " "))
+
+
+def _fewer_parts(answer: str, english: str) -> int:
+    lines = len(_LINE.findall(english))
+    if lines >= _LEAST_LINES:
+        return int(len(_LINE.findall(answer)) < lines)
+    items = len(_ITEM.findall(english))
+    # English has one comma more before the last item.
+    return (
+        int(len(_ITEM.findall(answer)) < 0.8 * items - 1) if items >= _LEAST_ITEMS and not _is_closed(english) else -1
+    )
