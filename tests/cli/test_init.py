@@ -116,6 +116,8 @@ def test_the_alternatives_are_found():
         "supervision.conversion.signal",
         "supervision.schedule",
         "supervision.lens",
+        "supervision.layers",
+        "supervision.balance.mode",
         "supervision.logits.gradient",
         "supervision.feature.pooling",
         "supervision.feature.span",
