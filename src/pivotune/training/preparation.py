@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from pivotune.data.datasets import (
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.sources import Row, Rows, load_rows
-from pivotune.data.templates import load_template
+from pivotune.data.templates import Template, Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.layers.selection import LayerAnalysis, check_layer, resolve_layers, selection_from_json
@@ -34,9 +35,11 @@ from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import strategy_of
+from pivotune.training.heldout import end_token_ids
 from pivotune.training.lens_fitting import FITTED_ON, fit_all_layers
 from pivotune.training.progress import Progress, silent
 
+logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
@@ -301,6 +304,23 @@ def freeze_unused_parameters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in used:
             parameter.requires_grad_(False)
+
+
+def adopt_template(model: Any, tokenizer: Any, template: Template) -> None:
+    """Make plain `apply_chat_template` and `generate` do what training does: write template and end tokens into both."""
+    tokenizer.chat_template = template.chat_template
+    ends = {*end_token_ids(model, tokenizer), end_of_answer(template, tokenizer)}
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    question = Turn("question")
+    plain = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question.prompt}], add_generation_prompt=True, return_dict=False
+    )
+    if plain != Encoder(tokenizer, template).encode_prompt(question):
+        logger.warning(
+            "data.template: %s: `apply_chat_template` of the saved tokenizer gives other tokens than training; "
+            "use `pivotune chat`, or tokenize the prompt without special tokens",
+            template.name,
+        )
 
 
 def pad_token_of(tokenizer: Any) -> int:

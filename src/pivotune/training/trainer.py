@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pivotune.config.settings import NO_SUPERVISION
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
 from pivotune.layers.selection import LayerAnalysis
@@ -41,6 +42,7 @@ from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.phase import Phase
 from pivotune.training.preparation import (
+    adopt_template,
     build_heldout_datasets,
     build_train_dataset,
     choose_supervision,
@@ -115,6 +117,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         pairs = encode_dataset(train_dataset, args, processing_class, model.config)
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
+        adopt_template(model, processing_class, load_template(args.data.template, processing_class))
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
