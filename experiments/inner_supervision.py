@@ -1,7 +1,7 @@
 """Inner supervision against plain fine-tuning and its control, over training seeds, by the likelihood of gold answers.
 
-    python -m experiments.inner_supervision run --data DATA --language vi --seeds 0,1,2 --out experiments/results/second-round
-    python -m experiments.inner_supervision table --out experiments/results/second-round
+    python -m experiments.inner_supervision run --data DATA --language vi --seeds 0,1,2 --out experiments/results/vi-zh
+    python -m experiments.inner_supervision table --out experiments/results/vi-zh
 
 Every arm trains the same rows for the same steps. A cell (arm, seed) is one JSON file under `--out`; the same command
 continues an interrupted round. `--data` holds `train/<language>.jsonl.gz` and `eval/xquad`, `eval/mlqa`.

@@ -179,7 +179,8 @@ def test_named_chat_templates_without_a_default():
     with pytest.raises(UsageError) as raised:
         load_template(None, tokenizer)
     assert message_of(raised) == (
-        "data.template: chat: the tokenizer's chat templates are tool_use, rag, and none is called default; use a Jinja file"
+        "data.template: chat: the tokenizer's chat templates are tool_use, rag, and none is called default; "
+        "use a Jinja file"
     )
 
 

@@ -25,7 +25,10 @@ from pivotune.runs.publish import export_run
 
 TURNS = "{{ '<|begin|>' }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|system|>' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-FILE = "{% for turn in history %}\n{{ turn.role }}: {{ turn.content }}\n{% endfor %}\n Q: {{ prompt }}\n{# end #}\nA: {{ completion }}"
+FILE = (
+    "{% for turn in history %}\n{{ turn.role }}: {{ turn.content }}\n{% endfor %}\n Q: {{ prompt }}\n{# end #}\n"
+    "A: {{ completion }}"
+)
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 
 

@@ -250,7 +250,8 @@ def stores_another_head(folder: Path, shape: tuple[int, int]) -> bool:
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            found += [(path, name) for name in file.keys() if tuple(file.get_slice(name).get_shape()) == shape]
+            names = file.keys()
+            found += [(path, name) for name in names if tuple(file.get_slice(name).get_shape()) == shape]
     if len(found) < 2:
         return False
     import torch

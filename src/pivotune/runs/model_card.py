@@ -16,7 +16,6 @@ from pivotune.config.yaml_text import dump_config
 from pivotune.text.escaping import markdown, printable
 from pivotune.text.redaction import redact
 
-
 _EXAMPLE = """\
 ## How to use
 
