@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -45,7 +46,7 @@ def gathered_model(trainer: Trainer, make_model: Callable[[], Any]) -> Any:
         # Otherwise Transformers would partition the new model too, which needs the other processes.
         unset_hf_deepspeed_config()
     model = make_model()
-    model.generation_config = unwrap_model(trainer.model).generation_config
+    model.generation_config = unwrap_model(cast(nn.Module, trainer.model)).generation_config
     missing, unexpected = model.load_state_dict(state, strict=False)
     # A head that is tied to the embedding is gathered under one name.
     untied = dict(model.named_parameters()).keys()
