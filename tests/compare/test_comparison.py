@@ -338,6 +338,20 @@ def test_conditions_that_only_some_know_are_not_compared(tmp_path):
     assert compare(tmp_path).warnings == []
 
 
+def test_tasks_of_other_weights_are_named(tmp_path):
+    """A run that was trained on after its first evaluation, or a checkpoint evaluated into its folder."""
+    for name in ("a", "b"):
+        run(tmp_path / name, config={"name": name}, changes={"model_fingerprint": name * 4})
+
+    def mix(content):
+        content["tasks"]["xquad_en"]["model_fingerprint"] = "cccc"
+
+    assert compare(tmp_path).warnings == []
+    change_results(tmp_path / "b", mix)
+    found = "its tasks come from different weights (bbbb in xquad_vi; cccc in xquad_en); evaluate them again"
+    assert compare(tmp_path).warnings == [f"{tmp_path / 'b' / 'results.json'}: {found}"]
+
+
 def test_notes_say_what_intervals_cover(tmp_path):
     run(tmp_path / "a", tasks=("xquad_vi",)), run(tmp_path / "b", 0.1, tasks=("xquad_vi",), config={"b": 1})
     notes = " ".join(compare(tmp_path).notes)
