@@ -8,8 +8,8 @@ continues an interrupted round. `--data` holds `train/<language>.jsonl.gz` and `
 
 Measured: the negative log-likelihood of gold answers in nats per character, on held-out rows and on questions of XQuAD and
 MLQA that training never saw, each in the target language and in English, as the mean over the last `--checkpoints` states
-of the model. The table has differences to TFT, paired by question and seed; questions of one passage are resampled
-together.
+of the model. The table has differences to TFT on the same questions, with intervals over seeds and passages; the questions
+of one passage are one item.
 """
 
 from __future__ import annotations
