@@ -8,8 +8,8 @@ continues an interrupted round. `--data` holds `train/<language>.jsonl.gz` and `
 
 Measured: the negative log-likelihood of gold answers in nats per character, on held-out rows and on questions of XQuAD and
 MLQA that training never saw, each in the target language and in English, as the mean over the last `--checkpoints` states
-of the model. The table has differences to TFT on the same questions, with intervals over seeds and passages; the questions
-of one passage are one item.
+of the model. The table has differences to TFT, paired by question and seed (every arm trains the same rows in the order of
+its seed), with intervals over passages and seeds; the questions of one passage are one item.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ def table(options: argparse.Namespace) -> None:
 
 def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
     ours = [Sample(cell["items"][name], cell["settings"]["seed"]) for cell in cells]
-    theirs = [Sample(base[sample.seed or 0]["items"][name], sample.seed) for sample in ours]
-    found = difference(NLL, ours, theirs)
+    theirs = [Sample(base[cell["settings"]["seed"]]["items"][name], cell["settings"]["seed"]) for cell in cells]
+    found = difference(NLL, ours, theirs, pair_seeds=True)
     mark = {"better": " **", "worse": " !"}.get(str(found.verdict), "")
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{mark}"
 

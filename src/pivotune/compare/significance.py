@@ -84,15 +84,22 @@ class Difference:
 
 
 def difference(
-    metric: Metric, run: Samples, baseline: Samples, *, resamples: int = RESAMPLES, seed: int = 0
+    metric: Metric,
+    run: Samples,
+    baseline: Samples,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    pair_seeds: bool = False,
 ) -> Difference:
     """Return the difference of two methods on one task, each with one run or with several that differ in seed only.
 
     Items are joined by id; those that only one side has are left out. For a metric that some items lack, each side's value
-    is over the items that it has. `resamples` and `seed` are of the bootstrap, for one run against one.
+    is over the items that it has. `resamples` and `seed` are of the bootstrap, for one run against one. `pair_seeds`
+    pairs the runs of one seed: decide it before the runs, where a seed gives both methods the same rows in the same order.
     """
     if any(len(side) > 1 and _has_seeds(side) for side in (run, baseline)):
-        found = _over_seeds(metric, run, baseline)
+        found = _over_seeds(metric, run, baseline, pair_seeds)
     else:
         found = _over_items(metric, run, baseline, resamples, seed)
     found.verdict = None if metric.higher_is_better is None else Verdict.UNDECIDED
@@ -136,10 +143,10 @@ def _over_items(metric: Metric, run: Samples, baseline: Samples, resamples: int,
     return Difference(float(value), low, high, p, len(ids))
 
 
-def _over_seeds(metric: Metric, run: Samples, baseline: Samples) -> Difference:
+def _over_seeds(metric: Metric, run: Samples, baseline: Samples, pair_seeds: bool) -> Difference:
     """Test by Student's t over seeds and items."""
     seeds = {sample.seed for side in (run, baseline) if _has_seeds(side) for sample in side}
-    if partners := _partners_with_own_items(run, baseline):
+    if partners := _partners(run, baseline, wanted=pair_seeds):
         groups, n = _paired(metric, partners)
         return _students_t(groups, groups, n, len(seeds), "paired")
     ids, vectors = _joined(metric, [*run, *baseline])
@@ -185,14 +192,15 @@ def _has_seeds(samples: Samples) -> bool:
     return all(sample.seed is not None for sample in samples)
 
 
-def _partners_with_own_items(run: Samples, baseline: Samples) -> list[tuple[Sample, Sample]]:
-    """Pair the runs by seed where only runs of one seed share most of their items; return nothing otherwise.
+def _partners(run: Samples, baseline: Samples, *, wanted: bool) -> list[tuple[Sample, Sample]]:
+    """Pair the runs by seed where it is wanted, or only runs of one seed share most of their items; else return nothing.
 
     Each seed holds out rows of its own where the validation rows are a part of the training file.
     """
     partners = {sample.seed: sample for sample in baseline}
     fewest = min(len(sample.items) for sample in (*run, *baseline))
-    if {sample.seed for sample in run} != set(partners) or 2 * len(shared_items([*run, *baseline])) >= fewest:
+    own_items = 2 * len(shared_items([*run, *baseline])) < fewest
+    if {sample.seed for sample in run} != set(partners) or not (wanted or own_items):
         return []
     return [(sample, partners[sample.seed]) for sample in sorted(run, key=lambda sample: sample.seed or 0)]
 
