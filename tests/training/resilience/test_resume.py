@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cached English features": (FROZEN, {}),
     "rows at random": ({"train_sampling_strategy": "random", "gradient_accumulation_steps": 3}, {}),
     "evaluation and log lines by epoch": (
-        {"eval_strategy": "epoch", "logging_strategy": "epoch", "method": "tft"},
+        {"eval_strategy": "epoch", "logging_strategy": "epoch", "logging_steps": 500, "method": "tft"},
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "a step limit in the middle of an epoch": (
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "an evaluation at the last step of an epoch": (
-        {"eval_strategy": "steps", "eval_steps": 5, "logging_strategy": "epoch", "method": "tft"},
+        {"eval_strategy": "steps", "eval_steps": 5, "logging_strategy": "epoch", "logging_steps": 500, "method": "tft"},
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "data workers": ({"dataloader_num_workers": 1, "save_steps": 4}, LORA),
@@ -193,17 +193,17 @@ def best_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", ["steps", "best"])
+@pytest.mark.parametrize("strategy", [{"save_strategy": "steps"}, {"save_strategy": "best", "save_steps": 500}])
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_evaluation_that_is_made_up_for_finds_the_best_checkpoint(tmp_path, strategy, step):
-    whole = best_trainer(tmp_path / "whole", save_strategy=strategy)
+    whole = best_trainer(tmp_path / "whole", **strategy)
     whole.train()
     assert whole.state.best_global_step == 4
-    stopped = best_trainer(tmp_path / "run", save_strategy=strategy)
+    stopped = best_trainer(tmp_path / "run", **strategy)
     Signal(stopped, step, evaluating=False)
     with pytest.raises(StoppedBySignalError):
         stopped.train()
-    resumed = best_trainer(tmp_path / "run", save_strategy=strategy, save_total_limit=2)
+    resumed = best_trainer(tmp_path / "run", **strategy, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
     assert_same(weights(resumed.model), weights(whole.model))
