@@ -106,6 +106,9 @@ class DeepSupervisionConfig(TrainingArguments):
         if (judged or self.lr_scheduler_type in _ON_METRIC) and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{METHODS[self.method].main_language}_loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # Everything that is measured of held-out rows is a loss; `Trainer` knows losses by the end of their name.
+            self.greater_is_better = False
         super().__post_init__()
         if self.mixed_precision in ("bf16", "fp16"):
             # Trainer obeys the launcher (`accelerate launch`): scoring and estimates must agree with it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,11 +50,14 @@ def check_setup(args: DeepSupervisionConfig, model_config: Any, *, trust_remote_
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     trainer, name = _StandIn(args, model), optimizer_name(args)
     with _named(f"training.optim: {name}" + (f" with optim_args: {args.optim_args}" if args.optim_args else "")):
-        optimizer = trainer.create_optimizer()
-    if not isinstance(optimizer, LayerWiseDummyOptimizer):
-        for option, changed in _without_each_option(args):
+        optimizer, void = trainer.create_optimizer(), []
+    for option, changed in [] if isinstance(optimizer, LayerWiseDummyOptimizer) else _without_each_option(args):
+        with suppress(Exception):
+            # An option without which nothing can be built has an effect.
             if repr(_StandIn(changed, model).create_optimizer()) == repr(optimizer):
-                raise UsageError(f"training.{option} has no effect with optim: {name}; leave it out")
+                void.append(option)
+    if void:
+        raise UsageError(f"training.{void[0]} has no effect with optim: {name}; leave it out")
     options = f" with lr_scheduler_kwargs: {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
     with _named(f"training.lr_scheduler_type: {args.lr_scheduler_type.value}{options}"):  # type: ignore[union-attr]
         for factor in getattr(trainer.create_scheduler(_STEPS), "lr_lambdas", []):
