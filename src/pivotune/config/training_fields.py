@@ -45,6 +45,12 @@ _LOGGING_STEPS = 10
 # Choices that a message lists; of more (the optimizers) it names the nearest.
 _LISTED = 20
 
+# Fields whose value lies in the states of a checkpoint, so that another one would have no effect on a resumed run.
+IN_CHECKPOINTS = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
+    "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+
 # ---- refused fields ----
 
 _NO_PREDICTIONS = "evaluation sums losses and keeps no predictions; leave it out"

@@ -35,7 +35,7 @@ from pivotune.training.preparation import (
     load_run_rows,
 )
 from pivotune.training.resilience.checkpoint_safety import check_checkpoint
-from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
+from pivotune.training.resilience.checkpoints import check_states, restore_replaced, whole_checkpoint
 from pivotune.training.stand_in import check_setup
 
 
@@ -122,5 +122,6 @@ def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose
     check_rows_record(folder, train, source)
     checkpoint = whole_checkpoint(folder) if choose else None
     if checkpoint is not None:
+        check_states(checkpoint)
         check_checkpoint(checkpoint)
     return checkpoint

@@ -315,3 +315,44 @@ def test_checksums_are_compared_however_the_checkpoint_is_named(tmp_path, monkey
     tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
     assert asked == [older, older]
     assert resumed.state.global_step == 4
+
+
+# ---- other settings than the checkpoint's ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"learning_rate": 1e-3},
+            r"begun with learning_rate 0\.01 and this run has 0\.001; set training\.learning_rate=0\.01",
+        ),
+        ({"weight_decay": 0.1}, "begun with weight_decay 0.0 and this run has 0.1"),
+        ({"optim": "sgd"}, "begun with optim adamw_torch_fused and this run has sgd"),
+        ({"lr_scheduler_type": "cosine"}, "begun with lr_scheduler_type linear and this run has cosine"),
+    ],
+)
+def test_what_lies_in_the_states_of_a_checkpoint_cannot_change(tmp_path, changes, message):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(UsageError, match=message):
+        tiny_trainer(tmp_path, max_steps=2, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed_from(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True).train()
+    with pytest.raises(
+        UsageError, match=r"checkpoint-4 has no state of the optimizer \(training\.save_only_model: true\)"
+    ):
+        tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_intervals_are_those_of_the_resumed_run(tmp_path):
+    """And the starting weights are evaluated once."""
+    heldout = {"trainer": {"eval_dataset": make_pairs(4)}, "eval_on_start": True}
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, logging_steps=2, max_steps=2, **heldout).train()
+    resumed = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, logging_steps=1, **heldout)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-3").is_dir()
+    logged = [line["step"] for line in resumed.state.log_history if "loss" in line]
+    assert logged == [2, 3, 4]
+    assert [line["step"] for line in resumed.state.log_history if "eval_target_nll" in line] == [0]
