@@ -198,6 +198,11 @@ def test_the_value_that_is_allowed_is_the_default(field):
     assert found == {**REFUSED, **REFUSED_IN_YAML}[field][0]
 
 
+def test_refused_fields_are_documented():
+    text = (TESTS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [field for field in (*REFUSED, *REFUSED_IN_YAML) if f"`{field}`" not in text] == []
+
+
 def other_value(field: str) -> Any:
     default = {**REFUSED, **REFUSED_IN_YAML}[field][0]
     return not default if isinstance(default, bool) else 0.5 if isinstance(default, float) else "secret"
