@@ -383,3 +383,15 @@ def test_likelihood_requests_of_choices_share_their_prompt(model, data):
     assert isinstance(first, Likelihood)
     assert first.context == second.context
     assert first.continuation != second.continuation
+
+
+def test_vllm_is_not_given_adapters_alone(tmp_path, monkeypatch):
+    """A quantized run saves adapters that are not merged; vLLM would fail after its start."""
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    monkeypatch.setattr("pivotune.evaluation.prepare.find_spec", lambda name: object())
+    with pytest.raises(UsageError, match=r"--backend: vllm reads whole models, and .*adapter holds adapters alone"):
+        prepare_evaluation(tmp_path / "adapter", ["xquad_vi"], EvaluationSettings(backend="vllm"))

@@ -17,6 +17,7 @@ from pivotune.evaluation.tasks.base import Task
 from pivotune.evaluation.tasks.tables import MissingDataError, Source
 from pivotune.evaluation.tasks.translation import SentencePair
 from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
+from pivotune.models.locating import locate
 from pivotune.runs.folder import read_run_config
 
 BACKENDS = ("hf", "vllm")
@@ -106,6 +107,11 @@ def prepare_evaluation(
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     check_model(name, **options)
+    if settings.backend == "vllm" and locate(name, settings.revision).is_adapter:
+        raise UsageError(
+            f"--backend: vllm reads whole models, and {name} holds adapters alone (quantize: 4bit); merge them into their "
+            "base, or use --backend hf"
+        )
     model_config = read_config(name, **options)
     tokenizer = load_tokenizer(name, **options)
     template_name = settings.template or (run.data.saved_template if run else None)

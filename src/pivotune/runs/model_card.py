@@ -52,6 +52,9 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: st
             f"## Layers\n\nConversion at layer {layers['conversion']}, thinking at layer {layers['thinking']} of "
             f"{layers['num_layers']} ({_text(layers['reason'])})."
         )
+    elif METHODS[config.method].inner_losses:
+        named = ", ".join(f"{name} at layer {term.layer}" for name, term in config.supervision.active().items())
+        parts.append(f"## Layers\n\n{named.capitalize()}, as the configuration names them.")
     if table := _results_table(results):
         parts.append(table)
     settings = dump_config(config)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
+from transformers import IntervalStrategy
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import NO_SUPERVISION, DataConfig, EncodingConfig, KeepEnglishConfig, SupervisionConfig
@@ -173,6 +174,30 @@ def build_heldout_datasets(
         return None
     pairs = encode_dataset(dataset, args, tokenizer, model_config, heldout=True)
     return {name: ExampleDataset(examples) for name, examples in heldout_examples(pairs or []).items()}
+
+
+# What an evaluation measures of every language.
+_METRICS = ("loss", "nll", "nll_per_character")
+
+
+def check_evaluation(args: DeepSupervisionConfig, sides: Collection[str], found: str) -> None:
+    """Refuse evaluations without held-out rows, and a metric that they do not measure.
+
+    Args:
+        sides: languages of the held-out rows, `target` and `english`.
+        found: ends the message where there are none.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    strategy = IntervalStrategy(args.eval_strategy).value
+    asked = f"eval_strategy: {strategy}" if strategy != "no" else "eval_on_start: true" if args.eval_on_start else None
+    if asked is not None and not sides:
+        raise UsageError(f"training.{asked} needs held-out rows and {found}")
+    metric = args.metric_for_best_model
+    measured = [f"eval_{side}_{name}" for side in sides for name in _METRICS]
+    if asked is not None and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in measured:
+        raise UsageError(f"training.metric_for_best_model: {metric} is not measured; allowed: {', '.join(measured)}")
 
 
 # ---- layers ----
