@@ -332,6 +332,15 @@ def test_other_prompts_under_the_same_conditions_are_named(tmp_path):
     assert compare(tmp_path).warnings == ["the prompts differ between runs: x in a; y in b (xquad_vi, xquad_en)"]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "warnings"), [("x", []), ("y", ["template differs between runs: chat in a; b.jinja in b"])]
+)
+def test_one_template_under_two_names_is_no_other_condition(tmp_path, prompts, warnings):
+    for name, template, digest in (("a", "chat", "x"), ("b", "b.jinja", prompts)):
+        run(tmp_path / name, config={"name": name}, changes={"settings": {"template": template}, "prompt_hash": digest})
+    assert compare(tmp_path).warnings == [f"{line} (xquad_vi, xquad_en)" for line in warnings]
+
+
 def test_conditions_that_only_some_know_are_not_compared(tmp_path):
     run(tmp_path / "a", changes={"settings": {"limit": 3}})
     run(tmp_path / "b", config={"b": 1})

@@ -272,6 +272,9 @@ def _condition_warnings(groups: Groups, tasks: Iterable[str]) -> list[str]:
                 for key, value in run.results.tasks[task].conditions.items():
                     by_value[key][_condition_text(value)][group.label] = None
         differing = {key: labels for key, labels in by_value.items() if len(labels) > 1}
+        if len(by_value["prompt_hash"]) == 1:
+            # One template under two names: a run's Jinja file is the chat template of its model.
+            differing.pop("template", None)
         if _EXPLAINS_PROMPTS.intersection(differing):
             differing.pop("prompt_hash", None)
         for key, labels in differing.items():

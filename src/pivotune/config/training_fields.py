@@ -54,7 +54,7 @@ IN_CHECKPOINTS = (
 # ---- refused fields ----
 
 _NO_PREDICTIONS = "evaluation sums losses and keeps no predictions; leave it out"
-_NO_UPLOAD = "nothing is uploaded in training; give `hf upload USER/REPO OUTPUT_DIR/model` after it"
+_NO_UPLOAD = "nothing is uploaded in training; `pivotune push` uploads a finished run"
 _LIGER = "cross-entropy without full logits is built in, through Liger's kernel where it is installed; leave it out"
 # Field -> (its default, which alone is allowed; the reason and what to do instead).
 REFUSED: dict[str, tuple[Any, str]] = {
