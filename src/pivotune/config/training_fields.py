@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
@@ -240,7 +240,7 @@ def _typed(key: str, value: Any) -> Any:
         raise UsageError(f"training.{key}: {value!r} is not allowed; allowed: {' or '.join(wanted)}") from error
 
 
-def _nearest(name: str, names: Container[str] | Any, prefix: str = "") -> str:
+def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
