@@ -1,15 +1,15 @@
 """Inner supervision against plain fine-tuning and its control, over training seeds, by the likelihood of gold answers.
 
-    python -m experiments.inner_supervision run --data DATA --language vi --seeds 0,1,2 --out runs/first-round
-    python -m experiments.inner_supervision table --out runs/first-round
+    python -m experiments.inner_supervision run --data DATA --language vi --seeds 0,1,2 --out experiments/results/vi-zh
+    python -m experiments.inner_supervision table --out experiments/results/vi-zh
 
 Every arm trains the same rows for the same steps. A cell (arm, seed) is one JSON file under `--out`; the same command
 continues an interrupted round. `--data` holds `train/<language>.jsonl.gz` and `eval/xquad`, `eval/mlqa`.
 
 Measured: the negative log-likelihood of gold answers in nats per character, on held-out rows and on questions of XQuAD and
 MLQA that training never saw, each in the target language and in English, as the mean over the last `--checkpoints` states
-of the model. The table has differences to TFT, paired by question and seed; questions of one passage are resampled
-together.
+of the model. The table has differences to TFT, paired by question and seed (every arm trains the same rows in the order of
+its seed), with intervals over passages and seeds; the questions of one passage are one item.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from pivotune.results.metrics import Metric
 from pivotune.text.files import write_json
 from pivotune.training.arguments import bf16_is_native
 from pivotune.training.heldout import score_answers
+from pivotune.training.lens_fitting import LENS_FILE
 
 NLL = Metric("nll", "ratio", ("nll", "characters"), higher_is_better=False)
 BASELINE = "tft"
@@ -103,7 +105,10 @@ def _short(pairs: Any, options: argparse.Namespace) -> list[Pair]:
 
 
 def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[tuple[str, Pair]]]:
-    """Return benchmark -> (passage, both languages' question with its first gold answer); short passages first."""
+    """Return benchmark -> (passage, both languages' question with its first gold answer).
+
+    One question of every passage before the second of any, short passages first: questions of one passage say little more.
+    """
     sets = {}
     for name in ("xquad", "mlqa"):
         items: dict[str, dict[str, Any]] = {}
@@ -115,6 +120,12 @@ def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[
                 items.setdefault(item.id, {})[language] = item
         both = [sides for sides in items.values() if len(sides) == 2]
         both.sort(key=lambda sides: len(sides[options.language].query))
+        asked: Counter[str] = Counter()
+        order = []
+        for sides in both:
+            order.append(asked[passage := sides["en"].query.split("\n\n")[0]])
+            asked[passage] += 1
+        both = [both[i] for i in sorted(range(len(both)), key=order.__getitem__)]
         rows = [
             {
                 "prompt": sides[options.language].query, "completion": sides[options.language].gold_answer,
@@ -137,7 +148,12 @@ def _train(
     tokenizer: Any,
     sets: dict[str, list[tuple[str, Pair]]],
 ) -> dict[str, Any]:
-    folder = options.out / options.language / "runs" / f"{arm}-{seed}"
+    runs = options.out / options.language / "runs"
+    folder = runs / f"{arm}-{seed}"
+    lenses = [path for path in runs.glob(f"*-{seed}/{LENS_FILE}") if path.parent != folder]
+    if lenses and not folder.exists():
+        folder.mkdir(parents=True)
+        shutil.copyfile(lenses[0], folder / LENS_FILE)  # the run adds the layers that it lacks
     arguments = {
         "output_dir": str(folder), "seed": seed, "max_steps": options.steps, "learning_rate": options.learning_rate,
         "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": options.batch,
@@ -156,6 +172,8 @@ def _train(
     }
     logs = [line for line in trainer.state.log_history if "loss" in line]
     settings = {**vars(options), "arm": ARMS[arm], "seed": seed}
+    for name in ("command", "data", "out", "arms", "seeds"):
+        del settings[name]
     return {
         "means": means,
         "items": scorer.items,
@@ -211,8 +229,8 @@ def table(options: argparse.Namespace) -> None:
 
 def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
     ours = [Sample(cell["items"][name], cell["settings"]["seed"]) for cell in cells]
-    theirs = [Sample(base[sample.seed or 0]["items"][name], sample.seed) for sample in ours]
-    found = difference(NLL, ours, theirs)
+    theirs = [Sample(base[cell["settings"]["seed"]]["items"][name], cell["settings"]["seed"]) for cell in cells]
+    found = difference(NLL, ours, theirs, pair_seeds=True)
     mark = {"better": " **", "worse": " !"}.get(str(found.verdict), "")
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{mark}"
 

@@ -187,16 +187,32 @@ by_set("conversion_not_below_thinking",
        "FOLDER/run.yaml: supervision.conversion.layer: 3 is not below supervision.thinking.layer: 3; conversion comes "
        "before thinking", "supervision.conversion.layer=3")  # fmt: skip
 by_set("unknown_training_key",
-       "unknown key training.lerning_rate; did you mean training.learning_rate? (fields of transformers.TrainingArguments)",
-       "training.lerning_rate=1e-4")  # fmt: skip
-by_set("training_key_of_another_place", "training.seed is set outside of training: (see `pivotune init`)",
-       "training.seed=1")  # fmt: skip
-by_set("training_choice", "training: foo is not a valid SchedulerType, please select one of ['linear', 'cosine', ",
+       "FOLDER/run.yaml: unknown key training.lerning_rate; did you mean training.learning_rate? (fields of "
+       "transformers.TrainingArguments)", "training.lerning_rate=1e-4")  # fmt: skip
+by_set("training_key_of_another_place",
+       "FOLDER/run.yaml: training.seed is set outside of training: (see `pivotune init`)", "training.seed=1")  # fmt: skip
+by_set("training_choice",
+       "FOLDER/run.yaml: training.lr_scheduler_type: 'foo' is not allowed; allowed: linear, cosine, ",
        "training.lr_scheduler_type=foo")  # fmt: skip
-by_set("training_value_of_the_wrong_type", "training.bf16: 'perhaps' is not allowed; allowed: ",
+by_set("training_value_of_the_wrong_type", "FOLDER/run.yaml: training.bf16: 'perhaps' is not allowed; allowed: ",
        "training.bf16=perhaps")  # fmt: skip
-by_set("training_number_of_the_wrong_type", "training.per_device_train_batch_size: 'big' is not allowed; allowed: ",
+by_set("training_number_of_the_wrong_type",
+       "FOLDER/run.yaml: training.per_device_train_batch_size: 'big' is not allowed; allowed: ",
        "training.per_device_train_batch_size=big")  # fmt: skip
+by_set("training_field_without_effect",
+       "FOLDER/run.yaml: training.label_smoothing_factor: 0.1 is not supported: the cross-entropy in chunks has no "
+       "smoothing; set weight_decay or interpolate", "training.label_smoothing_factor=0.1")  # fmt: skip
+by_set("metric_that_no_evaluation_has",
+       "training.metric_for_best_model: eval_loss is not measured; allowed: eval_target_loss, eval_target_nll, ",
+       "training.metric_for_best_model=eval_loss", "training.eval_strategy=epoch")  # fmt: skip
+by_set("schedule_without_its_options",
+       "training.lr_scheduler_type: cosine_with_min_lr: One of min_lr or min_lr_rate should be set through the ",
+       "training.lr_scheduler_type=cosine_with_min_lr")  # fmt: skip
+by_set("reporting_package_not_installed", "training.report_to: wandb: WandbCallback requires wandb to be installed. Run ",
+       "training.report_to=wandb")  # fmt: skip
+by_set("evaluation_without_rows",
+       "training.eval_on_start: true needs held-out rows and data.validation: 0 gives none",
+       "training.eval_on_start=true", "data.validation=0")  # fmt: skip
 by_set("broken_set", "--set seed: expected key=value, such as training.learning_rate=1e-4", "seed")
 
 

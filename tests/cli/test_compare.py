@@ -57,7 +57,7 @@ def test_a_folder_of_runs(sweep, capsys):
         "n 80",
         "▲",
         "▼",
-        "seeds p",
+        "covers items and",
         "Differences are to tft",
     ):
         assert text in out

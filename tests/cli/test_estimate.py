@@ -88,6 +88,7 @@ def test_table_for_a_person(tmp_path, capsys):
         (["--strategy", "fsdp"], "--strategy: 'fsdp' found; allowed: ddp, fsdp2, zero2, zero3"),
         (["--gpu-memory", "lots"], "--gpu-memory: 'lots' found; allowed: a size such as 80GiB"),
         (["--set", "training.optim=adam"], "training.optim: 'adam' is not allowed"),
+        (["--set", "supervision.phase.steps=2"], "supervision.phase.steps: 2 is not below the run's 2 optimizer steps"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, options, words):

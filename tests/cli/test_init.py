@@ -52,6 +52,20 @@ def test_what_is_printed_says_what_was_asked_for(method, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("language", ["../x", "", "vi/..", "vi vn", "zh_../x", "vi\n"])
+def test_a_language_that_is_no_code_is_refused(language, capsys):
+    assert main(["init", "--lang", language]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"pivotune: error: --lang: {language!r} is not a language code; allowed: codes such")
+
+
+@pytest.mark.parametrize("language", ["sw", "pt-BR", "vie_Latn", "nah", "zh-Hant-TW"])
+def test_language_codes(language, capsys):
+    assert main(["init", "--lang", language]) == 0
+    assert f"language: {language} " in capsys.readouterr().out
+
+
 def test_the_defaults(tmp_path, capsys):
     assert main(["init"]) == 0
     config = read(capsys.readouterr().out, tmp_path)
@@ -116,6 +130,8 @@ def test_the_alternatives_are_found():
         "supervision.conversion.signal",
         "supervision.schedule",
         "supervision.lens",
+        "supervision.layers",
+        "supervision.balance.mode",
         "supervision.logits.gradient",
         "supervision.feature.pooling",
         "supervision.feature.span",

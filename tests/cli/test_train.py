@@ -103,7 +103,7 @@ def test_every_signal_and_mode(name, finished, model):
     run = variant(finished, name)
     features = {"english-features.safetensors"} if name.endswith("frozen") else set()
     lens = {"lens.safetensors"} if name == "recommended" else set()
-    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json"} | features | lens
+    assert {path.name for path in run.iterdir()} == RUN_FILES | features | lens
     first = steps(run)[0]
     assert [line["step"] for line in steps(run)] == [1, 2]
     # The same start and the same rows: the answer's loss is TFT's, whatever the inner losses are.
@@ -119,10 +119,6 @@ def test_every_signal_and_mode(name, finished, model):
             assert 0 < inner[term] < (2 if signal == "feature" else 20)
     assert first["loss"] == pytest.approx(first["tft_loss"] + 0.3 * sum(inner.values()), rel=1e-4)
     assert [line["supervision_factor"] for line in steps(run)] == [1.0, 1.0]
-    layers = json.loads((run / "layers.json").read_text())
-    for term in inner:
-        assert layers[term] == getattr(supervision, term).layer
-    assert len(layers["target"]["entropy"]) == layers["num_layers"] + 1 == 5
     check_model(run, model)
 
 
@@ -208,7 +204,7 @@ def test_without_held_out_rows(config, capsys):
 
 def test_lora(config, model):
     run = train(config, *LAYERS, "lora={r: 2, alpha: 4, dropout: 0.0, target_modules: [q_proj, down_proj]}")
-    assert {path.name for path in run.iterdir()} == RUN_FILES | {"layers.json", "adapter"}
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"adapter"}
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
     check_model(run, model)
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
@@ -260,6 +256,18 @@ def test_resume_goes_on_where_the_run_stopped(config):
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4]
     assert steps(run)[:2] == first
     assert (run / "checkpoint-4").is_dir()
+
+
+def test_auto_resume_starts_again_where_nothing_was_trained(config, capsys, monkeypatch):
+    """Other settings than those that failed are no other run."""
+    from pivotune.runs import execute
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "load_model", lambda *args, **kwargs: 1 / 0)
+        assert main(["train", str(config), "--auto-resume"]) == 1
+    capsys.readouterr()
+    train(config, "method=tft", "seed=4", options=["--auto-resume"])
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_auto_resume_starts_goes_on_and_leaves_what_is_finished(config, capsys):

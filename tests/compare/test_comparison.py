@@ -332,24 +332,47 @@ def test_other_prompts_under_the_same_conditions_are_named(tmp_path):
     assert compare(tmp_path).warnings == ["the prompts differ between runs: x in a; y in b (xquad_vi, xquad_en)"]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "warnings"), [("x", []), ("y", ["template differs between runs: chat in a; b.jinja in b"])]
+)
+def test_one_template_under_two_names_is_no_other_condition(tmp_path, prompts, warnings):
+    for name, template, digest in (("a", "chat", "x"), ("b", "b.jinja", prompts)):
+        run(tmp_path / name, config={"name": name}, changes={"settings": {"template": template}, "prompt_hash": digest})
+    assert compare(tmp_path).warnings == [f"{line} (xquad_vi, xquad_en)" for line in warnings]
+
+
 def test_conditions_that_only_some_know_are_not_compared(tmp_path):
     run(tmp_path / "a", changes={"settings": {"limit": 3}})
     run(tmp_path / "b", config={"b": 1})
     assert compare(tmp_path).warnings == []
 
 
+def test_tasks_of_other_weights_are_named(tmp_path):
+    """A run that was trained on after its first evaluation, or a checkpoint evaluated into its folder."""
+    for name in ("a", "b"):
+        run(tmp_path / name, config={"name": name}, changes={"model_fingerprint": name * 4})
+
+    def mix(content):
+        content["tasks"]["xquad_en"]["model_fingerprint"] = "cccc"
+
+    assert compare(tmp_path).warnings == []
+    change_results(tmp_path / "b", mix)
+    found = "its tasks come from different weights (bbbb in xquad_vi; cccc in xquad_en); evaluate them again"
+    assert compare(tmp_path).warnings == [f"{tmp_path / 'b' / 'results.json'}: {found}"]
+
+
 def test_notes_say_what_intervals_cover(tmp_path):
     run(tmp_path / "a", tasks=("xquad_vi",)), run(tmp_path / "b", 0.1, tasks=("xquad_vi",), config={"b": 1})
     notes = " ".join(compare(tmp_path).notes)
-    assert "the interval covers the choice of items only" in notes
+    assert "leaves out the noise between training runs" in notes
     assert "harm to English was not measured" in notes
     assert "several seeds" not in notes
     three_seeds(tmp_path / "sweep", "tft", 0.0, tasks=("xquad_en",))
     three_seeds(tmp_path / "sweep", "sft", 0.0, tasks=("xquad_en",), method="sft")
     notes = " ".join(compare(tmp_path / "sweep").notes)
-    assert "interval covers them too" in notes
+    assert "the interval covers items and seeds" in notes
     assert "English" not in notes
-    assert "items only" not in notes
+    assert "training runs" not in notes
 
 
 def test_few_items_are_noted(tmp_path):

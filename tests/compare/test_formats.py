@@ -62,9 +62,9 @@ def test_markdown(comparison):
         """\
 | method | xquad vi<br>f1 ↑, n 10 | xquad en<br>f1 ↑, n 10 |
 |---|---:|---:|
-| base | 25.00 ± 3.33<br>-25.00 [-25.00, -25.00] ▼ | **75.00 ± 3.33**<br>+25.00 [25.00, 25.00] ▲ |
+| base | 25.00 ± 3.33<br>-25.00 [-25.00, -25.00] ▼@ | **75.00 ± 3.33**<br>+25.00 [25.00, 25.00] ▲@ |
 | tft (baseline) | 50.00 ± 3.33 | 50.00 ± 3.33 |
-| deep | **75.00 ± 3.33**<br>+25.00 [25.00, 25.00] ▲ | 50.00 ± 3.33<br>+0.00 [0.00, 0.00] ≈ |
+| deep | **75.00 ± 3.33**<br>+25.00 [25.00, 25.00] ▲@ | 50.00 ± 3.33<br>+0.00 [0.00, 0.00] ≈@ |
 
 **Warning:** something differs
 
@@ -72,7 +72,7 @@ def test_markdown(comparison):
 
 ▲ better, ▼ worse, ≈ not told apart.
 
-Differences are to tft, with 95 % intervals: paired bootstrap over items"""
+Differences are to tft, with 95 % intervals. A method""".replace("@", "<br>training noise left out")
     )
 
 
@@ -93,11 +93,13 @@ method & vi & en \\
 \midrule
 base & 25.00 $\pm$ 3.33 & \textbf{75.00 $\pm$ 3.33} \\
  & {\footnotesize $-25.00~[-25.00,~-25.00]^{-}$} & {\footnotesize $+25.00~[25.00,~25.00]^{+}$} \\
+ & {\footnotesize training noise left out} & {\footnotesize training noise left out} \\
 \addlinespace
 tft (baseline) & 50.00 $\pm$ 3.33 & 50.00 $\pm$ 3.33 \\
 \addlinespace
 deep & \textbf{75.00 $\pm$ 3.33} & 50.00 $\pm$ 3.33 \\
  & {\footnotesize $+25.00~[25.00,~25.00]^{+}$} & {\footnotesize $+0.00~[0.00,~0.00]$} \\
+ & {\footnotesize training noise left out} & {\footnotesize training noise left out} \\
 \bottomrule
 \end{tabular}
 \caption{$\pm$ is the standard error over items. Bold: best of the column. $^{+}$ better, $^{-}$ worse; no mark"""
@@ -111,13 +113,15 @@ def test_terminal(comparison):
     assert lines[0] == "xquad  f1 ↑"
     assert lines[2].split() == ["vi", "en"]
     assert lines[3].split() == ["n", "10", "n", "10"]
-    assert [line for line in lines[5:13] if line] == [
+    assert [line for line in lines[5:15] if line] == [
         " base                    25.00 ± 3.33              75.00 ± 3.33",
         "            -25.00 [-25.00, -25.00] ▼   +25.00 [25.00, 25.00] ▲",
+        "              training noise left out   training noise left out",
         " tft                     50.00 ± 3.33              50.00 ± 3.33",
         " baseline",
         " deep                    75.00 ± 3.33              50.00 ± 3.33",
         "              +25.00 [25.00, 25.00] ▲      +0.00 [0.00, 0.00] ≈",
+        "              training noise left out   training noise left out",
     ]
     assert "warning: something differs" in lines
 
@@ -139,18 +143,21 @@ def test_narrow_terminals_split_and_never_cut(comparison):
         assert max(map(len, text.splitlines())) <= width
 
 
-def test_several_seeds_are_shown_with_their_test(over_seeds):
+def test_the_table_says_that_one_run_against_one_leaves_out_training_noise(comparison):
+    for text in (terminal(comparison), render(comparison, "markdown"), render(comparison, "latex")):
+        assert text.count("training noise left out") == 4
+    lines = csv.DictReader(io.StringIO(render(comparison, "csv")))
+    assert {line["covers"] for line in lines if line["difference"]} == {"items"}
+
+
+def test_several_seeds_are_shown(over_seeds):
     cell = over_seeds.table[0][0]
-    assert cell is not None
-    assert cell.difference is not None
-    assert cell.difference.seed_test is not None
-    p = "p < 0.001" if cell.difference.seed_test.p < 0.001 else f"p {cell.difference.seed_test.p:.3f}"
     shown = f"{cell.value:.2f} ± {cell.spread:.2f}"
     for text in (terminal(over_seeds), render(over_seeds, "markdown").replace("\\", "")):
-        assert f"seeds {p}" in text
         assert shown in text
         assert "3 seeds" in text
-    assert "seeds p " in render(over_seeds, "latex")
+        assert "training noise left out" not in text
+    assert "training noise left out" not in render(over_seeds, "latex")
 
 
 def test_csv_has_a_line_for_every_run_task_and_metric(over_seeds):
@@ -163,7 +170,9 @@ def test_csv_has_a_line_for_every_run_task_and_metric(over_seeds):
     mean, *members = lines[:4]
     assert float(mean["value"]) == pytest.approx(np.mean([float(line["value"]) for line in members]))
     assert float(mean["seed_sd"]) == pytest.approx(np.std([float(line["value"]) for line in members], ddof=1))
-    assert (mean["stderr"], mean["verdict"], mean["seed_test"], mean["seed_degrees"]) == ("", "better", "paired", "2")
+    assert (mean["stderr"], mean["verdict"], mean["test"]) == ("", "better", "two-sample")
+    assert mean["covers"] == "items and seeds"
+    assert float(mean["degrees"]) == pytest.approx(4, rel=0.1)
     assert float(mean["low"]) < float(mean["difference"]) < float(mean["high"])
     assert float(members[0]["stderr"]) > 0
     assert lines[4]["difference"] == ""
@@ -196,7 +205,8 @@ def test_rows_without_a_task_have_a_dash(tmp_path):
     write_run(tmp_path / "b", {"t_vi": records([0.5] * 6)}, config={"b": 1})
     comparison = compare_groups(load_groups([tmp_path], []), resamples=1000)
     text = render(comparison, "markdown")
-    assert "| b | 50.00 ± 0.00<br>+0.00 [0.00, 0.00] ≈ | – |".replace("**", "") in text.replace("**", "")
+    cells = "50.00 ± 0.00<br>+0.00 [0.00, 0.00] ≈<br>training noise left out | – |"
+    assert f"| b | {cells}" in text.replace("**", "")
     assert "t vi<br>f1 ↑, n 6-8" in text
     assert "n 6--8" in render(comparison, "latex")
 
@@ -207,7 +217,7 @@ def test_a_metric_without_direction_has_no_arrow_mark_or_legend(tmp_path):
         write_run(tmp_path / name, {"t_vi": items}, metrics=(LENGTH,), config={"name": name})
     text = render(compare_groups(load_groups([tmp_path], []), resamples=1000), "markdown")
     assert "answer\\_characters, n 9" in text
-    assert "+6.000 [6.000, 6.000] |" in text
+    assert "+6.000 [6.000, 6.000]<br>training noise left out |" in text
     assert "▲" not in text
 
 

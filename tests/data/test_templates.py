@@ -174,6 +174,16 @@ def test_tokenizer_without_end_of_text(name):
     assert "set tokenizer.eos_token" in str(raised.value)
 
 
+def test_named_chat_templates_without_a_default():
+    tokenizer = build_tiny_tokenizer(chat_template={"tool_use": ENDLESS, "rag": ENDLESS})
+    with pytest.raises(UsageError) as raised:
+        load_template(None, tokenizer)
+    assert message_of(raised) == (
+        "data.template: chat: the tokenizer's chat templates are tool_use, rag, and none is called default; "
+        "use a Jinja file"
+    )
+
+
 # --- alpaca --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from tiny_training import make_pairs
 
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
+from pivotune.layers import measure
 from pivotune.layers.measure import analyze_layers, english_looking_tokens, num_sequences
 from pivotune.layers.selection import select_layers
 from pivotune.lenses.logit import lens_logits
@@ -57,9 +58,14 @@ def test_both_sides_equal_every_row_alone(batch_size):
     assert (analysis["model"], analysis["language"], analysis["num_layers"]) == ("tiny", "sw", NUM_LAYERS)
 
 
-def test_layers_follow_from_the_target_profile():
+def test_layers_follow_from_the_target_profile_and_its_noise(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        measure, "select_layers", lambda *arguments: called.append(arguments) or select_layers(*arguments)
+    )
     analysis = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), PAIRS)
-    selection = select_layers(analysis["target"]["entropy"])
+    assert called == [(analysis["target"]["entropy"], analysis["target"]["entropy_stderr"])]
+    selection = select_layers(*called[0])
     assert {name: analysis[name] for name in ("conversion", "thinking", "method", "reason")} == {
         name: value for name, value in selection.to_dict().items() if name != "falls"
     }

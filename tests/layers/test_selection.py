@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pivotune.errors import UsageError
-from pivotune.layers.selection import Fall, LayerSelection, relative_depth, resolve_layers, select_layers
+from pivotune.layers.selection import (
+    PLATEAU_SHARE,
+    Fall,
+    LayerSelection,
+    relative_depth,
+    resolve_layers,
+    select_layers,
+)
 
 
 def two_falls(num_layers=32, conversion=2, thinking=15, *, end=None, slope=0.02, levels=(10.2, 7.5, 2.5)):
@@ -159,10 +166,10 @@ def test_smollm2_like_curve_falls_back_and_says_what_was_found(embeddings, said)
         pytest.param([9.0, 6.0, 3.0, *[3.0] * 30], "only one clear fall", id="first fall only"),
         pytest.param([*[9.0] * 16, *[9 - 0.4 * k for k in range(1, 18)]], "only one clear fall", id="second fall only"),
         pytest.param([8 * math.exp(-k / 4) for k in range(33)], "only one clear fall", id="decay"),
-        pytest.param([*[9.0] * 20, 6.0, 6.0, 6.0, 6.0, *[3.0] * 9], "upper half", id="first fall too high up"),
+        pytest.param([*[9.0] * 17, *[6.0] * 11, *[3.0] * 5], "upper half", id="first fall too high up"),
         pytest.param([9.0, 7.0, *[6.0] * 28, 6.0, 4.0, 2.0], "in the last 2 layers", id="second in the last layers"),
         pytest.param([9.0, 7.0, *[6.0] * 8, *[10.0] * 8, *[7.0] * 15], "undone by layer 17", id="first fall undone"),
-        pytest.param([9.0, 7.0, *[6.0] * 8, *[4.0] * 8, *[6.5] * 15], "undone by layer 32", id="second fall undone"),
+        pytest.param([9.0, 7.0, *[6.0] * 11, *[4.0] * 8, *[6.5] * 12], "undone by layer 32", id="second fall undone"),
         pytest.param([9.0, 6.0, 6.0, *[8.0] * 12, *[7.0] * 12, *[6.0] * 6], "3 clear falls", id="three falls"),
         pytest.param([9.0, 6.0, 6.0, *[8.5] * 12, *[6.0] * 18], "rises by 2.50 nats", id="rises nearly as much"),
     ],
@@ -197,6 +204,42 @@ def test_white_noise_is_never_read_as_stages():
         assert_falls_back(selection, 32)
 
 
+def line(num_layers, *, still=()):
+    """Return a straight fall from 10 to 1 nats, but for the layers that stand still."""
+    step = 9 / (num_layers - len(still))
+    curve = [10.0]
+    for layer in range(1, num_layers + 1):
+        curve.append(curve[-1] - (0 if layer in still else step))
+    return curve
+
+
+@pytest.mark.parametrize("num_layers", [12, 24, 32, 80])
+def test_a_line_that_stands_still_for_a_few_layers_has_no_plateau(num_layers):
+    for first in range(1, num_layers - 3):
+        for length in (2, num_layers // 5):
+            assert_falls_back(select_layers(line(num_layers, still=range(first, first + length))), num_layers)
+
+
+def test_a_line_that_stands_still_for_a_third_of_its_layers_has_one():
+    selection = select_layers(line(30, still=range(4, 14)))
+    assert (selection.conversion, selection.thinking, selection.method) == (3, 13, "entropy-falls")
+
+
+@pytest.mark.parametrize(("num_layers", "nats"), [(24, 0.2), (32, 0.2), (48, 0.1), (80, 0.05), (96, 0.05)])
+def test_a_noisy_line_is_never_read_as_stages(num_layers, nats):
+    for seed in range(300):
+        assert_falls_back(select_layers(noisy(line(num_layers), seed, nats), [nats] * (num_layers + 1)), num_layers)
+
+
+def test_a_plateau_must_be_larger_than_the_noise_over_rows():
+    curve = two_falls(num_layers=80, conversion=4, thinking=40)
+    for error, method in ((0.05, "entropy-falls"), (0.3, "entropy-falls"), (0.6, "relative-depth")):
+        selection = select_layers(curve, [0.0] * 80 + [error])
+        assert (selection.method, error > 0.5) == (method, "a noise of 1.70: no plateau" in selection.reason)
+    # A fall that is smaller than the noise is not clear.
+    assert "only one clear fall" in select_layers(two_falls(levels=(8.5, 7.5, 2.5)), [0.4] * 33).reason
+
+
 @given(st.lists(st.floats(), min_size=4, max_size=90))
 def test_layers_are_always_in_order(curve):
     selection = select_layers(curve)
@@ -223,7 +266,7 @@ def test_scale_and_offset_do_not_change_the_choice(num_layers, data, power, offs
 @given(num_layers=st.integers(12, 80), data=st.data(), scale=st.floats(0.4, 20), middle=st.floats(0.5, 0.7))
 def test_clean_two_falls_are_found_wherever_they_are(num_layers, data, scale, middle):
     conversion = data.draw(st.integers(1, num_layers // 6))
-    thinking = data.draw(st.integers(conversion + 2, num_layers // 2))
+    thinking = data.draw(st.integers(conversion + math.ceil(PLATEAU_SHARE * num_layers), num_layers // 2))
     levels = (scale, scale * middle, 0.0)
     selection = select_layers(two_falls(num_layers, conversion, thinking, slope=0.0, levels=levels))
     assert (selection.method, selection.thinking) == ("entropy-falls", thinking)

@@ -12,7 +12,8 @@ from pivotune.config.settings import SupervisionConfig
 from pivotune.forward.passes import Passes, separate_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import Taps, tap
-from pivotune.objectives.cosine import feature_loss, pool
+from pivotune.objectives.base import InnerLoss
+from pivotune.objectives.cosine import Cosine, feature_loss, pool
 from pivotune.objectives.deep_supervision import deep_supervision_terms
 
 NO, YES = False, True
@@ -65,6 +66,21 @@ def test_half_precision_states_are_pooled_in_float32(by_hand):
     term = feature_loss(target.bfloat16(), english.bfloat16(), batch, pooling="mean", span="query+answer")
     assert term.sum.dtype == torch.float32
     assert term.sum.item() == pytest.approx(EXPECTED["mean", "query+answer"], abs=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["query_mask", "english_query_mask"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_row_with_an_empty_query_on_one_side_does_not_count(by_hand, empty, pooling):
+    target, english, batch = by_hand
+    target.requires_grad_()
+    batch[empty][1] = False
+    term = feature_loss(target, english, batch, pooling=pooling, span="query")
+    expected = 1 - 1 / sqrt(2) if pooling == "mean" else 1
+    assert (int(term.count), term.sum.item()) == (1, pytest.approx(expected, abs=1e-6))
+    loss = InnerLoss("thinking", 3)
+    assert int(Cosine(supervision(pooling=pooling).feature).count(loss, batch)) == 1
+    term.sum.backward()
+    assert target.grad[1:].abs().max() == 0
 
 
 def test_pool_of_a_row_without_any_place():
@@ -153,6 +169,8 @@ def test_gradient_equals_the_formulas(english):
         terms = deep_supervision_terms(model, make_batch(4), supervision(english=english), reference=reference)
         actual = gradients(model, terms[name].sum)
         expected = gradients(model, naive_feature(model, reference or model, name, english_layer, english != "joint"))
+        # The final norm is frozen in inner losses.
+        assert (expected.pop("model.norm.weight", None) is not None) == (english == "joint" and name == "thinking")
         assert actual.keys() == expected.keys()
         for parameter, gradient in expected.items():
             torch.testing.assert_close(actual[parameter], gradient, rtol=1e-4, atol=1e-5)
@@ -172,7 +190,7 @@ def test_english_side_gets_a_gradient_only_when_joint(english):
         passes = separate_passes(model, batch, request)
         states = {k: h.detach().requires_grad_() for k, h in passes.english.hidden_states.items()}
         final = passes.english.final.detach().requires_grad_()
-        leaves.extend([states[LAYERS["conversion"]], final])
+        leaves.extend([states[LAYERS["conversion"]], states[NUM_LAYERS]])
         return Passes(main=passes.main, branches={}, english=Taps(hidden_states=states, final=final))
 
     terms = deep_supervision_terms(

@@ -8,7 +8,7 @@ import pytest
 
 from pivotune.results import metrics
 from pivotune.results.corpus_metrics import bleu_from_statistics, chrf_from_statistics
-from pivotune.results.metrics import Metric, bootstrap, item_vectors, statistic, summarize
+from pivotune.results.metrics import Metric, bootstrap, item_vectors, jackknife, statistic, summarize
 
 F1 = Metric("f1", "mean", ("f1",), 100.0)
 NLL = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
@@ -115,12 +115,28 @@ def test_bootstrap_in_small_chunks_without_keeping(monkeypatch):
     assert np.isfinite(pieces).all()
 
 
-def test_streams_and_seeds_are_independent():
+def test_seeds_are_independent():
     vectors = np.stack([np.random.default_rng(0).random(200), np.ones(200)], axis=-1)[None]
-    first, other, seeded = (bootstrap(F1, vectors, 2000, seed, stream)[0] for seed, stream in ((0, 0), (0, 1), (1, 0)))
-    assert abs(np.corrcoef(first, other)[0, 1]) < 0.1
+    first, seeded = (bootstrap(F1, vectors, 2000, seed)[0] for seed in (0, 1))
     assert abs(np.corrcoef(first, seeded)[0, 1]) < 0.1
-    np.testing.assert_array_equal(first, bootstrap(F1, vectors, 2000, 0, 0)[0])
+    np.testing.assert_array_equal(first, bootstrap(F1, vectors, 2000, 0)[0])
+
+
+def test_jackknife_of_a_mean_is_its_deviations():
+    vectors = np.ones((2, 30, 2))
+    vectors[..., 0] = np.random.default_rng(0).random((2, 30))
+    influences = jackknife(F1, vectors)
+    deviations = vectors[..., 0].mean(axis=1, keepdims=True) - vectors[..., 0]
+    np.testing.assert_allclose(influences, 100 * deviations / math.sqrt(30 * 29), atol=1e-12)
+    np.testing.assert_allclose((influences**2).sum(axis=1), vectors[..., 0].var(axis=1, ddof=1) * 100**2 / 30)
+
+
+# BLEU's brevity penalty has a kink where answers are as long as references, as here.
+@pytest.mark.parametrize(("metric", "width", "tolerance"), [(CHRF, 24, 0.05), (BLEU, 10, 0.25)])
+def test_jackknife_of_a_corpus_metric_has_the_variance_of_resamples(metric, width, tolerance):
+    vectors, _ = item_vectors(metric, corpus_records(150, width))
+    resampled = bootstrap(metric, vectors[None], 4000, seed=0)
+    assert (jackknife(metric, vectors[None]) ** 2).sum() == pytest.approx(resampled.var(), rel=tolerance)
 
 
 def test_vectors_of_missing_items_are_zero():

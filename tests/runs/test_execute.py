@@ -176,6 +176,7 @@ class TestMistakes:
     def test_folder_of_another_run(self, tmp_path):
         config = run_config(tmp_path)
         run_module.write_run_config(tmp_path / "run", config)
+        (tmp_path / "run" / "checkpoint-2").mkdir()
         with pytest.raises(UsageError, match="already holds a run; add --resume to go on with it or --overwrite"):
             prepare_run(config)
 
@@ -360,13 +361,12 @@ def test_model_card_has_metadata_and_numbers(finished):
     assert f"Conversion at layer {result.layers['conversion']}" in card
 
 
-def test_explicit_layers_are_written_with_the_profile(tmp_path):
-    supervision = {"conversion": {"layer": 2}, "thinking": {"layer": 3}, "profile_rows": 4}
-    result = go(tmp_path, supervision=supervision)
-    layers = read_layers_json(tmp_path / "run" / "layers.json")
-    assert (layers["conversion"], layers["thinking"]) == (2, 3)
-    assert len(layers["target"]["entropy"]) == 5
-    assert result.layers == layers
+def test_named_layers_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "measure_layers", lambda *args, **kwargs: pytest.fail("measured"))
+    result = go(tmp_path, supervision={"conversion": {"layer": 2}, "thinking": {"layer": 3}})
+    assert result.layers is None
+    assert not (tmp_path / "run" / "layers.json").exists()
+    assert "Conversion at layer 2, thinking at layer 3" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("method", ["tft", "sft"])
@@ -591,6 +591,27 @@ def test_what_a_process_left_that_was_killed_at_once_is_no_run(tmp_path):
     (folder / "notes").touch()
     with pytest.raises(UsageError, match="is not empty and holds no run"):
         prepare_run(config)
+
+
+@pytest.mark.parametrize("fails", ["load_model", "measure_layers", "score_answers"])
+def test_a_run_that_failed_before_its_first_step_leaves_a_free_folder(tmp_path, monkeypatch, fails):
+    """The corrected command needs no --overwrite, and nothing of the first one stays in its results."""
+    prepared = prepare_run(run_config(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, fails, raise_broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            execute_run(prepared)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    corrected = run_config(tmp_path, method="tft", seed=3)
+    folder = execute_run(prepare_run(corrected)).folder
+    assert (folder / "results.json").is_file()
+    assert not (folder / "layers.json").exists()
+    with pytest.raises(UsageError, match="already holds a run"):
+        prepare_run(corrected)
+
+
+def raise_broken(*args, **kwargs):
+    raise RuntimeError("broken")
 
 
 def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):

@@ -69,6 +69,32 @@ def test_run_is_refused_unless_resumed_or_overwritten(run):
     assert tree(run) == before
 
 
+def test_a_run_that_has_not_trained_is_replaced(tmp_path):
+    """A line of an evaluation is no step; a `config.yaml` alone is the user's own."""
+    write_run_config(tmp_path, config(tmp_path))
+    fill(tmp_path, "layers.json", "rows.json", ".saving/checkpoint-2/x")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_target_loss": 2.5}\n')
+    before = tree(tmp_path)
+    assert claim_run_folder(config(tmp_path, seed=9)) == tmp_path
+    assert tree(tmp_path) == before
+    for name in (
+        "checkpoint-2/x",
+        "passed-over-checkpoint-2/x",
+        "model/x",
+        "results.json",
+        ".saving/checkpoint-2.old/x",
+    ):
+        fill(tmp_path, name)
+        assert "already holds a run" in refusal(tmp_path)
+        shutil.rmtree(tmp_path / name.rpartition("/")[0]) if "/" in name else (tmp_path / name).unlink()
+        assert claim_run_folder(config(tmp_path)) == tmp_path
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert "already holds a run" in refusal(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "environment.json").unlink()
+    assert "already holds a run" in refusal(tmp_path)
+
+
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(run):
     assert claim_run_folder(config(run, seed=9), overwrite=True) == run
     assert tree(run) == ["mine", "mine/x", "notes.txt"]

@@ -5,8 +5,9 @@ import json
 import pytest
 from tiny_training import make_pairs
 
+from pivotune.config.settings import DataConfig
 from pivotune.errors import UsageError
-from pivotune.runs.record import ROWS_FILE, check_rows_record, has_rows_record, write_rows_record
+from pivotune.runs.record import ROWS_FILE, changed_data_file, check_rows_record, has_rows_record, write_rows_record
 
 TORN = ["", "{", "[]", "{}", json.dumps({"rows": 3, "sha256": None}), "[" * 100_000]
 
@@ -15,11 +16,25 @@ def test_rows_are_held_to_the_record(tmp_path):
     rows = make_pairs(5)
     assert not has_rows_record(tmp_path)
     check_rows_record(tmp_path, rows, "rows.jsonl")
-    write_rows_record(tmp_path, rows)
+    write_rows_record(tmp_path, rows, DataConfig(train="rows.jsonl"))
     assert has_rows_record(tmp_path)
     check_rows_record(tmp_path, rows, "rows.jsonl")
     with pytest.raises(UsageError, match=r"rows\.jsonl is not what the run .* \(4 training rows now, 5 then"):
         check_rows_record(tmp_path, rows[:4], "rows.jsonl")
+
+
+def test_a_data_file_that_has_changed_is_named(tmp_path):
+    train, heldout = tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"
+    train.write_text("1")
+    heldout.write_text("2")
+    data = DataConfig(train=str(train), validation=str(heldout), english="owner/on-the-hub")
+    assert changed_data_file(tmp_path, data) is None  # of an earlier version
+    write_rows_record(tmp_path, make_pairs(2), data)
+    assert changed_data_file(tmp_path, data) is None
+    heldout.write_text("3")
+    assert changed_data_file(tmp_path, data) == "validation"
+    heldout.unlink()
+    assert changed_data_file(tmp_path, data) == "validation"
 
 
 @pytest.mark.parametrize("text", TORN)

@@ -35,11 +35,10 @@ def holding(folder: Path, *secrets: str) -> list[Path]:
 @pytest.mark.parametrize("where", ["file", "command"])
 def test_no_token_in_a_run(where, base, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", OTHER)
-    training = {"max_steps": 1, "use_cpu": True, "bf16": False, "run_name": f"with {HUB}", "save_strategy": "steps",
-                "save_steps": 1, "hub_strategy": "end"}  # fmt: skip
-    if where == "file":
-        training["hub_token"] = PLAIN
+    training = {"max_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "steps", "save_steps": 1}
     settings = {
+        # A folder has no revisions.
+        "revision": f"with {HUB}" if where == "file" else None,
         "model": str(base),
         "data": {"train": str(rows), "validation": 2},
         "method": "tft",
@@ -50,12 +49,12 @@ def test_no_token_in_a_run(where, base, rows, tmp_path, monkeypatch, capsys):
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "run")}))
     words = ["train", str(path)]
     if where == "command":
-        words += ["--set", f"training.hub_token={PLAIN}", "--set", f"training.hub_model_id={OTHER}"]
+        words += ["--set", f"revision={OTHER}"]
     monkeypatch.setattr(sys, "argv", ["pivotune", *words])
     code, out, err = call(capsys, *words)
     assert code == 0, err
-    assert holding(tmp_path / "run", HUB, PLAIN, OTHER) == []
-    assert not any(secret in out + err for secret in (HUB, PLAIN, OTHER))
+    assert holding(tmp_path / "run", HUB, OTHER) == []
+    assert not any(secret in out + err for secret in (HUB, OTHER))
     assert (tmp_path / "run" / "checkpoint-1" / "optimizer.pt").is_file()
 
 
@@ -106,7 +105,7 @@ def test_sweeps_see_no_change_in_a_token(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [f"training.hub_token={{{PLAIN}", f"data.train=https://me:{PLAIN}@host/x.jsonl",
+    [f"training.hub_token={{{PLAIN}", f"training.hub_token={PLAIN}", f"data.train=https://me:{PLAIN}@host/x.jsonl",
      f"data.password={PLAIN}", f"model={HUB}"],
 )  # fmt: skip
 def test_messages_hold_no_secrets(change, base, rows, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -201,6 +202,16 @@ def test_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(tmp_pa
         assert_same(trained_weights(cell.folder), trained_weights(tmp_path / "whole" / "sweep" / cell.name))
 
 
+def test_a_cell_that_failed_before_its_first_step_may_be_corrected(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pivotune.runs.execute.load_model", lambda *args, **kwargs: 1 / 0)
+        failures, _ = run(prepare(config, LAYERS))
+    assert set(failures) == {cell.name for cell in prepare(config, LAYERS).cells}
+    corrected = prepare(config, LAYERS, "training.learning_rate=1e-4")
+    assert states(corrected) == ["to train", "to train"]
+    assert run(corrected)[0] == {}
+
+
 def test_cell_without_a_checkpoint_starts_again(config):
     sweep = prepare(config, LAYERS)
 
@@ -322,6 +333,22 @@ def test_changed_configuration_of_an_earlier_cell_is_refused(config, trainings, 
         prepare(config, LAYERS, changes=changes)
     assert str(error.value).startswith(message + str(sweep.cells[0].folder))
     assert prepare(config, LAYERS).cells[0] == sweep.cells[0]
+
+
+def test_changed_data_of_a_trained_cell_are_refused(config):
+    sweep = prepare(config, "supervision.thinking.layer=2")
+    run(sweep)
+    path = Path(sweep.cells[0].config.data.train)
+    lines = path.read_text()
+    path.write_text(lines.replace("Namba", "Nambari", 1))
+    with pytest.raises(UsageError) as error:
+        prepare(config, LAYERS)
+    folder = sweep.cells[0].folder
+    assert str(error.value).startswith(
+        f"data.train: {path} is not what {folder} was trained with; choose another --out"
+    )
+    path.write_text(lines)
+    assert prepare(config, LAYERS).state(sweep.cells[0]) == "done"
 
 
 def test_folders_that_are_no_sweeps_are_refused(config):

@@ -110,6 +110,13 @@ def test_a_run_scores_and_saves_the_average(tmp_path):
 # ---- mistakes ----
 
 
+@pytest.mark.parametrize(("decay", "warned"), [(0.999, True), (0.5, False)])
+def test_an_average_that_keeps_the_starting_weights_is_warned_about(tmp_path, caplog, decay, warned):
+    tiny_trainer(tmp_path, ema=decay).train()
+    line = "ema: 0.999 keeps 100 % of the starting weights in the average after 4 steps; lower it, or leave it out"
+    assert (line in caplog.messages) is warned
+
+
 def test_sharded_weights_have_no_average(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")

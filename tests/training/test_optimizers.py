@@ -4,11 +4,12 @@ import importlib.util
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.training.arguments import build_arguments
-from pivotune.training.optimizers import optimizer_names
+from pivotune.training.optimizers import _NEEDS
 
 
 def arguments(optim, **options):
@@ -29,7 +30,8 @@ def test_unknown_names_get_the_nearest(found, nearest):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(UsageError, match=r"training\.optim: adamw_8bit needs .* pip install bitsandbytes"):
         arguments("adamw_8bit")
     assert arguments("adamw_8bit", here=False).optim == "adamw_8bit"
@@ -37,12 +39,11 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_paged_states_need_cuda(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "bitsandbytes" else found(name))
     with pytest.raises(UsageError, match="paged_adamw_8bit needs a CUDA device and none is found"):
         arguments("paged_adamw_8bit")
 
 
 def test_every_name_that_needs_something_is_known():
-    from pivotune.training.optimizers import _NEEDS
-
-    assert set(_NEEDS) <= set(optimizer_names())
+    assert set(_NEEDS) <= {name.value for name in OptimizerNames}

@@ -138,13 +138,11 @@ class Chatter:
 
     def _end_ids(self) -> list[int]:
         """Return end-of-text, the model's own stop tokens, and the last token of this template's answers."""
-        from pivotune.data.templates import Turn
+        from pivotune.data.templates import end_of_answer
         from pivotune.training.heldout import end_token_ids
 
         tokenizer = self.encoder.tokenizer
-        completion = self.encoder.template.render(Turn("question", "answer")).completion
-        last = tokenizer(completion, add_special_tokens=False)["input_ids"][-1]
-        return sorted({*end_token_ids(self.model, tokenizer), last})
+        return sorted({*end_token_ids(self.model, tokenizer), end_of_answer(self.encoder.template, tokenizer)})
 
 
 def takes_history(encoder: Encoder) -> bool:
@@ -171,7 +169,7 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
 
     folder = Path(name).expanduser()
     if template is None and (folder / "config.yaml").is_file():
-        template = read_run_config(folder).data.template
+        template = read_run_config(folder).data.saved_template
     check_model(name)
     tokenizer = load_tokenizer(name)
     encoder = Encoder(tokenizer, load_template(template, tokenizer))

@@ -32,7 +32,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Compare runs on their tasks: best in bold, differences to a baseline with paired 95 % intervals."""
+    """Compare runs on their tasks: best in bold, differences to a baseline with 95 % intervals."""
     form = "json" if as_json else form
     if form not in _FORMATS:
         raise UsageError(f"--format: {form!r} found; allowed: {', '.join(_FORMATS)}")

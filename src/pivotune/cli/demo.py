@@ -94,7 +94,8 @@ def _show(screen: Console, results: dict[str, Any]) -> None:
         f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
         for found in (results["difference"][code] for code in (language, "en"))
     ]
-    table.add_row("deep supervision minus TFT, paired, 95 % interval", *cells, "", "", style="bold")
+    label = "deep supervision minus TFT, 95 % interval over rows (training noise left out)"
+    table.add_row(label, *cells, "", "", style="bold")
     screen.print(table)
 
     table = Table("question", "right answer", *(_NAMES[name] for name in models), show_lines=True)

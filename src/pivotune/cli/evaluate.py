@@ -33,7 +33,7 @@ _TASKS_HELP = (
     "Comma-separated: tasks (xquad_vi), sets (xquad), groups (paper, qa, understanding, translation, english), "
     "alignment_vi, or multiple-choice tasks of lm-evaluation-harness."
 )
-_SECONDARY_METRICS = ("exact_match", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
+_SECONDARY_METRICS = ("exact_match", "acc_norm", "bleu", "comet", "centered_retrieval_accuracy", "cosine")
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -34,6 +35,10 @@ supervision:
   # schedule: linear                  # constant | linear | cosine, down to 0 at the last step
   # lens: tuned                       # logit (raw states) | tuned (fitted before training) | model (its upper layers)
   # logits: {gradient: prompt}        # prompt | all; with all the English tokens train the layers, too
+  # layers: reading                   # rule for `auto`: reading (what each layer can say) | paper (entropy curve)
+  # balance: {mode: none}             # bounds: none | gradient (inner gradients at most half of the task's)
+  # keep_english: {kl: 0}             # weight of the KL from the starting model, on rows trained in English
+  # phase: {steps: 0}                 # optimizer steps that train the inner losses alone, before plain training
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 
@@ -48,6 +53,8 @@ training:                             # fields of transformers.TrainingArguments
   save_strategy: epoch
   save_total_limit: 2
 
+# ema: 0.99                           # save a moving average of the weights
+# interpolate: 0.7                    # save 0.7 times the trained and 0.3 times the starting weights
 faults: {nonfinite: stop}             # stop | skip; on a non-finite loss or gradient
 lora: null                            # or {r: 16, alpha: 32, dropout: 0.05, target_modules: all-linear}
 output_dir: runs/{run}
@@ -69,6 +76,9 @@ def init(
     if method not in METHODS:
         raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
     method = METHODS.check(method)
+    # It becomes a part of folder names. Codes that no benchmark knows are fine.
+    if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*", language):
+        raise UsageError(f"--lang: {language!r} is not a language code; allowed: codes such as vi, zh, pt-BR, vie_Latn")
     print(render(method, model=model, data=data, language=language), end="")
 
 

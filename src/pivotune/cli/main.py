@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pivotune import __version__
-from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, init, sweep, train
+from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, export, init, sweep, train
 from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES, log_on_stderr
 from pivotune.errors import TrainingError, UsageError
 from pivotune.text.escaping import printable
@@ -45,6 +45,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
+app.command("export")(export.export)
+app.command("push")(export.push)
 
 
 def _print_version(wanted: bool) -> None:
@@ -104,10 +106,7 @@ def _report(error: Exception) -> int:
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
         if LOCAL_RANK == 0:
-            for name in ("message", "option_name", "param_hint"):
-                if isinstance(text := getattr(error, name, None), str):
-                    setattr(error, name, printable(redact(text)))
-            getattr(error, "show", lambda: None)()
+            _show_parse_error(error)
         return int(exit_code)
     if type(error).__name__ == "Abort":
         return _interrupted()
@@ -123,6 +122,17 @@ def _report(error: Exception) -> int:
         return EXIT_FAILURE
     print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
+
+
+def _show_parse_error(error: Any) -> None:
+    """Print a mistake in the words of the command line in one line, with the verb's help to look at."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} -h" if context else ""
+    text = printable(redact(" ".join(error.format_message().split())))
+    print(f"pivotune: error: {text.rstrip('.')}{hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

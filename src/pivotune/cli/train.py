@@ -46,12 +46,12 @@ def train(
     with reported_once():
         run_config = load_config(config, changes or [])
     out = console(as_json)
-    from pivotune.runs.folder import check_same_run, holds_run, is_finished
+    from pivotune.runs.folder import check_same_run, has_trained, holds_run, is_finished
     from pivotune.training.resilience.checkpoints import kept, remove_replaced
 
     folder = Path(run_config.output_dir)
     if auto_resume and not resume:
-        resume = holds_run(folder)
+        resume = holds_run(folder) and has_trained(folder)
         if resume and is_finished(folder):
             check_same_run(folder, run_config)
             remove_replaced(folder)

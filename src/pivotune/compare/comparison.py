@@ -272,6 +272,9 @@ def _condition_warnings(groups: Groups, tasks: Iterable[str]) -> list[str]:
                 for key, value in run.results.tasks[task].conditions.items():
                     by_value[key][_condition_text(value)][group.label] = None
         differing = {key: labels for key, labels in by_value.items() if len(labels) > 1}
+        if len(by_value["prompt_hash"]) == 1:
+            # One template under two names: a run's Jinja file is the chat template of its model.
+            differing.pop("template", None)
         if _EXPLAINS_PROMPTS.intersection(differing):
             differing.pop("prompt_hash", None)
         for key, labels in differing.items():
@@ -314,15 +317,17 @@ def _notes(
     differences = [measurement.difference for measurement in measurements if measurement.difference]
     if differences:
         notes.append(
-            f"Differences are to {baseline}, with 95 % intervals: paired bootstrap over items ({resamples:,} resamples, "
-            f"seed {seed}). A method is called better or worse only where the interval excludes zero."
+            f"Differences are to {baseline}, with 95 % intervals. A method is called better or worse only where the "
+            "interval excludes zero."
         )
     if any(found.num_seeds for found in differences):
-        notes.append(
-            "Where there are several seeds the interval covers them too (Student's t); seeds p: t-test over seeds alone."
-        )
+        notes.append("Where there are several seeds the interval covers items and seeds (Student's t).")
     if any(not found.num_seeds for found in differences):
-        notes.append("With one seed the interval covers the choice of items only, not the noise between training runs.")
+        notes.append(
+            f"With one run against one the interval is a paired bootstrap over items ({resamples:,} resamples, seed "
+            f"{seed}). It leaves out the noise between training runs, which alone can move a figure by points: train "
+            "3 seeds or more to claim a difference between methods."
+        )
     if few := sum(found.n < FEWEST_ITEMS for found in differences):
         notes.append(f"{few} differences are over fewer than {FEWEST_ITEMS} items, too few for any verdict.")
     tests = [found for found in differences if found.adjusted_p is not None]

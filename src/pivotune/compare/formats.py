@@ -31,11 +31,12 @@ _MARKS = {
 _LEGEND = "▲ better, ▼ worse, ≈ not told apart."
 _LATEX_LEGEND = "$^{+}$ better, $^{-}$ worse; no mark: not told apart."
 _MISSING = "–"
+_NO_SEEDS = "training noise left out"  # below each difference of one run to one, where a reader sees it
 _ARROWS = {True: ("↑", r" $\uparrow$"), False: ("↓", r" $\downarrow$"), None: ("", "")}
 _CSV_FIELDS = (
     "row", "kind", "method", "seeds", "path", "task", "benchmark", "language", "metric", "higher_is_better", "value",
     "stderr", "seed_sd", "n", "best", "baseline", "difference", "low", "high", "p", "adjusted_p", "n_shared",
-    "seed_test", "seed_t", "seed_degrees", "seed_p", "verdict",
+    "covers", "test", "degrees", "verdict",
 )  # fmt: skip
 
 _NAME_WIDTH = 30  # longer names continue in the lines that the differences need anyway
@@ -61,13 +62,14 @@ def _value_text(measurement: Measurement | None, column: Column) -> str:
 
 
 def _difference_texts(found: Difference | None, column: Column) -> tuple[str, str]:
-    """Return `+2.31 [0.21, 4.40]`, without the interval where there is none, and the p-value of the test over seeds."""
+    """Return `+2.31 [0.21, 4.40]`, without the interval where there is none, and what the interval leaves out."""
     if found is None:
         return "", ""
-    text, test = _number(found.value, column.digits, "+"), found.seed_test
-    if math.isfinite(found.low):
-        text += f" [{_number(found.low, column.digits)}, {_number(found.high, column.digits)}]"
-    return text, "" if test is None else "seeds p < 0.001" if test.p < 0.001 else f"seeds p {test.p:.3f}"
+    text = _number(found.value, column.digits, "+")
+    if not math.isfinite(found.low):
+        return text, ""
+    text += f" [{_number(found.low, column.digits)}, {_number(found.high, column.digits)}]"
+    return text, "" if found.num_seeds else _NO_SEEDS
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -77,11 +79,11 @@ def _number(value: float, digits: int, sign: str = "") -> str:
 
 
 def _below_value(measurement: Measurement | None, column: Column) -> list[str]:
-    """Return the lines below a value: the difference with its mark, and the test over seeds."""
+    """Return the lines below a value: the difference with its mark, and what its interval leaves out."""
     if measurement is None or (found := measurement.difference) is None:
         return []
-    text, test = _difference_texts(found, column)
-    return list(filter(None, [f"{text} {_MARKS[found.verdict][0]}".rstrip(), test]))
+    text, left_out = _difference_texts(found, column)
+    return list(filter(None, [f"{text} {_MARKS[found.verdict][0]}".rstrip(), left_out]))
 
 
 def group_facts(comparison: Comparison, index: int) -> str:
@@ -154,7 +156,6 @@ def to_csv(comparison: Comparison) -> str:
     methods = {row["label"]: row["method"] for row in content["rows"]}
     for cell in content["cells"]:
         runs, found = cell.pop("runs"), cell.pop("difference") or {}
-        test = found.pop("seed_test", None) or {}
         single, cell["method"] = len(runs) == 1, methods[cell["row"]]
         line = {
             **found,
@@ -165,8 +166,6 @@ def to_csv(comparison: Comparison) -> str:
             "baseline": content["baseline"],
             "difference": found.get("value"),
             "n_shared": found.get("n"),
-            "seed_test": test.get("kind"),
-            **{f"seed_{key}": value for key, value in test.items()},
         }
         blank = {"best": None, "seed_sd": None}
         members = [{**cell, **blank, **run, "kind": "seed", "seeds": run["seed"]} for run in runs if not single]
@@ -242,18 +241,18 @@ def to_latex(comparison: Comparison) -> str:
 
 
 def _latex_lines(comparison: Comparison, index: int) -> list[str]:
-    """Return one method's values, then its differences and its tests over seeds where there are any."""
-    values, differences, tests = [latex(group_title(comparison, index))], [""], [""]
+    """Return one method's values, then its differences and what their intervals leave out, where there are any."""
+    values, differences, left_out = [latex(group_title(comparison, index))], [""], [""]
     for measurement, column in zip(comparison.table[index], comparison.columns, strict=True):
         text = latex(_value_text(measurement, column))
         values.append(rf"\textbf{{{text}}}" if measurement and measurement.best else text)
         found = measurement and measurement.difference
-        interval, test = _difference_texts(found, column)
+        interval, excluded = _difference_texts(found, column)
         # In mathematics a hyphen is a minus, and a space needs a tilde.
         interval = f"${interval.replace(' ', '~')}{_MARKS[found.verdict][1]}$" if found else ""
-        for line, small in ((differences, interval), (tests, latex(test))):
+        for line, small in ((differences, interval), (left_out, latex(excluded))):
             line.append(rf"{{\footnotesize {small}}}" if small else "")
-    return [" & ".join(line) + r" \\" for line in (values, differences, tests) if any(line)]
+    return [" & ".join(line) + r" \\" for line in (values, differences, left_out) if any(line)]
 
 
 # ---- terminal ----

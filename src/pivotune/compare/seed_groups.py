@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,12 @@ def _load_run(target: Path, warnings: list[str]) -> Run:
     """Read results, and the configuration beside them or in the run folder of the evaluated model."""
     results = read_results(target)
     warnings.extend(results.problems)
+    by_weights: dict[str, list[str]] = defaultdict(list)
+    for task in (task for task in results.tasks.values() if task.weights):
+        by_weights[task.weights].append(task.name)
+    if len(by_weights) > 1:
+        found = "; ".join(f"{weights} in {', '.join(names)}" for weights, names in by_weights.items())
+        warnings.append(f"{results.path}: its tasks come from different weights ({found}); evaluate them again")
     folder, model = results.path.parent, Path(results.model)
     in_run_folder = results.path.name == RESULTS
     candidates = [folder / "config.yaml"] if in_run_folder else []

@@ -39,6 +39,11 @@ class EncodingConfig(Section):
     max_completion_tokens: int = Field(default=256, ge=1)
     on_bad_row: Literal["error", "skip"] = "error"
 
+    @property
+    def saved_template(self) -> str | None:
+        """Return the template to use with the saved tokenizer: it holds the text of a Jinja file as its chat template."""
+        return self.template if self.template in (None, "chat", "alpaca") else "chat"
+
     @field_validator("language", mode="before")
     @classmethod
     def _norwegian(cls, value: Any) -> Any:

@@ -13,6 +13,7 @@ import yaml
 
 from pivotune.config.messages import validate
 from pivotune.config.settings import RunConfig
+from pivotune.config.training_fields import check_training
 from pivotune.errors import UsageError
 from pivotune.text.redaction import redact_settings
 
@@ -21,9 +22,11 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `--set` changes such as `training.learning_rate=1e-4`.
 
     Raises:
-        UsageError: no such file, broken YAML, unknown key, or a value that is not allowed.
+        UsageError: no such file, broken YAML, unknown key, or a value that is not allowed or has no effect.
     """
-    return parse_config(apply_changes(_read_yaml(Path(path)), changes), where=str(path))
+    config = parse_config(apply_changes(_read_yaml(Path(path)), changes), where=str(path))
+    check_training(config.training, where=str(path))
+    return config
 
 
 def parse_config(settings: Mapping[str, Any], *, where: str = "configuration") -> RunConfig:

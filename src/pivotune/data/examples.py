@@ -19,7 +19,7 @@ import numpy as np
 from pivotune.data.control_tokens import ControlTokens
 from pivotune.data.formats import numbered_by
 from pivotune.data.rows import Row
-from pivotune.data.templates import Rendered, Template, Turn
+from pivotune.data.templates import Rendered, Template, Turn, begin_ids
 from pivotune.errors import UsageError
 
 # Rows tokenized in one call: enough for the tokenizer's own threads, few enough to show progress.
@@ -273,13 +273,6 @@ def _cut_query(side: Side, share: float) -> Side:
 def _share_of(count: int, share: float) -> int:
     """Return at least one token; rounding down keeps every side within its limit, the epsilon undoes float division."""
     return max(1, math.floor(count * share + 1e-9))
-
-
-def begin_ids(tokenizer: Any, text_has_special_tokens: bool) -> list[int]:
-    """Return the begin-of-text token where this tokenizer puts one and the text does not hold it already."""
-    if text_has_special_tokens or tokenizer.bos_token_id is None:
-        return []
-    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -7,6 +7,8 @@ end-of-text or end-of-turn token. Spans follow from the lengths.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,20 @@ _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswe
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
+
+_ALPACA_RESPONSE = "\n\n### Response:"
+
+# A Jinja file's text as a chat template. Transformers trims white space around blocks; "+" keeps the file's own.
+_AS_CHAT = """\
+{%- set answered = messages[-1]['role'] == 'assistant' -%}
+{%- set asked = messages[:-1] if answered else messages -%}
+{%- set prompt, input, history = asked[-1]['content'], '', asked[:-1] -%}
+{%- set completion = messages[-1]['content'] if answered else 'MARK' -%}
+ONE_TURN
+{%- set text +%}SOURCE{%+ endset -%}
+{{- BEGIN ~ (text ~ END if answered else text.split('MARK')[0]) -}}
+"""
+_ONE_TURN = "{%- if history -%}{{ raise_exception('this template takes one user turn') }}{%- endif -%}"
 
 # One turn of a chat, as chat templates take it: {"role": "system" | "user" | "assistant", "content": text}.
 Message = Mapping[str, str]
@@ -72,7 +88,9 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
             "the tokenizer has no end-of-text token, so answers could never end; set tokenizer.eos_token before training"
         )
     if name is None:
-        name = "chat" if tokenizer.chat_template else "alpaca"
+        # A model that was trained with Alpaca's prompts holds them as its chat template, which has no input.
+        chat = tokenizer.chat_template
+        name = "chat" if chat and chat != AlpacaTemplate(tokenizer).chat_template else "alpaca"
     known = {"chat": ChatTemplate, "alpaca": AlpacaTemplate}
     return known[name](tokenizer) if name in known else JinjaTemplate(Path(name), tokenizer)
 
@@ -87,10 +105,20 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
             raise UsageError("data.template: chat needs a tokenizer with a chat template; use alpaca or a Jinja file")
+        names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ["default"]
+        if "default" not in names:
+            raise UsageError(
+                f"data.template: chat: the tokenizer's chat templates are {', '.join(names)}, and none is called default; "
+                "use a Jinja file"
+            )
         self._tokenizer = tokenizer
         self._end_tokens = _end_tokens(tokenizer)
         # The template's text before and after the user's, for rows without history.
         self._plain_frame: tuple[str, str] | None = None
+
+    @property
+    def chat_template(self) -> Any:
+        return self._tokenizer.chat_template
 
     def render(self, turn: Turn) -> Rendered:
         frame = None if turn.history else self._plain_frame
@@ -136,7 +164,13 @@ class AlpacaTemplate:
     adds_special_tokens = False
 
     def __init__(self, tokenizer: Any) -> None:
-        self._end = tokenizer.eos_token
+        self._tokenizer, self._end = tokenizer, tokenizer.eos_token
+
+    @property
+    def chat_template(self) -> str:
+        """Return the prompt without an input as a chat template."""
+        source = f"{_ALPACA_HEAD}{_ALPACA_TAIL}{{{{ prompt }}}}{_ALPACA_RESPONSE}{{{{ completion }}}}"
+        return _as_chat(source, self._tokenizer, begins=self.adds_special_tokens, end=self._end, history=False)
 
     def render(self, turn: Turn) -> Rendered:
         if turn.history:
@@ -147,7 +181,7 @@ class AlpacaTemplate:
         else:
             prefix, query = f"{_ALPACA_HEAD}{_ALPACA_TAIL}", turn.prompt
         completion = f"{turn.completion}{self._end}" if turn.completion else ""
-        return Rendered(prefix, query, "\n\n### Response:", completion)
+        return Rendered(prefix, query, _ALPACA_RESPONSE, completion)
 
 
 class JinjaTemplate:
@@ -168,9 +202,9 @@ class JinjaTemplate:
             raise UsageError(f"data.template: {path} is not chat, alpaca or an existing Jinja file")
         try:
             environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-            source = path.read_text(encoding="utf-8")
-            self._template = environment.from_string(source)
-            self._variables = meta.find_undeclared_variables(environment.parse(source))
+            self._source = path.read_text(encoding="utf-8-sig")
+            self._template = environment.from_string(self._source)
+            self._variables = meta.find_undeclared_variables(environment.parse(self._source))
         except TemplateSyntaxError as error:
             raise UsageError(f"template {path}, line {error.lineno}: {error.message}") from error
         except UnicodeDecodeError as error:
@@ -208,6 +242,14 @@ class JinjaTemplate:
             raise UsageError(f"{where}: the text before {{{{ completion }}}} must not depend on it")
         return _split(prompt, prefix, suffix, whole, self._end_tokens)
 
+    @property
+    def chat_template(self) -> str:
+        """Return the file's text as a chat template; `input` is empty in it."""
+        whole = self._fill(Turn(_QUERY, _ANSWER))
+        end = "" if whole.rstrip().endswith(self._end_tokens) else self._end_tokens[-1]
+        history = "history" in self._variables
+        return _as_chat(self._source, self._tokenizer, begins=self.adds_special_tokens, end=end, history=history)
+
     def _fill(self, turn: Turn) -> str:
         texts = {"prompt": turn.prompt, "completion": turn.completion, "input": turn.input}
         special = {"bos_token": self._tokenizer.bos_token or "", "eos_token": self._tokenizer.eos_token}
@@ -218,6 +260,31 @@ class JinjaTemplate:
 
 
 Template = ChatTemplate | AlpacaTemplate | JinjaTemplate
+
+
+def end_of_answer(template: Template, tokenizer: Any) -> int:
+    """Return the id of the last token of this template's answers (Gemma's end of turn is not its end of text)."""
+    return tokenizer(template.render(Turn("question", "answer")).completion, add_special_tokens=False)["input_ids"][-1]
+
+
+def begin_ids(tokenizer: Any, text_has_special_tokens: bool) -> list[int]:
+    """Return the begin-of-text token where this tokenizer puts one and the text does not hold it already."""
+    if text_has_special_tokens or tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+
+def _as_chat(source: str, tokenizer: Any, *, begins: bool, end: str, history: bool) -> str:
+    """Return a chat template that writes the messages as the Jinja text `source` writes prompt, completion and history."""
+    for opening, closing in (("{%", "%}"), ("{#", "#}")):
+        source = re.sub(rf"{re.escape(opening)}(?![-+])", rf"{opening}+", source)
+        source = re.sub(rf"(?<![-+]){re.escape(closing)}", rf"+{closing}", source)
+    begin = tokenizer.bos_token if begin_ids(tokenizer, begins) else ""
+    slots = {
+        "ONE_TURN": "" if history else _ONE_TURN, "SOURCE": source, "MARK": _ANSWER,
+        "BEGIN": json.dumps(begin), "END": json.dumps(end),
+    }  # fmt: skip
+    return re.sub("|".join(slots), lambda found: slots[found[0]], _AS_CHAT)
 
 
 def _around(text: str, part: str, where: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from pivotune.models.loading import check_model, load_model
 from pivotune.results.files import read_results
 from pivotune.results.metrics import Metric
 from pivotune.runs.execute import RunResult, execute_run
+from pivotune.runs.folder import has_trained
 from pivotune.runs.prepare import PreparedRun, prepare_run
 from pivotune.text.files import write_json
 from pivotune.training.heldout import greedy_answers
@@ -77,7 +78,7 @@ def run_demo(
     if folder.exists() and any(folder.iterdir()):
         if not (folder / METHODS[0]).is_dir():
             raise UsageError(f"--out: {folder} is not empty and holds no demo; choose another folder")
-        if not overwrite:
+        if not overwrite and any(has_trained(folder / method) for method in METHODS):
             raise UsageError(f"--out: {folder} already holds a demo; add --overwrite or choose another folder")
         (folder / "results.json").unlink(missing_ok=True)
     # Made first: it tells an interrupted demo from a folder of the user's own files.

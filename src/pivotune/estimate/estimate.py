@@ -28,6 +28,7 @@ from pivotune.training.distributed.strategies import (
     strategy_of,
     whole_weights_reason,
 )
+from pivotune.training.phase import check_phase
 from pivotune.training.preparation import assumed_supervision
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     """Estimate a run under several strategies on one kind of device. No weight is read or allocated.
 
     Raises:
-        UsageError: a mistake in the configuration.
+        UsageError: a mistake in the configuration, or a phase as long as the run.
     """
     device = targets[0].device
     model_config = read_model_config(config)
@@ -128,6 +129,8 @@ def estimate_strategies(config: RunConfig, targets: Sequence[Target], rows: RunR
     estimates = []
     for target in targets:
         schedule = None if rows.rows is None else training_schedule(args, rows.rows, target.processes)
+        if schedule is not None:
+            check_phase(supervision, schedule.steps)
         memory = memory_of(size, timeline, target.strategy, processes=target.processes, **options)
         estimates.append(
             Estimate(

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pivotune.data.templates import Turn, load_template
+from pivotune.data.templates import end_of_answer, load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.prompts import ItemRequests, Prompter, item_requests
 from pivotune.evaluation.registry import find_tasks
@@ -17,6 +17,7 @@ from pivotune.evaluation.tasks.base import Task
 from pivotune.evaluation.tasks.tables import MissingDataError, Source
 from pivotune.evaluation.tasks.translation import SentencePair
 from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
+from pivotune.models.locating import locate
 from pivotune.runs.folder import read_run_config
 
 BACKENDS = ("hf", "vllm")
@@ -106,15 +107,18 @@ def prepare_evaluation(
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     check_model(name, **options)
+    if settings.backend == "vllm" and locate(name, settings.revision).is_adapter:
+        raise UsageError(
+            f"--backend: vllm reads whole models, and {name} holds adapters alone (quantize: 4bit); merge them into their "
+            "base, or use --backend hf"
+        )
     model_config = read_config(name, **options)
     tokenizer = load_tokenizer(name, **options)
-    template_name = settings.template or (run.data.template if run else None)
+    template_name = settings.template or (run.data.saved_template if run else None)
     template = None if template_name == "none" else load_template(template_name, tokenizer)
     end_token_ids: list[int] = []
     if template is not None:
-        # The last token of the template's answers ends generation too (Gemma's end of turn is not its end of text).
-        completion = template.render(Turn("question", "answer")).completion
-        end_token_ids = tokenizer(completion, add_special_tokens=False)["input_ids"][-1:]
+        end_token_ids = [end_of_answer(template, tokenizer)]
     prompter = Prompter(tokenizer, template, context_length(model_config))
     found = _read_tasks(wanted, settings, prompter)
     return PreparedEvaluation(name, run.method if run else None, settings, prompter, end_token_ids, *found)

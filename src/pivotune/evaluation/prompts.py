@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pivotune.data.examples import begin_ids
-from pivotune.data.templates import Template, Turn
+from pivotune.data.templates import Template, Turn, begin_ids
 from pivotune.errors import UsageError
 from pivotune.evaluation.cache import Generation, Likelihood, Question
 from pivotune.evaluation.tasks.base import Item, Task

@@ -41,6 +41,8 @@ GOLD_METRICS = (
     Metric("nll_per_token", "ratio", ("gold_nll", "gold_tokens"), higher_is_better=False),
     Metric("nll_per_character", "ratio", ("gold_nll", "gold_characters"), higher_is_better=False),
 )
+# The choice with the highest log-likelihood per character; the highest sum favours short choices.
+CHOICE_METRICS = (Metric("acc_norm", "mean", ("correct_norm",), 100.0),)
 ANSWER_METRICS = (
     Metric("in_language", "mean", ("in_language",), 100.0),
     Metric("answer_characters", "mean", ("answer_characters",), higher_is_better=None),
@@ -127,7 +129,8 @@ class Evaluator:
             records, more = self._measure_alignment(task)
         else:
             records = self._answer_items(definition, task.requests)
-            metrics = [*definition.metrics, *GOLD_METRICS, *(() if definition.kind == "choice" else ANSWER_METRICS)]
+            by_kind = CHOICE_METRICS if definition.kind == "choice" else ANSWER_METRICS
+            metrics = [*definition.metrics, *GOLD_METRICS, *by_kind]
             prompts = [[a.item.id, a.context.text, [r.continuation for r in a.likelihoods]] for a in task.requests]
             more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
             if definition.kind == "translation":
@@ -211,10 +214,12 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
     if asked.generation is None:
         # A NaN of a broken model is never the likeliest.
         values = [-math.inf if math.isnan(score.logprob) else score.logprob for score in scores]
-        chosen = max(range(len(values)), key=values.__getitem__)
+        per_character = [value / max(1, len(text)) for value, text in zip(values, item.choices, strict=True)]
+        chosen, chosen_norm = (ranked.index(max(ranked)) for ranked in (values, per_character))
         short = {key: value for key, value in item.details.items() if len(str(value)) <= _DETAIL_CHARACTERS}
         details = {key: value for key, value in short.items() if isinstance(value, (str, int))}
-        record |= {"choice": chosen, "correct": int(chosen == item.gold), **details}
+        record |= {"choice": chosen, "correct": int(chosen == item.gold), "correct_norm": int(chosen_norm == item.gold)}
+        record |= {"log_likelihoods": [score.logprob for score in scores], **details}
     else:
         text = cast(str, answer_to(asked.generation)).strip()
         assert task.score is not None

@@ -82,7 +82,10 @@ def analyze_layers(
 
     target_profile = profile(target, 0)
     english_profile = profile(english, len(target)) if english else None
-    selection = select_layers(target_profile.entropy) if read is None else select_by_reading(read)
+    if read is None:
+        selection = select_layers(target_profile.entropy, target_profile.entropy_stderr)
+    else:
+        selection = select_by_reading(read)
     return analysis_to_json(
         selection,
         target_profile,

@@ -36,8 +36,13 @@ FALLING_STEP = 0.5
 # A fall is clear from a tenth of the range on (less looks like the unevenness of a plateau), and from 0.1 nats on, twice
 # the standard error of a mean entropy over a few dozen sequences.
 CLEAR_SHARE, CLEAR_NATS = 0.1, 0.1
-# Layers. One layer that does not fall is an interruption; a plateau has two.
+# Layers. One layer that does not fall is an interruption.
 INTERRUPTION = 1
+# Layers between the two falls, as a share of the depth (paper: 13 of 32). A line that stands still for a few layers has no
+# plateau.
+PLATEAU_SHARE = 0.3
+# Standard errors of a difference beyond which it is not noise.
+NOISE_ERRORS = 2.0
 # Rises after the first fall began, as a share of the two drops together. White noise rises as much as it falls.
 LARGEST_RISE = 0.25
 # The first fall ends in the lower half (paper: at 2 of 32), the second begins before the last two layers.
@@ -116,8 +121,10 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
     return LayerSelection(layers["conversion"], layers["thinking"], "reading", "; ".join(reasons))
 
 
-def select_layers(entropy: Sequence[float]) -> LayerSelection:
+def select_layers(entropy: Sequence[float], stderr: Sequence[float] | None = None) -> LayerSelection:
     """Choose the conversion layer i and the thinking layer j from the mean entropies H_0..H_L (nats).
+
+    `stderr` holds their standard errors over rows; without it their noise is taken to be zero.
 
     The paper's definition (section "Critical layers"): the entropy falls twice; i is the end of the first fall, j the
     start of the second. The rule for L layers and range R = max H - min H:
@@ -126,11 +133,14 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
        layer is no fall. Layers 0 and 1 stay as measured, because the first fall may be over at layer 2.
     2. Layer k falls if H_{k-1} - H_k > `FALLING_STEP` * R / L. Falling layers in a row are one fall, also across
        `INTERRUPTION` layer that does not fall.
-    3. A fall is clear if it drops by at least `CLEAR_SHARE` * R and by at least `CLEAR_NATS`.
-    4. i and j are read from the curve if there are exactly two clear falls; the first ends in the lower half of the
-       model; the second begins before the last `LAST_LAYERS` layers; neither is undone (the entropy has climbed back
-       to where the fall began when the next one begins, or at the output); and the curve rises in all by no more
-       than `LARGEST_RISE` of the two drops.
+    3. A fall is clear if it drops by at least `CLEAR_SHARE` * R, by at least `CLEAR_NATS`, and by more than the noise:
+       `NOISE_ERRORS` standard errors of a difference of two layers, sqrt(2) * the largest of `stderr`.
+    4. i and j are read from the curve if there are exactly two clear falls; between them lies a plateau; the first ends
+       in the lower half of the model; the second begins before the last `LAST_LAYERS` layers; neither is undone (the
+       entropy has climbed back to where the fall began when the next one begins, or at the output); and the curve rises
+       in all by no more than `LARGEST_RISE` of the two drops.
+    5. A plateau has at least `PLATEAU_SHARE` * L layers, and its drop and the noise together stay below `FALLING_STEP` * R
+       / L per layer.
 
     Otherwise i and j are the paper's relative depths (see `relative_depth`) and the reason names the falls.
 
@@ -143,8 +153,9 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
         return _fall_back(num_layers, f"the entropy at layer {broken[0]} is {entropy[broken[0]]}, not a finite number")
     medians = [sorted(entropy[k - 1 : k + 2])[1] for k in range(2, num_layers)]
     curve = [*entropy[:2], *medians, entropy[num_layers]]
-    falls = find_falls(curve)
-    if objection := _objection(curve, falls):
+    noise = NOISE_ERRORS * math.sqrt(2) * max(stderr) if stderr else 0.0
+    falls = find_falls(curve, noise)
+    if objection := _objection(curve, falls, noise):
         return _fall_back(num_layers, objection, falls)
     first, second = falls
     reason = (
@@ -155,7 +166,7 @@ def select_layers(entropy: Sequence[float]) -> LayerSelection:
     return LayerSelection(first.end, second.start, "entropy-falls", reason, (first, second))
 
 
-def find_falls(curve: Sequence[float]) -> list[Fall]:
+def find_falls(curve: Sequence[float], noise: float = 0.0) -> list[Fall]:
     """Return the clear falls of a finite curve H_0..H_L, from the bottom up (steps 2 and 3 of `select_layers`)."""
     height = max(curve) - min(curve)
     falling_step = FALLING_STEP * height / (len(curve) - 1)
@@ -168,7 +179,7 @@ def find_falls(curve: Sequence[float]) -> list[Fall]:
         else:
             runs.append((layer - 1, layer))
     falls = [Fall(start, end, curve[start] - curve[end]) for start, end in runs]
-    return [fall for fall in falls if fall.drop >= max(CLEAR_SHARE * height, CLEAR_NATS)]
+    return [fall for fall in falls if fall.drop >= max(CLEAR_SHARE * height, CLEAR_NATS, noise)]
 
 
 def relative_depth(num_layers: int) -> tuple[int, int]:
@@ -188,8 +199,8 @@ def check_depth(num_layers: int) -> None:
         )
 
 
-def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
-    """Return why these falls are not the paper's two (step 4 of `select_layers`); None if they are."""
+def _objection(curve: Sequence[float], falls: Sequence[Fall], noise: float) -> str | None:
+    """Return why these falls are not the paper's two (steps 4 and 5 of `select_layers`); None if they are."""
     if len(falls) != 2:
         lowest, highest = min(curve), max(curve)
         if highest - lowest < CLEAR_NATS:
@@ -200,6 +211,12 @@ def _objection(curve: Sequence[float], falls: Sequence[Fall]) -> str | None:
         return f"the entropy has {count}{found} where two are needed; it goes {output}"
     first, second = falls
     num_layers = len(curve) - 1
+    plateau, drop = second.start - first.end, curve[first.end] - curve[second.start]
+    between = f"between two falls ({_describe(first)}; {_describe(second)})"
+    if plateau < PLATEAU_SHARE * num_layers:
+        return f"{between} lie {plateau} layers, a plateau has at least {PLATEAU_SHARE:.0%} of {num_layers}"
+    if drop + noise >= FALLING_STEP * (max(curve) - min(curve)) * plateau / num_layers:
+        return f"{between} the entropy falls by {drop:.2f} nats, with a noise of {noise:.2f}: no plateau"
     if first.end > CONVERSION_BY * num_layers:
         return f"the first of two falls ({_describe(first)}) ends in the upper half of the {num_layers} layers"
     if second.start >= num_layers - LAST_LAYERS:

@@ -21,6 +21,7 @@ from pivotune.models.locating import (
     check_index,
     locate,
     one_line_errors,
+    stores_another_head,
     tokenizer_files,
 )
 
@@ -49,6 +50,12 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
     _check_causal(name, config)
     if not trust_remote_code:
         _check_no_kernel(name, config)
+    if getattr(config, "tie_word_embeddings", False):
+        text = config.get_text_config()
+        with one_line_errors(name, "model"):
+            # Transformers loads both then, and warns; a saved copy would say that they are one.
+            if stores_another_head(Path(files.location), (text.vocab_size, text.hidden_size)):
+                config.tie_word_embeddings = text.tie_word_embeddings = False
     return config
 
 
@@ -139,6 +146,8 @@ def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
     check_index(files, getattr(config, "transformers_weights", None))
     # Mismatched sizes are in the report and refused below, instead of a RuntimeError of many lines.
     options = {**options, **files.arguments, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if Path(files.location).is_dir():
+        options["config"] = config  # of which `read_config` may have corrected the tied weights
     with one_line_errors(name, "model"), _quiet_transformers(files):
         loaded: Any = AutoModelForCausalLM.from_pretrained(files.location, use_safetensors=True, **options)
     model, report = loaded

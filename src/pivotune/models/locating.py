@@ -238,6 +238,31 @@ def check_index(files: ModelFiles, named: str | None) -> None:
         read_shards(folder / name if folder.is_dir() else Path(hf_hub_download(str(folder), name, **files.arguments)))
 
 
+def stores_another_head(folder: Path, shape: tuple[int, int]) -> bool:
+    """Return True if a folder's weights hold a head that differs from the embedding: two unlike matrices of this shape.
+
+    Args:
+        folder: a Hub name's files are not read.
+        shape: (vocabulary, width) of both.
+    """
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            found += [(path, name) for name in names if tuple(file.get_slice(name).get_shape()) == shape]
+    if len(found) < 2:
+        return False
+    import torch
+
+    matrices = []
+    for path, name in found[:2]:
+        with safe_open(path, framework="pt") as file:
+            matrices.append(file.get_tensor(name))
+    return not torch.equal(*matrices)
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from pivotune.config.settings import FeatureConfig, SupervisionConfig
 from pivotune.forward.passes import Batch, Passes, PassRequest
 from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture
+from pivotune.models.head import frozen_norm
 from pivotune.models.taps import Taps
 from pivotune.objectives.base import InnerLoss, LossTerm, no_loss
 
@@ -57,8 +58,8 @@ class Cosine:
         )
 
     def count(self, loss: InnerLoss, batch: Batch) -> Tensor:
-        """Count the rows with an English side."""
-        return span_masks(batch, self.options.span)[1].any(dim=1).sum()
+        """Count the rows whose span has tokens on both sides."""
+        return compared_rows(batch, self.options.span).sum()
 
     def __call__(
         self, losses: Sequence[InnerLoss], passes: Passes, batch: Batch, architecture: Architecture, lens: Lens
@@ -73,7 +74,7 @@ class Cosine:
             return pooled_feature_loss(target, pooled, batch, pooling=options.pooling, span=options.span)
         if passes.english is None:
             return no_loss(batch)
-        english = english_states(passes.english, loss, architecture.num_layers, options)
+        english = english_states(passes.english, loss, architecture, options)
         if options.english != "joint":
             english = english.detach()
         return feature_loss(target, english, batch, pooling=options.pooling, span=options.span)
@@ -92,7 +93,7 @@ def frozen_losses(supervision: SupervisionConfig) -> list[InnerLoss]:
 
 
 def feature_loss(target: Tensor, english: Tensor, batch: Batch, *, pooling: Pooling, span: Span) -> LossTerm:
-    """Return the sum over rows with an English side of `1 - cos(pool(english), pool(target))`, and their number.
+    """Return the sum of `1 - cos(pool(english), pool(target))` over the rows with both spans, and their number.
 
     Args:
         target: states of the main sequence, (B, T, width).
@@ -100,7 +101,8 @@ def feature_loss(target: Tensor, english: Tensor, batch: Batch, *, pooling: Pool
         batch: gives the spans, see the batch contract.
 
     Returns:
-        Sum in [0, 2 * rows], float32. A row without an English side adds neither to the sum nor to the count.
+        Sum in [0, 2 * rows], float32. A row without an English side, or with an empty query on one side, adds neither to
+        the sum nor to the count.
     """
     mask = span_masks(batch, span)[1]
     # In distributed training the English pass reads one token where no row has an English side.
@@ -116,8 +118,7 @@ def pooled_feature_loss(
     Args:
         pooled_english: (B, width); the values of rows without an English side are ignored.
     """
-    target_mask, english_mask = span_masks(batch, span)
-    rows = english_mask.any(dim=1)
+    target_mask, rows = span_masks(batch, span)[0], compared_rows(batch, span)
     distances = 1 - F.cosine_similarity(pooled_english.float(), pool(target, target_mask, pooling), dim=-1)
     # Indexing by the mask would wait for a GPU.
     return LossTerm(torch.where(rows, distances, 0.0).sum(), rows.sum())
@@ -129,6 +130,12 @@ def span_masks(batch: Mapping[str, Tensor], span: Span) -> tuple[Tensor, Tensor]
     if span == "query+answer":
         target, english = target | (batch["labels"] >= 0), english | batch["english_answer_mask"]
     return target, english
+
+
+def compared_rows(batch: Mapping[str, Tensor], span: Span) -> Tensor:
+    """Return True for the rows (B,) with a token to pool on both sides."""
+    target, english = span_masks(batch, span)
+    return target.any(dim=1) & english.any(dim=1)
 
 
 def pool(hidden_states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -151,9 +158,15 @@ def english_layer(loss: InnerLoss, num_layers: int) -> int:
     return num_layers if loss.name == "thinking" else loss.layer
 
 
-def english_states(english: Taps, loss: InnerLoss, num_layers: int, options: FeatureConfig) -> Tensor:
-    """Return the English side's states (B, S, width) that a loss compares with."""
+def english_states(english: Taps, loss: InnerLoss, architecture: Architecture, options: FeatureConfig) -> Tensor:
+    """Return the English side's states (B, S, width) that a loss compares with.
+
+    A joint gradient reaches the states below the final norm, not the norm's weights, as for all inner losses.
+    """
     if loss.name == "conversion" or options.english_norm == "raw":
-        return english.hidden_states[english_layer(loss, num_layers)]
+        return english.hidden_states[english_layer(loss, architecture.num_layers)]
+    if options.english == "joint":
+        return frozen_norm(architecture, english.hidden_states[architecture.num_layers])
+    # The pass's own norm: that of the starting model for `frozen`.
     assert english.final is not None
     return english.final

@@ -28,7 +28,12 @@ Items = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """One task of a run; `conditions` are the settings that its figures depend on (split, origin, limit, ...)."""
+    """One task of a run.
+
+    Attributes:
+        conditions: settings that the figures depend on (split, origin, limit, ...).
+        weights: digest of the evaluated model's files; empty where it is not known (training's own held-out figures).
+    """
 
     name: str
     primary: str
@@ -36,6 +41,7 @@ class TaskResult:
     language: str
     metrics: Mapping[str, MetricResult]
     conditions: Mapping[str, Any]
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,7 @@ def _parse_task(where: str, name: str, entry: Any) -> TaskResult:
         language=str(entry.get("language") or language),
         metrics={metric: _parse_metric(f"{where}: metric {metric}", metric, own) for metric, own in entries.items()},
         conditions=flatten({key: entry[key] for key in _CONDITIONS if key in entry}),
+        weights=str(entry.get("model_fingerprint") or ""),
     )
 
 

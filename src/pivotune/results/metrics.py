@@ -122,23 +122,35 @@ def statistic(metric: Metric, sums: Array) -> Array:
         return metric.scale * (sums[..., 0] / sums[..., 1])
 
 
-def bootstrap(metric: Metric, vectors: Array, resamples: int, seed: int, stream: int = 0) -> Array:
+def bootstrap(metric: Metric, vectors: Array, resamples: int, seed: int) -> Array:
     """Return the metric of several runs under the same random resamples of their items, [runs, resamples].
 
     Args:
         vectors: [runs, n, k]; all runs have the same items in the same order.
-        stream: a different number gives independent resamples.
     """
     runs, n, width = vectors.shape
     flat = np.ascontiguousarray(vectors.transpose(1, 0, 2)).reshape(n, runs * width)
     draw = _cached_counts if n * resamples <= _KEPT else _draw_counts
-    sums = [counts.astype(np.float64) @ flat for counts in draw(n, resamples, seed, stream)]
+    sums = [counts.astype(np.float64) @ flat for counts in draw(n, resamples, seed)]
     return statistic(metric, np.concatenate(sums).reshape(-1, runs, width)).T
 
 
-def _draw_counts(n: int, resamples: int, seed: int, stream: int) -> Iterator[NDArray[np.uint8]]:
+def jackknife(metric: Metric, vectors: Array) -> Array:
+    """Return each item's influence on the metric of several runs, [runs, n]; squares sum to the variance over items.
+
+    One item at a time is left out (Efron and Stein 1981). For a mean the squares sum to sd^2 / n.
+
+    Args:
+        vectors: as for `bootstrap`.
+    """
+    n = vectors.shape[1]
+    left_out = statistic(metric, vectors.sum(axis=1, keepdims=True) - vectors)
+    return math.sqrt((n - 1) / n) * (left_out - left_out.mean(axis=1, keepdims=True))
+
+
+def _draw_counts(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.uint8]]:
     """Yield how often each of n items is drawn, in chunks of [rows, n]."""
-    random, rows = np.random.default_rng([seed, stream]), max(1, _CHUNK // n)
+    random, rows = np.random.default_rng([seed, 0]), max(1, _CHUNK // n)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         drawn = random.integers(0, n, size=(count, n)) + n * np.arange(count)[:, None]

@@ -22,9 +22,8 @@ from pivotune.estimate.memory_changes import explained_out_of_memory
 from pivotune.layers.selection import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
-from pivotune.models.sharding import is_partitioned
 from pivotune.runs.export import gathered_model, is_sharded, save_model
-from pivotune.runs.folder import make_folder, remove_half_written, run_lock, write_run_config
+from pivotune.runs.folder import make_folder, remove_leftovers, run_lock, write_run_config
 from pivotune.runs.model_card import model_card
 from pivotune.runs.prepare import PreparedRun
 from pivotune.runs.record import (
@@ -35,7 +34,6 @@ from pivotune.runs.record import (
 )
 from pivotune.text.files import write_items, write_json, write_text
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.strategies import shards_weights
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.metrics import MetricsFile
 from pivotune.training.preparation import (
@@ -120,11 +118,11 @@ def _execute(
 
     def begin_folder() -> LayerAnalysis | None:
         """Write the first files; return the layers of a resumed run: another machine might measure others."""
-        remove_half_written(folder)
+        remove_leftovers(folder, resume=resume)
         write_run_config(folder, config)
         # A process that was killed before it wrote the record has trained on nothing yet.
         if not resume or not has_rows_record(folder):
-            write_rows_record(folder, prepared.train)
+            write_rows_record(folder, prepared.train, config.data)
         path = folder / "layers.json"
         return read_layers_json(path) if resume and path.is_file() else None
 
@@ -198,11 +196,8 @@ def _load_starting_model(config: RunConfig, *, adapters: bool = False) -> PreTra
 
 def _measure_layers(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
     config = prepared.config
-    if not METHODS[config.method].inner_losses:
-        return None
-    named = all(term.layer != "auto" for term in config.supervision.active().values())
-    if named and (is_partitioned(model) or shards_weights(prepared.args)):
-        # The whole model may not fit into one process.
+    terms = config.supervision.active().values()
+    if not METHODS[config.method].inner_losses or all(term.layer != "auto" for term in terms):
         return None
     return measure_layers(
         prepared.args, model, prepared.tokenizer, prepared.train, model_name=config.model, progress=progress

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pivotune.errors import UsageError
+from pivotune.models.architecture import unwrap_model
 from pivotune.training.distributed import ranks
 from pivotune.training.resilience.checkpoints import staged_folder
 
@@ -44,6 +46,7 @@ def gathered_model(trainer: Trainer, make_model: Callable[[], Any]) -> Any:
         # Otherwise Transformers would partition the new model too, which needs the other processes.
         unset_hf_deepspeed_config()
     model = make_model()
+    model.generation_config = unwrap_model(cast(nn.Module, trainer.model)).generation_config
     missing, unexpected = model.load_state_dict(state, strict=False)
     # A head that is tied to the embedding is gathered under one name.
     untied = dict(model.named_parameters()).keys()
@@ -52,6 +55,12 @@ def gathered_model(trainer: Trainer, make_model: Callable[[], Any]) -> Any:
     if lost:
         raise RuntimeError(f"{len(lost)} gathered weights do not fit the model, first {lost[0]}")
     return model
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round the weights alone: `model.to` would also round the rotary frequencies, which no model folder holds."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> Any:
@@ -67,9 +76,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype) 
         model = model.merge_and_unload()
     with staged_folder(folder / "model") as staging:
         if not quantized:
-            # Only the weights: `model.to` would also round the rotary frequencies, which no model folder holds.
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
+            cast_weights(model, dtype)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return model

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from pivotune.config.settings import RunConfig
+from pivotune.config.training_fields import IN_CHECKPOINTS
 from pivotune.config.yaml_text import dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.models.locating import CHECKSUMS
@@ -35,10 +36,6 @@ _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "res
               "rows.json", "start-scores.json")  # fmt: skip
 _MARKS = ("config.yaml", "environment.json")  # a folder with these is a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
-_IN_OPTIMIZER_STATE = tuple(
-    f"training.{name}"
-    for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
-)
 # Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 _LIBRARIES = (
@@ -59,6 +56,8 @@ _LIBRARIES = (
 def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Check that this run may write into its folder. Nothing is written, but `overwrite` removes an old run.
 
+    The folder of a run that failed before its first step is free for another one.
+
     Raises:
         UsageError: the folder holds another run or foreign files, or the run to resume has another configuration.
     """
@@ -77,7 +76,7 @@ def claim_run_folder(config: RunConfig, *, overwrite: bool = False, resume: bool
         check_same_run(folder, config)
     elif overwrite:
         _remove_run(folder)
-    else:
+    elif has_trained(folder):
         raise UsageError(f"output_dir: {folder} already holds a run; add --resume to go on with it or --overwrite")
     return folder
 
@@ -90,8 +89,21 @@ def _is_leftover(path: Path) -> bool:
     return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] == "config.yaml")
 
 
+def has_trained(folder: Path) -> bool:
+    """Return True unless a run failed here before its first step was logged and before anything was saved."""
+    if not _is_of_pivotune(folder / "environment.json"):
+        # A `config.yaml` of the user's own.
+        return True
+    saved = [*_checkpoint_names(folder), *_passed_over_names(folder), "model", "adapter", "results.json"]
+    # A kill may have left the only checkpoint between its two renames.
+    if any((folder / name).exists() for name in saved) or any((folder / STAGING).glob("*.old")):
+        return True
+    metrics = folder / "metrics.jsonl"
+    return metrics.is_file() and '"loss":' in metrics.read_text(encoding="utf-8", errors="replace")
+
+
 def holds_run(folder: Path) -> bool:
-    """Return True if a training has begun here.
+    """Return True if a run was begun here.
 
     Other programs write a `config.yaml` too, beside a `model/` or a `README.md` that must not be replaced.
     """
@@ -127,14 +139,13 @@ def is_finished(folder: Path) -> bool:
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse settings that differ from the run's, except `training:` and `faults:`: a longer run is the same run.
 
-    Settings of `training:` that a checkpoint's optimizer state contains must not differ either: the old value would be
-    used without a message.
+    Settings of `training:` that lie in a checkpoint must not differ either: the old value would be used without a message.
 
     Raises:
         UsageError: names the key and both values.
     """
     change = find_change(folder, config, ignored=("training", "faults", "output_dir"))
-    change = change or find_change(folder, config, only=_IN_OPTIMIZER_STATE)
+    change = change or find_change(folder, config, only=tuple(f"training.{name}" for name in IN_CHECKPOINTS))
     if change is not None:
         key, before, now = change
         raise UsageError(
@@ -150,12 +161,13 @@ def find_change(
 
     Args:
         ignored: prefixes of keys to pass over.
-        only: the keys to compare; None compares all.
+        only: keys, or sections, to compare; None compares all.
     """
     # `config.yaml` has no secrets: they are removed from the other side too.
     before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
+    compared = None if only is None else tuple(f"{key}." for key in only)
     for key in sorted(before.keys() | now.keys()):
-        is_compared = not key.startswith(ignored) if only is None else key in only
+        is_compared = not key.startswith(ignored) if compared is None else f"{key}.".startswith(compared)
         if is_compared and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
     return None
@@ -181,11 +193,8 @@ def _refuse_links_out(folder: Path) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove the files of a run and no others: checkpoints first, the files that mark a run last."""
-    passed_over = [
-        path.name for path in folder.glob(f"{PASSED_OVER}*") if is_checkpoint_name(path.name.removeprefix(PASSED_OVER))
-    ]
     try:
-        for name in (*_checkpoint_names(folder), *passed_over, *_OWN_FOLDERS):
+        for name in (*_checkpoint_names(folder), *_passed_over_names(folder), *_OWN_FOLDERS):
             remove_folder(folder / name)
         for name in (*_OWN_FILES, *_MARKS):
             (folder / name).unlink(missing_ok=True)
@@ -200,8 +209,16 @@ def _checkpoint_names(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name)]
 
 
-def remove_half_written(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed inside `write_bytes`."""
+def _passed_over_names(folder: Path) -> list[str]:
+    names = [path.name for path in folder.glob(f"{PASSED_OVER}*")]
+    return [name for name in names if is_checkpoint_name(name.removeprefix(PASSED_OVER))]
+
+
+def remove_leftovers(folder: Path, *, resume: bool) -> None:
+    """Remove temporary files of a process that was killed inside `write_bytes`; for a new run also the files of one that
+    failed before its first step. Arrays stay: they are compared with weights, rows and settings before they are used."""
+    for name in () if resume else ("layers.json", "rows.json", "start-scores.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     for path in folder.glob(".*"):
         if (match := _HALF_WRITTEN.fullmatch(path.name)) and match[1] in (*_OWN_FILES, *_MARKS):
             path.unlink(missing_ok=True)
@@ -268,8 +285,9 @@ def write_run_config(folder: Path, config: RunConfig) -> None:
     """Write `config.yaml` (resolved, with all defaults, without secrets) and `environment.json`."""
     make_folder(folder)
     try:
-        write_text(folder / "config.yaml", dump_config(config))
+        # First the file that alone does not mark a run.
         write_json(folder / "environment.json", environment())
+        write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
         raise UsageError(f"output_dir: {folder} cannot be written ({error.strerror})") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -15,9 +16,23 @@ from pivotune.config.yaml_text import dump_config
 from pivotune.text.escaping import markdown, printable
 from pivotune.text.redaction import redact
 
+_EXAMPLE = """\
+## How to use
 
-def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
-    """Return the card as Markdown with the Hub's metadata block."""
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(NAME)
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+messages = [{"role": "user", "content": "..."}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
+
+
+def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: str = "model") -> str:
+    """Return the card as Markdown with the Hub's metadata block; `name` is the model's in the example."""
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -37,14 +52,16 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any]) -> str:
             f"## Layers\n\nConversion at layer {layers['conversion']}, thinking at layer {layers['thinking']} of "
             f"{layers['num_layers']} ({_text(layers['reason'])})."
         )
+    elif METHODS[config.method].inner_losses:
+        named = ", ".join(f"{name} at layer {term.layer}" for name, term in config.supervision.active().items())
+        parts.append(f"## Layers\n\n{named.capitalize()}, as the configuration names them.")
     if table := _results_table(results):
         parts.append(table)
     settings = dump_config(config)
     # More backticks than the configuration has in a row.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     parts += [
-        "## How to use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("model")\ntokenizer = AutoTokenizer.from_pretrained("model")\n```',
+        _EXAMPLE.replace("NAME", json.dumps(name)),
         f"## Configuration\n\n{fence}yaml\n{printable(settings)}{fence}",
         "Made with Pivotune. `metrics.jsonl` holds every logged step, `environment.json` the versions.",
     ]

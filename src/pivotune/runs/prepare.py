@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
@@ -29,12 +28,15 @@ from pivotune.training.phase import check_phase
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
+    check_evaluation,
     check_layers,
     encode_rows,
+    heldout_examples,
     load_run_rows,
 )
 from pivotune.training.resilience.checkpoint_safety import check_checkpoint
-from pivotune.training.resilience.checkpoints import restore_replaced, whole_checkpoint
+from pivotune.training.resilience.checkpoints import check_states, restore_replaced, whole_checkpoint
+from pivotune.training.stand_in import check_setup
 
 
 @dataclass
@@ -76,6 +78,7 @@ def prepare_run(
     check_architecture(model_config.model_type)
     args = build_arguments(config)
     check_sharding(args, quantized=config.quantize is not None, optimizer=optimizer_name(args))
+    check_setup(args, model_config, trust_remote_code=config.trust_remote_code)
     if METHODS[config.method].inner_losses:
         check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
@@ -88,11 +91,7 @@ def prepare_run(
     if not train:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
-    if args.eval_strategy != "no" and not validation:
-        raise UsageError(
-            f"training.eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows and "
-            f"data.validation: {config.data.validation} gives none"
-        )
+    check_evaluation(args, heldout_examples(validation), f"data.validation: {config.data.validation} gives none")
     build_train_dataset(train, args, model_config)
     if METHODS[config.method].inner_losses:
         check_phase(args.supervision, training_schedule(args, len(train), args.world_size).steps)
@@ -123,5 +122,6 @@ def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose
     check_rows_record(folder, train, source)
     checkpoint = whole_checkpoint(folder) if choose else None
     if checkpoint is not None:
+        check_states(checkpoint)
         check_checkpoint(checkpoint)
     return checkpoint

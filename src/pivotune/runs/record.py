@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from pivotune.config.settings import DataConfig
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
@@ -19,11 +21,28 @@ from pivotune.training.resilience.checkpoints import last_checkpoint
 logger = logging.getLogger(__name__)
 ROWS_FILE = "rows.json"
 SCORES_FILE = "start-scores.json"
+_DATA_FILES = ("train", "english", "validation", "validation_english")
 
 
-def write_rows_record(folder: Path, train: Sequence[Pair]) -> None:
-    """Write `rows.json`: the number and the digest of the training rows."""
-    write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train)})
+def write_rows_record(folder: Path, train: Sequence[Pair], data: DataConfig) -> None:
+    """Write `rows.json`: the number and the digest of the training rows, and the digests of the data files."""
+    files = {key: digest for key in _DATA_FILES if (digest := _file_digest(getattr(data, key))) is not None}
+    write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train), "files": files})
+
+
+def changed_data_file(folder: Path, data: DataConfig) -> str | None:
+    """Return the key of `data` whose file differs from the run's; None where all are the same, or none were recorded."""
+    files = (_read_rows_record(folder) or {}).get("files") or {}
+    return next((key for key, digest in files.items() if _file_digest(getattr(data, key, None)) != digest), None)
+
+
+def _file_digest(source: Any) -> str | None:
+    """Return the SHA-256 of a local file; None for anything else."""
+    path = Path(source).expanduser() if isinstance(source, str) else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_rows_record(folder: Path) -> bool:

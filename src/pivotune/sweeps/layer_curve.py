@@ -28,16 +28,22 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
     Returns:
         `term`; `errors` (`seeds`: a margin is the standard deviation over seeds; `items`: the 95 % interval of the one
         seed's items); `series`, each with `label`, `metric`, `points` (`layer`, `value`, `margin`, `seeds`) and `baseline`
-        (TFT's value, null where the sweep holds no TFT); and `layers`, the starting model's layer analysis.
+        (TFT's value, null where the sweep holds no TFT); and `layers`, the starting model's layer analysis, null where
+        every cell names its layers.
     """
     folders = {cell.name: cell.folder for cell in sweep.cells if (cell.folder / "layers.json").is_file()}
     analyses = {name: read_layers_json(folder / "layers.json") for name, folder in folders.items()}
+    supervised: dict[str, Any] = {name: analysis[term] for name, analysis in analyses.items()}
+    for cell in sweep.cells:
+        named = getattr(cell.config.supervision, term).layer
+        if named != "auto":
+            supervised[cell.name] = named
     entries = {cell.name: read_entries(cell.folder) for cell in sweep.cells}
     tasks = sweep.tasks or tuple(dict.fromkeys(name for own in entries.values() for name in own))
     lines: dict[str, list[Cell]] = {}
     for cell in sweep.cells:
         others = [option for option in cell.options if f"supervision.{term}.layer" not in option.keys]
-        if cell.name in analyses and len(others) < len(cell.options):
+        if cell.name in supervised and len(others) < len(cell.options):
             label = ", ".join(option.label for option in others if option.keys != ("method",))
             lines.setdefault(label, []).append(cell)
     over_seeds = len({cell.seed for cells in lines.values() for cell in cells}) > 1
@@ -52,7 +58,7 @@ def layer_curve(sweep: Sweep, term: TermName) -> dict[str, Any]:
             measured = {name: entry for name, entry in measured.items() if entry["value"] is not None}
             by_layer: dict[int, list[dict[str, Any]]] = {}
             for cell in (cell for cell in cells if cell.name in measured):
-                by_layer.setdefault(analyses[cell.name][term], []).append(measured[cell.name])
+                by_layer.setdefault(supervised[cell.name], []).append(measured[cell.name])
             compared = [measured[cell.name]["value"] for cell in baselines if cell.name in measured]
             if by_layer:
                 name, metric = f"{task}, {label}" if label else task, next(iter(by_layer.values()))[0]["metric"]

@@ -25,8 +25,9 @@ from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.models.loading import read_config
 from pivotune.results.files import read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
-from pivotune.runs.folder import claim_run_folder, find_change
+from pivotune.runs.folder import claim_run_folder, find_change, has_trained
 from pivotune.runs.prepare import prepare_run
+from pivotune.runs.record import changed_data_file
 from pivotune.sweeps.plan import Cell
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact
@@ -84,7 +85,8 @@ class Sweep:
 
 
 def is_started(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    """Return True if a cell has trained: another configuration may follow one that failed before its first step."""
+    return (folder / "config.yaml").is_file() and has_trained(folder)
 
 
 def is_trained(folder: Path) -> bool:
@@ -127,13 +129,16 @@ def prepare_sweep(
 
 
 def _check_cell(cell: Cell) -> None:
-    """Check a cell without its data: its configuration is unchanged, its arguments and layers are possible."""
+    """Check a cell without its rows: configuration and data files are unchanged, its arguments and layers are possible."""
     folder, config = cell.folder, cell.config
+    advice = "choose another --out, or remove that folder to train it again"
     if is_started(folder) and (change := find_change(folder, config, ignored=("output_dir",))) is not None:
         key, before, now = change
-        advice = "choose another --out, or remove that folder to train it again"
         raise UsageError(f"{key} is {now!r} here and was {before!r} in {folder}; {advice}")
     if is_trained(folder):
+        if (changed := changed_data_file(folder, config.data)) is not None:
+            source = getattr(config.data, changed)
+            raise UsageError(f"data.{changed}: {source} is not what {folder} was trained with; {advice}")
         return
     claim_run_folder(config, resume=is_started(folder))
     args = build_arguments(config)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import json
 import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args, get_type_hints
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError, create_model
+from pydantic import create_model
 from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from pivotune.config.messages import validate
@@ -33,12 +30,12 @@ from pivotune.config.settings import (
     check_signals,
     merged,
 )
-from pivotune.config.training_ranges import check_ranges
+from pivotune.config.training_fields import FLAT_NAMES, check_training, check_used
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_fsdp, fsdp_version, strategy_of, whole_weights_reason
-from pivotune.training.optimizers import check_optimizer_name, check_optimizer_runs
+from pivotune.training.optimizers import check_optimizer_runs
 
 _SAMPLING_STRATEGIES: list[str] = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
 if TYPE_CHECKING:
@@ -48,18 +45,6 @@ if TYPE_CHECKING:
 else:
     # `HfArgumentParser` takes a section as JSON; the constructor takes a mapping or a typed section, too.
     SupervisionSection = DataSection = FaultsSection = dict | str | None
-
-# Keyword arguments of earlier versions -> their place in the tree.
-FLAT_NAMES = {
-    **{f"{term}_{key}": f"supervision.{term}.{key}" for term in ("conversion", "thinking")
-       for key in ("signal", "layer", "weight")},
-    "supervision_schedule": "supervision.schedule",
-    "profile_rows": "supervision.profile_rows",
-    **{f"logits_{key}": f"supervision.logits.{key}" for key in ("mode", "norm", "forward")},
-    **{f"feature_{key}": f"supervision.feature.{key}" for key in ("pooling", "span", "english", "english_norm")},
-    **{key: f"data.{key}" for key in EncodingConfig.model_fields},
-    **{key: f"faults.{key}" for key in FaultsConfig.model_fields},
-}  # fmt: skip
 
 
 @dataclass
@@ -79,7 +64,8 @@ class DeepSupervisionConfig(TrainingArguments):
         interpolate: share A of the trained weights at the end, which become A x trained + (1 - A) x starting weights.
         train_sampling_strategy: as in `TrainingArguments`, but `group_by_length` by default: batches of rows of similar
             length, with little padding.
-        logging_nan_inf_filter: as in `TrainingArguments`, but off by default: see `faults.nonfinite`.
+        logging_nan_inf_filter, remove_unused_columns: off, and refused otherwise: `faults.nonfinite` decides on such
+            losses, and the English columns are no arguments of the model's forward.
 
     Raises:
         UsageError: an unknown key, or a value that is not allowed.
@@ -101,12 +87,13 @@ class DeepSupervisionConfig(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "sampler of the training rows", "choices": _SAMPLING_STRATEGIES}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave such losses out of the logged mean"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "not supported: see faults.nonfinite"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "not supported: drops the English columns"})
 
     def __post_init__(self) -> None:
         self._read_sections()
-        # The English columns are no arguments of the model's forward; the default would drop them.
-        self.remove_unused_columns = False
+        changed = {each.name: getattr(self, each.name) for each in fields(TrainingArguments)}
+        check_used({key: value for key, value in changed.items() if value != _FIELD_DEFAULTS[key]}, changed)
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter is used in every step. DDP would search the model's output, which no loss reads.
             self.ddp_find_unused_parameters = False
@@ -115,14 +102,19 @@ class DeepSupervisionConfig(TrainingArguments):
         if self.data_seed is None:
             # Otherwise accelerate orders rows by the last seed of torch, and a resumed run in another order.
             self.data_seed = self.seed
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        judged = self.load_best_model_at_end or self.save_strategy == "best"
+        if (judged or self.lr_scheduler_type in _ON_METRIC) and self.metric_for_best_model is None:
             # There is no plain `eval_loss`: each language has its own.
             self.metric_for_best_model = f"eval_{METHODS[self.method].main_language}_loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # Everything that is measured of held-out rows is a loss; `Trainer` knows losses by the end of their name.
+            self.greater_is_better = False
         super().__post_init__()
         if self.mixed_precision in ("bf16", "fp16"):
             # Trainer obeys the launcher (`accelerate launch`): scoring and estimates must agree with it.
             setattr(self, self.mixed_precision, True)
         ranks.set_timeout(self.ddp_timeout)
+        _check_accelerator(self.accelerator_config)
         check_fsdp(fsdp_version(self))
         reason = whole_weights_reason(strategy_of(self), ema=self.ema, interpolate=self.interpolate)
         if reason is not None:
@@ -180,6 +172,12 @@ _Weights = create_model(
     **cast(Any, {name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in _WEIGHTS}),
 )
 _SECTIONS = {"supervision": SupervisionConfig, "data": EncodingConfig, "faults": FaultsConfig}
+# Schedules that lower the learning rate when the metric gets no better.
+_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
+_FIELD_DEFAULTS = {
+    each.name: each.default if each.default_factory is MISSING else each.default_factory()
+    for each in fields(DeepSupervisionConfig)
+}
 _plain_init = DeepSupervisionConfig.__init__
 
 
@@ -217,7 +215,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     """Return the trainer's arguments of a run configuration.
 
     Defaults where `training:` names no other: bfloat16 autocast on hardware that has it, no reporting integrations, a log
-    line every 10 steps, a checkpoint every epoch.
+    line every 10 steps, a checkpoint every epoch, or every `save_steps`.
 
     Args:
         where: names the settings in messages.
@@ -227,10 +225,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
         UsageError: an unknown field of TrainingArguments, or a value it refuses.
     """
     own = {name: getattr(config, name) for name in ("output_dir", "seed", "method", *_WEIGHTS, *_SECTIONS)}
-    _check_training_keys(config.training, {*own, *FLAT_NAMES})
-    training = {key: _typed(key, value) for key, value in config.training.items()}
-    check_ranges(training)
-    _check_reports(training.get("report_to"))
+    training = check_training(config.training)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     other = {"bf16": "fp16", "fp16": "bf16"}.get(launched)
     if training.get(launched) is False or (other is not None and training.get(other)):
@@ -238,20 +233,12 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
         raise UsageError(
             f"training.{asked} found, and the launcher asks for {launched}; set mixed_precision: 'no' in its file"
         )
-    defaults = {
-        "bf16": bf16_is_native() and not training.get("fp16") and launched != "fp16",
-        "report_to": "none",
-        "logging_steps": 10,
-        "save_strategy": "epoch",
-        "disable_tqdm": True,
-    }
-    settings = {**defaults, **training, **own}
+    bf16 = bf16_is_native() and not training.get("fp16") and launched != "fp16"
+    settings = {"bf16": bf16, **training, **own}
     if not torch.cuda.is_available() and "use_cpu" not in settings and not torch.backends.mps.is_available():
         settings["use_cpu"] = True
-    if "optim" in settings:
-        check_optimizer_name(settings["optim"])
-        if here:
-            check_optimizer_runs(settings["optim"], use_cpu=bool(settings.get("use_cpu")))
+    if here and "optim" in settings:
+        check_optimizer_runs(settings["optim"], use_cpu=bool(settings.get("use_cpu")))
     try:
         return DeepSupervisionConfig(**settings)
     except UsageError:
@@ -272,39 +259,13 @@ def bf16_is_native() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _check_training_keys(training: dict[str, Any], own: set[str]) -> None:
-    known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
-    for key in training:
-        if key == "resume_from_checkpoint":
-            raise UsageError("training.resume_from_checkpoint: a run goes on with --resume or --auto-resume")
-        if key in own:
-            raise UsageError(f"training.{key} is set outside of training: (see `pivotune init`)")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean training.{near[0]}?" if near else ""
-            raise UsageError(f"unknown key training.{key}{hint} (fields of transformers.TrainingArguments)")
-
-
-def _check_reports(names: Any) -> None:
-    """Refuse an unknown integration; `Trainer` would do so after the model is loaded."""
-    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
-    for name in [names] if isinstance(names, str) else names or []:
-        if name not in known:
-            raise UsageError(f"training.report_to: {name!r} is not allowed; allowed: {', '.join(known)}")
-
-
-def _typed(key: str, value: Any) -> Any:
-    """Convert numbers and switches to the type that TrainingArguments declares and does not check.
-
-    Fields of other types accept more than they declare and are left alone.
-    """
-    hint = get_type_hints(TrainingArguments)[key]
-    if not set(get_args(hint) or (hint,)) <= {int, float, bool, NoneType}:
-        return value
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        wanted = " or ".join(
-            dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors())
-        )
-        raise UsageError(f"training.{key}: {value!r} is not allowed; allowed: {wanted}") from error
+def _check_accelerator(config: Any) -> None:
+    """Refuse options of Accelerate that would change which rows a step holds."""
+    for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"):
+        if getattr(config, name) != getattr(AcceleratorConfig(), name):
+            raise UsageError(
+                f"training.accelerator_config: {name}: {getattr(config, name)} is not supported: rows have an order of "
+                "their own; allowed: non_blocking, gradient_accumulation_kwargs"
+            )
+    if "num_steps" in (config.gradient_accumulation_kwargs or {}):
+        raise UsageError("training.accelerator_config: num_steps is not supported; set gradient_accumulation_steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from pivotune.errors import UsageError
 
+logger = logging.getLogger(__name__)
 AVERAGE_FILE = "average.safetensors"
+# Share of the starting weights in the average above which little of the training is saved.
+MUCH_OF_THE_START = 0.5
 
 
 class WeightAverage(TrainerCallback):
@@ -27,7 +31,7 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, decay: float) -> None:
-        self._trainer = trainer
+        self._trainer, self._decay = trainer, decay
         self._update = get_ema_multi_avg_fn(decay)
         self._average: dict[str, Tensor] = {}
 
@@ -43,6 +47,11 @@ class WeightAverage(TrainerCallback):
         Raises:
             UsageError: the checkpoint has no average of these weights.
         """
+        if (start := self._decay**state.max_steps) > MUCH_OF_THE_START:
+            logger.warning(
+                "ema: %g keeps %.0f %% of the starting weights in the average after %d steps; lower it, or leave it out",
+                self._decay, 100 * start, state.max_steps,
+            )  # fmt: skip
         trained = trained_weights(self._trainer.model)
         self._average = {name: tensor.float().clone() for name, tensor in trained.items()}
         if self._trainer.resumed_from is None:

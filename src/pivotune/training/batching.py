@@ -20,6 +20,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_utils import seed_worker
 
+from pivotune.config.training_fields import IN_CHECKPOINTS
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
@@ -46,6 +47,7 @@ class DataOrder:
         num_processes: processes that share a micro-batch; the order does not depend on it.
         train_sampling_strategy, data_seed, dataloader_drop_last: arguments that a resumed run must repeat; None in
             checkpoints of earlier versions.
+        in_checkpoint: the same for the arguments that optimizer, schedule and best metric keep in their states.
     """
 
     batch_rows: int
@@ -54,6 +56,7 @@ class DataOrder:
     train_sampling_strategy: str | None = None
     data_seed: int | None = None
     dataloader_drop_last: bool | None = None
+    in_checkpoint: dict[str, Any] | None = None
 
     @property
     def step_rows(self) -> int:
@@ -74,6 +77,8 @@ def order_of(args: DeepSupervisionConfig, batch_size: int) -> DataOrder:
         train_sampling_strategy=args.train_sampling_strategy,
         data_seed=args.data_seed,
         dataloader_drop_last=args.dataloader_drop_last,
+        # As JSON gives them back.
+        in_checkpoint=json.loads(json.dumps({name: getattr(args, name) for name in IN_CHECKPOINTS})),
     )
 
 
@@ -102,9 +107,13 @@ def resumed_order(checkpoint: Path, now: DataOrder) -> DataOrder:
         if accumulated and not rest:
             remedy = f"set training.gradient_accumulation_steps={accumulated}"
         raise UsageError(f"{checkpoint} has {before} and this run {now}; {remedy}")
-    before = replace(before, **{name: getattr(now, name) for name in _SAME if getattr(before, name) is None})
-    for name in _SAME:
-        then, current = getattr(before, name), getattr(now, name)
+    absent = [name for name in (*_SAME, "in_checkpoint") if getattr(before, name) is None]
+    before = replace(before, **{name: getattr(now, name) for name in absent})
+    kept, given = (
+        {**{name: getattr(each, name) for name in _SAME}, **(each.in_checkpoint or {})} for each in (before, now)
+    )
+    for name, current in given.items():
+        then = kept.get(name, current)
         if then != current:
             raise UsageError(
                 f"{checkpoint} was begun with {name} {then} and this run has {current}; set training.{name}={then}"

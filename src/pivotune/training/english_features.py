@@ -159,7 +159,7 @@ def prepare_features(
             states = run_passes(model, inputs, PassRequest(main_layers=layers)).main
             mask = span_masks(batch, supervision.feature.span)[1].to(architecture.device)
             for loss in losses:
-                english = english_states(states, loss, architecture.num_layers, supervision.feature)
+                english = english_states(states, loss, architecture, supervision.feature)
                 vectors[loss.name][rows] = pool(english, mask, supervision.feature.pooling).cpu().numpy()
             advance(start + len(rows))
     save_arrays(path, vectors, key)

@@ -124,6 +124,9 @@ class GradientBalance(TrainerCallback, ExportableState):
         self._figures: dict[str, float] = {}
         self._measured: int | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measured = None
+
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"factors": self.factors}}
 

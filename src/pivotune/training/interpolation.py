@@ -45,7 +45,7 @@ class Interpolation(TrainerCallback):
         self._share, self._load_start = share, load_start
         if hasattr(model, "peft_config"):
             for name, tensor in trained_weights(model).items():
-                if not _is_a(name) and (tensor.any() or not _is_b(name)):
+                if not _is_a(name) and (tensor.any() or not is_lora_b(name)):
                     raise UsageError(
                         f"interpolate: {share:g} scales LoRA adapters that start as zeros, and {name} is trained too; "
                         "leave out interpolate, or train plain LoRA (init_lora_weights: true) or the whole model"
@@ -61,7 +61,7 @@ class Interpolation(TrainerCallback):
     ) -> None:
         weights = trained_weights(model)
         if hasattr(model, "peft_config"):
-            weights = {name: tensor for name, tensor in weights.items() if _is_b(name)}
+            weights = {name: tensor for name, tensor in weights.items() if is_lora_b(name)}
             start: Mapping[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
         else:
             assert self._load_start is not None
@@ -74,5 +74,6 @@ def _is_a(name: str) -> bool:
     return ".lora_A." in name or ".lora_embedding_A." in name
 
 
-def _is_b(name: str) -> bool:
+def is_lora_b(name: str) -> bool:
+    """Return True for the name of an adapter's factor B, which starts as zeros."""
     return ".lora_B." in name or ".lora_embedding_B." in name

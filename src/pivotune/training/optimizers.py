@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 
 import torch
-from transformers.training_args import OptimizerNames
 
 from pivotune.errors import UsageError
 
@@ -34,23 +32,6 @@ _NEEDS: dict[str, tuple[str, str]] = {
     "adamw_torch_xla": ("torch_xla", "torch_xla"),
     "adamw_torch_npu_fused": ("torch_npu", "torch_npu"),
 }  # fmt: skip
-
-
-def optimizer_names() -> list[str]:
-    """Return every name that `training.optim` may have."""
-    return [name.value for name in OptimizerNames]
-
-
-def check_optimizer_name(name: object) -> None:
-    """Refuse an unknown optimizer.
-
-    Raises:
-        UsageError: with the nearest valid name.
-    """
-    if name not in optimizer_names():
-        near = difflib.get_close_matches(str(name), optimizer_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(optimizer_names())}"
-        raise UsageError(f"training.optim: {name!r} is not allowed; {hint}")
 
 
 def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:

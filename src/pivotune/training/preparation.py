@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
+from transformers import IntervalStrategy
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import NO_SUPERVISION, DataConfig, EncodingConfig, KeepEnglishConfig, SupervisionConfig
@@ -24,7 +26,7 @@ from pivotune.data.datasets import (
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.sources import Row, Rows, load_rows
-from pivotune.data.templates import load_template
+from pivotune.data.templates import Template, Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers, num_sequences
 from pivotune.layers.selection import LayerAnalysis, check_layer, resolve_layers, selection_from_json
@@ -34,9 +36,11 @@ from pivotune.models.sharding import is_partitioned, placed
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import strategy_of
+from pivotune.training.heldout import end_token_ids
 from pivotune.training.lens_fitting import FITTED_ON, fit_all_layers
 from pivotune.training.progress import Progress, silent
 
+logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
@@ -172,6 +176,30 @@ def build_heldout_datasets(
     return {name: ExampleDataset(examples) for name, examples in heldout_examples(pairs or []).items()}
 
 
+# What an evaluation measures of every language.
+_METRICS = ("loss", "nll", "nll_per_character")
+
+
+def check_evaluation(args: DeepSupervisionConfig, sides: Collection[str], found: str) -> None:
+    """Refuse evaluations without held-out rows, and a metric that they do not measure.
+
+    Args:
+        sides: languages of the held-out rows, `target` and `english`.
+        found: ends the message where there are none.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    strategy = IntervalStrategy(args.eval_strategy).value
+    asked = f"eval_strategy: {strategy}" if strategy != "no" else "eval_on_start: true" if args.eval_on_start else None
+    if asked is not None and not sides:
+        raise UsageError(f"training.{asked} needs held-out rows and {found}")
+    metric = args.metric_for_best_model
+    measured = [f"eval_{side}_{name}" for side in sides for name in _METRICS]
+    if asked is not None and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in measured:
+        raise UsageError(f"training.metric_for_best_model: {metric} is not measured; allowed: {', '.join(measured)}")
+
+
 # ---- layers ----
 
 
@@ -301,6 +329,23 @@ def freeze_unused_parameters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in used:
             parameter.requires_grad_(False)
+
+
+def adopt_template(model: Any, tokenizer: Any, template: Template) -> None:
+    """Make plain `apply_chat_template` and `generate` do what training does: write template and end tokens into both."""
+    tokenizer.chat_template = template.chat_template
+    ends = {*end_token_ids(model, tokenizer), end_of_answer(template, tokenizer)}
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    question = Turn("question")
+    plain = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question.prompt}], add_generation_prompt=True, return_dict=False
+    )
+    if plain != Encoder(tokenizer, template).encode_prompt(question):
+        logger.warning(
+            "data.template: %s: `apply_chat_template` of the saved tokenizer gives other tokens than training; "
+            "use `pivotune chat`, or tokenize the prompt without special tokens",
+            template.name,
+        )
 
 
 def pad_token_of(tokenizer: Any) -> int:

@@ -18,21 +18,22 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pivotune.config.settings import NO_SUPERVISION
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
+from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
 from pivotune.layers.selection import LayerAnalysis
 from pivotune.lenses.tuned import TunedLens
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
-from pivotune.models.loading import load_model, load_tokenizer
+from pivotune.models.loading import load_model, load_tokenizer, read_config
 from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
-from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
 from pivotune.training.averaging import WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
-from pivotune.training.distributed.strategies import check_head, prepare_fsdp, use_one_device
+from pivotune.training.distributed.strategies import check_head, check_sharding, prepare_fsdp, use_one_device
 from pivotune.training.english_features import with_features
 from pivotune.training.english_predictions import with_start_predictions
 from pivotune.training.gradient_balance import GradientBalance
@@ -41,8 +42,10 @@ from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.phase import Phase
 from pivotune.training.preparation import (
+    adopt_template,
     build_heldout_datasets,
     build_train_dataset,
+    check_evaluation,
     choose_supervision,
     encode_dataset,
     freeze_unused_parameters,
@@ -51,6 +54,7 @@ from pivotune.training.preparation import (
 from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.resilience.preemption import StopSignals
+from pivotune.training.stand_in import check_setup
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         supervision: the inner losses with their layers.
 
     Raises:
-        UsageError: rows, layers, template or adapters that cannot be used; one line each.
+        UsageError: settings, rows, layers, template or adapters that cannot be used; one line each.
     """
 
     # compute_loss normalises over the whole accumulation window itself.
@@ -107,14 +111,21 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
+        quantized = getattr(model, "quantization_method", None) is not None
+        check_sharding(args, quantized=quantized, optimizer=optimizer_name(args))
+        if optimizers == (None, None):
+            check_setup(args, read_config(model) if isinstance(model, str) else model.config)
         # Seed before the adapters draw their first weights; `Trainer` seeds too late.
         set_seed(args.seed)
         if isinstance(model, str):
             load_start = load_start or partial(_load_whole, model, adapters=peft_config is not None)
             model = _load_whole(model, adapters=peft_config is not None)
         pairs = encode_dataset(train_dataset, args, processing_class, model.config)
+        heldout = build_heldout_datasets(eval_dataset, args, processing_class, model.config)
+        check_evaluation(args, heldout or {}, "eval_dataset gives none")
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
+        adopt_template(model, processing_class, load_template(args.data.template, processing_class))
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
@@ -131,7 +142,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             args=args,
             data_collator=DeepSupervisionCollator(pad_token_id),
             train_dataset=rows,
-            eval_dataset=build_heldout_datasets(eval_dataset, args, processing_class, model.config),
+            eval_dataset=heldout,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
+import torch
 from tiny_training import arguments
 from torch import nn
 
@@ -48,6 +49,17 @@ def test_fsdp_2_needs_a_new_accelerate(tmp_path, monkeypatch):
 def test_without_fsdp_any_accelerate_will_do(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.10.0")
     arguments(tmp_path)
+
+
+def test_training_fsdp_needs_several_processes(tmp_path, monkeypatch):
+    args = arguments(tmp_path, fsdp="full_shard", fsdp_config={"cpu_offload": True, "fsdp_version": 2})
+    assert fsdp_version(args) == 2
+    assert args.fsdp_plugin_args["cpu_offload"]
+    monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"training\.fsdp needs several processes; start with torchrun"):
+        check_sharding(args, quantized=False, optimizer="adamw_torch")
+    with pytest.raises(UsageError, match=r"training\.fsdp_config: .* has no effect with fsdp: null; set fsdp: true"):
+        arguments(tmp_path, fsdp_config={"fsdp_version": 2})
 
 
 class _ZeRO:

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cached English features": (FROZEN, {}),
     "rows at random": ({"train_sampling_strategy": "random", "gradient_accumulation_steps": 3}, {}),
     "evaluation and log lines by epoch": (
-        {"eval_strategy": "epoch", "logging_strategy": "epoch", "method": "tft"},
+        {"eval_strategy": "epoch", "logging_strategy": "epoch", "logging_steps": 500, "method": "tft"},
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "a step limit in the middle of an epoch": (
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "an evaluation at the last step of an epoch": (
-        {"eval_strategy": "steps", "eval_steps": 5, "logging_strategy": "epoch", "method": "tft"},
+        {"eval_strategy": "steps", "eval_steps": 5, "logging_strategy": "epoch", "logging_steps": 500, "method": "tft"},
         {"eval_dataset": make_pairs(5, seed=9)},
     ),
     "data workers": ({"dataloader_num_workers": 1, "save_steps": 4}, LORA),
@@ -193,17 +193,17 @@ def best_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", ["steps", "best"])
+@pytest.mark.parametrize("strategy", [{"save_strategy": "steps"}, {"save_strategy": "best", "save_steps": 500}])
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_evaluation_that_is_made_up_for_finds_the_best_checkpoint(tmp_path, strategy, step):
-    whole = best_trainer(tmp_path / "whole", save_strategy=strategy)
+    whole = best_trainer(tmp_path / "whole", **strategy)
     whole.train()
     assert whole.state.best_global_step == 4
-    stopped = best_trainer(tmp_path / "run", save_strategy=strategy)
+    stopped = best_trainer(tmp_path / "run", **strategy)
     Signal(stopped, step, evaluating=False)
     with pytest.raises(StoppedBySignalError):
         stopped.train()
-    resumed = best_trainer(tmp_path / "run", save_strategy=strategy, save_total_limit=2)
+    resumed = best_trainer(tmp_path / "run", **strategy, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
     assert_same(weights(resumed.model), weights(whole.model))
@@ -315,3 +315,44 @@ def test_checksums_are_compared_however_the_checkpoint_is_named(tmp_path, monkey
     tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
     assert asked == [older, older]
     assert resumed.state.global_step == 4
+
+
+# ---- other settings than the checkpoint's ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"learning_rate": 1e-3},
+            r"begun with learning_rate 0\.01 and this run has 0\.001; set training\.learning_rate=0\.01",
+        ),
+        ({"weight_decay": 0.1}, "begun with weight_decay 0.0 and this run has 0.1"),
+        ({"optim": "sgd"}, "begun with optim adamw_torch_fused and this run has sgd"),
+        ({"lr_scheduler_type": "cosine"}, "begun with lr_scheduler_type linear and this run has cosine"),
+    ],
+)
+def test_what_lies_in_the_states_of_a_checkpoint_cannot_change(tmp_path, changes, message):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(UsageError, match=message):
+        tiny_trainer(tmp_path, max_steps=2, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed_from(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True).train()
+    with pytest.raises(
+        UsageError, match=r"checkpoint-4 has no state of the optimizer \(training\.save_only_model: true\)"
+    ):
+        tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_intervals_are_those_of_the_resumed_run(tmp_path):
+    """And the starting weights are evaluated once."""
+    heldout = {"trainer": {"eval_dataset": make_pairs(4)}, "eval_on_start": True}
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, logging_steps=2, max_steps=2, **heldout).train()
+    resumed = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, logging_steps=1, **heldout)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-3").is_dir()
+    logged = [line["step"] for line in resumed.state.log_history if "loss" in line]
+    assert logged == [2, 3, 4]
+    assert [line["step"] for line in resumed.state.log_history if "eval_target_nll" in line] == [0]

@@ -102,6 +102,8 @@ def check_sharding(args: TrainingArguments, *, quantized: bool, optimizer: str) 
     if strategy == "fsdp2" and args.device.type == "cpu":
         # Accelerate would run plain data parallelism without a message.
         raise UsageError("FSDP2 shards on GPUs only; on CPUs start with torchrun, or accelerate launch --cpu")
+    if args.fsdp and args.world_size == 1:
+        raise UsageError("training.fsdp needs several processes; start with torchrun or accelerate launch")
     if strategy == "fsdp2" and (args.fsdp_plugin_args or {}).get("cpu_offload") and not _launched_with_fsdp():
         # Only its own launcher makes Accelerate set up a backend for CPU tensors.
         raise UsageError("training.fsdp: cpu_offload needs accelerate launch (configs/accelerate/fsdp2.yaml)")

@@ -206,6 +206,20 @@ def whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_states(checkpoint: Path) -> None:
+    """Refuse to resume from a checkpoint that holds weights only.
+
+    Raises:
+        UsageError: names the setting that left out the states.
+    """
+    names = [path.name for path in checkpoint.iterdir()]
+    if not any(name == _STATES[0] or name.startswith(_SHARDED_STATES) for name in names):
+        raise UsageError(
+            f"{checkpoint} has no state of the optimizer (training.save_only_model: true), so a resumed run would be "
+            "another one; begin a new run, which may start from its weights (model:)"
+        )
+
+
 def set_newer_aside(folder: Path, chosen: Path) -> None:
     """Rename every checkpoint that is newer than the one a run resumes from to `passed-over-checkpoint-N`.
 

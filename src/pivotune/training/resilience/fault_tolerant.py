@@ -29,6 +29,7 @@ from pivotune.training.metrics import LogWindow
 from pivotune.training.resilience.checkpoint_safety import check_checkpoint
 from pivotune.training.resilience.checkpoints import (
     TRAINER_STATE,
+    check_states,
     find_checkpoint_damage,
     find_damage,
     own_checkpoint,
@@ -108,6 +109,8 @@ class PivotuneCounters(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give counters, and other callbacks' attributes, the values of the checkpoint that the run resumes from."""
         self._clear(state.global_step)
+        # `Trainer` would keep the intervals of the checkpoint.
+        state.compute_steps(args, state.max_steps)
         kept = cast(dict[str, Any], state.stateful_callbacks)
         for callback in (*self._trainer.callback_handler.callbacks, control):
             if not isinstance(callback, ExportableState):
@@ -228,6 +231,8 @@ class FaultTolerantTrainer(Trainer):
         self.resumed_from = checkpoint
         if checkpoint is not None:
             ranks.on_main(lambda: set_newer_aside(self._folder, checkpoint))
+            # Of the starting weights, which the run before has evaluated.
+            self.args.eval_on_start = False
         # `PivotuneCounters` restores them in every run; `Trainer` would make new callbacks.
         self.args.restore_callback_states_from_checkpoint = False
         # Behind the callbacks whose decisions they change.
@@ -249,6 +254,7 @@ class FaultTolerantTrainer(Trainer):
         else:
             return None
         if checkpoint is not None:
+            check_states(checkpoint)
             check_checkpoint(checkpoint)
         return checkpoint
 
