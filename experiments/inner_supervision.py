@@ -15,6 +15,7 @@ its seed), with intervals over passages and seeds; the questions of one passage 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -37,7 +38,7 @@ from pivotune.evaluation.registry import find_tasks
 from pivotune.evaluation.tasks.tables import Source
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.results.metrics import Metric
-from pivotune.text.files import write_json
+from pivotune.text.files import write_text
 from pivotune.training.arguments import bf16_is_native
 from pivotune.training.heldout import score_answers
 from pivotune.training.lens_fitting import LENS_FILE
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
             cell = _train(options, arm, seed, list(train), tokenizer, sets)
             cell["seconds"] = round(time.time() - started)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, cell)
+            write_text(path, json.dumps(cell) + "\n")
             print(f"{path.name}: {cell['seconds']} s, {cell['means']}", flush=True)
 
 
@@ -123,7 +124,7 @@ def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[
         asked: Counter[str] = Counter()
         order = []
         for sides in both:
-            order.append(asked[passage := sides["en"].query.split("\n\n")[0]])
+            order.append(asked[passage := _digest(sides["en"].query)])
             asked[passage] += 1
         both = [both[i] for i in sorted(range(len(both)), key=order.__getitem__)]
         rows = [
@@ -136,8 +137,13 @@ def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[
         limits = Limits(options.longest_question, options.max_tokens)
         asking = Encoder(encoder.tokenizer, encoder.template, limits)
         encoded = asking.encode_lazily(load_rows(rows, need_english=True), on_bad_row="skip", source=name)
-        sets[name] = [(rows[pair.number - 1]["prompt_en"].split("\n\n")[0], pair) for pair in encoded]
+        sets[name] = [(_digest(rows[pair.number - 1]["prompt_en"]), pair) for pair in encoded]
     return sets
+
+
+def _digest(query: str) -> str:
+    """Return a name for a question's passage: results hold no text of the benchmarks."""
+    return hashlib.blake2b(query.split("\n\n")[0].encode(), digest_size=6).hexdigest()
 
 
 def _train(
@@ -206,7 +212,7 @@ class _Scorer(TrainerCallback):
                 found = self.items.setdefault(f"{name}_{language}", {})
                 for (passage, pair), score in zip(questions, scores, strict=True):
                     item = found.setdefault(passage or str(pair.number), {"nll": 0.0, "characters": 0})
-                    item["nll"] += score.nll
+                    item["nll"] += round(score.nll, 3)
                     item["characters"] += score.characters
 
 

@@ -184,7 +184,7 @@ def test_the_run_folder_describes_the_run(finished, model):
         assert task["base"]["value"] == pytest.approx(sum(item["base_nll"] for item in own) / tokens)
         assert (task["metric"], task["n"], task["higher_is_better"]) == ("nll", 3, False)
     card = (run / "README.md").read_text()
-    assert "Conversion at layer 1, thinking at layer 3 of 4" in card
+    assert "Conversion at layer 1, thinking at layer 3, as the configuration names them." in card
     assert f"{results['tasks']['heldout_sw']['value']:.3f}" in card
     environment = json.loads((run / "environment.json").read_text())
     assert environment["libraries"]["torch"] == torch.__version__

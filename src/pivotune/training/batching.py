@@ -114,6 +114,9 @@ def resumed_order(checkpoint: Path, now: DataOrder) -> DataOrder:
     )
     for name, current in given.items():
         then = kept.get(name, current)
+        if then is None and name in ("metric_for_best_model", "greater_is_better"):
+            # No best checkpoint was looked for: that may begin now.
+            continue
         if then != current:
             raise UsageError(
                 f"{checkpoint} was begun with {name} {then} and this run has {current}; set training.{name}={then}"

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from pivotune.config.settings import NO_SUPERVISION
@@ -112,7 +112,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
         processing_class = processing_class or load_tokenizer(_name_of(model))
         quantized = getattr(model, "quantization_method", None) is not None
-        check_sharding(args, quantized=quantized, optimizer=optimizer_name(args))
+        if args.device.type != "cpu":
+            # On CPUs a process group may have been made for sharding, which the settings do not tell.
+            check_sharding(args, quantized=quantized, optimizer=optimizer_name(args))
         if optimizers == (None, None):
             check_setup(args, read_config(model) if isinstance(model, str) else model.config)
         # Seed before the adapters draw their first weights; `Trainer` seeds too late.
@@ -125,7 +127,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         check_evaluation(args, heldout or {}, "eval_dataset gives none")
         progress = progress or (silent if args.disable_tqdm else tqdm_bar)
         self.supervision, self.layers = choose_supervision(args, model, processing_class, pairs, layers, progress)
-        adopt_template(model, processing_class, load_template(args.data.template, processing_class))
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            adopt_template(model, processing_class, load_template(args.data.template, processing_class))
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
         # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
