@@ -40,13 +40,14 @@ PAIRS = [
 ]
 
 
-def build_byte_tokenizer(**changes) -> PreTrainedTokenizerFast:
+def build_byte_tokenizer(merge: tuple[str, str] = (":", "("), **changes) -> PreTrainedTokenizerFast:
     """One token for each byte, so that counts follow from the text; only `:(` is one token together."""
     special = ["<|pad|>", "<|end|>"]
     vocabulary = {
-        token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), ":("])
+        token: index
+        for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(merge)])
     }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "(")]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[merge]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     settings = {"pad_token": "<|pad|>", "eos_token": "<|end|>", **changes}
@@ -285,6 +286,19 @@ def test_suffix_of_a_chat_template_survives_the_cut(tokenizer):
     text = decode(tokenizer, side.ids)
     assert text.startswith("<|user|>\nswali refu")
     assert text.endswith("<|end|>\n<|assistant|>\nNi hivyo.<|end|>")
+
+
+def test_template_text_in_the_last_token_of_a_query_survives_the_cut():
+    """The token ` \\n` holds the end of the query and the first line break of the template."""
+    tokenizer = build_byte_tokenizer(merge=("Ġ", "Ċ"))
+    row = Row("swali refu sana " * 20, "Ni hivyo.", "q", "a")
+    whole = encoder_for(tokenizer, "alpaca").encode([row])[0].target
+    assert tokenizer.decode(whole.ids[whole.query[1] - 1]) == " \n"
+    for limit in range(whole.answer - 20, whole.answer):
+        cut = encoder_for(tokenizer, "alpaca", Limits(prompt=limit)).encode([row])[0].target
+        assert cut.answer == limit
+        assert decode(tokenizer, cut.ids).endswith("\n\n### Response:Ni hivyo.<|end|>")
+        assert decode(tokenizer, cut.ids[slice(*cut.query)]).startswith("swali refu")
 
 
 @pytest.mark.parametrize("letter", ["é", "字", "ก", "🙂"])

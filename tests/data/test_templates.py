@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import build_tiny_tokenizer
 
+from pivotune.data.examples import Encoder
 from pivotune.data.templates import Rendered, Turn, load_template
 from pivotune.errors import UsageError
 
@@ -140,7 +141,25 @@ def test_chat_template_that_refuses_a_role():
     template = load_template("chat", build_tiny_tokenizer(chat_template=STRICT))
     with pytest.raises(UsageError) as raised:
         template.render(Turn("q", "a", history=({"role": "system", "content": "s"},)))
-    assert message_of(raised) == "the chat template refuses the roles system, user: System role not supported"
+    assert message_of(raised) == (
+        "the chat template refuses the roles system, user: System role not supported; data.fold_system: true puts the "
+        "system text before the user's"
+    )
+
+
+def test_a_folded_system_message_begins_the_first_user_text():
+    encoder = Encoder(
+        tokenizer := build_tiny_tokenizer(chat_template=STRICT), load_template(None, tokenizer), fold_system=True
+    )
+    system, user, assistant = (
+        {"role": role, "content": text}
+        for role, text in (("system", "Be brief."), ("user", "Hi."), ("assistant", "Yes?"))
+    )
+    assert encoder.render(Turn("Why?", "So.", history=[system])).prompt == "[INST] Be brief.\n\nWhy? [/INST]"
+    later = encoder.render(Turn("Why?", "So.", history=[system, user, assistant]))
+    assert later.prompt == "[INST] Be brief.\n\nHi. [/INST] Yes?<|end|>[INST] Why? [/INST]"
+    assert later.query == "Why?"
+    assert encoder.render(Turn("Why?")).prompt == "[INST] Why? [/INST]"
 
 
 def test_chat_template_whose_generation_prompt_does_not_precede_the_answer():

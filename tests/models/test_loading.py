@@ -292,6 +292,19 @@ def test_folder_without_tokenizer(folder: Path) -> None:
     refused(lambda: load_tokenizer(str(folder)), f"{folder}: no tokenizer beside the model")
 
 
+def test_tokenizer_with_tokens_that_the_model_does_not_embed(folder: Path) -> None:
+    """The model has 16 rows; a special token beyond them, which no text becomes, is that of a place of an image."""
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([f"word{place}" for place in range(10, 16)])
+    tokenizer.add_tokens(["<|image|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).convert_tokens_to_ids("<|image|>") == 16
+    tokenizer.add_tokens(["habari"])
+    tokenizer.save_pretrained(folder)
+    sizes = "the tokenizer has 18 tokens, 'habari' among them, and the model's embedding 16 rows"
+    refused(lambda: load_tokenizer(str(folder)), f"{folder}: {sizes}; use the model's own tokenizer")
+
+
 def test_tokenizer_without_end_of_text(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", eos_token=None)
     refused(lambda: load_tokenizer(str(folder)), f"{folder}: the tokenizer has no end-of-text token")

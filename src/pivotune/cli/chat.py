@@ -154,7 +154,7 @@ def _accepts(encoder: Encoder, history: list[Mapping[str, str]]) -> bool:
     from pivotune.data.templates import Turn
 
     try:
-        encoder.template.render(Turn("question", history=history))
+        encoder.render(Turn("question", history=history))
     except UsageError:
         return False
     return True
@@ -168,11 +168,13 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     from pivotune.runs.folder import read_run_config
 
     folder = Path(name).expanduser()
+    fold_system = False
     if template is None and (folder / "config.yaml").is_file():
-        template = read_run_config(folder).data.saved_template
+        data = read_run_config(folder).data
+        template, fold_system = data.saved_template, data.fold_system
     check_model(name)
     tokenizer = load_tokenizer(name)
-    encoder = Encoder(tokenizer, load_template(template, tokenizer))
+    encoder = Encoder(tokenizer, load_template(template, tokenizer), fold_system=fold_system)
     if system and not _accepts(encoder, [{"role": "system", "content": system}]):
         raise UsageError(f"--system: the template {encoder.template.name} of {name} takes no system message")
     return encoder

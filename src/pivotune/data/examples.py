@@ -46,12 +46,15 @@ class Side:
         query: (start, end) of the user's text in the prompt.
         answer: index of the first answer token; the answer runs to the end.
         characters: number of characters of the answer's text in the answer tokens, without special tokens.
+        tail: int32, the template's tokens behind the query by themselves, where the query's last token holds some of their
+            text and a cut would lose it; not kept.
     """
 
     ids: np.ndarray
     query: tuple[int, int]
     answer: int
     characters: int
+    tail: np.ndarray | None = None
 
     @property
     def num_query_tokens(self) -> int:
@@ -131,12 +134,18 @@ def preview(tokenizer: Any, side: Side) -> list[PreviewPart]:
 
 
 class Encoder:
-    """Tokenizes rows with one template and one set of limits; counts truncated and skipped rows in `report`."""
+    """Tokenizes rows with one template and one set of limits; counts truncated and skipped rows in `report`.
 
-    def __init__(self, tokenizer: Any, template: Template, limits: Limits = Limits()) -> None:
+    With `fold_system` a system message becomes the beginning of the first user text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: Template, limits: Limits = Limits(), *, fold_system: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.limits = limits
+        self.fold_system = fold_system
         self.report = EncodingReport()
         self._bos = begin_ids(tokenizer, template.adds_special_tokens)
         self._control_tokens = ControlTokens(tokenizer)
@@ -156,7 +165,7 @@ class Encoder:
             rendered: list[tuple[int, list[tuple[Turn, Rendered] | None]]] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
-                    sides = [(turn, self._render(turn)) if turn.is_whole else None for turn in row.sides]
+                    sides = [(turn, self.render(turn)) if turn.is_whole else None for turn in row.sides]
                     rendered.append((row.number, sides))
             tokenized = [list(self._tokenize([sides[place] for _, sides in rendered])) for place in (0, 1)]
             for (number, _), target, english in zip(rendered, *tokenized, strict=True):
@@ -165,10 +174,11 @@ class Encoder:
 
     def encode_prompt(self, turn: Turn) -> list[int]:
         """Return the token ids of the prompt alone, as in training: generation continues them."""
-        return self._bos + self._ids([self._render(turn).prompt])[0][0]
+        return self._bos + self._ids([self.render(turn).prompt])[0][0]
 
-    def _render(self, turn: Turn) -> Rendered:
+    def render(self, turn: Turn) -> Rendered:
         """Render a turn whose text is text: control tokens in it are hidden until `_ids`."""
+        turn = turn.with_system_folded() if self.fold_system else turn
         return self.template.render(self._control_tokens.hide(turn))
 
     @contextmanager
@@ -197,11 +207,13 @@ class Encoder:
             begin, stop = len(item.prefix), len(item.prefix) + len(item.query)
             inside = [i for i, (left, right) in enumerate(offsets) if right > begin and left < stop and right > left]
             shift = len(self._bos)
+            merged = bool(inside) and offsets[inside[-1]][1] > stop
             yield Side(
                 ids=np.array(self._bos + prompt + answer, dtype=np.int32),
                 query=(shift + inside[0], shift + inside[-1] + 1) if inside else (shift, shift),
                 answer=shift + len(prompt),
                 characters=len(turn.completion),
+                tail=np.array(self._ids([item.suffix])[0][0], dtype=np.int32) if merged else None,
             )
 
     def _ids(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -220,7 +232,7 @@ class Encoder:
         """Cut both sides to the limits; each keeps the same share of its query, and of its answer."""
         sides = [side for side in (pair.target, pair.english) if side is not None]
         query_share = min((self._query_room(side) / side.num_query_tokens for side in sides), default=1.0)
-        sides = [_cut_query(side, query_share) for side in sides]
+        sides = [self._cut_query(side, query_share) for side in sides]
         # The English branch follows the target's prompt, so both prompts must leave room for both answers.
         longest_prompt = max((side.answer for side in sides), default=0)
         share = min((self._answer_room(side, longest_prompt) / side.num_answer_tokens for side in sides), default=1.0)
@@ -232,7 +244,9 @@ class Encoder:
     def _query_room(self, side: Side) -> int:
         if side.num_query_tokens == 0:
             raise UsageError("the prompt has no tokens")
-        frame = side.answer - side.num_query_tokens
+        if side.answer <= self.limits.prompt:
+            return side.num_query_tokens
+        frame = side.query[0] + len(_behind_query(side))
         room = min(side.num_query_tokens, self.limits.prompt - frame)
         if room < 1:
             limit = f"the {self.limits.prompt} tokens of data.max_prompt_tokens"
@@ -251,6 +265,15 @@ class Encoder:
             raise UsageError("the answer has no tokens")
         return min(room, side.num_answer_tokens)
 
+    def _cut_query(self, side: Side, share: float) -> Side:
+        start, behind = side.query[0], _behind_query(side)
+        keep = _share_of(side.num_query_tokens, share)
+        if keep == side.num_query_tokens:
+            return side
+        keep = max(1, min(keep, self.limits.prompt - start - len(behind)))
+        ids = np.concatenate([side.ids[: start + keep], behind, side.ids[side.answer :]])
+        return replace(side, ids=ids, query=(start, start + keep), answer=start + keep + len(behind))
+
     def _cut_answer(self, side: Side, share: float) -> Side:
         keep = _share_of(side.num_answer_tokens, share)
         if keep == side.num_answer_tokens:
@@ -260,14 +283,9 @@ class Encoder:
         return replace(side, ids=ids, characters=max(1, len(text)))
 
 
-def _cut_query(side: Side, share: float) -> Side:
-    start, end = side.query
-    keep = _share_of(side.num_query_tokens, share)
-    dropped = side.num_query_tokens - keep
-    if dropped == 0:
-        return side
-    ids = np.concatenate([side.ids[: start + keep], side.ids[end:]])
-    return replace(side, ids=ids, query=(start, start + keep), answer=side.answer - dropped)
+def _behind_query(side: Side) -> np.ndarray:
+    """Return the tokens between a cut query and the answer."""
+    return side.ids[side.query[1] : side.answer] if side.tail is None else side.tail
 
 
 def _share_of(count: int, share: float) -> int:

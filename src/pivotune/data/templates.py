@@ -58,6 +58,16 @@ class Turn:
         """Return Alpaca's two fields as one message."""
         return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
 
+    def with_system_folded(self) -> Turn:
+        """Return the turn with its system message before the first user text, for templates that refuse the role."""
+        if not self.history or self.history[0]["role"] != "system":
+            return self
+        system, *rest = self.history
+        if not rest:
+            return replace(self, prompt=f"{system['content']}\n\n{self.prompt}", history=())
+        first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
+        return replace(self, history=(first, *rest[1:]))
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -154,7 +164,8 @@ class ChatTemplate:
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UsageError(f"the chat template refuses the roles {roles}: {error}") from error
+            hint = "; data.fold_system: true puts the system text before the user's" if "system" in roles else ""
+            raise UsageError(f"the chat template refuses the roles {roles}: {error}{hint}") from error
 
 
 class AlpacaTemplate:

@@ -74,7 +74,7 @@ def load_tokenizer(
     and labels must be built from lengths, as the collator does, or the model would not learn to stop.
 
     Raises:
-        UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files.
+        UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files; as `check_vocabulary`.
     """
     from transformers import AutoTokenizer
 
@@ -90,8 +90,30 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if not locate(name, revision).is_adapter:
+        # An adapter may bring an embedding of its own.
+        check_vocabulary(name, tokenizer, read_config(name, trust_remote_code=trust_remote_code, revision=revision))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def check_vocabulary(name: str, tokenizer: Any, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding of.
+
+    A special token that no text becomes (Gemma 3's place of an image) may lack one.
+
+    Raises:
+        UsageError: names such a token and both sizes.
+    """
+    rows = config.get_text_config().vocab_size
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special -= {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token}
+    beyond = [token for token, place in tokenizer.get_vocab().items() if place >= rows and token not in special]
+    if beyond:
+        raise UsageError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, {beyond[0]!r} among them, and the model's embedding "
+            f"{rows} rows; use the model's own tokenizer, or resize its embedding"
+        )
 
 
 def load_model(

@@ -94,7 +94,8 @@ def read_rows(
 
 def build_encoder(args: DeepSupervisionConfig, tokenizer: Any, model_config: Any) -> Encoder:
     """Return the encoder for these arguments and the model's context length."""
-    return Encoder(tokenizer, load_template(args.data.template, tokenizer), args.limits(context_length(model_config)))
+    template, limits = load_template(args.data.template, tokenizer), args.limits(context_length(model_config))
+    return Encoder(tokenizer, template, limits, fold_system=args.data.fold_system)
 
 
 def context_length(model_config: Any) -> int | None:

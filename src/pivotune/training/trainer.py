@@ -25,7 +25,7 @@ from pivotune.layers.selection import LayerAnalysis
 from pivotune.lenses.tuned import TunedLens
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
-from pivotune.models.loading import load_model, load_tokenizer, read_config
+from pivotune.models.loading import check_vocabulary, load_model, load_tokenizer, read_config
 from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
@@ -122,6 +122,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if isinstance(model, str):
             load_start = load_start or partial(_load_whole, model, adapters=peft_config is not None)
             model = _load_whole(model, adapters=peft_config is not None)
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            check_vocabulary("processing_class", processing_class, model.config)
         pairs = encode_dataset(train_dataset, args, processing_class, model.config)
         heldout = build_heldout_datasets(eval_dataset, args, processing_class, model.config)
         check_evaluation(args, heldout or {}, "eval_dataset gives none")
