@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runs import RAW
 from conftest import build_tiny_tokenizer
 from huggingface_hub import ModelCard
@@ -32,10 +33,12 @@ FILE = (
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 
 
-def train(folder: Path, *, chat_template: str | None = None, **changes: Any) -> Path:
-    """Train a tiny model until it answers `Ni moja.` to everything."""
+def train(
+    folder: Path, *, family: str = "llama", chat_template: str | None = None, steps: int = 60, **changes: Any
+) -> Path:
+    """Train a tiny model; after 60 steps it answers `Ni moja.` to everything."""
     if not (folder / "base").exists():
-        save_tiny_model(folder / "base")
+        save_tiny_model(folder / "base", family)
         (folder / "base" / "chat_template.jinja").unlink()
         build_tiny_tokenizer(chat_template=chat_template).save_pretrained(folder / "base")
         rows = [{"prompt": f"Namba {i}?", "completion": "Ni moja.", "prompt_en": f"Number {i}?", "completion_en": "One."}
@@ -43,16 +46,16 @@ def train(folder: Path, *, chat_template: str | None = None, **changes: Any) -> 
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(folder / "rows.jsonl"), "validation": 4, "language": "sw", "english_ratio": 0.0}
     config = run_config(folder, **{"method": "tft", "data": {**data, **changes.pop("data", {})}, **changes})
-    config.training.update(max_steps=60, learning_rate=1e-2)
+    config.training.update(max_steps=steps, learning_rate=1e-2)
     return execute_run(prepare_run(config)).folder
 
 
-def plain_answer(model: Any, tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+def plain_answer(model: Any, tokenizer: Any, question: str, most: int = 40) -> tuple[list[int], list[int]]:
     """Return prompt and new tokens of plain Transformers."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ids = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0].tolist()
+    ids = model.generate(**prompt, max_new_tokens=most, do_sample=False)[0].tolist()
     length = prompt["input_ids"].shape[1]
     return ids[:length], ids[length:]
 
@@ -78,6 +81,24 @@ def test_plain_transformers_sees_the_prompt_and_stops_as_in_training(tmp_path, t
     end = "<|system|>" if template == "chat" else "<|end|>"
     assert encoder.tokenizer.decode(list(answer)) == f"Ni moja.{end}"
     assert Chatter(str(run), encoder, load_model(str(run)), 40).answer("Namba 3?") == "Ni moja."
+
+
+@pytest.mark.exhaustive
+def test_every_family_answers_alike_from_the_run_and_with_plain_transformers(tmp_path, family):
+    run = train(tmp_path, family=family, steps=2, chat_template=TURNS)
+    export_run(run, tmp_path / "exported")
+    encoder = _prepare(str(run), None, None)
+    ours = Chatter(str(run), encoder, load_model(str(run)), 12)
+    ids = torch.tensor([encoder.encode_prompt(Turn("Namba 3?"))])
+    with torch.inference_mode():
+        expected = ours.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ours._end_ids())[
+            0
+        ].tolist()
+    for folder in (run / "model", tmp_path / "exported"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        prompt, answer = plain_answer(model, AutoTokenizer.from_pretrained(folder), "Namba 3?", 12)
+        assert prompt + answer == expected
+        assert_same(weights(model), weights(ours.model))
 
 
 def test_a_model_trained_with_alpaca_is_known_by_its_chat_template(tmp_path):
