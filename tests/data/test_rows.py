@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pivotune.data.rows import ENGLISH_KEYS, Row, RowError, parse_row, record_id
+from pivotune.data.rows import ENGLISH_KEYS, Row, RowError, answered_turns, parse_row, record_id
 
 ALPACA = {
     "instruction": "Tafsiri sentensi hii.",
@@ -175,7 +175,10 @@ def test_problems_of_a_record(record, problem):
     ([TURNS[1], {"role": "assistant", "content": " "}], "`messages` has a message whose text is empty"),
     ([TURNS[1], {"role": "assistant"}], "`messages` has a message whose text is missing"),
     ([TURNS[1], {"role": "assistant", "content": [{"type": "text"}]}],
-     "`messages` has a message whose text is a list, not text"),
+     "`messages` has a message with a part whose text is missing"),
+    ([TURNS[1], {"role": "assistant", "content": [{"type": "image"}]}],
+     "`messages` has a message with a part of type 'image' (allowed: text)"),
+    ("[{'role': 'user', 'content': 'x'}]", "`messages` is a Python literal, not JSON (write it with json.dumps)"),
 ])  # fmt: skip
 def test_problems_of_a_chat(messages, problem):
     assert problem_of({"messages": messages}, need_english=False) == problem
@@ -209,3 +212,71 @@ def test_english_keys_are_those_of_all_forms():
         "conversations_en",
         "input_en",
     )
+
+
+# ---- turns before ----
+
+ASKED = [("Q1", "A1"), ("Q2", "A2")]
+
+
+def chat(pairs, system: str = "", suffix: str = "") -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": system + suffix}] if system else []
+    for question, answer in pairs:
+        turns += [{"role": "user", "content": question + suffix}, {"role": "assistant", "content": answer + suffix}]
+    return turns
+
+
+def read(**record) -> Row:
+    return parse_row(record, number=1, need_target=True, need_english=False)
+
+
+@pytest.mark.parametrize("wrap", [list, json.dumps])
+def test_alpaca_history_and_system_are_the_turns_before(wrap):
+    row = read(instruction="Q3", output="A3", system="Be brief.", history=wrap([list(pair) for pair in ASKED]))
+    assert list(row.history) == chat(ASKED, "Be brief.")
+    assert (row.prompt, row.completion) == ("Q3", "A3")
+
+
+def test_a_system_column_stands_before_a_conversation():
+    row = read(conversations=chat([*ASKED, ("Q3", "A3")]), system="Be brief.")
+    assert list(row.history) == chat(ASKED, "Be brief.")
+    with pytest.raises(RowError, match="stands beside a system message"):
+        read(messages=chat(ASKED, "Be kind."), system="Be brief.")
+
+
+@pytest.mark.parametrize("history", ["x", [["Q1"]], [["Q1", ""]], [5], [["Q1", 5]]])
+def test_a_history_that_is_no_list_of_pairs(history):
+    with pytest.raises(RowError, match="history"):
+        read(instruction="Q3", output="A3", history=history)
+
+
+def test_conversational_prompt_and_completion():
+    turns = chat([*ASKED, ("Q3", "A3")], "Be brief.")
+    row = read(prompt=turns[:-1], completion=turns[-1:])
+    assert row == read(messages=turns)
+    assert (row.prompt, row.completion) == ("Q3", "A3")
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "3"}]
+    assert read(messages=[{"role": "user", "content": parts}, {"role": "assistant", "content": "A3"}]).prompt == "Q3"
+
+
+def test_every_answer_of_a_conversation_with_its_english():
+    pairs = [*ASKED, ("Q3", "A3")]
+    row = read(messages=chat(pairs, "S"), messages_en=chat(pairs, suffix=" en"))
+    found = answered_turns(row)
+    assert [(one.prompt, one.completion, one.prompt_en, one.completion_en) for one in found] == [
+        (question, answer, f"{question} en", f"{answer} en") for question, answer in pairs
+    ]
+    assert [list(one.history) for one in found] == [chat(pairs[:place], "S") for place in range(3)]
+    assert [list(one.history_en) for one in found] == [chat(pairs[:place], suffix=" en") for place in range(3)]
+    assert found[-1] is row
+
+
+def test_english_with_other_turns_is_parallel_in_the_last_answer_only():
+    row = read(messages=chat([*ASKED, ("Q3", "A3")]), messages_en=chat([("Q3", "A3")], suffix=" en"))
+    assert answered_turns(row) == [row]
+    alone = read(messages=chat([*ASKED, ("Q3", "A3")]))
+    assert [one.completion for one in answered_turns(alone)] == ["A1", "A2", "A3"]
+    assert answered_turns(read(prompt="q", completion="a")) == [read(prompt="q", completion="a")]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any
 
 import pytest
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_config, tiny_rows
 from tiny_training import arguments, make_pairs
 
+from pivotune.config.settings import DataConfig
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
@@ -22,6 +25,7 @@ from pivotune.training.preparation import (
     context_length,
     encode_dataset,
     heldout_examples,
+    load_run_rows,
 )
 
 PAIRS = make_pairs(8)
@@ -37,6 +41,55 @@ def chosen(tmp_path, *, layers: Any = None, pairs: Any = PAIRS, **changes: Any):
 
 
 # ---- rows ----
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Rows of three answers each, with their English, and a column that nothing reads."""
+
+    def turns(row: int, suffix: str) -> list[dict[str, str]]:
+        return [
+            {"role": role, "content": f"{role} {row}.{turn}{suffix}"}
+            for turn in range(3)
+            for role in ("user", "assistant")
+        ]
+
+    return [{"messages": turns(row, ""), "messages_en": turns(row, " en"), "topic": "x"} for row in range(count)]
+
+
+@pytest.mark.parametrize(("turns", "most", "line"), [
+    ("all", 3, "8 rows have earlier turns: 24 of 24 answers are trained"),
+    ("last", 1, "8 rows have earlier turns: 8 of 24 answers are trained (data.turns: last)"),
+])  # fmt: skip
+def test_every_answer_is_trained_and_no_conversation_is_on_both_sides(tmp_path, turns, most, line):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(conversations(10)))
+    loaded = load_run_rows(DataConfig(train=str(path), validation=2, turns=turns), "deep-supervision", 0)
+    assert Counter(row.number for row in loaded.train) == dict.fromkeys({row.number for row in loaded.train}, most)
+    assert len(loaded.heldout) == 2
+    assert not {row.number for row in loaded.train} & {row.number for row in loaded.heldout}
+    assert all(row.completion.endswith(".2") for row in loaded.heldout)
+    assert loaded.notes == ["columns that are not used: 'topic' (in 10 rows)", line]
+
+
+def test_turns_and_columns_that_are_not_used_are_told_in_python(tmp_path, caplog):
+    rows = conversations(4)
+    rows[0]["messages_en"] = rows[0]["messages_en"][-2:]
+    args = DeepSupervisionConfig(str(tmp_path), report_to="none")
+    tokenizer = build_tiny_tokenizer()
+    pairs = encode_dataset(rows, args, tokenizer, tiny_config("llama"))
+    assert pairs is not None
+    answers = [tokenizer.decode(pair.target.ids[pair.target.answer :]) for pair in pairs]
+    assert answers[:4] == [
+        "assistant 0.2<|end|>",
+        "assistant 1.0<|end|>",
+        "assistant 1.1<|end|>",
+        "assistant 1.2<|end|>",
+    ]
+    assert caplog.messages == [
+        "the given rows: columns that are not used: 'topic' (in 4 rows)",
+        "the given rows: 4 rows have earlier turns: 10 of 12 answers are trained; the others' English has other turns",
+    ]
+    assert len(encode_dataset(rows, args, tokenizer, tiny_config("llama"), heldout=True) or []) == 4
 
 
 def test_context_is_read_from_any_configuration():

@@ -96,6 +96,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
         for reason, count in skipped.items():
             out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
+    for note in prepared.notes:
+        out.print(f"         {safe(note)}", soft_wrap=True)
     print_example(out, prepared.tokenizer, getattr(prepared.train[0], method.main_language))
 
 

@@ -33,6 +33,7 @@ class EncodingConfig(Section):
 
     language: str | None = None
     template: str | None = None  # chat where the tokenizer has one, alpaca otherwise
+    turns: Literal["all", "last"] = "all"  # answers of a conversation that are trained
     fold_system: bool = False  # a system message becomes the beginning of the first user text
     # A quarter keeps the model able to answer in English, which inner logits losses otherwise destroy (measured).
     english_ratio: float = Field(default=0.25, ge=0, lt=1)

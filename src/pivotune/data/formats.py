@@ -109,6 +109,9 @@ def _read_csv(path: Path, delimiter: str = ",") -> NumberedRecords:
     number, first_line = 0, 1
     try:
         header = [cell.strip() for cell in next(reader, [])]
+        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+            name = "tabs; name the file .tsv" if other == "\t" else f"{other!r}; write commas or tabs"
+            raise UsageError(f"{path}, line 1: the header has one column: the cells are separated by {name}")
         _refuse_repeated_columns(header, f"{path}, line 1: the header")
         # A row with line ends in its cells, or with a quote left open, ends far below the line to be named.
         first_line = reader.line_num + 1

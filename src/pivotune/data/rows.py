@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral, Number
 from typing import Any
@@ -70,7 +71,11 @@ _FORMS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
+# Further texts of a side: Alpaca's second field, and the turns before in LLaMA-Factory's form of it.
+_CONTEXT = ("input", "system", "history")
 ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
+USED_KEYS = {f"{key}{suffix}" for key in (*(key for form in _FORMS for key in form), *_CONTEXT)
+             for suffix in ("", ENGLISH_SUFFIX)} | {"id"}  # fmt: skip
 # The first that fits counts.
 _KINDS = {
     bool: "a truth value", Number: "a number", str: "text", bytes: "bytes", Mapping: "an object", Iterable: "a list",
@@ -118,16 +123,48 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
             ]
             columns = ", ".join(names) + (", ..." if len(record) > len(names) else "") if names else "no columns"
             raise RowError(likely[0] + suffix, MISSING, f" (the row has {columns})")
+        earlier = _earlier_turns(record, suffix)
         if len(form) == 1:
-            return _parse_chat(record[form[0] + suffix], form[0] + suffix)
-        prompt, completion = (_text(record, key + suffix) for key in form)
-        key = f"input{suffix}"
-        has_input = form[0] == "instruction" and _text_fault(record.get(key)) not in (MISSING, EMPTY)
-        return Turn(prompt, completion, _text(record, key) if has_input else "")
+            turn = _parse_chat(record[form[0] + suffix], form[0] + suffix)
+        elif all(_is_list(record.get(key + suffix)) for key in form):
+            # TRL's conversational form: the last turns are those to train on.
+            key = form[0] + suffix
+            turn = _parse_chat([message for part in form for message in list(record[part + suffix])], key)
+        else:
+            prompt, completion = (_text(record, key + suffix) for key in form)
+            key = f"input{suffix}"
+            has_input = form[0] == "instruction" and _text_fault(record.get(key)) not in (MISSING, EMPTY)
+            turn = Turn(prompt, completion, _text(record, key) if has_input else "")
+        if earlier and turn.history and earlier[0]["role"] == turn.history[0]["role"] == "system":
+            raise RowError(f"system{suffix}", "stands beside a system message of the conversation; keep one of the two")
+        return replace(turn, history=(*earlier, *turn.history))
     except RowError:
         if needed:
             raise
         return Turn("")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or hasattr(value, "tolist")
+
+
+def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
+    """Return the turns of the columns `system`, a text, and `history`, a list of [user, assistant]."""
+    turns: list[Message] = []
+    key = f"system{suffix}"
+    if _text_fault(record.get(key)) not in (MISSING, EMPTY):
+        turns.append({"role": "system", "content": _text(record, key)})
+    key = f"history{suffix}"
+    value = record.get(key)
+    if _is_missing(value) or value == "":
+        return turns
+    value = _parse_list(value, key)
+    for pair in value:
+        pair = pair.tolist() if hasattr(pair, "tolist") else pair
+        if not (isinstance(pair, list | tuple) and len(pair) == 2) or any(map(_text_fault, pair)):
+            raise RowError(key, "is not a list of [question, answer]")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return turns
 
 
 def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None:
@@ -169,8 +206,8 @@ def _kind(value: Any) -> str:
     return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)
 
 
-def _parse_chat(value: Any, key: str) -> Turn:
-    """Read a list of messages, an array of them, or the JSON text of a CSV cell."""
+def _parse_list(value: Any, key: str) -> list[Any]:
+    """Return a list, an array, or the list in the JSON text of a CSV cell."""
     if isinstance(value, str):
         if not value.strip():
             raise RowError(key, EMPTY)
@@ -179,11 +216,19 @@ def _parse_chat(value: Any, key: str) -> Turn:
         except RepeatedKeyError as error:
             raise RowError(key, "has an object that names a key more than once", f" (it {error})") from None
         except ValueError:
+            if re.match(r"\s*\[\s*[{\[(]\s*'", value):
+                raise RowError(key, "is a Python literal, not JSON", " (write it with json.dumps)") from None
             raise RowError(key, "is text, not a list of messages") from None
     elif hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple):
         raise RowError(key, f"is {_kind(value)}, not a list of messages")
+    return list(value)
+
+
+def _parse_chat(value: Any, key: str) -> Turn:
+    """Read a list of messages."""
+    value = _parse_list(value, key)
     messages = [message for item in value if (message := _read_message(item, key)) is not None]
     if not messages:
         raise RowError(key, EMPTY)
@@ -204,13 +249,60 @@ def _read_message(item: Any, key: str) -> Message | None:
     if role is None:
         role = shown(name) if isinstance(name, str) else repr(name) if name is None else _kind(name)
         raise RowError(key, f"has a message with role {role} (allowed: {', '.join(ROLES)})")
-    content = _first_present(item, "content", "value")
+    content = _joined_parts(_first_present(item, "content", "value"), key)
     fault = _text_fault(content)
     if role == "system" and fault in (MISSING, EMPTY):
         return None
     if fault:
         raise RowError(key, f"has a message whose text {fault}")
     return {"role": role, "content": content}
+
+
+def _joined_parts(content: Any, key: str) -> Any:
+    """Return the text of content that is a list of parts, `[{"type": "text", "text": ...}]`; other content as it is."""
+    content = content.tolist() if hasattr(content, "tolist") else content
+    if not isinstance(content, list | tuple):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise RowError(key, f"has a message with a part of type {shown(str(kind))} (allowed: text)")
+        if fault := _text_fault(part.get("text")):
+            raise RowError(key, f"has a message with a part whose text {fault}")
+    return "".join(part["text"] for part in content)
+
+
+def answered_turns(row: Row) -> list[Row]:
+    """Return a row for every answer of a conversation, each with the turns before it; the last answer's row is last.
+
+    The English side follows turn by turn. Where its roles differ, only the last answers are parallel: one row.
+    """
+    roles, english = (
+        [turn["role"] for turn in side if turn["role"] != "system"] for side in (row.history, row.history_en)
+    )
+    both = bool(row.prompt and row.prompt_en)
+    if both and roles != english:
+        return [row]
+    found = []
+    sides = [_split_before_answers(history) for history in (row.history, row.history_en)]
+    for place in range(max(map(len, sides))):
+        target, parallel = (side[place] if side else ((), "", "") for side in sides)
+        found.append(
+            replace(
+                row, history=target[0], prompt=target[1], completion=target[2], input="",
+                history_en=parallel[0], prompt_en=parallel[1], completion_en=parallel[2], input_en="",
+            )
+        )  # fmt: skip
+    return [*found, row]
+
+
+def _split_before_answers(history: Sequence[Message]) -> list[tuple[tuple[Message, ...], str, str]]:
+    """Return (turns before, question, answer) of every answer right after a user turn."""
+    return [
+        (tuple(history[: place - 1]), history[place - 1]["content"], history[place]["content"])
+        for place in range(1, len(history))
+        if (history[place - 1]["role"], history[place]["role"]) == ("user", "assistant")
+    ]
 
 
 def _first_present(item: Mapping[str, Any], *keys: str) -> Any:

@@ -23,9 +23,10 @@ import numpy as np
 
 from pivotune.data.formats import describe_file_types, is_data_file_name, missing_file_error, numbered_by, read_file
 from pivotune.data.lazy import LazySequence, Spool
-from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, Row, RowError, parse_row, record_id
+from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, RowError, parse_row, record_id
 from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
+from pivotune.text.json_text import shown
 
 RowSource = str | os.PathLike[str] | Iterable[Any]
 
@@ -47,15 +48,23 @@ class Rows(LazySequence[Row]):
         rows: the rows themselves.
         source: the source's name, for messages and the run folder.
         total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
+        unused: columns that are not read -> number of rows that have one.
     """
 
     rows: Sequence[Row]
     source: str
     total: int
     skipped: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line that names the columns that are not used, if there are any."""
+        names = ", ".join(f"{shown(name)} (in {count} rows)" for name, count in self.unused.items())
+        return [f"columns that are not used: {names}"] if names else []
 
     def _item(self, index: int) -> Row:
         return self.rows[index]
@@ -122,13 +131,14 @@ def load_rows(
         UsageError: the source cannot be read, the two sources do not fit together, or rows are bad (see `on_bad_row`; a
             source without any usable row is always refused).
     """
-    target = _open_source(source, keep_bad=on_bad_row == "skip")
+    unused: Counter[str] = Counter()
+    target = _open_source(source, keep_bad=on_bad_row == "skip", unused=unused)
     outcomes: Iterator[Row | _BadRow]
     if english is None:
         parsed = ((number, _parse(record, number, need_target, need_english)) for number, record in target.records)
         outcomes = (row if isinstance(row, Row) else target.bad_row(number, row) for number, row in parsed)
     else:
-        english_source = _open_source(english, keep_bad=on_bad_row == "skip")
+        english_source = _open_source(english, keep_bad=on_bad_row == "skip", unused=unused)
         outcomes = _join_rows(target, english_source, need_target, need_english, on_bad_row)
     rows: Spool[Row] = Spool()
     skipped: Counter[str] = Counter()
@@ -145,7 +155,7 @@ def load_rows(
     total = len(rows) + skipped.total()
     if first_bad and (on_bad_row == "error" or not rows):
         raise UsageError(_bad_rows_message(first_bad, skipped, total, needed_by))
-    return Rows(rows, target.name, total, dict(skipped))
+    return Rows(rows, target.name, total, dict(skipped), dict(unused))
 
 
 def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_by: str) -> str:
@@ -181,7 +191,7 @@ def check_source(source: str) -> None:
         next(_open_source(source, keep_bad=True).records, None)
 
 
-def _open_source(source: RowSource, *, keep_bad: bool) -> _Source:
+def _open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | None = None) -> _Source:
     name, unit = "the given rows", "row"
     if isinstance(source, str) and (hub_name := parse_hub_name(source)):
         name, records = source, read_hub(hub_name)
@@ -195,7 +205,17 @@ def _open_source(source: RowSource, *, keep_bad: bool) -> _Source:
         records = enumerate(source, start=1)
     else:
         raise UsageError(f"data: found {type(source).__name__}; allowed: {_OBJECTS}")
-    return _Source(name, unit, _refuse_empty(name, records))
+    records = _refuse_empty(name, records)
+    return _Source(name, unit, records if unused is None else _count_unused(records, unused))
+
+
+def _count_unused(records: NumberedRecords, unused: Counter[str]) -> NumberedRecords:
+    for number, record in records:
+        if isinstance(record, Mapping):
+            # As many names as reasons: a file may have its data in the names.
+            filled = (str(key) for key in record.keys() - USED_KEYS if record[key] not in (None, ""))
+            unused.update(key for key in filled if key in unused or len(unused) < _REASONS)
+        yield number, record
 
 
 def _refuse_empty(name: str, records: NumberedRecords) -> NumberedRecords:

@@ -53,6 +53,9 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
                 raise UsageError(
                     f"{path}, line {number}: longer than {limit}; does the file have the type of its name?"
                 )
+            if number == 1 and 4 * raw.count(b"\0") > len(raw) and not raw.startswith(_UTF16_MARKS):
+                # Without a mark at the beginning it would pass as UTF-8.
+                raise UsageError(f"{path}: not UTF-8 (this looks like UTF-16); save the file as UTF-8")
             yield number, raw, "utf-8-sig" if number == 1 else "utf-8"
 
 
@@ -67,11 +70,15 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def read_jsonl(path: Path) -> NumberedRecords:
     """Yield (line number, record); a line that cannot be read gives a `RowError`, a blank line nothing."""
+    first = ""
     for number, raw, encoding in _raw_lines(path):
         try:
             line = raw.decode(encoding)
             if not line.strip():
                 continue
+            first = first or line.lstrip()[:1]
+            if first == "[":
+                break
             # Without `strip`, so that the column in an error is that of the file.
             record = parse_json(line.rstrip("\r\n"))
         except UnicodeDecodeError as error:
@@ -85,6 +92,8 @@ def read_jsonl(path: Path) -> NumberedRecords:
         except ValueError as error:
             record = RowError("", "is JSON that cannot be read", f" ({error})", json_error(path, number, error))
         yield number, record
+    if first == "[":
+        raise UsageError(f"{path}: holds a JSON list, not one object a line; name it .json")
 
 
 def _repeated_key(error: RepeatedKeyError, place: str) -> RowError:

@@ -45,6 +45,7 @@ class PreparedRun:
 
     Attributes:
         skipped, heldout_skipped: rows left out in reading and encoding, by reason.
+        notes: lines about columns and turns that are not used.
         checkpoint: the checkpoint that a resumed run continues from; None for a new run and where there is none.
     """
 
@@ -57,6 +58,7 @@ class PreparedRun:
     report: EncodingReport
     skipped: Counter[str]
     heldout_skipped: Counter[str]
+    notes: list[str]
     dtype: torch.dtype
     checkpoint: Path | None = None
 
@@ -111,7 +113,18 @@ def prepare_run(
         checkpoint = ranks.on_main(lambda: _find_checkpoint(folder, train, config.data.train, choose=choose_checkpoint))
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(
-        config, args, folder, tokenizer, train, validation, report, skipped, heldout_skipped, dtype, checkpoint
+        config,
+        args,
+        folder,
+        tokenizer,
+        train,
+        validation,
+        report,
+        skipped,
+        heldout_skipped,
+        rows.notes,
+        dtype,
+        checkpoint,
     )
 
 

@@ -24,7 +24,9 @@ from pivotune.data.datasets import (
     training_examples,
 )
 from pivotune.data.examples import Encoder, Pair
+from pivotune.data.lazy import Spool
 from pivotune.data.pair_store import PairStore, store_pairs
+from pivotune.data.rows import answered_turns
 from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.data.templates import Template, Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
@@ -48,12 +50,13 @@ _Item = TypeVar("_Item")
 
 
 class LoadedRows(NamedTuple):
-    """Rows to train on and rows held out, and the counts of rows left out of each file, by reason."""
+    """Rows to train on and rows held out; the counts of rows left out of each file, by reason; what else is not used."""
 
     train: Sequence[Row]
     heldout: Sequence[Row]
     skipped: Counter[str]
     heldout_skipped: Counter[str]
+    notes: list[str]
 
 
 def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
@@ -61,9 +64,38 @@ def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
     rows = read_rows(data.train, method, data, english=data.english, limit=data.limit)
     if isinstance(data.validation, str):
         heldout = read_rows(data.validation, method, data, english=data.validation_english, heldout=True)
-        return LoadedRows(rows, heldout, Counter(rows.skipped), Counter(heldout.skipped))
-    train, held = split_validation(rows, data.validation, seed)
-    return LoadedRows(train, held, Counter(rows.skipped), Counter())
+        train, notes = train_turns(rows, data)
+        return LoadedRows(train, heldout, Counter(rows.skipped), Counter(heldout.skipped), [*rows.notes, *notes])
+    # Before conversations are taken apart: the turns of one are not held out from each other.
+    kept, held = split_validation(rows, data.validation, seed)
+    train, notes = train_turns(kept, data)
+    return LoadedRows(train, held, Counter(rows.skipped), Counter(), [*rows.notes, *notes])
+
+
+def train_turns(rows: Sequence[Row], data: EncodingConfig) -> tuple[Sequence[Row], list[str]]:
+    """Return a row for every answer that is trained (`data.turns`), and a line about the others.
+
+    Of held-out conversations the last answers are scored.
+    """
+    if not any(row.history or row.history_en for row in rows):
+        return rows, []
+    conversations = answers = whole = 0
+    trained: Spool[Row] = Spool()
+    for row in rows:
+        num_answers = sum(turn["role"] == "assistant" for turn in max(row.history, row.history_en, key=len))
+        turns = answered_turns(row) if num_answers and data.turns == "all" else [row]
+        conversations, answers = conversations + bool(num_answers), answers + num_answers + 1
+        whole += len(turns)
+        for turn in turns:
+            trained.append(turn)
+    if not conversations:
+        return rows, []
+    note = f"{conversations} rows have earlier turns: {whole} of {answers} answers are trained"
+    if data.turns == "last":
+        note += " (data.turns: last)"
+    elif whole < answers:
+        note += "; the others' English has other turns"
+    return trained, [note]
 
 
 def read_rows(
@@ -121,7 +153,10 @@ def encode_dataset(
         return dataset
     rows = read_rows(dataset, args.method, args.data, heldout=heldout)
     encoder = build_encoder(args, tokenizer, model_config)
-    return encode_rows(rows, encoder, on_bad_row=args.data.on_bad_row, source=rows.source)
+    trained, notes = (rows, []) if heldout else train_turns(rows, args.data)
+    for note in [*rows.notes, *notes]:
+        logger.warning("%s: %s", rows.source, note)
+    return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, source=rows.source)
 
 
 # ---- datasets ----

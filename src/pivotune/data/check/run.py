@@ -75,7 +75,7 @@ def check_rows(
         skipped=dict(read.skipped),
         problems=found.problems(rows, numbers),
         shifts=shifts,
-        notes=checked.notes(),
+        notes=[*checked.notes(), *read.notes],
         flagged=int(found.flagged(DEFECTS, len(rows)).sum()),
         **_measure(rows, checked, encoder),
     )
