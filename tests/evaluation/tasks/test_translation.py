@@ -54,6 +54,19 @@ def test_flores_reads_devtest(flores, tmp_path):
     assert text.left_out == {}
 
 
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_flores_plus_is_read_from_its_files(tmp_path, gz):
+    """It has a folder a split, and renamed codes of four languages."""
+    for code, texts in (("cmn_Hans", ("一。", "二。")), ("eng_Latn", ("One.", "Two."))):
+        lines = "".join(json.dumps({"id": place, "text": text}) + "\n" for place, text in enumerate(texts))
+        path = tmp_path / "devtest" / f"{code}.jsonl{gz}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(lines.encode()) if gz else lines.encode())
+    text = read_parallel("flores", "flores_zh", Source(tmp_path), "zh")
+    assert text.items == [SentencePair("devtest-1", "一。", "One."), SentencePair("devtest-2", "二。", "Two.")]
+    assert text.origin == [f"devtest/cmn_Hans.jsonl{gz}", f"devtest/eng_Latn.jsonl{gz}"]
+
+
 @pytest.mark.parametrize(("asked", "split"), [("dev", "dev"), ("validation", "dev"), ("test", "devtest")])
 def test_flores_reads_the_split_asked_for(flores, tmp_path, asked, split):
     text = read_parallel("flores", "flores_de", Source(tmp_path, split=asked), "de")
@@ -63,7 +76,9 @@ def test_flores_reads_the_split_asked_for(flores, tmp_path, asked, split):
 def test_flores_falls_back_to_dev_only_where_no_split_was_asked_for(flores, tmp_path):
     (flores / "devtest/deu_Latn.devtest").unlink()
     assert read_parallel("flores", "flores_de", Source(tmp_path), "de").split == "dev"
-    assert "no deu_Latn.devtest with eng_Latn.devtest below" in refusal("flores", Source(tmp_path, split="devtest"))
+    assert "no deu_Latn.devtest with eng_Latn.devtest (FLORES+: devtest/deu_Latn.jsonl " in refusal(
+        "flores", Source(tmp_path, split="devtest")
+    )
 
 
 def test_flores_names_what_is_missing_and_where_to_get_it(flores, tmp_path):
@@ -73,7 +88,7 @@ def test_flores_names_what_is_missing_and_where_to_get_it(flores, tmp_path):
         read_parallel("flores", "flores_vi", Source(tmp_path), "vi")
     (flores / "dev/eng_Latn.dev").unlink()
     (flores / "devtest/eng_Latn.devtest").unlink()
-    assert "with eng_Latn.devtest or deu_Latn.dev with eng_Latn.dev below" in refusal("flores", Source(tmp_path))
+    assert "or deu_Latn.dev with eng_Latn.dev (FLORES+: dev/deu_Latn.jsonl " in refusal("flores", Source(tmp_path))
 
 
 def test_flores_has_no_other_split(flores, tmp_path):

@@ -67,15 +67,26 @@ def read_parallel(set_name: str, task: str, source: Source, language: str) -> Ta
 
 
 def _read_flores(task: str, source: Source, language: Language) -> TaskData:
+    codes = [_FLORES_PLUS.get(code, code) for code in (language.flores, "eng_Latn")]
     splits = [
-        Split(name, [f"{language.flores}.{name}"], [alias], files=f"{language.flores}.{name} with eng_Latn.{name}")
+        Split(
+            name,
+            [f"{language.flores}.{name}", f"{name}/{codes[0]}.jsonl"],
+            [alias],
+            files=f"{language.flores}.{name} with eng_Latn.{name} (FLORES+: {name}/{codes[0]}.jsonl with eng_Latn.jsonl)",
+        )
         for name, alias in (("devtest", "test"), ("dev", "validation"))
     ]
     if source.data_dir is not None:
-        return _read_files(task, source, splits, _FLORES_HOMEPAGE, lambda parts: f"eng_Latn.{parts[-1]}")
+
+        def english_name(target: Path) -> str:
+            of_plus = target.suffix == ".jsonl"
+            return f"{target.parent.name}/eng_Latn.jsonl" if of_plus else f"eng_Latn{target.suffix}"
+
+        return _read_files(task, source, splits, _FLORES_HOMEPAGE, english_name)
     split, _ = tables.choose_split(task, source, splits, _FLORES_HOMEPAGE)
     # FLORES+ is FLORES-200 with corrections; the Hub asks for agreement to its terms.
-    hubs = [("openlanguagedata/flores_plus", _FLORES_PLUS.get(code, code)) for code in (language.flores, "eng_Latn")]
+    hubs = [("openlanguagedata/flores_plus", code) for code in codes]
     target, english = (
         [record.text("text") for record in tables.read_hub(task, hub, split.name, {"text": ["text"]})] for hub in hubs
     )
@@ -87,7 +98,7 @@ def _read_ntrex(task: str, source: Source, language: Language) -> TaskData:
     problem = "NTREX-128 is read from the publisher's files"
     try:
         if source.data_dir is not None:
-            return _read_files(task, source, [Split("test", names)], _NTREX_HOMEPAGE, lambda parts: english)
+            return _read_files(task, source, [Split("test", names)], _NTREX_HOMEPAGE, lambda target: english)
     except MissingDataError:
         problem = f"no {' or '.join(names)}, with {english} below {source.data_dir}"
     raise MissingDataError(f"{task}: {problem}; get {_NTREX_HOMEPAGE} and give its folder as --data-dir")
@@ -100,7 +111,7 @@ def _read_tatoeba(task: str, source: Source, language: Language) -> TaskData:
     files = f"{' or '.join(names)}, with the .eng file beside it"
     splits = [Split("test", names, aliases=["validation"], hub="validation", files=files)]
     if source.data_dir is not None:
-        return _read_files(task, source, splits, _TATOEBA_HOMEPAGE, lambda parts: ".".join([*parts[:-1], "eng"]))
+        return _read_files(task, source, splits, _TATOEBA_HOMEPAGE, lambda target: f"{target.stem}.eng")
     split, _ = tables.choose_split(task, source, splits, _TATOEBA_HOMEPAGE)
     code = next((code for code in language.iso639_3 if code in _XTREME_CODES), None)
     if code is None:
@@ -152,12 +163,16 @@ def _read_own_rows(target: Path, english: Path | None) -> TaskData:
 
 
 def _read_files(
-    task: str, source: Source, splits: Sequence[Split], homepage: str, english_name: Callable[[list[str]], str]
+    task: str, source: Source, splits: Sequence[Split], homepage: str, english_name: Callable[[Path], str]
 ) -> TaskData:
-    """Read the first split with both sides; `english_name` makes the English file's name from the target name's parts."""
+    """Read the first split with both sides.
+
+    Args:
+        english_name: makes the English file's name from the target's path without `.gz`.
+    """
 
     def english_files(target: Path) -> list[Path]:
-        return source.find(english_name(target.name.removesuffix(".gz").split(".")))
+        return source.find(english_name(target.with_name(target.name.removesuffix(".gz"))))
 
     split, targets = tables.choose_split(task, source, splits, homepage, lambda path: bool(english_files(path)))
     target = tables.only_file(task, targets)
@@ -166,8 +181,12 @@ def _read_files(
 
 
 def _align_files(target: Path, english: Path, names: Sequence[str], split: str) -> TaskData:
-    ours, theirs = ([line.strip() for line in read_lines(path)] for path in (target, english))
-    return _align(ours, theirs, names, split, "line")
+    def sentences(path: Path) -> list[str]:
+        if is_data_file_name(path):
+            return [record.text("text").strip() for record in tables.read_objects(path, {"text": ["text"]})]
+        return [line.strip() for line in read_lines(path)]
+
+    return _align(sentences(target), sentences(english), names, split, "line")
 
 
 def _align(target: Sequence[str], english: Sequence[str], names: Sequence[str], split: str, unit: str) -> TaskData:
