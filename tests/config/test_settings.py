@@ -61,6 +61,8 @@ def test_every_default():
             "limit": None,
             "language": None,
             "template": None,
+            "turns": "all",
+            "fold_system": False,
             "english_ratio": 0.25,
             "max_prompt_tokens": 256,
             "max_completion_tokens": 256,

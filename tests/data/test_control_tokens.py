@@ -82,7 +82,7 @@ def test_the_query_and_earlier_turns_of_a_chat_hold_no_control_token(tokenizer):
 def test_ordinary_rows_keep_their_ids(encoder, monkeypatch):
     rows = load_rows(tiny_rows(8))
     found = [(pair.target.ids.tolist(), pair.target.query) for pair in encoder.encode(rows)]
-    monkeypatch.setattr(encoder, "_render", encoder.template.render)
+    monkeypatch.setattr(encoder, "render", encoder.template.render)
     assert found == [(pair.target.ids.tolist(), pair.target.query) for pair in encoder.encode(rows)]
     assert "_renamed" not in vars(encoder._control_tokens), "the copy is made for rows that need it only"
 

@@ -57,7 +57,7 @@ def test_a_run_as_typed(launcher, tmp_path):
 
 def test_sigusr1_to_torchrun_saves_and_the_same_command_goes_on(tmp_path):
     """As in the Slurm recipe: the launcher hands the signal on to its workers."""
-    config = write_run(tmp_path, max_steps=5000, save_strategy="no", eval_strategy="no", logging_steps=1)
+    config = write_run(tmp_path, max_steps=5000, save_steps=10_000, eval_steps=10_000, logging_steps=1)
     process = launch(TORCHRUN, config, "--auto-resume", PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     lines, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
     while not (lines.is_file() and lines.read_text().count("\n") > 2) and process.poll() is None:

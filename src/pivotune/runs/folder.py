@@ -86,7 +86,7 @@ def _is_leftover(path: Path) -> bool:
     if path.name == "environment.json":
         return _is_of_pivotune(path)
     half_written = _HALF_WRITTEN.fullmatch(path.name)
-    return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] == "config.yaml")
+    return path.name in (LOCK, STAGING) or (half_written is not None and half_written[1] in _MARKS)
 
 
 def has_trained(folder: Path) -> bool:

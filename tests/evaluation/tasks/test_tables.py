@@ -88,7 +88,7 @@ def test_malformed_tables_are_named_with_their_line(text, options, problem, tmp_
     ("name", "text", "problem"),
     [
         ("a.jsonl", '{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: no 'Answer'; found: question"),
-        ("a.jsonl", '\n["a"]', "line 2: list ['a']; allowed: an object"),
+        ("a.jsonl", "\n5", "line 2: int 5; allowed: an object"),
         ("a.jsonl", '{"question": 3, "answer": "b"}', "line 1: 'asked' is a number; text is needed"),
         ("a.jsonl", '{"question": "a", "answer": "b"}\n{"question"', "line 2, column 12: broken JSON"),
         ("a.json", '[{"question": "a", "answer": null}]', "row 1: 'given' is null; text is needed"),
