@@ -113,7 +113,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         processing_class = processing_class or load_tokenizer(_name_of(model))
         quantized = getattr(model, "quantization_method", None) is not None
         if args.device.type != "cpu":
-            # On CPUs a process group may have been made for sharding, which the settings do not tell.
+            # `prepare_run` refuses FSDP2 on a CPU; a process that has set up gloo itself may shard there.
             check_sharding(args, quantized=quantized, optimizer=optimizer_name(args))
         if optimizers == (None, None):
             check_setup(args, read_config(model) if isinstance(model, str) else model.config)

@@ -73,7 +73,7 @@ class CutTable:
             return {}
         target, english = np.log(characters[judged] + _FEW).T
         distance, length = _length_evidence(target - english, english)
-        # Rows of the usual length are whole, whatever share of the file is cut.
+        # Count rows of the usual length as whole: the rates then do not depend on the share of cut rows.
         usual = distance > -0.1
         evidence = length
         signs = {}

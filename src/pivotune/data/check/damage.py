@@ -36,7 +36,7 @@ _ESCAPE = re.compile(r"&\s?(?:[A-Za-z]{2,8}\d{0,2}|[#＃]\s?\d{2,6}|[#＃]x[0-9A
 # A row about markup may show it; so may an answer in a programming language.
 _ABOUT_MARKUP = re.compile(
     r"html|xml|css|\bweb|website|\btags?\b|script|\bcod(?:e|ing)\b|program|escap|encod|entit|\burl|latex|regex|markdown|"
-    r"javascript|python|json|unicode|token|special character|html",
+    r"javascript|python|json|unicode|token|special character",
     re.I,
 )
 # Names of the control tokens of the common families, and the ways in which subword tokenizers mark their pieces.
