@@ -356,3 +356,15 @@ def test_begin_of_text_written_by_the_file_is_known(tmp_path):
     assert begun.render(Turn("q", "a")).prefix == "<|begin|>"
     assert load_template("chat", tokenizer).adds_special_tokens
     assert not load_template("alpaca", tokenizer).adds_special_tokens
+
+
+@pytest.mark.parametrize("end", ["", "{{ eos_token }}"])
+def test_a_file_as_a_chat_template_writes_the_same_dialogue(tokenizer, tmp_path, end):
+    loop = "{% for turn in history %}\n{{ turn.role }}: {{ turn.content }}\n{% endfor %}\n"
+    text = f"{loop}Q: {{{{ prompt }}}}\nA: {{{{ completion }}}}{end}"
+    template = load_template(write(tmp_path, text), tokenizer)
+    earlier = [{"role": "user", "content": "Moja?"}, {"role": "assistant", "content": "1."}]
+    for turn in (Turn("Mbili?", "2."), Turn("Mbili?", "2.", history=earlier)):
+        messages = [*turn.history, {"role": "user", "content": "Mbili?"}, {"role": "assistant", "content": "2."}]
+        written = tokenizer.apply_chat_template(messages, chat_template=template.chat_template, tokenize=False)
+        assert written == whole(template.render(turn))
