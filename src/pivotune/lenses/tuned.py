@@ -278,6 +278,8 @@ def _refine(
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        # Autocast keeps the bfloat16 copy of a trained tensor for as long as its context lasts.
+        torch.clear_autocast_cache()
         progress(step + 1)
     for layer, maps in lens.maps.items():
         lens.maps[layer] = (maps[0].detach(), maps[1].detach())

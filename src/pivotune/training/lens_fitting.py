@@ -41,7 +41,8 @@ from pivotune.training.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 LENS_FILE = "lens.safetensors"
-_FORMAT = "1"
+# 2: fits under autocast follow the changed maps.
+_FORMAT = "2"
 # Rows that texts are taken from, at even distances; 10,000 states come from about a hundred.
 _ROWS = 2000
 # Rows beside the measured ones that an analysis fits its lens on.
