@@ -15,8 +15,8 @@ from pivotune.cli.main import main
 from pivotune.data.examples import Encoder, Limits
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
+from pivotune.layers.layers_json import read_layers_json
 from pivotune.layers.measure import analyze_layers
-from pivotune.layers.selection import read_layers_json
 
 
 def save(folder: Path, **changes) -> str:

@@ -9,15 +9,9 @@ import os
 import pytest
 
 from pivotune.errors import UsageError
+from pivotune.layers.layers_json import analysis_to_json, read_layers_json, selection_from_json, write_layers_json
 from pivotune.layers.profile import LayerProfile
-from pivotune.layers.selection import (
-    Fall,
-    LayerSelection,
-    analysis_to_json,
-    read_layers_json,
-    selection_from_json,
-    write_layers_json,
-)
+from pivotune.layers.selection import Fall, LayerSelection
 
 SELECTION = LayerSelection(
     conversion=1, thinking=2, method="entropy-falls", reason="fällt zweimal", falls=(Fall(0, 1, 2.0), Fall(2, 3, 1.0))

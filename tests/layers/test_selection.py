@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pivotune.errors import UsageError
-from pivotune.layers.selection import (
-    PLATEAU_SHARE,
-    Fall,
-    LayerSelection,
-    relative_depth,
-    resolve_layers,
-    select_layers,
-)
+from pivotune.layers.selection import PLATEAU_SHARE, Fall, LayerSelection, relative_depth, resolve_layers, select_layers
 
 
 def two_falls(num_layers=32, conversion=2, thinking=15, *, end=None, slope=0.02, levels=(10.2, 7.5, 2.5)):

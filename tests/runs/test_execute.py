@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Side
 from pivotune.errors import UsageError
-from pivotune.layers.selection import read_layers_json
+from pivotune.layers.layers_json import read_layers_json
 from pivotune.runs import execute as run_module
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.data.examples import Pair
-    from pivotune.layers.selection import LayerAnalysis
+    from pivotune.layers.layers_json import LayerAnalysis
 
 
 def analyze(
@@ -55,8 +55,8 @@ def analyze(
         raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
     from pivotune.config.settings import TunedLensConfig
+    from pivotune.layers.layers_json import write_layers_json
     from pivotune.layers.measure import analyze_layers, num_sequences
-    from pivotune.layers.selection import write_layers_json
     from pivotune.models.loading import load_model
     from pivotune.report.plots import plot_entropy
     from pivotune.training.lens_fitting import fit_all_layers

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
+from pivotune.layers.layers_json import LayerAnalysis, analysis_to_json
 from pivotune.layers.profile import LayerProfile, profile_layers
 from pivotune.layers.reading import measure_reading
-from pivotune.layers.selection import LayerAnalysis, analysis_to_json, select_by_reading, select_layers
+from pivotune.layers.selection import select_by_reading, select_layers
 from pivotune.lenses.base import Lens
 from pivotune.lenses.logit import LogitLens
 from pivotune.models.architecture import find_architecture

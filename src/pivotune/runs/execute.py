@@ -19,7 +19,7 @@ from pivotune.config.settings import RunConfig
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.estimate.memory_changes import explained_out_of_memory
-from pivotune.layers.selection import LayerAnalysis, read_layers_json, write_layers_json
+from pivotune.layers.layers_json import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.runs.export import gathered_model, is_sharded, save_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pivotune.config.settings import RunConfig
 from pivotune.errors import UsageError
-from pivotune.layers.selection import read_layers_json
+from pivotune.layers.layers_json import read_layers_json
 from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import DTYPES, load_model, load_tokenizer
 from pivotune.models.locating import one_line_errors

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pivotune.config.registry import BASELINE_METHOD
-from pivotune.layers.selection import TermName, read_layers_json
+from pivotune.layers.layers_json import read_layers_json
+from pivotune.layers.selection import TermName
 from pivotune.results.files import read_entries
 from pivotune.sweeps.plan import Cell
 from pivotune.sweeps.run import Sweep

@@ -30,8 +30,9 @@ from pivotune.data.rows import answered_turns
 from pivotune.data.sources import Row, Rows, load_rows
 from pivotune.data.templates import Template, Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
+from pivotune.layers.layers_json import LayerAnalysis, selection_from_json
 from pivotune.layers.measure import analyze_layers, num_sequences
-from pivotune.layers.selection import LayerAnalysis, check_layer, resolve_layers, selection_from_json
+from pivotune.layers.selection import check_layer, resolve_layers
 from pivotune.methods.base import required_sides
 from pivotune.models.architecture import find_architecture
 from pivotune.models.sharding import is_partitioned, placed

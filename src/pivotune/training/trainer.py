@@ -21,7 +21,7 @@ from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.forward.passes import choose_passes
-from pivotune.layers.selection import LayerAnalysis
+from pivotune.layers.layers_json import LayerAnalysis
 from pivotune.lenses.tuned import TunedLens
 from pivotune.models.adapters import add_adapters, merge_adapters
 from pivotune.models.architecture import find_architecture
