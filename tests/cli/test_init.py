@@ -127,7 +127,7 @@ def test_the_alternatives_are_found():
         "method",
         "data.on_bad_row",
         "data.template",
-        "supervision.conversion.signal",
+        "supervision.thinking.signal",
         "supervision.schedule",
         "supervision.lens",
         "supervision.layers",

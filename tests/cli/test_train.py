@@ -158,7 +158,8 @@ def test_the_defaults_read_the_layers_through_a_lens(config, capsys):
     layers = json.loads((run / "layers.json").read_text())
     assert (layers["method"], layers["lens"]) == ("reading", "tuned")
     figures = read_lens_figures(run / "lens.safetensors")
-    assert list(figures) == [layers["conversion"], layers["thinking"]]
+    assert list(figures) == [layers["thinking"]]
+    assert "conversion_loss" not in metrics(run)[0]
     assert "linear schedule; tuned lens" in (out := capsys.readouterr().out)
     kl = figures[layers["thinking"]].kl
     assert "lens     KL from the output in nats: " in out

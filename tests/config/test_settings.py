@@ -69,7 +69,7 @@ def test_every_default():
             "on_bad_row": "error",
         },
         "supervision": {
-            "conversion": signal,
+            "conversion": {**signal, "signal": "none"},
             "thinking": signal,
             "schedule": "linear",
             "phase": {"steps": 0, "task": False, "learning_rate": None},
@@ -409,6 +409,8 @@ def test_a_preset_changes_defaults_and_single_keys_change_it():
     assert paper.data.english_ratio == 0.0
     own = changed("preset=paper", "supervision.thinking.weight=0.5", "data.english_ratio=0.1")
     assert (own.supervision.thinking.weight, own.supervision.conversion.weight) == (0.5, 1.0)
+    assert list(own.supervision.active()) == ["conversion", "thinking"]
+    assert list(changed("supervision.conversion={}").supervision.active()) == ["conversion", "thinking"]
     assert own.data.english_ratio == 0.1
     assert message("preset=papr") == "run.yaml: preset: 'papr' is not allowed; allowed: 'recommended' or 'paper'"
     # What a run writes down is read back as it was.

@@ -108,8 +108,18 @@ def test_tft_is_not_refused_for_layers_that_it_does_not_use(config):
     ],
 )
 def test_keys_that_a_cell_does_not_use_make_no_cells(config, switch, unused, used):
-    assert len(plan(config, switch, unused)) == 1
-    assert len(plan(config, switch, used)) == 2
+    changes = ["supervision.conversion.weight=0.2"]
+    assert len(plan(config, switch, unused, changes=changes)) == 1
+    assert len(plan(config, switch, used, changes=changes)) == 2
+
+
+def test_a_key_of_conversion_turns_it_on(config):
+    cells = plan(config, "supervision.conversion.layer=2,3")
+    assert [(c.config.supervision.conversion.signal, c.config.supervision.conversion.layer) for c in cells] == [
+        ("logits", 2),
+        ("logits", 3),
+    ]
+    assert plan(config)[0].config.supervision.conversion.signal == "none"
 
 
 def test_values_may_hold_commas_within_brackets_and_quotes(config):

@@ -80,7 +80,7 @@ def _show(screen: Console, results: dict[str, Any]) -> None:
     from rich.text import Text
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
-    chosen = f"conversion {layers['conversion']}, thinking {layers['thinking']} of {layers['num_layers']}"
+    chosen = f"thinking {layers['thinking']} of {layers['num_layers']}"
     screen.print(f"\n[bold]layers[/]   {chosen}: {layers['reason']}")
     base = models["base"]["target"]
     title = f"{base['rows']} held-out rows scored (nats per token, ± standard error), {base['answered']} answered"

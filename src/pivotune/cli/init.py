@@ -30,8 +30,8 @@ data:
 
 _SUPERVISION = """
 supervision:
-  conversion: {signal: logits, layer: auto} # language conversion at a bottom layer: logits | feature | none
-  thinking: {signal: logits, layer: auto} # English thinking at a middle layer; `weight` of each: 0.3
+  thinking: {signal: logits, layer: auto} # English thinking at a middle layer: logits | feature | none; `weight`: 0.3
+  # conversion: {signal: logits, layer: auto} # language conversion at a bottom layer; off unless given
   # schedule: linear                  # constant | linear | cosine, down to 0 at the last step
   # lens: tuned                       # logit (raw states) | tuned (fitted before training) | model (its upper layers)
   # logits: {gradient: prompt}        # prompt | all; with all the English tokens train the layers, too

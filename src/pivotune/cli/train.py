@@ -77,7 +77,7 @@ def train(
         return
     from pivotune.cli.training_display import describe_result
 
-    describe_result(out, result)
+    describe_result(out, result, run_config.supervision)
 
 
 def _check_paths(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from pivotune.cli.common import print_lines, printable, progress_bar, safe, stderr
 from pivotune.cli.estimate import gibibytes, training_line
 from pivotune.config.registry import METHODS
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.examples import preview
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 
@@ -127,11 +128,11 @@ def describe_training(out: Console, prepared: PreparedRun) -> None:
         out.print(f"[bold yellow]warning[/]  {warning}", soft_wrap=True)
 
 
-def describe_result(out: Console, result: RunResult) -> None:
+def describe_result(out: Console, result: RunResult, supervision: SupervisionConfig) -> None:
     """Print the chosen layers, the held-out NLL before and after training, and the model's folder."""
     if chosen := result.layers:
-        layers = f"conversion {chosen['conversion']}, thinking {chosen['thinking']}: {safe(chosen['reason'])}"
-        out.print(f"[bold]layers[/]   {layers}", soft_wrap=True)
+        layers = ", ".join(f"{name} {chosen[name]}" for name in supervision.active())
+        out.print(f"[bold]layers[/]   {layers} ({safe(chosen['reason'])})", soft_wrap=True)
     if (lens := result.folder / LENS_FILE).is_file():
         figures = read_lens_figures(lens).items()
         found = [f"{one.kl:.2f} at layer {layer} (logit lens {one.logit_kl:.2f})" for layer, one in figures]

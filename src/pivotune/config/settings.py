@@ -155,7 +155,8 @@ class SupervisionConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    conversion: SignalConfig = SignalConfig()
+    # Off unless given: beside thinking it adds cost and no gain (docs/experiments.md).
+    conversion: SignalConfig = SignalConfig(signal="none")
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     phase: PhaseConfig = PhaseConfig()
@@ -222,7 +223,7 @@ class SupervisionConfig(Section):
 
 
 # No inner loss: the supervision of the baselines.
-NO_SUPERVISION = SupervisionConfig(conversion=SignalConfig(signal="none"), thinking=SignalConfig(signal="none"))
+NO_SUPERVISION = SupervisionConfig(thinking=SignalConfig(signal="none"))
 
 
 class LoraSettings(Section):

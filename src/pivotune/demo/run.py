@@ -122,7 +122,6 @@ def paired_difference(folder: Path) -> dict[str, dict[str, float]]:
 
 def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
     """Return the run configuration of one method, as for `pivotune train`."""
-    signal = {"signal": settings.signal}
     return parse_config(
         {
             "model": MODEL,
@@ -134,8 +133,7 @@ def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:
                 "english_ratio": 0.25,
             },
             "supervision": {
-                "conversion": signal,
-                "thinking": signal,
+                "thinking": {"signal": settings.signal},
                 "profile_rows": settings.profiled,
                 # Facts are short: the lens of this many states is nearly that of the default, in half of the time.
                 "tuned": {"states": 4000, "steps": 40},

@@ -47,14 +47,17 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: st
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {_text(config.model)} fine-tuned for {_text(language)}\n\n{METHODS[config.method].summary}",
     ]
-    if layers is not None:
-        parts.append(
-            f"## Layers\n\nConversion at layer {layers['conversion']}, thinking at layer {layers['thinking']} of "
-            f"{layers['num_layers']} ({_text(layers['reason'])})."
+    if METHODS[config.method].inner_losses:
+        named = ", ".join(
+            f"{name} at layer {term.layer if layers is None else layers[name]}"
+            for name, term in config.supervision.active().items()
         )
-    elif METHODS[config.method].inner_losses:
-        named = ", ".join(f"{name} at layer {term.layer}" for name, term in config.supervision.active().items())
-        parts.append(f"## Layers\n\n{named.capitalize()}, as the configuration names them.")
+        how = (
+            ", as the configuration names them"
+            if layers is None
+            else f" of {layers['num_layers']} ({_text(layers['reason'])})"
+        )
+        parts.append(f"## Layers\n\n{named.capitalize()}{how}.")
     if table := _results_table(results):
         parts.append(table)
     settings = dump_config(config)

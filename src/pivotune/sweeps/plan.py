@@ -131,8 +131,9 @@ def plan_cells(
                 raise UsageError(f"--grid, --ablation: {both} would be set twice in each cell; leave one of them out")
     seeds = seeds or [load_config(path, changes).seed]
     combinations: dict[tuple[Option, ...], RunConfig] = {}
-    # Method, signals and whole sections of `supervision` decide which other keys a combination uses.
-    decides = re.compile(r"method|supervision(\.\w+)?|.*\.signal")
+    # Method, signals, whole sections of `supervision` and every key of conversion, which is off unless given, decide
+    # which other keys a combination uses.
+    decides = re.compile(r"method|supervision(\.\w+)?|supervision\.conversion\..*|.*\.signal")
     for options in itertools.product(*axes):
         deciding = [option for option in options if any(map(decides.fullmatch, option.keys))]
         config = _load(path, changes, deciding)
