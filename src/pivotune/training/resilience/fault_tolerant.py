@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,6 +189,7 @@ class FaultTolerantTrainer(Trainer):
     Args:
         stop_signals: records signals that ask the training to stop.
         verified_checkpoint: a checkpoint whose checksums the caller has compared already.
+        sources: the sources of the training rows, as in `Rows.sources`, to name rows in messages.
 
     Attributes:
         order: shape of an optimizer step; of a resumed run as it was begun.
@@ -202,10 +204,11 @@ class FaultTolerantTrainer(Trainer):
         *args: Any,
         stop_signals: StopSignals | None = None,
         verified_checkpoint: Path | None = None,
+        sources: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._step = StepRecord()
+        self._step = StepRecord(sources)
         self.order: DataOrder = order_of(self.args, self._train_batch_size)
         self.counters = PivotuneCounters(self)
         self.save_and_stop = SaveAndStop(self, stop_signals)
