@@ -186,8 +186,7 @@ def test_out_that_is_no_name_for_an_analysis(model, data, tmp_path, capsys):
         ),
         (
             ["--data", "FOLDER/bad.jsonl"],
-            "FOLDER/bad.jsonl, line 2: `completion` is missing; 1 of 2 rows is like this (mend them "
-            "or leave them out)",
+            "FOLDER/bad.jsonl, line 2: `completion` is missing; 1 of 2 rows is like this (mend them or leave them out)",
         ),
         (
             ["--data", "FOLDER/system.jsonl", "--template", "alpaca"],

@@ -65,7 +65,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Rows `first` to `last` (1-based places) whose English stands `by` rows further down (negative: up)."""
+    """Rows `first` to `last` (as in `Problem.numbers`) whose English stands `by` rows further down (negative: up)."""
 
     first: int | str
     last: int | str

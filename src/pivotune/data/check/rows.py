@@ -135,11 +135,11 @@ def _first_places(hashes: array) -> np.ndarray:
 
 
 def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list[Shift]:
-    """Flag slipped stretches, length ratios and misaligned pairs; return the stretches, with 0-based places."""
+    """Flag slipped stretches, length ratios and misaligned pairs; return the stretches."""
     shifts = find_shifts(checked.traces)
-    for shift in shifts:
-        for index in range(shift.first, shift.last + 1):
-            english = checked.name(min(max(index + shift.by, 0), len(rows) - 1))
+    for stretch, by in shifts:
+        for index in stretch:
+            english = checked.name(min(max(index + by, 0), len(rows) - 1))
             found.add("shifted", index, f"its English is rather that of row {english}", -index)
     # Damage, a slip and another language explain odd lengths and words.
     explained = found.flagged(DEFECTS, len(rows))
@@ -164,7 +164,7 @@ def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list
     for index in np.flatnonzero(unusual & ~explained).tolist():
         factor = outliers[index]
         found.add("length_ratio", index, f"target {factor:.2g} times as long as usual", abs(math.log(factor)))
-    return shifts
+    return [Shift(checked.name(part[0]), checked.name(part[-1]), by, len(part)) for part, by in shifts]
 
 
 def _why_misaligned(rows: Sequence[Row], index: int, strange: Strange | None, unusual_length: bool) -> str:

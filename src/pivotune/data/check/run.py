@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,10 +61,7 @@ def check_rows(
         if progress and (done % _ROWS_PER_STEP == 0 or done == len(rows)):
             progress(done)
     checked.check_repeats()
-    shifts = [
-        replace(shift, first=checked.name(shift.first), last=checked.name(shift.last))
-        for shift in check_pairs(rows, checked, found)
-    ]
+    shifts = check_pairs(rows, checked, found)
     return DataCheck(
         source=read.source,
         language=language,
