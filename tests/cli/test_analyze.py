@@ -174,18 +174,58 @@ def test_out_that_is_no_name_for_an_analysis(model, data, tmp_path, capsys):
         (["--data", "FOLDER/pair.jsonl"], "FOLDER/pair.jsonl: no such file; did you mean FOLDER/pairs.jsonl?"),
         (["--english", "FOLDER/en.jsonl"], "FOLDER/pairs.jsonl, line 1: has `prompt_en` already, but the English side"),
         (["--template", "FOLDER/mine.jinja"], "template FOLDER/mine.jinja: no {{ completion }} slot; exactly one is"),
-        (["--template", "alpacca"], "data.template: alpacca is not chat, alpaca or an existing Jinja file"),
-        (["--max-tokens", "4"], "FOLDER/pairs.jsonl: line 1: the template alone takes more than the 4 tokens of "),
+        (["--template", "alpacca"], "--template alpacca is not chat, alpaca or an existing Jinja file"),
+        (
+            ["--max-tokens", "4"],
+            "FOLDER/pairs.jsonl: line 1: the template alone takes more than the 4 tokens of --max-tokens; allow more",
+        ),
+        (
+            ["--data", "FOLDER/long.jsonl", "--max-tokens", "999"],
+            "FOLDER/long.jsonl: line 1: the prompt fills the model's 256 tokens and nothing is left for the answer; lower "
+            "--max-tokens (it takes",
+        ),
+        (
+            ["--data", "FOLDER/bad.jsonl"],
+            "FOLDER/bad.jsonl, line 2: `completion` is missing; 1 of 2 rows is like this (mend them or leave them out)",
+        ),
+        (
+            ["--data", "FOLDER/system.jsonl", "--template", "alpaca"],
+            "FOLDER/system.jsonl: line 1: --template alpaca takes one user turn",
+        ),
         (["--model", "FOLDER/none/there"], "FOLDER/none/there: no such folder; allowed: "),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(options, expected, model, data, tmp_path, out, capsys):
     (tmp_path / "mine.jinja").write_text("Q: {{ prompt }} A:")
     write(tmp_path / "en.jsonl", tiny_rows(16))
+    write(tmp_path / "long.jsonl", [{"prompt": "namba " * 300, "completion": "moja"}])
+    write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    write(tmp_path / "system.jsonl", [{**row, "system": "jibu", "system_en": "answer"} for row in tiny_rows(2)])
     options = [word.replace("FOLDER", str(tmp_path)) for word in options]
     text = refused(capsys, model, data, out, *options)
     assert text.startswith(expected.replace("FOLDER", str(tmp_path)))
     assert not out.parent.exists()
+
+
+def test_a_system_turn_is_folded(data, tmp_path, out, capsys):
+    folder = save(tmp_path / "refuses")
+    refuses = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    build_tiny_tokenizer(chat_template=refuses).save_pretrained(folder)
+    rows = write(tmp_path / "system.jsonl", [{**row, "system": "jibu", "system_en": "answer"} for row in tiny_rows(6)])
+    text = refused(capsys, folder, rows, out, "--layers", "paper")
+    assert text.endswith("no system; --fold-system puts the system text before the user's")
+    assert analyze(folder, rows, out, "--layers", "paper", "--fold-system", "--tokens-per-row", "0") == 0
+    folded = [
+        {**row, "prompt": f"jibu\n\n{row['prompt']}", "prompt_en": f"answer\n\n{row['prompt_en']}"}
+        for row in tiny_rows(6)
+    ]
+    plain = tmp_path / "plain.json"
+    written = write(tmp_path / "folded.jsonl", folded)
+    assert analyze(folder, written, plain, "--layers", "paper", "--tokens-per-row", "0") == 0
+    assert read_layers_json(out)["target"] == read_layers_json(plain)["target"]
 
 
 @pytest.mark.usefixtures("never_loaded")

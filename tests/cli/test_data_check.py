@@ -129,6 +129,47 @@ def test_data_cannot_drive_the_terminal(write, model, capsys):
     assert "[b]␛[0m" in out
 
 
+def test_several_files_are_checked_as_one_and_rows_named_by_file(write, tmp_path, capsys):
+    first, second = tiny_rows(12), [{**row, "id": f"b-{n}"} for n, row in enumerate(tiny_rows(30)[14:])]
+    second[2], second[4] = first[3], copied(second[4])
+    a, b, out = write(first, "a.jsonl"), write(second, "b.jsonl"), tmp_path / "clean.jsonl"
+    options = ["--lang", "sw", "--write-clean", str(out)]
+    assert main(["data", "check", a, b, *options]) == 0
+    text = capsys.readouterr().out
+    assert f"{a}, {b}: 28 rows, 28 usable" in text
+    assert f"row {b}:3 sw-3: same as row {a}:4" in text
+    assert f"row {b}:5 b-4: prompt and answer" in text
+    report = json.loads((tmp_path / "clean.report.json").read_text())
+    assert [(row["number"], row["reasons"]) for row in report["left_out"]] == [
+        (f"{b}:3", ["duplicate_rows"]), (f"{b}:5", ["untranslated"]),
+    ]  # fmt: skip
+    assert len(load_rows(out)) == 26
+    assert main(["data", "check", a, b, "--lang", "sw", "--json"]) == 0
+    problems = {problem["name"]: problem["numbers"] for problem in json.loads(capsys.readouterr().out)["problems"]}
+    assert problems == {"duplicate_rows": [f"{b}:3"], "untranslated": [f"{b}:5"]}
+
+
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_system_turn_is_folded_as_in_training(write, tmp_path, capsys):
+    build_tiny_model().save_pretrained(tmp_path)
+    build_tiny_tokenizer(chat_template=REFUSES_SYSTEM).save_pretrained(tmp_path)
+    rows = [{**row, "system": "jibu kwa kifupi", "system_en": "answer briefly"} for row in tiny_rows(4)]
+    command = ["data", "check", write(rows), "--lang", "sw", "--model", str(tmp_path), "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["too_long"].values()) == [4]
+    assert "data.fold_system: true" in next(iter(found["too_long"]))
+    assert main([*command, "--fold-system"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["too_long"] == {}
+    assert found["example"][1]["text"] == "jibu kwa kifupi\n\nNamba 0 ni ipi?"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,11 +177,22 @@ def test_data_cannot_drive_the_terminal(write, model, capsys):
         (["{rows}", "--lang", "en"], "--lang: en is English, the other side of every row; name the target language"),
         (["{rows}", "--lang", "sw", "--template", "chat"], "--template: needs --model"),
         (["{rows}", "--lang", "sw", "--model", "no/such/model"], "no/such/model: no such folder"),
+        (
+            ["{rows}", "--lang", "sw", "--model", "{plain}", "--template", "chat"],
+            "--template chat needs a tokenizer with a",
+        ),
+        (["{rows}", "--lang", "sw", "--fold-system"], "--fold-system: needs --model"),
+        (["{rows}", "{bad}", "{rows}", "--lang", "sw"], "rows.jsonl: is named twice"),
+        (["{rows}", "{bad}", "--english", "{rows}", "--lang", "sw"], "--english: belongs to one data file, found 2"),
         (["{bad}", "--lang", "sw"], "all 2 rows are like this"),
     ],
 )
-def test_mistakes_are_one_line_with_code_2(write, capsys, arguments, message):
+def test_mistakes_are_one_line_with_code_2(write, tmp_path, capsys, arguments, message):
     files = {"rows": write(tiny_rows(3)), "bad": write([{"prompt": "a", "completion": "b"}] * 2, "bad.jsonl")}
+    if "{plain}" in arguments:
+        build_tiny_model().save_pretrained(tmp_path)
+        build_tiny_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    files["plain"] = str(tmp_path)
     assert main(["data", "check", *(argument.format(**files) for argument in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("pivotune: error: ")

@@ -98,6 +98,31 @@ def variant(finished, name: str) -> Path:
     return finished(name, *VARIANTS[name], "supervision.schedule=constant").folder
 
 
+def test_a_mix_of_files_with_weights(config, capsys):
+    other = write_jsonl(config.parent / "other.jsonl", [{**row, "id": f"b{row['id']}"} for row in tiny_rows(30)[20:]])
+    pairs = config.parent / "pairs.jsonl"
+    mix = f"data.train=[{{path: {pairs}, weight: 2}}, {other}]"
+    run = train(config, mix, *LAYERS, "training.save_strategy=steps", "training.save_steps=1")
+    out = capsys.readouterr().out
+    with gzip.open(run / "results.items.jsonl.gz", "rt") as file:
+        held = {json.loads(line)["item"] for line in file}
+    assert len(held) == 3
+    in_pairs = sum(name.startswith(f"{pairs}:") for name in held)
+    assert all(1 <= int(name.rpartition(":")[2]) <= (16 if name.startswith(str(pairs)) else 10) for name in held)
+    kept = 16 - in_pairs
+    assert f"{pairs}: {2 * kept} rows an epoch ({kept} rows, weight 2)" in out
+    assert f"{2 * kept + 10 - (3 - in_pairs)} rows to train on, 3 held out" in out
+    arguments = ["train", str(config), "--resume", *set_options(LAYERS)]
+    for changed in (mix.replace("weight: 2", "weight: 3"), f"data.train={pairs}"):
+        message = refused(capsys, *arguments, *set_options([changed]))
+        assert message.startswith("--resume: data.train is ")
+    other.write_text(other.read_text().replace("Namba", "Nambari", 1))
+    message = refused(capsys, *arguments, *set_options([mix]))
+    assert message.startswith(
+        f"--resume: {pairs}, {other} is not what the run in {run} began with (the same number of rows)"
+    )
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_signal_and_mode(name, finished, model):
     run = variant(finished, name)

@@ -125,6 +125,46 @@ def test_unknown_key_names_the_nearest_valid_one(change, expected):
     assert message(change) == f"run.yaml: {expected}"
 
 
+def test_several_files_with_weights():
+    data = changed("data.train=[{path: a.jsonl, weight: 2, english: en.jsonl}, b.jsonl, 'owner/name:train']").data
+    assert [(source.path, source.english, source.weight) for source in data.sources] == [
+        ("a.jsonl", "en.jsonl", 2.0), ("b.jsonl", None, 1.0), ("owner/name:train", None, 1.0),
+    ]  # fmt: skip
+    one = changed("data.english=en.jsonl").data
+    assert [(source.path, source.english, source.weight) for source in one.sources] == [
+        ("pairs.jsonl", "en.jsonl", 1.0)
+    ]
+    config = changed("data.train=[{path: a.jsonl, weight: 0.5}, b.jsonl]")
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+FORMS = "a file, a Hub dataset, or a list of them and of {path, english, weight}"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("train=[]", f"data.train: [] is not allowed; allowed: {FORMS}"),
+        ("train=[a.jsonl, 3]", f"data.train: ['a.jsonl', 3] is not allowed; allowed: {FORMS}"),
+        ("train=[{path: a, weight: 0}]", "data.train.0.weight: 0 is not allowed; allowed: greater than 0"),
+        ("train=[b, {path: a, weight: -1}]", "data.train.1.weight: -1 is not allowed; allowed: greater than 0"),
+        ("train=[{path: a, weight: .inf}]", "data.train.0.weight: inf is not allowed; allowed: less than or equal to 1000"),
+        ("train=[{path: a, weight: .nan}]", "data.train.0.weight: nan is not allowed; allowed: less than or equal to 1000"),
+        ("train=[{path: a, weight: '2'}]", "data.train.0.weight: '2' is not allowed; allowed: a valid number"),
+        ("train=[{path: a, wieght: 2}]", "unknown key data.train.0.wieght; did you mean data.train.0.weight?"),
+        ("train=[{weight: 2}]", "data.train.0.path is missing"),
+        ("train=[a.jsonl, ./a.jsonl]", "data.train: a.jsonl is named twice; give it weight: 2"),
+        (
+            "={train: [a, b], english: c}",
+            "data.english: belongs to one file; write {path: FILE, english: FILE} into data.train",
+        ),
+    ],
+)  # fmt: skip
+def test_files_and_weights_that_are_refused(change, expected):
+    change = f"data{change}" if change.startswith("=") else f"data.{change}"
+    assert message(change) == f"run.yaml: {expected}"
+
+
 def test_an_unknown_key_is_named_before_the_key_that_it_misspells():
     settings = {**SMALLEST, "data": {"trian": "pairs.jsonl"}}
     with pytest.raises(UsageError, match=r"^run\.yaml: unknown key data\.trian; did you mean data\.train\?$"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -17,7 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from pivotune.config.registry import METHODS
-from pivotune.data.datasets import check_branch_lengths, replay_indices, split_validation, training_examples
+from pivotune.data.datasets import (
+    check_branch_lengths,
+    replay_indices,
+    split_validation,
+    training_examples,
+    weighted_places,
+)
 from pivotune.data.examples import Encoder, Limits, Pair, Side, preview
 from pivotune.data.rows import Row
 from pivotune.data.sources import load_rows
@@ -567,6 +574,24 @@ def test_validation_that_leaves_nothing_to_train_on(size, asked):
     assert one_line(raised) == (
         f"data.validation: {asked} rows asked for, the data has 8; at least one must be left for training"
     )
+
+
+def test_weights_are_how_often_a_row_is_seen():
+    places = weighted_places([4, 10, 3, 0, 200], [2, 0.5, 1, 3, 1.25], 0)
+    counts = [Counter(each.tolist()) for each in places]
+    assert counts[0] == dict.fromkeys(range(4), 2)
+    assert set(counts[1].values()) == {1}
+    assert len(counts[1]) == 5
+    assert set(counts[1]) <= set(range(4, 14))
+    assert counts[2] == dict.fromkeys(range(14, 17), 1)
+    assert not counts[3]
+    assert set(counts[4]) == set(range(17, 217))
+    assert sorted(counts[4].values()) == [1] * 150 + [2] * 50
+    assert max(row for row, count in counts[4].items() if count == 2) > 150, "drawn from everywhere"
+    again, other = weighted_places([4, 10], [2, 0.5], 0), weighted_places([4, 10], [2, 0.5], 1)
+    assert [each.tolist() for each in again] == [each.tolist() for each in places[:2]]
+    assert again[1].tolist() != other[1].tolist()
+    assert [len(each) for each in weighted_places([5], [0.01], 0)] == [1], "a small share of a small file is one row"
 
 
 def test_a_share_of_many_rows_is_capped_and_a_number_is_not():

@@ -86,7 +86,7 @@ def test_a_forked_process_that_lets_go_leaves_the_files(temporary_folder, monkey
     del store
     (folder,) = temporary_folder.iterdir()
     monkeypatch.undo()
-    assert [described(pair) for pair in PairStore(folder)] == [described(pair) for pair in PAIRS]
+    assert [described(pair) for pair in PairStore(folder, {"data": 0})] == [described(pair) for pair in PAIRS]
 
 
 def test_nothing_is_left_where_encoding_fails(temporary_folder):

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pivotune.data.formats import read_file
-from pivotune.data.sources import Row, load_rows
+from pivotune.data.formats import read_file, row_name, source_of
+from pivotune.data.sources import Row, concatenate, load_rows
 from pivotune.errors import UsageError
 
 FORMS = {
@@ -142,6 +142,30 @@ class TestRecords:
         (tmp_path / "pairs.jsonl").touch()
         path = tmp_path / "pair.jsonl"
         assert error_of(path) == f"{path}: no such file; did you mean {tmp_path / 'pairs.jsonl'}?"
+
+
+class TestSeveralSources:
+    def test_rows_are_numbered_on_and_keep_their_place(self, tmp_path):
+        first = write_jsonl(tmp_path / "a.jsonl", [{**row, "topic": 1} for row in pairs(4, r2="prompt")])
+        second = write_jsonl(tmp_path / "b.jsonl", [{**row, "id": "x", "topic": 1} for row in pairs(3, r1="prompt")])
+        csv = tmp_path / "c.csv"
+        csv.write_text("prompt,completion,prompt_en,completion_en\na,b,c,d\n")
+        parts = [load_rows(path, on_bad_row="skip") for path in (first, second, csv)]
+        rows = concatenate(parts)
+        assert [row.prompt for row in rows] == ["Swali 1", "Swali 3", "Swali 4", "Swali 2", "Swali 3", "a"]
+        assert rows[-1].prompt == "a"
+        numbers = [row.number for row in rows]
+        assert len(set(numbers)) == len(rows) == 6
+        assert [source_of(number, rows.sources) for number in numbers] == [
+            (str(path), number)
+            for path, number in [(first, 1), (first, 3), (first, 4), (second, 2), (second, 3), (csv, 1)]
+        ]
+        assert row_name(numbers[3], rows.sources) == f"{second}:2"
+        assert row_name(numbers[0], parts[0].sources) == 1
+        assert (rows.total, rows.skipped) == (8, {"`prompt` is missing": 2})
+        assert rows.notes == ["columns that are not used: 'topic' (in 7 rows)"]
+        assert rows.source == f"{first}, {second}, {csv}"
+        assert concatenate(parts[:1]) is parts[0]
 
 
 class TestBadRows:

@@ -207,6 +207,7 @@ def test_vllm_is_made_and_asked_through_the_harness(tokenizer, monkeypatch):
     assert (made.lm.made_with["max_length"], made.lm.made_with["dtype"]) == (99, "bfloat16")
     asked = [Likelihood("a b", " c"), Generation("a b", 5, ("\n",))]
     context, continuation = made.prompter.encode_pair("a b", " c")
+    assert made.lm.tok_encode(["a b"]) == [context]
     score, text = answers(made, asked)
     assert score == LogProbability(-float(len(context)), len(continuation))
     options = {

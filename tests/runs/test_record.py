@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_training import make_pairs
@@ -32,9 +33,22 @@ def test_a_data_file_that_has_changed_is_named(tmp_path):
     write_rows_record(tmp_path, make_pairs(2), data)
     assert changed_data_file(tmp_path, data) is None
     heldout.write_text("3")
-    assert changed_data_file(tmp_path, data) == "validation"
+    assert changed_data_file(tmp_path, data) == ("validation", data.validation)
     heldout.unlink()
-    assert changed_data_file(tmp_path, data) == "validation"
+    assert changed_data_file(tmp_path, data) == ("validation", data.validation)
+
+
+def test_a_changed_file_among_several_is_named(tmp_path):
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "en.jsonl")]
+    for path in paths:
+        path.write_text(path.name)
+    a, b, english = map(str, paths)
+    data = DataConfig(train=[a, {"path": b, "english": english, "weight": 2}, "owner/on-the-hub"])
+    write_rows_record(tmp_path, make_pairs(2), data)
+    assert changed_data_file(tmp_path, data) is None
+    for path, key in ((english, "train.1.english"), (b, "train.1.path")):
+        Path(path).write_text("other")
+        assert changed_data_file(tmp_path, data) == (key, path)
 
 
 @pytest.mark.parametrize("text", TORN)

@@ -351,6 +351,22 @@ def test_changed_data_of_a_trained_cell_are_refused(config):
     assert prepare(config, LAYERS).state(sweep.cells[0]) == "done"
 
 
+def test_a_changed_file_among_several_is_refused(config):
+    rows = config.parent / "rows.jsonl"
+    other = config.parent / "other.jsonl"
+    other.write_text(rows.read_text().replace("Namba", "Nambari"))
+    changes = [f"data.train=[{rows}, {{path: {other}, weight: 0.5}}]"]
+    sweep = prepare(config, "supervision.thinking.layer=2", changes=changes)
+    run(sweep)
+    folder = sweep.cells[0].folder
+    other.write_text(other.read_text().replace("Nambari", "Namba", 1))
+    with pytest.raises(UsageError) as error:
+        prepare(config, LAYERS, changes=changes)
+    assert str(error.value).startswith(f"data.train.1.path: {other} is not what {folder} was trained with")
+    with pytest.raises(UsageError, match=r"^data.train is .*'weight': 2.0.* here and was .*'weight': 0.5.* in "):
+        prepare(config, LAYERS, changes=[changes[0].replace("0.5", "2")])
+
+
 def test_folders_that_are_no_sweeps_are_refused(config):
     folder = config.parent / "sweep"
     folder.mkdir()

@@ -11,6 +11,7 @@ from tiny_training import arguments, make_pairs
 from pivotune.config.settings import DataConfig
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
+from pivotune.data.formats import row_name
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
 from pivotune.objectives.deep_supervision import build_objectives
@@ -24,6 +25,7 @@ from pivotune.training.preparation import (
     choose_supervision,
     context_length,
     encode_dataset,
+    encode_rows,
     heldout_examples,
     load_run_rows,
 )
@@ -69,6 +71,67 @@ def test_every_answer_is_trained_and_no_conversation_is_on_both_sides(tmp_path, 
     assert not {row.number for row in loaded.train} & {row.number for row in loaded.heldout}
     assert all(row.completion.endswith(".2") for row in loaded.heldout)
     assert loaded.notes == ["columns that are not used: 'topic' (in 10 rows)", line]
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_files_are_mixed_by_weight_after_rows_are_held_out(tmp_path):
+    a, c = write(tmp_path / "a.jsonl", tiny_rows(20)), write(tmp_path / "c.jsonl", tiny_rows(8))
+    texts = [{"id": row["id"], "prompt": row["prompt_en"], "completion": row["completion_en"]} for row in tiny_rows(10)]
+    english = write(tmp_path / "en.jsonl", texts)
+    target = [{key: row[key] for key in ("id", "prompt", "completion")} for row in tiny_rows(10)]
+    b = write(tmp_path / "b.jsonl", target[::-1])
+    train = [{"path": a, "weight": 2}, {"path": b, "english": english}, {"path": c, "weight": 0.5}]
+    data = DataConfig(train=train, validation=8, english_ratio=0)
+    loaded = load_run_rows(data, "deep-supervision", 0)
+    seen, held = Counter(row.number for row in loaded.train), {row.number for row in loaded.heldout}
+    assert len(held) == 8
+    assert not held & set(seen)
+    in_a, in_b, in_c = (
+        [number for number in seen if number <= 20],
+        [n for n in seen if 20 < n <= 30],
+        [n for n in seen if n > 30],
+    )
+    assert {seen[number] for number in in_a} == {2}
+    assert {seen[number] for number in (*in_b, *in_c)} == {1}
+    kept_c = 8 - sum(number > 30 for number in held)
+    assert (len(in_a) + len(in_b), len(in_c)) == (30 - sum(number <= 30 for number in held), round(kept_c / 2))
+    assert loaded.sources == loaded.heldout_sources == {a: 0, b: 20, c: 30}
+    assert loaded.notes == [
+        f"{a}: {2 * len(in_a)} rows an epoch ({len(in_a)} rows, weight 2)",
+        f"{b}: {len(in_b)} rows an epoch ({len(in_b)} rows, weight 1)",
+        f"{c}: {len(in_c)} rows an epoch ({kept_c} rows, weight 0.5)",
+    ]
+    assert next(row for row in loaded.train if row.number == in_b[-1]).prompt_en.startswith("Which number is")
+    # The same rows are held out, whatever they weigh; a limit is of each file.
+    even = load_run_rows(DataConfig(train=[a, {"path": b, "english": english}, c], validation=8), "tft", 0)
+    assert [row.number for row in even.heldout] == [row.number for row in loaded.heldout]
+    few = load_run_rows(DataConfig(train=[a, c], validation=0, limit=3), "tft", 0)
+    assert [row.number for row in few.train] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_file_can_weigh_too_and_a_validation_file_stays_whole(tmp_path):
+    a, held = write(tmp_path / "a.jsonl", tiny_rows(6)), write(tmp_path / "held.jsonl", tiny_rows(3))
+    loaded = load_run_rows(DataConfig(train=[{"path": a, "weight": 1.5}], validation=held), "tft", 0)
+    assert sorted(Counter(row.number for row in loaded.train).values()) == [1, 1, 1, 2, 2, 2]
+    assert (len(loaded.heldout), loaded.heldout_sources) == (3, {held: 0})
+    assert loaded.notes == [f"{a}: 9 rows an epoch (6 rows, weight 1.5)"]
+
+
+def test_rows_of_several_files_are_named_by_file_and_line(tmp_path):
+    a = write(tmp_path / "a.jsonl", tiny_rows(3))
+    long = {**tiny_rows(1)[0], "prompt": "namba " * 300}
+    b = write(tmp_path / "b.jsonl", [tiny_rows(1)[0], long])
+    args, tokenizer = arguments(tmp_path, max_prompt_tokens=500), build_tiny_tokenizer()
+    encoder = build_encoder(args, tokenizer, tiny_config("llama"))
+    loaded = load_run_rows(DataConfig(train=[a, b], validation=0), "tft", 0)
+    with pytest.raises(UsageError, match=rf"^{b}: line 2: the prompt fills the model's 256 tokens"):
+        encode_rows(loaded.train, encoder, on_bad_row="error", sources=loaded.sources)
+    pairs = encode_rows(loaded.train, encoder, on_bad_row="skip", sources=loaded.sources)
+    assert [row_name(pair.number, pairs.sources) for pair in pairs] == [f"{a}:1", f"{a}:2", f"{a}:3", f"{b}:1"]
 
 
 def test_turns_and_columns_that_are_not_used_are_told_in_python(tmp_path, caplog):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, print_lines, progress, quiet_libraries, safe
+from pivotune.cli.common import console, own_options, print_json, print_lines, progress, quiet_libraries, safe
+from pivotune.cli.options import FoldSystem
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def analyze(
         str, typer.Option("--layers", help="Chosen by: reading (through a tuned lens) or paper.")
     ] = "reading",
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
+    fold_system: FoldSystem = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of each prompt and each answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     out: Annotated[Path, typer.Option(help="Analysis file; the picture is written beside it.")] = Path("layers.json"),
@@ -47,7 +49,8 @@ def analyze(
     if rule not in ("reading", "paper"):
         raise UsageError(f"--layers: {rule!r} is not allowed; allowed: reading, paper")
     quiet_libraries()
-    pairs, others, tokenizer = _encode(model, data, english, rows, template, max_tokens)
+    with own_options():
+        pairs, others, tokenizer = _encode(model, data, english, rows, template, max_tokens, fold_system)
     try:  # before the measurement, which takes long
         out.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out.parent).close()
@@ -78,7 +81,7 @@ def analyze(
 
 
 def _encode(
-    model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int
+    model: str, data: str, english: str | None, rows: int, template: str | None, max_tokens: int, fold_system: bool
 ) -> tuple[list[Pair], list[Pair], Any]:
     """Check the model and encode rows before a weight is loaded; return those to measure, others, and the tokenizer."""
     from pivotune.models.loading import check_model, load_tokenizer, read_config
@@ -99,7 +102,7 @@ def _encode(
     chosen, others = set_apart(load_rows(data, english=english, need_english=english is not None), rows, FITTED_ON)
     tokenizer = load_tokenizer(model)
     limits = Limits(max_tokens, max_tokens, context_length(config))
-    encoder = Encoder(tokenizer, load_template(template, tokenizer), limits)
+    encoder = Encoder(tokenizer, load_template(template, tokenizer), limits, fold_system=fold_system)
     return encoder.encode(chosen, source=data), encoder.encode(others, on_bad_row="skip", source=data), tokenizer
 
 

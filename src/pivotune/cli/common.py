@@ -72,6 +72,27 @@ def batch_size_option(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else int(text)
 
 
+# Keys of a run that other verbs have as options, as they stand in messages.
+_OPTIONS = {
+    "data.template: ": "--template ",
+    "data.fold_system: true": "--fold-system",
+    "data.max_prompt_tokens": "--max-tokens",
+    "use data.on_bad_row: skip to leave them out": "mend them or leave them out",
+}
+
+
+@contextmanager
+def own_options() -> Iterator[None]:
+    """Name the verb's own options in messages about the keys of a run."""
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        for key, option in _OPTIONS.items():
+            message = message.replace(key, option)
+        raise UsageError(message) from error
+
+
 @contextmanager
 def reported_once() -> Iterator[None]:
     """Report a mistake that every process finds once per machine."""

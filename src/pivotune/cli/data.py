@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, progress, quiet_libraries, safe
+from pivotune.cli.common import console, own_options, print_json, progress, quiet_libraries, safe
+from pivotune.cli.options import FoldSystem
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,14 +35,15 @@ def root() -> None:
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(help="Rows in the target language with their English.")],
+    data: Annotated[list[str], typer.Argument(help="Rows in the target language with their English.")],
     language: Annotated[str, typer.Option("--lang", help="Code of the target language: vi, zh, pt_BR...")],
-    english: Annotated[str | None, typer.Option(help="Aligned English file beside the data.")] = None,
+    english: Annotated[str | None, typer.Option(help="Aligned English file beside one data file.")] = None,
     model: Annotated[str | None, typer.Option(help="Its tokenizer gives lengths in tokens and the cuts.")] = None,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file.")] = None,
+    fold_system: FoldSystem = False,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Limit of training, with --model.")] = 256,
     max_completion_tokens: Annotated[int, typer.Option(min=1, help="Limit of training, with --model.")] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="Check only the first usable rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check only the first usable rows of each file.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to show for each kind of problem.")] = 3,
     clean: Annotated[
         Path | None, typer.Option("--write-clean", help="Write the rows without defects here (.jsonl), with a report.")
@@ -49,15 +51,20 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all row numbers.")] = False,
 ) -> None:
     """Check parallel rows: lengths, damaged text, cut answers, repeated and untranslated rows, misaligned pairs."""
-    if template is not None and model is None:
-        raise UsageError("--template: needs --model, whose tokenizer it is for")
+    for option, given in (("--template", template is not None), ("--fold-system", fold_system)):
+        if given and model is None:
+            raise UsageError(f"{option}: needs --model, whose tokenizer it is for")
+    if repeated := next((source for place, source in enumerate(data) if source in data[:place]), None):
+        raise UsageError(f"{repeated}: is named twice")
+    if english is not None and len(data) > 1:
+        raise UsageError(f"--english: belongs to one data file, found {len(data)}; check them one by one")
     from pivotune.data.check import base_language, check_clean_path, check_rows, report_path, write_clean
-    from pivotune.data.sources import load_rows
+    from pivotune.data.sources import concatenate, load_rows
 
     if base_language(language) == "en":
         raise UsageError(f"--lang: {language} is English, the other side of every row; name the target language")
     if clean is not None:
-        check_clean_path(clean, data, english)
+        check_clean_path(clean, *data, english)
     encoder = None
     if model is not None:
         from pivotune.data.examples import Encoder, Limits
@@ -68,8 +75,10 @@ def check(
         quiet_libraries()
         limits = Limits(max_prompt_tokens, max_completion_tokens, context_length(read_config(model)))
         tokenizer = load_tokenizer(model)
-        encoder = Encoder(tokenizer, load_template(template, tokenizer), limits)
-    rows = load_rows(data, english=english, on_bad_row="skip", needed_by="data check", limit=limit)
+        with own_options():
+            encoder = Encoder(tokenizer, load_template(template, tokenizer), limits, fold_system=fold_system)
+    options: dict[str, Any] = {"english": english, "on_bad_row": "skip", "needed_by": "data check", "limit": limit}
+    rows = concatenate([load_rows(source, **options) for source in data])
     with progress("Checking rows", len(rows)) as advance:
         found = check_rows(rows, language=language, encoder=encoder, examples=show, progress=advance)
     written = write_clean(clean, rows, found) if clean else 0

@@ -16,4 +16,5 @@ BatchSize = Annotated[str, typer.Option(help="Requests per batch: a number or au
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens; default: each task's own.")]
 Backend = Annotated[str, typer.Option(help="hf (Transformers) or vllm.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32 or bfloat16.")]
+FoldSystem = Annotated[bool, typer.Option("--fold-system", help="Put a system message before the first user text.")]
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Skip benchmarks whose data is missing.")]

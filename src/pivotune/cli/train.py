@@ -90,7 +90,8 @@ def _check_paths(config: RunConfig) -> None:
         if not config.model.startswith(PREFIX):
             resolve_model(config.model)
         data = config.data
-        for source in (data.train, data.english, data.validation, data.validation_english):
+        train = [path for source in data.sources for path in (source.path, source.english)]
+        for source in (*train, data.validation, data.validation_english):
             if isinstance(source, str):
                 check_source(source)
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from pivotune.errors import UsageError
 
+# Tag of the alternative that is a list, in a union with a discriminator.
+LIST_TAG = "[]"
 _SectionT = TypeVar("_SectionT", bound=BaseModel)
 
 
@@ -31,7 +33,7 @@ def describe(section: type[BaseModel], error: ValidationError, within: str) -> s
     problems: list[Any] = list(error.errors())
     unknown = ("extra_forbidden", "invalid_key", "unknown_key")
     problem = next((p for p in problems if p["type"] in unknown), problems[0])
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part) for part in problem["loc"] if part != LIST_TAG]
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
         return _unknown_key(section, path, within)
@@ -66,12 +68,19 @@ def _allowed(problems: Sequence[Any], problem: Any) -> str:
     return "allowed: " + ", or ".join(dict.fromkeys(wordings))
 
 
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """Return the section among the alternatives and items of a type."""
+    found = [annotation]
+    while not (isinstance(found[0], type) and issubclass(found[0], BaseModel)):
+        found = [*found[1:], *get_args(found[0])]
+    return found[0]
+
+
 def _unknown_key(section: type[BaseModel], path: list[str], within: str) -> str:
     fields = section.model_fields
     for name in path[:-1]:
-        annotation: Any = fields[name].annotation
-        candidates = [annotation, *get_args(annotation)]
-        fields = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)).model_fields
+        # The places of a list's entries are no fields.
+        fields = _section_in(fields[name].annotation).model_fields if name in fields else fields
     near = difflib.get_close_matches(path[-1], fields, n=1)
     hint = (
         f"; did you mean {within}{'.'.join([*path[:-1], near[0]])}?" if near else f"; known keys: {', '.join(fields)}"

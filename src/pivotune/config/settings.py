@@ -6,12 +6,23 @@ Defaults stand beside their reason; the measured ones are explained in docs/expe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from pivotune.config.messages import describe
+from pivotune.config.messages import LIST_TAG, describe
 from pivotune.config.registry import LENSES, METHODS, OBJECTIVES
 from pivotune.config.training_ranges import check_ranges
 
@@ -53,15 +64,59 @@ class EncodingConfig(Section):
         return "no" if value is False else value
 
 
+class DataSource(Section):
+    """One file or Hub dataset of several to train on; text alone is its path."""
+
+    path: str
+    english: str | None = None  # one aligned English file beside it
+    # Times that a row is seen in an epoch, held-out rows aside: 2 is every row twice, 0.5 a half drawn once by the seed.
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+
 class DataConfig(EncodingConfig):
     """Training and held-out rows, and their encoding."""
 
-    train: str
+    # The discriminator keeps the form that was not meant out of messages.
+    train: Annotated[
+        Annotated[str, Tag("str")] | Annotated[list[DataSource], Tag(LIST_TAG)],
+        Discriminator(lambda train: "str" if isinstance(train, str) else LIST_TAG),
+    ]
     english: str | None = None  # one aligned English file beside `train`
     # Rows, share (at most 500 rows) or file.
     validation: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | str = 0.05
     validation_english: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None  # rows of each source
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """Return the sources of `train`."""
+        return [DataSource(path=self.train, english=self.english)] if isinstance(self.train, str) else self.train
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _text_is_a_path(cls, train: Any) -> Any:
+        if isinstance(train, str):
+            return train
+        entries = [train] if isinstance(train, Mapping) else train
+        if not (
+            isinstance(entries, list)
+            and entries
+            and all(isinstance(entry, str | Mapping | DataSource) for entry in entries)
+        ):
+            raise PydanticCustomError(
+                "sources", "a file, a Hub dataset, or a list of them and of {path, english, weight}"
+            )
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @model_validator(mode="after")
+    def _sources_are_distinct(self) -> DataConfig:
+        if self.english is not None and not isinstance(self.train, str):
+            raise ValueError("data.english: belongs to one file; write {path: FILE, english: FILE} into data.train")
+        paths = [str(Path(source.path)) for source in self.sources]
+        if repeated := next((path for place, path in enumerate(paths) if path in paths[:place]), None):
+            # Its rows would be trained on and held out.
+            raise ValueError(f"data.train: {repeated} is named twice; give it weight: 2")
+        return self
 
 
 class SignalConfig(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -159,7 +160,7 @@ def replay_indices(num_rows: int, english_ratio: float, seed: int) -> set[int]:
     return set(random.Random(f"english-replay-{seed}").sample(range(num_rows), count))
 
 
-def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[Sequence[_T], Sequence[_T]]:
+def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[Subset[_T], Subset[_T]]:
     """Split rows into (train, validation), both in their original order, without reading them; deterministic in `seed`.
 
     Args:
@@ -176,6 +177,25 @@ def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[
     held = np.zeros(len(rows), dtype=bool)
     held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
     return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))
+
+
+def weighted_places(lengths: Sequence[int], weights: Sequence[float], seed: int) -> list[np.ndarray]:
+    """Return the places of the rows of an epoch, int64, for each of several sources that stand one after the other.
+
+    A weight of 2.5 gives every row twice and a half of them, drawn by `seed`, once more.
+
+    Args:
+        lengths: number of rows of each source. Of a source with rows at least one is taken.
+    """
+    places = []
+    for source, (start, length, weight) in enumerate(
+        zip(accumulate(lengths, initial=0), lengths, weights, strict=False)
+    ):
+        whole, share = divmod(weight, 1)
+        count = min(max(round(share * length), whole == 0), length)
+        drawn = sorted(random.Random(f"weight-{source}-{seed}").sample(range(length), count))
+        places.append(start + np.concatenate([np.tile(np.arange(length), int(whole)), np.array(drawn, dtype=np.int64)]))
+    return places
 
 
 def set_apart(rows: Sequence[_T], count: int, others: int) -> tuple[list[_T], list[_T]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pivotune.data.control_tokens import ControlTokens
-from pivotune.data.formats import numbered_by
+from pivotune.data.formats import numbered_by, source_of
 from pivotune.data.rows import Row
 from pivotune.data.templates import Rendered, Template, Turn, begin_ids
 from pivotune.errors import UsageError
@@ -150,12 +150,19 @@ class Encoder:
         self._bos = begin_ids(tokenizer, template.adds_special_tokens)
         self._control_tokens = ControlTokens(tokenizer)
 
-    def encode(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> list[Pair]:
+    def encode(
+        self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str | Mapping[str, int] = "data"
+    ) -> list[Pair]:
         """Encode all rows, in order; see `encode_lazily`."""
         return list(self.encode_lazily(rows, on_bad_row=on_bad_row, source=source))
 
-    def encode_lazily(self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str = "data") -> Iterator[Pair]:
+    def encode_lazily(
+        self, rows: Iterable[Row], *, on_bad_row: str = "error", source: str | Mapping[str, int] = "data"
+    ) -> Iterator[Pair]:
         """Encode rows one after the other: memory holds the tokens of one call of the tokenizer.
+
+        Args:
+            source: names the rows in messages; of several sources as in `Rows.sources`.
 
         Raises:
             UsageError: a row whose template alone exceeds the limits, or whose answer is cut to nothing; with
@@ -182,12 +189,13 @@ class Encoder:
         return self.template.render(self._control_tokens.hide(turn))
 
     @contextmanager
-    def _row_errors(self, number: int, on_bad_row: str, source: str) -> Iterator[None]:
+    def _row_errors(self, number: int, on_bad_row: str, source: str | Mapping[str, int]) -> Iterator[None]:
         try:
             yield
         except UsageError as error:
             if on_bad_row != "skip":
-                raise UsageError(f"{source}: {numbered_by(Path(source))} {number}: {error}") from error
+                name, number = source_of(number, {source: 0} if isinstance(source, str) else source)
+                raise UsageError(f"{name}: {numbered_by(Path(name))} {number}: {error}") from error
             self.report.skipped[error.reason if isinstance(error, _UnfitRowError) else str(error)] += 1
 
     def _tokenize(self, rendered: Sequence[tuple[Turn, Rendered] | None]) -> Iterator[Side | None]:

@@ -8,7 +8,7 @@ import gzip
 import io
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -68,6 +68,23 @@ def is_data_file_name(path: Path) -> bool:
 def numbered_by(path: Path) -> str:
     """Return the word for a record's number in this file: 'line' for JSON Lines, else 'row'."""
     return "line" if _READERS.get(file_type(path)) is read_jsonl else "row"
+
+
+def source_of(number: int, sources: Mapping[str, int]) -> tuple[str, int]:
+    """Return the source of a row, and the row's number there.
+
+    Args:
+        number: the row's number; numbers go on from one source to the next.
+        sources: each source, in order, with the last number before it.
+    """
+    first, *others = sources
+    name = [first, *(other for other in others if sources[other] < number)][-1]
+    return name, number - sources[name]
+
+
+def row_name(number: int, sources: Mapping[str, int]) -> int | str:
+    """Return the number of a row, and with several sources its source too: `b.jsonl:3`; see `source_of`."""
+    return number if len(sources) < 2 else "{}:{}".format(*source_of(number, sources))
 
 
 def describe_file_types() -> str:

@@ -55,13 +55,13 @@ class Subset(LazySequence[T_co]):
 
     def __init__(self, items: Sequence[T_co], indices: np.ndarray) -> None:
         self._items = items
-        self._indices = indices
+        self.indices = indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def _item(self, index: int) -> T_co:
-        return self._items[int(self._indices[index])]
+        return self._items[int(self.indices[index])]
 
 
 class Spool(LazySequence[T]):

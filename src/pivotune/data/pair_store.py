@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,13 @@ class PairStore(LazySequence[Pair]):
     """Encoded rows, 4 bytes a token and 56 bytes a row on disk. The ids of a pair are views of the mapped file.
 
     Attributes:
+        sources: the sources of the rows, as in `Rows.sources`.
         table: `PAIR_RECORD` of every row: lengths and spans without making a `Pair`.
         ids: the token ids of all rows.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, sources: Mapping[str, int]) -> None:
+        self._folder, self.sources = folder, sources
         self.table = _map(folder / "pairs", PAIR_RECORD)
         self.ids = _map(folder / "ids", np.dtype(np.int32))
 
@@ -55,10 +56,10 @@ class PairStore(LazySequence[Pair]):
 
     def __reduce__(self) -> tuple:
         """Pickle the folder's name: a worker process maps the files and leaves removing them to their owner."""
-        return PairStore, (self._folder,)
+        return PairStore, (self._folder, self.sources)
 
 
-def store_pairs(pairs: Iterable[Pair]) -> PairStore:
+def store_pairs(pairs: Iterable[Pair], sources: Mapping[str, int] | None = None) -> PairStore:
     """Write pairs to a temporary folder one by one.
 
     Raises:
@@ -72,7 +73,7 @@ def store_pairs(pairs: Iterable[Pair]) -> PairStore:
             for pair in pairs:
                 records.write(_record_bytes(pair, start))
                 start += sum(ids.write(part) for part in _id_bytes(pair)) // 4
-        store = PairStore(folder)
+        store = PairStore(folder, sources or {"data": 0})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

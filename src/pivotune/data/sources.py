@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,19 +48,24 @@ class Rows(LazySequence[Row]):
 
     Attributes:
         rows: the rows themselves.
-        source: the source's name, for messages and the run folder.
+        sources: the name of each source, in order, with the last row number before it.
         total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
         unused: columns that are not read -> number of rows that have one.
     """
 
     rows: Sequence[Row]
-    source: str
+    sources: Mapping[str, int]
     total: int
     skipped: dict[str, int] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def source(self) -> str:
+        """The names of the sources."""
+        return ", ".join(self.sources)
 
     @property
     def notes(self) -> list[str]:
@@ -68,6 +75,34 @@ class Rows(LazySequence[Row]):
 
     def _item(self, index: int) -> Row:
         return self.rows[index]
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of several sources one after the other, numbered on from one source to the next."""
+    if len(parts) == 1:
+        return parts[0]
+    sources, last = {}, 0
+    for part in parts:
+        sources[part.source] = last
+        last += part[-1].number
+    skipped, unused = (
+        dict(sum((Counter(getattr(part, name)) for part in parts), Counter())) for name in ("skipped", "unused")
+    )
+    return Rows(_Concatenation(parts, sources), sources, sum(part.total for part in parts), skipped, unused)
+
+
+class _Concatenation(LazySequence[Row]):
+    def __init__(self, parts: Sequence[Rows], sources: Mapping[str, int]) -> None:
+        self._parts, self._starts = parts, list(sources.values())
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _item(self, index: int) -> Row:
+        place = bisect_right(self._ends, index)
+        row = self._parts[place][index - self._ends[place]]  # from the end of the part
+        return replace(row, number=self._starts[place] + row.number)
 
 
 class HubName(NamedTuple):
@@ -155,7 +190,7 @@ def load_rows(
     total = len(rows) + skipped.total()
     if first_bad and (on_bad_row == "error" or not rows):
         raise UsageError(_bad_rows_message(first_bad, skipped, total, needed_by))
-    return Rows(rows, target.name, total, dict(skipped), dict(unused))
+    return Rows(rows, {target.name: 0}, total, dict(skipped), dict(unused))
 
 
 def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_by: str) -> str:

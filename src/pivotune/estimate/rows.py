@@ -47,7 +47,7 @@ class RunRows:
 
 
 def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
-    """Count the rows of a local file (read only the sample if `rows` gives their number) and tokenize a sample of them.
+    """Count the rows of local files (read only the sample if `rows` gives their number) and tokenize a sample of them.
 
     Raises:
         UsageError: an unusable local file.
@@ -57,17 +57,17 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     except UsageError:  # a folder that holds nothing but a config.json
         tokenizer = None
-    if tokenizer is None or not Path(config.data.train).is_file():
+    if tokenizer is None or not all(Path(source.path).is_file() for source in config.data.sources):
         return rows_of(assumed_pairs(args), args, rows=rows, assumed=True)
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
-    train = load_run_rows(config.data, config.method, config.seed).train
+    loaded = load_run_rows(config.data, config.method, config.seed)
     encoder = build_encoder(args, tokenizer, read_model_config(config))
-    pairs = encoder.encode(spread(train, SAMPLE_ROWS), on_bad_row="skip", source=config.data.train)
+    pairs = encoder.encode(spread(loaded.train, SAMPLE_ROWS), on_bad_row="skip")
     if not pairs:
-        raise UsageError(f"{config.data.train}: no row is left to train on")
-    return rows_of(pairs, args, rows=rows or len(train))
+        raise UsageError(f"{', '.join(loaded.sources)}: no row is left to train on")
+    return rows_of(pairs, args, rows=rows or len(loaded.train))
 
 
 def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int | None, assumed: bool = False) -> RunRows:

@@ -140,7 +140,7 @@ def transformers_engine(
     # Hides warnings about an already loaded model and about padding.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     options = {"max_length": prompter.max_length or 1 << 20, "add_bos_token": bool(prompter.begin_ids)}
-    harness_class = _language_model_class(model.config.model_type)
+    harness_class = _language_model_class(model.config.model_type, prompter)
     lm = harness_class(pretrained=model, tokenizer=tokenizer, batch_size=1, **options)
     return Engine(lm, prompter, batch_size, model.device.type, _generation_tokens(model))
 
@@ -173,6 +173,8 @@ def vllm_engine(
     options |= {"tokenizer": location, "tokenizer_revision": options.get("revision"), "batch_size": "auto"}
     options |= {"max_length": prompter.max_length, "add_bos_token": bool(prompter.begin_ids)}
     lm = backend(pretrained=location, **options)
+    # Generation reads the same tokens as likelihoods.
+    lm.tok_encode = lambda texts, **kwargs: [prompter.encode_context(text) for text in texts]
     # vLLM makes its own batches; ours only set how often answers are cached.
     size = 1024 if batch_size == "auto" else batch_size
     # An end token other than the tokenizer's own would otherwise stand in the answer.
@@ -180,10 +182,11 @@ def vllm_engine(
     return Engine(lm, prompter, size, "cuda", generation_options=generation_options)
 
 
-def _language_model_class(model_type: str) -> Any:
-    """Return the harness's class for Transformers with two changes.
+def _language_model_class(model_type: str, prompter: Prompter) -> Any:
+    """Return the harness's class for Transformers with three changes.
 
-    Likelihoods need no full logits (for known architectures), and stop strings end answers after the first word only.
+    Likelihoods need no full logits (for known architectures), generation reads the same tokens as they, and stop strings
+    end answers after the first word only.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import StoppingCriteriaList
@@ -200,6 +203,15 @@ def _language_model_class(model_type: str) -> Any:
             if model_type not in ARCHITECTURES:
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return _continuation_scores(self.model, [pair[1:] for pair in requests], self.max_length)
+
+        def tok_batch_encode(
+            self, strings: Sequence[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = [prompter.encode_context(text)[-(left_truncate_len or 0) :] for text in strings]
+            longest = max(map(len, rows))
+            ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            return torch.tensor(ids), torch.tensor(mask)
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
             criterion = _StopAfterWord(self.tokenizer, context.shape[1], self.stop_strings)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pivotune.data.control_tokens import ControlTokens
 from pivotune.data.templates import Template, Turn, begin_ids
 from pivotune.errors import UsageError
 from pivotune.evaluation.cache import Generation, Likelihood, Question
@@ -23,7 +24,7 @@ class Context:
 
 
 class Prompter:
-    """Put the template around queries and tokenize prompt and answer as training did.
+    """Put the template around queries and tokenize prompt and answer as training did: control tokens in them are text.
 
     Without a template (`--template none`) texts and tokens are those of lm-evaluation-harness without a chat template:
     white space at the end of a context belongs to the continuation, and an empty context is the begin-of-text token.
@@ -35,6 +36,7 @@ class Prompter:
         self.template = template
         self.max_length = max_length
         self.begin_ids = begin_ids(tokenizer, template is not None and template.adds_special_tokens)
+        self._control_tokens = ControlTokens(tokenizer)
 
     @property
     def name(self) -> str:
@@ -55,8 +57,12 @@ class Prompter:
             return Context(text)
         # Drop the first `excess` tokens of the span; a few more if the rest takes more tokens than before.
         start, end = cuttable or (0, len(query))
-        encoded = self.tokenizer(query[start:end], add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+        span = self.as_text(query)[start:end]
+        if self._control_tokens.are_hidden(span):
+            offsets = self._control_tokens.encode(span)[1]
+        else:
+            encoded = self.tokenizer(span, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = encoded["offset_mapping"]
         for dropped in range(excess, len(offsets) + 1):
             kept = query[start + offsets[dropped][0] : end].lstrip() if dropped < len(offsets) else ""
             text = self._rendered(query[:start] + kept + query[end:])
@@ -88,8 +94,14 @@ class Prompter:
             return prompt, whole[len(prompt) :]
         return prompt, self._ids(continuation)
 
+    def as_text(self, text: str) -> str:
+        """Hide control tokens that an item's text spells out, until it is tokenized; without a template change nothing."""
+        return text if self.template is None else self._control_tokens.hide(Turn(text)).prompt
+
     def _rendered(self, query: str) -> str:
-        return query if self.template is None else self.template.render(Turn(query)).prompt + self.lead[0]
+        if self.template is None:
+            return query
+        return self.template.render(Turn(self.as_text(query))).prompt + self.lead[0]
 
     @cached_property
     def lead(self) -> tuple[str, str]:
@@ -100,6 +112,8 @@ class Prompter:
         return fixed, lead[len(fixed) :] if found else ""
 
     def _ids(self, text: str) -> list[int]:
+        if self._control_tokens.are_hidden(text):
+            return self._control_tokens.encode(text)[0]
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
@@ -128,7 +142,7 @@ def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: in
     # Text between context and answer: the task's, or the template's spaces there.
     delimiter = item.delimiter if prompter.template is None else prompter.lead[1]
     texts = item.choices if task.kind == "choice" else (item.gold_answer,)
-    continuations = [f"{delimiter}{text}" for text in texts]
+    continuations = [f"{delimiter}{prompter.as_text(text)}" for text in texts]
     max_new_tokens = max_new_tokens or task.max_new_tokens
     reserve = max(len(prompter.encode_pair("\n", text)[1]) for text in continuations)
     if task.kind != "choice":

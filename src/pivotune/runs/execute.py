@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
+from pivotune.data.formats import row_name
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.estimate.memory_changes import explained_out_of_memory
@@ -286,7 +287,8 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
             "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
         }
         # An item is named by its row's number in the file: other seeds hold out other rows, and only equal rows are paired.
-        rows = [pair.number for pair in prepared.validation if getattr(pair, side) is not None]
+        sources = prepared.validation.sources
+        rows = [row_name(pair.number, sources) for pair in prepared.validation if getattr(pair, side) is not None]
         items += [
             {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
             for row, score, base in zip(rows, scores, before[side], strict=True)

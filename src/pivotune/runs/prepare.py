@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
-from pivotune.data.examples import EncodingReport, Pair
+from pivotune.data.examples import EncodingReport
+from pivotune.data.pair_store import PairStore
 from pivotune.errors import UsageError
 from pivotune.estimate.rows import training_schedule
 from pivotune.models.adapters import check_adapters
@@ -53,8 +53,8 @@ class PreparedRun:
     args: DeepSupervisionConfig
     folder: Path
     tokenizer: Any
-    train: Sequence[Pair]
-    validation: Sequence[Pair]
+    train: PairStore
+    validation: PairStore
     report: EncodingReport
     skipped: Counter[str]
     heldout_skipped: Counter[str]
@@ -86,13 +86,13 @@ def prepare_run(
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
     rows, report = load_run_rows(config.data, config.method, config.seed), encoder.report
-    train = encode_rows(rows.train, encoder, on_bad_row=config.data.on_bad_row, source=config.data.train)
+    train = encode_rows(rows.train, encoder, on_bad_row=config.data.on_bad_row, sources=rows.sources)
     unfit = report.skipped.copy()
-    validation = encode_rows(rows.heldout, encoder, on_bad_row="skip")
+    validation = encode_rows(rows.heldout, encoder, on_bad_row="skip", sources=rows.heldout_sources)
     skipped, heldout_skipped = rows.skipped + unfit, rows.heldout_skipped + (report.skipped - unfit)
     if not train:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
-        raise UsageError(f"{config.data.train}: no row is left to train on ({reasons})")
+        raise UsageError(f"{', '.join(rows.sources)}: no row is left to train on ({reasons})")
     check_evaluation(args, heldout_examples(validation), f"data.validation: {config.data.validation} gives none")
     build_train_dataset(train, args, model_config)
     if METHODS[config.method].inner_losses:
@@ -110,7 +110,7 @@ def prepare_run(
     folder = ranks.on_main(lambda: claim_run_folder(config, overwrite=overwrite, resume=resume))
     checkpoint = None
     if resume:
-        checkpoint = ranks.on_main(lambda: _find_checkpoint(folder, train, config.data.train, choose=choose_checkpoint))
+        checkpoint = ranks.on_main(lambda: _find_checkpoint(folder, train, choose=choose_checkpoint))
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return PreparedRun(
         config,
@@ -128,11 +128,11 @@ def prepare_run(
     )
 
 
-def _find_checkpoint(folder: Path, train: Sequence[Pair], source: str, *, choose: bool) -> Path | None:
+def _find_checkpoint(folder: Path, train: PairStore, *, choose: bool) -> Path | None:
     """Check that the rows are those of the run, and return the checkpoint to continue from; None with `choose` off."""
     if choose:
         restore_replaced(folder)
-    check_rows_record(folder, train, source)
+    check_rows_record(folder, train, ", ".join(train.sources))
     checkpoint = whole_checkpoint(folder) if choose else None
     if checkpoint is not None:
         check_states(checkpoint)

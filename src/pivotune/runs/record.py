@@ -21,19 +21,27 @@ from pivotune.training.resilience.checkpoints import last_checkpoint
 logger = logging.getLogger(__name__)
 ROWS_FILE = "rows.json"
 SCORES_FILE = "start-scores.json"
-_DATA_FILES = ("train", "english", "validation", "validation_english")
 
 
 def write_rows_record(folder: Path, train: Sequence[Pair], data: DataConfig) -> None:
     """Write `rows.json`: the number and the digest of the training rows, and the digests of the data files."""
-    files = {key: digest for key in _DATA_FILES if (digest := _file_digest(getattr(data, key))) is not None}
+    files = {key: digest for key, path in _data_files(data).items() if (digest := _file_digest(path)) is not None}
     write_json(folder / ROWS_FILE, {"rows": len(train), "sha256": pairs_digest(train), "files": files})
 
 
-def changed_data_file(folder: Path, data: DataConfig) -> str | None:
-    """Return the key of `data` whose file differs from the run's; None where all are the same, or none were recorded."""
-    files = (_read_rows_record(folder) or {}).get("files") or {}
-    return next((key for key, digest in files.items() if _file_digest(getattr(data, key, None)) != digest), None)
+def changed_data_file(folder: Path, data: DataConfig) -> tuple[str, Any] | None:
+    """Return key and value of `data` where the file differs from the run's; None where none does or none is recorded."""
+    files, now = (_read_rows_record(folder) or {}).get("files") or {}, _data_files(data)
+    return next(((key, now.get(key)) for key, digest in files.items() if _file_digest(now.get(key)) != digest), None)
+
+
+def _data_files(data: DataConfig) -> dict[str, Any]:
+    """Return the values of `data` that may be files, by their key."""
+    files: dict[str, Any] = {"validation": data.validation, "validation_english": data.validation_english}
+    if isinstance(data.train, str):
+        return {"train": data.train, "english": data.english, **files}
+    entries = {f"train.{place}.{key}": value for place, source in enumerate(data.train) for key, value in source}
+    return {**entries, **files}
 
 
 def _file_digest(source: Any) -> str | None:

@@ -137,8 +137,7 @@ def _check_cell(cell: Cell) -> None:
         raise UsageError(f"{key} is {now!r} here and was {before!r} in {folder}; {advice}")
     if is_trained(folder):
         if (changed := changed_data_file(folder, config.data)) is not None:
-            source = getattr(config.data, changed)
-            raise UsageError(f"data.{changed}: {source} is not what {folder} was trained with; {advice}")
+            raise UsageError(f"data.{changed[0]}: {changed[1]} is not what {folder} was trained with; {advice}")
         return
     claim_run_folder(config, resume=is_started(folder))
     args = build_arguments(config)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 from torch import nn
 from transformers import IntervalStrategy
 
@@ -22,12 +23,13 @@ from pivotune.data.datasets import (
     side_examples,
     split_validation,
     training_examples,
+    weighted_places,
 )
 from pivotune.data.examples import Encoder, Pair
-from pivotune.data.lazy import Spool
+from pivotune.data.lazy import Spool, Subset
 from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.rows import answered_turns
-from pivotune.data.sources import Row, Rows, load_rows
+from pivotune.data.sources import Row, Rows, concatenate, load_rows
 from pivotune.data.templates import Template, Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
 from pivotune.layers.layers_json import LayerAnalysis, selection_from_json
@@ -51,10 +53,15 @@ _Item = TypeVar("_Item")
 
 
 class LoadedRows(NamedTuple):
-    """Rows to train on and rows held out; the counts of rows left out of each file, by reason; what else is not used."""
+    """Rows to train on, as often as in an epoch, and rows held out, each with the sources that their numbers are of.
+
+    And the counts of rows left out of each side, by reason, and lines about weights and about what is not used.
+    """
 
     train: Sequence[Row]
+    sources: Mapping[str, int]
     heldout: Sequence[Row]
+    heldout_sources: Mapping[str, int]
     skipped: Counter[str]
     heldout_skipped: Counter[str]
     notes: list[str]
@@ -62,15 +69,28 @@ class LoadedRows(NamedTuple):
 
 def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
     """Return the rows of a run's `data`; rows left out of a file before it is split count for training."""
-    rows = read_rows(data.train, method, data, english=data.english, limit=data.limit)
+    options = [{"english": source.english, "limit": data.limit} for source in data.sources]
+    parts = [read_rows(source.path, method, data, **each) for source, each in zip(data.sources, options, strict=True)]
+    rows = concatenate(parts)
+    lengths, heldout_sources, heldout_skipped = [len(part) for part in parts], rows.sources, Counter()
     if isinstance(data.validation, str):
-        heldout = read_rows(data.validation, method, data, english=data.validation_english, heldout=True)
-        train, notes = train_turns(rows, data)
-        return LoadedRows(train, heldout, Counter(rows.skipped), Counter(heldout.skipped), [*rows.notes, *notes])
-    # Before conversations are taken apart: the turns of one are not held out from each other.
-    kept, held = split_validation(rows, data.validation, seed)
-    train, notes = train_turns(kept, data)
-    return LoadedRows(train, held, Counter(rows.skipped), Counter(), [*rows.notes, *notes])
+        kept = rows
+        held = read_rows(data.validation, method, data, english=data.validation_english, heldout=True)
+        heldout_sources, heldout_skipped = held.sources, Counter(held.skipped)
+    else:
+        # Before conversations are taken apart and rows are repeated: no part or copy of a row is on both sides.
+        kept, held = split_validation(rows, data.validation, seed)
+        lengths = np.diff(np.searchsorted(kept.indices, np.cumsum([0, *lengths]))).tolist()
+    weights = [source.weight for source in data.sources]
+    notes = rows.notes
+    if len(parts) > 1 or weights != [1]:
+        places = weighted_places(lengths, weights, seed)
+        kept = Subset(kept, np.concatenate(places))
+        for part, length, weight, chosen in zip(parts, lengths, weights, places, strict=True):
+            notes.append(f"{part.source}: {len(chosen)} rows an epoch ({length} rows, weight {weight:g})")
+    train, turn_notes = train_turns(kept, data)
+    notes += turn_notes
+    return LoadedRows(train, rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes)
 
 
 def train_turns(rows: Sequence[Row], data: EncodingConfig) -> tuple[Sequence[Row], list[str]]:
@@ -136,9 +156,9 @@ def context_length(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def encode_rows(rows: Sequence[Row], encoder: Encoder, *, on_bad_row: str, source: str = "data") -> PairStore:
-    """Encode rows and keep them outside memory."""
-    return store_pairs(encoder.encode_lazily(rows, on_bad_row=on_bad_row, source=source))
+def encode_rows(rows: Sequence[Row], encoder: Encoder, *, on_bad_row: str, sources: Mapping[str, int]) -> PairStore:
+    """Encode rows of some sources (`Rows.sources`) and keep them outside memory."""
+    return store_pairs(encoder.encode_lazily(rows, on_bad_row=on_bad_row, source=sources), sources)
 
 
 def encode_dataset(
@@ -157,7 +177,7 @@ def encode_dataset(
     trained, notes = (rows, []) if heldout else train_turns(rows, args.data)
     for note in [*rows.notes, *notes]:
         logger.warning("%s: %s", rows.source, note)
-    return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, source=rows.source)
+    return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, sources=rows.sources)
 
 
 # ---- datasets ----

@@ -153,6 +153,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             optimizers=optimizers,
             stop_signals=stop_signals,
             verified_checkpoint=verified_checkpoint,
+            sources=getattr(pairs, "sources", None),
         )
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, args, find_architecture(trained).blocks)

@@ -38,6 +38,13 @@ def test_a_gradient_alone_names_all_rows():
     )
 
 
+def test_rows_of_several_files_are_named_with_their_file_and_copies_once():
+    step = StepRecord({"a.jsonl": 0, "b.jsonl": 10, "c.jsonl": 15})
+    step.add_terms({}, {"row_numbers": torch.tensor([11, 3, 15, 11, 16])})
+    step.add_loss(torch.tensor(math.nan))
+    assert step.describe(1, 1.0, in_loss=True).endswith("; rows a.jsonl:3, b.jsonl:1, b.jsonl:5, c.jsonl:1)")
+
+
 @pytest.mark.parametrize("rows", [[], [0, 0]])
 def test_rows_without_numbers(rows):
     assert "rows without numbers" in record(({"tft": math.nan}, math.nan, rows)).describe(1, 1.0, in_loss=True)

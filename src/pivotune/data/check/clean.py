@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pivotune.data.check.result import DataCheck
+from pivotune.data.formats import row_name
 from pivotune.data.rows import ENGLISH_SUFFIX, Row
+from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
 from pivotune.text.files import write_json, write_pieces
 
@@ -33,12 +35,12 @@ def report_path(path: Path) -> Path:
     return path.with_suffix(".report.json")
 
 
-def write_clean(path: Path, rows: Iterable[Row], check: DataCheck) -> int:
+def write_clean(path: Path, rows: Rows, check: DataCheck) -> int:
     """Write the rows without defects as JSON Lines, and the report; return the number of rows written.
 
     The report names each row that is left out with the kinds of its defects, and counts the rows that could not be used.
     """
-    reasons: dict[int, list[str]] = {}
+    reasons: dict[int | str, list[str]] = {}
     for problem in check.problems:
         for number in problem.numbers if problem.defect else ():
             reasons.setdefault(number, []).append(problem.name)
@@ -46,8 +48,9 @@ def write_clean(path: Path, rows: Iterable[Row], check: DataCheck) -> int:
 
     def clean_lines() -> Iterator[bytes]:
         for row in rows:
-            if row.number in reasons:
-                left_out.append({"number": row.number, "id": row.id, "reasons": reasons[row.number]})
+            number = row_name(row.number, rows.sources)
+            if number in reasons:
+                left_out.append({"number": number, "id": row.id, "reasons": reasons[number]})
             else:
                 yield json.dumps(_record(row), ensure_ascii=False).encode() + b"\n"
 

@@ -77,9 +77,9 @@ _SPACED_LETTERS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff] (?=[\u3
 # An English answer with so many line breaks is a list, verses or paragraphs.
 LOST_LINES = 3
 _LETTERS_WITHOUT_SPACE = re.compile(r"[^\W\d_]{40,}")
-# English words in a row that are left over in a translation: so many, or most of the answer's letters. Shorter ones are
-# titles and quotes. Some must be among the commonest words.
-LEFT_WORDS, LEFT_SHARE, LEFT_COMMON, LEFT_COPY = 12, 0.6, 2, 6
+# English words in a row that are left over in a translation: so many, or most of the answer's letters, or a sentence of
+# `LEFT_SENTENCE` words. Shorter ones are titles and quotes. Some must be among the commonest words.
+LEFT_WORDS, LEFT_SHARE, LEFT_COMMON, LEFT_SENTENCE = 12, 0.6, 2, 6
 _ASKS_FOR_ENGLISH = re.compile(
     r"english|translat|(?<!job )\btitle|cipher|decrypt|decod|spell|grammar|capitali[sz]|punctuat|google search", re.I
 )
@@ -246,7 +246,8 @@ def left_in_english(target: Sequence[Text], english: Sequence[Text]) -> str:
     # A task that quotes English may be answered in English.
     if sum(quoted[word] for word in ENGLISH_WORDS) >= LEFT_COMMON and len(known.intersection(quoted)) > LEFT_COMMON:
         return ""
-    answer = Text(_LINK.sub(" ", target[1].text)).words
+    own_text, english_text = (_LINK.sub(" ", side[1].text) for side in (target, english))
+    answer = Text(own_text).words
     longest: list[str] = []
     for is_known, run in groupby(answer, known.__contains__):
         words = list(run)
@@ -255,9 +256,12 @@ def left_in_english(target: Sequence[Text], english: Sequence[Text]) -> str:
     # A Chinese character stands for about three letters.
     letters = sum(len(word) * (3 if is_unspaced(word) else 1) for word in answer)
     is_most = len(longest) >= LEFT_COMMON + 2 and sum(map(len, longest)) >= LEFT_SHARE * letters
-    # A sentence of few common words is a copy if it ends as one; lists of names and titles do not.
-    is_copy = (
-        len(answer) >= LEFT_COPY and answer == english[1].words and target[1].text.rstrip().endswith((".", "!", "?"))
-    )
-    is_left = len(longest) >= LEFT_WORDS or is_most or is_copy
-    return f"the answer: {' '.join(longest or answer)[:60]}" if is_left else ""
+    if len(longest) >= LEFT_WORDS or is_most:
+        return f"the answer: {' '.join(longest)[:60]}"
+    # A sentence of few common words ends as one; lists of names and titles do not.
+    known_sentences = {tuple(Text(sentence).words) for sentence in _SENTENCE.findall(english_text)}
+    for sentence in _SENTENCE.findall(own_text):
+        words = Text(sentence).words
+        if len(words) >= LEFT_SENTENCE and tuple(words) in known_sentences and not ENGLISH_WORDS.isdisjoint(words):
+            return f"the answer: {' '.join(words)[:60]}"
+    return ""

@@ -24,9 +24,9 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One flagged row: its 1-based number in the source, the reason, and its texts."""
+    """One flagged row: its 1-based number in the source, with several sources as `b.jsonl:3`, the reason, and its texts."""
 
-    number: int
+    number: int | str
     note: str
     row: Row = field(repr=False)
 
@@ -41,7 +41,7 @@ class Problem:
 
     Attributes:
         name, title: the kind, for programs and for people.
-        numbers: 1-based places of all rows of this kind, in the source's order.
+        numbers: 1-based places of all rows of this kind, in the source's order; with several sources as `b.jsonl:3`.
         defect: True if such rows should not be trained on; other kinds are worth a look and often right.
         advice: how to repair such rows.
         examples: some of the rows, the clearest first.
@@ -49,7 +49,7 @@ class Problem:
 
     name: str
     title: str
-    numbers: list[int]
+    numbers: list[int | str]
     defect: bool
     advice: str
     examples: list[Finding]
@@ -65,10 +65,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Rows `first` to `last` (1-based places) whose English stands `by` rows further down (negative: up)."""
+    """Rows `first` to `last` (as in `Problem.numbers`) whose English stands `by` rows further down (negative: up)."""
 
-    first: int
-    last: int
+    first: int | str
+    last: int | str
     by: int
     rows: int
 
@@ -200,16 +200,15 @@ class Findings:
             mask[np.array(self._places[kind], dtype=np.int64)] = True
         return mask
 
-    def problems(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Problem]:
-        """Return all kinds that some row has, with their clearest rows; `numbers` are the rows' places in their source."""
+    def problems(self, rows: Sequence[Row], name: Callable[[int], int | str]) -> list[Problem]:
+        """Return all kinds that some row has, with their clearest rows; `name` gives the number of a row in its source."""
         problems = []
-        for name, (title, defect, advice) in _KINDS.items():
-            clearest = sorted(self._clearest[name], key=lambda entry: (-entry[0], -entry[1]))
+        for kind, (title, defect, advice) in _KINDS.items():
+            clearest = sorted(self._clearest[kind], key=lambda entry: (-entry[0], -entry[1]))
             examples = [
-                Finding(numbers[-place], note if isinstance(note, str) else note(), rows[-place])
+                Finding(name(-place), note if isinstance(note, str) else note(), rows[-place])
                 for _, place, note in clearest
             ]
-            if places := self._places[name]:
-                found = [numbers[place] for place in places]
-                problems.append(Problem(name, title, found, defect, advice, examples))
+            if places := self._places[kind]:
+                problems.append(Problem(kind, title, [name(place) for place in places], defect, advice, examples))
         return problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, side_tex
 from pivotune.data.check.lexicon import Strange, TermTable, stranger_pairs
 from pivotune.data.check.result import DEFECTS, Findings, Shift
 from pivotune.data.check.shifts import RATIO_CHARACTERS, TraceTable, disagreements, find_shifts, side_trace
+from pivotune.data.formats import row_name
 from pivotune.data.rows import Row
 
 # A copy may lose or change a word or two; translations share far fewer, even into related languages.
@@ -40,24 +41,29 @@ class RowCheck:
 
     That is some tens of bytes a row, and the words of at most `LEXICON_COMPARED` rows spread over the data.
 
-    Attributes:
-        numbers: int64 for each row, its place in the source.
+    Args:
+        sources: the sources of the rows, as in `Rows.sources`.
     """
 
-    def __init__(self, language: str, found: Findings, num_rows: int) -> None:
-        self._found = found
+    def __init__(self, language: str, found: Findings, num_rows: int, sources: Mapping[str, int]) -> None:
+        self._found, self._sources = found, sources
         self._detector = Detector(language)
         # 64-bit hashes of prompts, of whole target sides and of English sides, to find repetitions.
         self._prompts, self._targets, self._english = array("q"), array("q"), array("q")
         self.terms = TermTable(num_rows)
         self.traces = TraceTable()
         self.cuts = CutTable()
-        self.numbers = array("q")
+        # The rows' places in their sources.
+        self._numbers = array("q")
+
+    def name(self, index: int) -> int | str:
+        """Return the number of a row in its source, `b.jsonl:3` with several sources."""
+        return row_name(self._numbers[index], self._sources)
 
     def add(self, row: Row) -> None:
         """Check the next row."""
-        index, detector = len(self.numbers), self._detector
-        self.numbers.append(row.number)
+        index, detector = len(self._numbers), self._detector
+        self._numbers.append(row.number)
         prompt = hash((row.prompt, row.input, str(row.history) if row.history else ""))
         self._prompts.append(prompt)
         self._targets.append(hash((prompt, row.completion)))
@@ -91,7 +97,7 @@ class RowCheck:
     def check_repeats(self) -> None:
         """Flag exact duplicates; among the others, earlier prompts with another answer and earlier English sides."""
         targets, prompts, english = map(_first_places, (self._targets, self._prompts, self._english))
-        places = np.arange(len(self.numbers))
+        places = np.arange(len(self._numbers))
         is_repeated = targets < places
         for kind, first, title in (
             ("duplicate_rows", targets, "same as"),
@@ -99,14 +105,14 @@ class RowCheck:
             ("duplicate_english", np.where(is_repeated, places, english), "English of"),
         ):
             for index in np.flatnonzero(first < places).tolist():
-                self._found.add(kind, index, f"{title} row {self.numbers[int(first[index])]}")
+                self._found.add(kind, index, f"{title} row {self.name(int(first[index]))}")
 
     def notes(self) -> list[str]:
         """Return the checks that were not possible, and doubts about the language asked for."""
         notes = self._detector.notes()
         if self.terms.step > 1:
             notes.append(
-                f"words were compared on {len(self.terms.target):,} of {len(self.numbers):,} rows, spread over the data: "
+                f"words were compared on {len(self.terms.target):,} of {len(self._numbers):,} rows, spread over the data: "
                 "among the others misaligned pairs are found by numbers, links, lists and lengths only"
             )
         return notes
@@ -129,11 +135,11 @@ def _first_places(hashes: array) -> np.ndarray:
 
 
 def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list[Shift]:
-    """Flag slipped stretches, length ratios and misaligned pairs; return the stretches, with 0-based places."""
+    """Flag slipped stretches, length ratios and misaligned pairs; return the stretches."""
     shifts = find_shifts(checked.traces)
-    for shift in shifts:
-        for index in range(shift.first, shift.last + 1):
-            english = checked.numbers[min(max(index + shift.by, 0), len(rows) - 1)]
+    for stretch, by in shifts:
+        for index in stretch:
+            english = checked.name(min(max(index + by, 0), len(rows) - 1))
             found.add("shifted", index, f"its English is rather that of row {english}", -index)
     # Damage, a slip and another language explain odd lengths and words.
     explained = found.flagged(DEFECTS, len(rows))
@@ -158,7 +164,7 @@ def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list
     for index in np.flatnonzero(unusual & ~explained).tolist():
         factor = outliers[index]
         found.add("length_ratio", index, f"target {factor:.2g} times as long as usual", abs(math.log(factor)))
-    return shifts
+    return [Shift(checked.name(part[0]), checked.name(part[-1]), by, len(part)) for part, by in shifts]
 
 
 def _why_misaligned(rows: Sequence[Row], index: int, strange: Strange | None, unusual_length: bool) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +51,9 @@ def check_rows(
         )
     if not rows:
         raise UsageError("data check: there are no rows")
+    read = rows if isinstance(rows, Rows) else Rows(rows, {"the given rows": 0}, len(rows))
     found = Findings(examples)
-    checked = RowCheck(language, found, len(rows))
+    checked = RowCheck(language, found, len(rows), read.sources)
     for done, row in enumerate(rows, start=1):
         if not all(turn.is_whole for turn in row.sides):
             raise UsageError(f"data check: row {row.number} lacks a text; load the rows with on_bad_row='skip'")
@@ -61,19 +61,14 @@ def check_rows(
         if progress and (done % _ROWS_PER_STEP == 0 or done == len(rows)):
             progress(done)
     checked.check_repeats()
-    numbers = checked.numbers
-    shifts = [
-        replace(shift, first=numbers[shift.first], last=numbers[shift.last])
-        for shift in check_pairs(rows, checked, found)
-    ]
-    read = rows if isinstance(rows, Rows) else Rows(rows, "the given rows", len(rows))
+    shifts = check_pairs(rows, checked, found)
     return DataCheck(
         source=read.source,
         language=language,
         total=read.total,
         usable=len(rows),
         skipped=dict(read.skipped),
-        problems=found.problems(rows, numbers),
+        problems=found.problems(rows, checked.name),
         shifts=shifts,
         notes=[*checked.notes(), *read.notes],
         flagged=int(found.flagged(DEFECTS, len(rows)).sum()),
@@ -86,7 +81,7 @@ def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) ->
     lengths, tokenized, cut, too_long = checked.traces.characters(), rows, None, {}
     if encoder:
         tokenized = Subset(rows, np.arange(0, len(rows), math.ceil(len(rows) / TOKENIZED_ROWS)))
-        meter = _MeasuringEncoder(encoder.tokenizer, encoder.template, encoder.limits)
+        meter = _MeasuringEncoder(encoder.tokenizer, encoder.template, encoder.limits, fold_system=encoder.fold_system)
         for _ in meter.encode_lazily(tokenized, on_bad_row="skip"):
             pass
         lengths, too_long = np.frombuffer(meter.lengths, dtype=np.int32), dict(meter.report.skipped)
@@ -104,8 +99,8 @@ def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) ->
 class _MeasuringEncoder(Encoder):
     """Collects the lengths of every pair's four texts before it is cut."""
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
+    def __init__(self, *settings: Any, fold_system: bool) -> None:
+        super().__init__(*settings, fold_system=fold_system)
         self.lengths = array("i")
 
     def _fit(self, pair: Pair) -> Pair:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pivotune.data.check.language import Text
-from pivotune.data.check.result import Shift
 
 # Added to both lengths: a word more or less is no outlier in a short text.
 RATIO_CHARACTERS = 20
@@ -113,8 +112,8 @@ def side_trace(texts: Sequence[Text]) -> SideTrace:
     )
 
 
-def find_shifts(traces: TraceTable) -> list[Shift]:
-    """Return stretches of rows whose English stands some rows away, by lengths and shared numbers, links and code.
+def find_shifts(traces: TraceTable) -> list[tuple[range, int]]:
+    """Return stretches of rows whose English stands some rows further down, by lengths and shared numbers, links and code.
 
     Each row gives for each shift the log-likelihood ratio of a true pair against unrelated texts. The most likely course of
     shifts is found by dynamic programming (Viterbi), where each change costs `SHIFT_SWITCH`. Long files are cut into equal
@@ -124,9 +123,7 @@ def find_shifts(traces: TraceTable) -> list[Shift]:
     courses = [_course(traces, range(first, stop)) for first, stop in pairwise(bounds)]
     course = np.concatenate([np.zeros(0, dtype=np.int8), *courses])
     borders = [0, *(np.flatnonzero(np.diff(course)) + 1).tolist(), len(course)]
-    return [
-        Shift(first, stop - 1, int(course[first]), stop - first) for first, stop in pairwise(borders) if course[first]
-    ]
+    return [(range(first, stop), int(course[first])) for first, stop in pairwise(borders) if course[first]]
 
 
 def _course(traces: TraceTable, rows: range) -> np.ndarray:

@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +57,7 @@ class FaultTolerantTrainer(Trainer):
     Args:
         stop_signals: records signals that ask the training to stop.
         verified_checkpoint: a checkpoint whose checksums the caller has compared already.
+        sources: the sources of the training rows, as in `Rows.sources`, to name rows in messages.
 
     Attributes:
         order: shape of an optimizer step; of a resumed run as it was begun.
@@ -70,10 +72,11 @@ class FaultTolerantTrainer(Trainer):
         *args: Any,
         stop_signals: StopSignals | None = None,
         verified_checkpoint: Path | None = None,
+        sources: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._step = StepRecord()
+        self._step = StepRecord(sources)
         self.order: DataOrder = order_of(self.args, self._train_batch_size)
         self.counters = PivotuneCounters(self)
         self.save_and_stop = SaveAndStop(self, stop_signals)

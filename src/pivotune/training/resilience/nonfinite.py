@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pivotune.data.formats import row_name
 from pivotune.errors import TrainingError
 from pivotune.objectives.base import LossTerm
 
@@ -21,9 +22,14 @@ class TrainingDivergedError(TrainingError):
 
 
 class StepRecord:
-    """Losses, terms and row numbers of the micro-batches of one optimizer step. Nothing waits for the device."""
+    """Losses, terms and row numbers of the micro-batches of one optimizer step. Nothing waits for the device.
 
-    def __init__(self) -> None:
+    Args:
+        sources: the sources of the rows, as in `Rows.sources`.
+    """
+
+    def __init__(self, sources: Mapping[str, int] | None = None) -> None:
+        self._sources = sources or {}
         self._losses: list[Tensor] = []
         self._terms: list[dict[str, Tensor]] = []
         self._rows: list[Tensor] = []
@@ -70,11 +76,11 @@ class StepRecord:
 
     def _name(self, indices: Sequence[int]) -> str:
         numbers = [number for index in indices if index < len(self._rows) for number in self._rows[index].tolist()]
-        known = sorted(number for number in numbers if number > 0)
+        known = sorted({number for number in numbers if number > 0})
         if not known:
             return "rows without numbers"
         more = f" and {len(known) - _ROWS_NAMED} more" if len(known) > _ROWS_NAMED else ""
-        return f"rows {', '.join(map(str, known[:_ROWS_NAMED]))}{more}"
+        return f"rows {', '.join(str(row_name(number, self._sources)) for number in known[:_ROWS_NAMED])}{more}"
 
 
 def check_skip(found: str, *, nonfinite: str, skipped: int, limit: int) -> None:
