@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -135,6 +136,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the objects of imported modules out of garbage collection, of which every training ends with a full one."""
+    gc.freeze()
 
 
 # One family for each distinct spec in models/architecture.py: cohere, gemma2, gemma3, gpt2, gpt_neox, granite, llama. The

@@ -9,6 +9,7 @@ The server (`python -m process_pool`) reads a JSON request a line from stdin and
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -226,4 +227,6 @@ if __name__ == "__main__":
 
     import pivotune.runs.execute  # noqa: F401
 
+    # The full collection that ends each training leaves out what was imported here.
+    gc.freeze()
     _serve()
