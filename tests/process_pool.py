@@ -220,7 +220,8 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    # Imported ahead of the forks.
+    # Imported ahead of the forks; conftest also spares them the waiting for the disk.
+    import conftest  # noqa: F401
     import typer  # noqa: F401
     from faults import injection  # noqa: F401
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
