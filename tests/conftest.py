@@ -10,15 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Rounding must not depend on the machine's cores in the bit-for-bit tests; tiny models do not gain from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Here no power fails, and waiting for the disk (63 times in a run of 6 steps) took up to a third of a run. Tests of fsync
-# replace it themselves; commands that a test starts as a program have the real one.
-os.fsync = lambda descriptor: None
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pivotune.models.architecture import ARCHITECTURES
+
+# Here no power fails, and waiting for the disk (63 times in a run of 6 steps) took up to a third of a run. Tests of fsync
+# replace it themselves; commands that a test starts as a program have the real one.
+os.fsync = lambda descriptor: None
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 384
