@@ -4,17 +4,17 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_rows
+from process_pool import Process
 from safetensors.torch import load_file
 from tiny_training import QUIET, assert_same, run_config, run_settings, save_tiny_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Side
@@ -462,32 +462,24 @@ def test_same_configuration_same_run(tmp_path):
 
 # ---- interruption ----
 
-_KILLED = """
-import json, os, signal, sys
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
-import tiny_training
-from pivotune.config.yaml_text import parse_config
-from pivotune.runs.prepare import prepare_run
-from pivotune.runs.execute import execute_run
 
-step, where = int(sys.argv[2]), sys.argv[3]
+def run_until_killed(settings: dict[str, Any], step: int, where: str) -> None:
+    """Train in a process of its own, which dies after a step or in the middle of its checkpoint."""
 
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if where == "training" and state.global_step == step:
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if where == "training" and state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    save = TrainerState.save_to_json
+
+    def save_or_die(self: TrainerState, path: str) -> None:
+        if where == "saving" and self.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        save(self, path)
 
-save = TrainerState.save_to_json
-
-def save_or_die(self, path):
-    if where == "saving" and self.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, path)
-
-TrainerState.save_to_json = save_or_die
-execute_run(prepare_run(parse_config(json.loads(sys.argv[1]))), callbacks=[Kill()])
-"""
+    TrainerState.save_to_json = save_or_die
+    execute_run(prepare_run(parse_config(settings)), callbacks=[Kill()])
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
@@ -508,12 +500,9 @@ def test_run_killed_and_resumed_equals_one_that_was_not(tmp_path, step, where, l
     training = {**TRAINING, "max_steps": 7, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
                 "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}  # fmt: skip
     settings = run_settings(tmp_path, training=training, lora=lora)
-    paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
-    killed = subprocess.run(
-        [sys.executable, "-c", _KILLED, json.dumps(settings), str(step), where],
-        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    program = "runs.test_execute:run_until_killed"
+    killed = Process(tmp_path / "log.txt", program=program, arguments=[settings, step, where])
+    assert killed.wait() == -signal.SIGKILL, killed.output
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("checkpoint-*")) == left
     assert not (run / "model").exists()
