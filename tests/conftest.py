@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pivotune.models.architecture import ARCHITECTURES
+
+# Here no power fails, and waiting for the disk (63 times in a run of 6 steps) took up to a third of a run. Tests of fsync
+# replace it themselves; commands that a test starts as a program have the real one.
+os.fsync = lambda descriptor: None
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 384
@@ -135,6 +140,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the objects of imported modules out of garbage collection, of which every training ends with a full one."""
+    gc.freeze()
 
 
 # One family for each distinct spec in models/architecture.py: cohere, gemma2, gemma3, gpt2, gpt_neox, granite, llama. The

@@ -9,6 +9,7 @@ The server (`python -m process_pool`) reads a JSON request a line from stdin and
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -219,11 +220,14 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    # Imported ahead of the forks.
+    # Imported ahead of the forks; conftest also spares them the waiting for the disk.
+    import conftest  # noqa: F401
     import typer  # noqa: F401
     from faults import injection  # noqa: F401
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
 
     import pivotune.runs.execute  # noqa: F401
 
+    # The full collection that ends each training leaves out what was imported here.
+    gc.freeze()
     _serve()

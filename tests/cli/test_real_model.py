@@ -21,15 +21,15 @@ def test_training_on_real_rows_lowers_heldout_nll_and_the_model_answers(tmp_path
         "model": smollm2,
         "data": {
             "train": str(shared_data / "train" / "vi.jsonl.gz"),
-            "limit": 40,
-            "validation": 8,
+            "limit": 16,
+            "validation": 4,
             "language": "vi",
-            "max_prompt_tokens": 96,
-            "max_completion_tokens": 48,
+            "max_prompt_tokens": 64,
+            "max_completion_tokens": 32,
         },
         "supervision": {name: {"signal": signal} for name in ("conversion", "thinking")}
         | {"profile_rows": 2, "tuned": {"states": 800, "steps": 2}, "layers": "paper"},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 2e-4},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 2e-4},
         "output_dir": str(run),
     }
     config = tmp_path / "run.yaml"
@@ -39,7 +39,7 @@ def test_training_on_real_rows_lowers_heldout_nll_and_the_model_answers(tmp_path
 
     results = json.loads(capfd.readouterr().out)
     task = results["tasks"]["heldout_vi"]
-    assert task["n"] == 8
+    assert task["n"] == 4
     assert task["value"] < task["base"]["value"]
     layers = json.loads((run / "layers.json").read_text(encoding="utf-8"))
     assert (layers["conversion"], layers["thinking"], layers["method"]) == (2, 14, "relative-depth")

@@ -186,7 +186,7 @@ def test_real_model_on_real_rows(tmp_path, monkeypatch, shared_data, smollm2, ca
             "max_prompt_tokens": 64,
             "max_completion_tokens": 32,
         },
-        "supervision": {"conversion": {"layer": 3}, "profile_rows": 2},
+        "supervision": {"conversion": {"layer": 3}, "profile_rows": 2, "tuned": {"states": 800, "steps": 2}},
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 2e-4},
         "output_dir": "run",
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from cases import CASES, build
 from process_pool import run_ranks
 from safetensors.torch import load_file
-from tiny_training import make_pairs, step_logs
+from tiny_training import make_pairs, step_logs, weights
 
 pytestmark = pytest.mark.slow
 
@@ -57,13 +59,24 @@ def outcome(results: dict[str, Path], engine: str, tmp_path_factory: Any) -> Pat
     return results[engine]
 
 
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory) -> Callable[..., tuple[Any, dict[str, torch.Tensor], dict[str, float]]]:
+    """Return a case's trainer after training, its first weights and its held-out scores; each is trained once."""
+
+    @cache
+    def train(name: str, **changes: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, float]]:
+        single = build(name, tmp_path_factory.mktemp("single"), 1, **changes)
+        start = weights(single.model)
+        single.train()
+        return single, start, single.evaluate(make_pairs(7, seed=1))
+
+    return train
+
+
 @pytest.mark.parametrize(("engine", "name"), _ALL)
-def test_two_processes_take_the_steps_of_one(engine, name, results, tmp_path, tmp_path_factory):
+def test_two_processes_take_the_steps_of_one(engine, name, results, in_one_process, tmp_path_factory):
     folder, tolerance = outcome(results, engine, tmp_path_factory), ENGINES[engine][1]
-    single = build(name, tmp_path, 1, **({"bf16": True} if engine.endswith("bf16") else {}))
-    start = {key: tensor.clone() for key, tensor in single.model.state_dict().items()}
-    single.train()
-    held_out = single.evaluate(make_pairs(7, seed=1))
+    single, start, held_out = in_one_process(name, **({"bf16": True} if engine.endswith("bf16") else {}))
     found = json.loads((folder / f"{name}.json").read_text())
 
     assert single.state.global_step > 1
@@ -74,10 +87,10 @@ def test_two_processes_take_the_steps_of_one(engine, name, results, tmp_path, tm
     for key in ("target_nll", "english_nll", "target_nll_per_character"):
         assert found["held_out"][f"eval_{key}"] == pytest.approx(held_out[f"eval_{key}"], rel=tolerance)
 
-    weights, expected = load_file(folder / f"{name}.safetensors"), single.model.state_dict()
+    ours, expected = load_file(folder / f"{name}.safetensors"), single.model.state_dict()
     moved = 0.0
     for key, tensor in expected.items():
-        torch.testing.assert_close(weights.pop(key), tensor, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(ours.pop(key), tensor, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
         moved = max(moved, (tensor - start[key]).abs().max().item())
-    assert not weights
+    assert not ours
     assert moved > 1e-3

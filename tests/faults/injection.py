@@ -102,7 +102,8 @@ def inject_file_limit(step: int, size: int, where: str) -> None:
 
 def inject_kill_at_file(folder: str, number: int | None, only: str = "", log: str | None = None) -> None:
     """Kill the process right before it makes, writes, renames or removes a file of the folder for the `number`-th time
-    (from 0); None only counts, in `log`, a line each. Changes without `only` in their line do not count."""
+    (from 0); None only counts, in `log`, a line each. Changes without `only` in their line do not count, nor do calls that
+    change nothing: making a folder that exists, removing a file that does not."""
     count = 0
     changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -116,6 +117,8 @@ def inject_kill_at_file(folder: str, number: int | None, only: str = "", log: st
             return
         path = arguments[0]
         if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(folder):
+            return
+        if event in ("os.mkdir", "os.remove") and os.path.lexists(path) == (event == "os.mkdir"):
             return
         line = f"{event} {path}"
         if event == "os.rename":

@@ -176,7 +176,9 @@ def _kill_at_files(shop: Workshop) -> None:
     changes = changes_of_files(shop)
     check(len(changes) > STEPS, f"only {len(changes)} changes of files were seen")
     for number, change in enumerate(changes):
-        check_killed_at_file(shop, number, "", change)
+        # The checkpoint in the middle has the files of the first and the last one.
+        if "/.saving/checkpoint-4/" not in change:
+            check_killed_at_file(shop, number, "", change)
 
 
 @scenario(

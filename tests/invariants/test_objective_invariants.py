@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, build_tiny_model
+from conftest import DISTINCT_FAMILIES, NUM_LAYERS, build_tiny_model
 from tiny_batches import (
     attention_implementations,
     build_tied_pair,
@@ -53,9 +53,16 @@ OFF = {"tft": 1.0, "conversion": 0.0, "thinking": 0.0}
 INNER = ("conversion", "thinking")
 
 
-@pytest.fixture(params=list(SUPERVISIONS))
-def supervision(request) -> SupervisionConfig:
-    return SUPERVISIONS[request.param]
+# Objectives know no family, and families no objective: every signal on one family, and on the others the two that between
+# them run branches of both kinds and a pass of their own.
+OTHERS = [family for family in DISTINCT_FAMILIES if family != "llama"]
+_PAIRS = [("llama", name) for name in SUPERVISIONS] + [
+    (other, name) for other in OTHERS for name in ("logits", "mixed")
+]
+families_and_signals = pytest.mark.parametrize(
+    ("family", "supervision"),
+    [pytest.param(family, SUPERVISIONS[name], id=f"{family}-{name}") for family, name in _PAIRS],
+)
 
 
 def total(model: nn.Module, batch: dict[str, Tensor], config: SupervisionConfig, weights=WEIGHTS, **options) -> Tensor:
@@ -72,9 +79,10 @@ def inner_loss(model: nn.Module, batch: dict[str, Tensor], config: SupervisionCo
 
 
 # The trainer leaves terms of weight 0 out. Without that branches in the same forward change how products are rounded.
+@families_and_signals
 @pytest.mark.parametrize("options", [{"run_passes": separate_passes}, {"skip": frozenset(INNER)}])
-def test_weight_zero_equals_tft_bit_for_bit(distinct_family, supervision, options):
-    model, batch = build_tiny_model(distinct_family), make_batch(4)
+def test_weight_zero_equals_tft_bit_for_bit(family, supervision, options):
+    model, batch = build_tiny_model(family), make_batch(4)
     plain = total(model, batch, TFT, run_passes=options.get("run_passes"))
     other = total(model, batch, supervision, OFF, **options)
     assert torch.equal(plain, other)
@@ -106,9 +114,10 @@ def window_gradients(model: nn.Module, config: SupervisionConfig, rows: int) -> 
 
 
 # Rounding alone puts gradients in float32 up to 1.2e-6 (Gemma 3) from those in float64, where the test is stricter.
+@families_and_signals
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-7)])
-def test_accumulation_window_is_one_step_however_it_is_cut(distinct_family, supervision, dtype, tolerance):
-    model = build_tiny_model(distinct_family).to(dtype)
+def test_accumulation_window_is_one_step_however_it_is_cut(family, supervision, dtype, tolerance):
+    model = build_tiny_model(family).to(dtype)
     loss, expected = window_gradients(model, supervision, 8)
     for rows in (1, 4) if dtype == torch.float64 else (1,):
         other_loss, actual = window_gradients(model, supervision, rows)
@@ -116,6 +125,7 @@ def test_accumulation_window_is_one_step_however_it_is_cut(distinct_family, supe
         assert relative_difference(actual, expected) < tolerance
 
 
+@pytest.mark.parametrize("supervision", SUPERVISIONS.values(), ids=SUPERVISIONS)
 def test_micro_batches_divided_by_their_own_counts_are_another_step(supervision):
     """The window test would miss this if all rows were alike."""
     model = build_tiny_model()
@@ -127,8 +137,9 @@ def test_micro_batches_divided_by_their_own_counts_are_another_step(supervision)
     assert relative_difference(wrong, expected) > 1e-3
 
 
-def test_counts_from_masks_equal_those_of_the_terms(distinct_family, supervision):
-    model, examples = build_tiny_model(distinct_family), make_examples(8)
+@families_and_signals
+def test_counts_from_masks_equal_those_of_the_terms(family, supervision):
+    model, examples = build_tiny_model(family), make_examples(8)
     for chosen in (examples, [e for e in examples if e.english_prompt], [e for e in examples if not e.english_prompt]):
         batch = collate(chosen)
         terms = deep_supervision_terms(model, batch, supervision)
@@ -141,8 +152,9 @@ def test_counts_from_masks_equal_those_of_the_terms(distinct_family, supervision
 # --- rows do not touch each other ----------------------------------------------------------------------------------
 
 
-def test_row_alone_equals_the_row_in_a_padded_batch(distinct_family, supervision):
-    model, examples = build_tiny_model(distinct_family), make_examples(4)
+@families_and_signals
+def test_row_alone_equals_the_row_in_a_padded_batch(family, supervision):
+    model, examples = build_tiny_model(family), make_examples(4)
     alone = [values(deep_supervision_terms(model, collate([example]), supervision)) for example in examples]
     padded = [values(deep_supervision_terms(model, row, supervision)) for row in single_rows(collate(examples))]
     together = values(deep_supervision_terms(model, collate(examples), supervision))
@@ -154,8 +166,9 @@ def test_row_alone_equals_the_row_in_a_padded_batch(distinct_family, supervision
             assert other[name][0] == pytest.approx(one[name][0], rel=1e-5, abs=1e-5)
 
 
-def test_english_replay_rows_change_the_answer_loss_only(distinct_family, supervision):
-    model, examples = build_tiny_model(distinct_family), make_examples(8)
+@families_and_signals
+def test_english_replay_rows_change_the_answer_loss_only(family, supervision):
+    model, examples = build_tiny_model(family), make_examples(8)
     target = [example for example in examples if not example.english_prompt]
     replay = [example for example in examples if example.english_prompt]
     without = deep_supervision_terms(model, collate(target), supervision)
@@ -178,9 +191,10 @@ def test_english_replay_rows_change_the_answer_loss_only(distinct_family, superv
 # --- the frozen head -----------------------------------------------------------------------------------------------
 
 
-def test_inner_losses_reach_only_the_blocks_below_them(distinct_family, supervision):
+@families_and_signals
+def test_inner_losses_reach_only_the_blocks_below_them(family, supervision):
     """Neither head nor final norm, nor a block above layer 2 (joint features reach all blocks through the English side)."""
-    _, model = build_tied_pair(distinct_family)
+    _, model = build_tied_pair(family)
     architecture = find_architecture(model)
     found = gradients(model, inner_loss(model, make_batch(4), supervision))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -198,9 +212,10 @@ def test_inner_losses_reach_only_the_blocks_below_them(distinct_family, supervis
         assert above <= found.keys()
 
 
-def test_tied_embeddings_get_inner_gradient_through_the_network_only(distinct_family, supervision):
+@families_and_signals
+def test_tied_embeddings_get_inner_gradient_through_the_network_only(family, supervision):
     """The embedding's gradient is that of a copy in which the head is a matrix of its own."""
-    tied, untied = build_tied_pair(distinct_family)
+    tied, untied = build_tied_pair(family)
     batch = make_batch(4)
     loss, copied = inner_loss(tied, batch, supervision), inner_loss(untied, batch, supervision)
     assert torch.equal(loss, copied)
@@ -233,19 +248,22 @@ def interrupt(model: nn.Module, call: int):
     return find_architecture(model).blocks[0].register_forward_pre_hook(hook)
 
 
+PASSES = [
+    ("logits", shared_passes, 1),
+    ("mixed", shared_passes, 2),
+    ("logits", separate_passes, 3),
+    ("mixed", separate_passes, 3),
+    ("feature", shared_passes, 2),
+    ("positional", shared_passes, 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "run_passes", "passes"),
-    [
-        ("logits", separate_passes, 3),
-        ("mixed", separate_passes, 3),
-        ("logits", shared_passes, 1),
-        ("feature", shared_passes, 2),
-        ("mixed", shared_passes, 2),
-        ("positional", shared_passes, 1),
-    ],
+    ("family", "name", "run_passes", "passes"),
+    [("llama", *each) for each in PASSES] + [(other, *each) for other in OTHERS for each in PASSES[:2]],
 )
-def test_nothing_stays_in_the_model_after_an_exception_in_any_pass(distinct_family, name, run_passes, passes):
-    model, batch = build_tiny_model(distinct_family), make_batch(4)
+def test_nothing_stays_in_the_model_after_an_exception_in_any_pass(family, name, run_passes, passes):
+    model, batch = build_tiny_model(family), make_batch(4)
     config = SUPERVISIONS[name]
     before = hook_count(model), attention_implementations(model)
     expected = values(deep_supervision_terms(model, batch, config, run_passes=run_passes))
@@ -259,9 +277,10 @@ def test_nothing_stays_in_the_model_after_an_exception_in_any_pass(distinct_fami
     assert values(deep_supervision_terms(model, batch, config, run_passes=run_passes)) == expected
 
 
+@families_and_signals
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_changes_nothing(distinct_family, supervision, use_reentrant):
-    model, batch = build_tiny_model(distinct_family).train(), make_batch(4)
+def test_activation_checkpointing_changes_nothing(family, supervision, use_reentrant):
+    model, batch = build_tiny_model(family).train(), make_batch(4)
     loss = total(model, batch, supervision)
     expected = gradients(model, loss)
     # transformers renamed the method; the old name warns from 5.2x on and goes with v6.

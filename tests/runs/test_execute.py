@@ -4,17 +4,17 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_rows
+from process_pool import Process
 from safetensors.torch import load_file
 from tiny_training import QUIET, assert_same, run_config, run_settings, save_tiny_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Side
@@ -462,32 +462,24 @@ def test_same_configuration_same_run(tmp_path):
 
 # ---- interruption ----
 
-_KILLED = """
-import json, os, signal, sys
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
-import tiny_training
-from pivotune.config.yaml_text import parse_config
-from pivotune.runs.prepare import prepare_run
-from pivotune.runs.execute import execute_run
 
-step, where = int(sys.argv[2]), sys.argv[3]
+def run_until_killed(settings: dict[str, Any], step: int, where: str) -> None:
+    """Train in a process of its own, which dies after a step or in the middle of its checkpoint."""
 
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if where == "training" and state.global_step == step:
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if where == "training" and state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    save = TrainerState.save_to_json
+
+    def save_or_die(self: TrainerState, path: str) -> None:
+        if where == "saving" and self.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        save(self, path)
 
-save = TrainerState.save_to_json
-
-def save_or_die(self, path):
-    if where == "saving" and self.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, path)
-
-TrainerState.save_to_json = save_or_die
-execute_run(prepare_run(parse_config(json.loads(sys.argv[1]))), callbacks=[Kill()])
-"""
+    TrainerState.save_to_json = save_or_die
+    execute_run(prepare_run(parse_config(settings)), callbacks=[Kill()])
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
@@ -508,12 +500,9 @@ def test_run_killed_and_resumed_equals_one_that_was_not(tmp_path, step, where, l
     training = {**TRAINING, "max_steps": 7, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
                 "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}  # fmt: skip
     settings = run_settings(tmp_path, training=training, lora=lora)
-    paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
-    killed = subprocess.run(
-        [sys.executable, "-c", _KILLED, json.dumps(settings), str(step), where],
-        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    program = "runs.test_execute:run_until_killed"
+    killed = Process(tmp_path / "log.txt", program=program, arguments=[settings, step, where])
+    assert killed.wait() == -signal.SIGKILL, killed.output
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("checkpoint-*")) == left
     assert not (run / "model").exists()
@@ -621,32 +610,6 @@ def test_resumed_run_keeps_the_layers_it_began_with(tmp_path, monkeypatch):
     layers = read_layers_json(folder / "layers.json")
     monkeypatch.setattr(run_module, "measure_layers", lambda *args, **kwargs: pytest.fail("measured again"))
     assert execute_run(prepare_run(config, resume=True), resume=True).layers == layers
-
-
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_real_model(tmp_path, shared_data, smollm2):
-    """SmolLM2 on real Vietnamese rows: a few steps lower the held-out NLL, and the folder answers by itself."""
-    config = parse_config({
-        "model": smollm2,
-        "data": {"train": str(shared_data / "train" / "vi.jsonl.gz"), "limit": 40, "validation": 8, "language": "vi",
-                 "max_prompt_tokens": 96, "max_completion_tokens": 64},
-        "supervision": {"profile_rows": 4},
-        "training": {**QUIET, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-4,
-                     "save_strategy": "no"},
-        "output_dir": str(tmp_path / "run"),
-    })  # fmt: skip
-    result = execute_run(prepare_run(config))
-    task = result.results["tasks"]["heldout_vi"]
-    assert task["value"] < task["base"]["value"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Xin chào!"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    assert tokenizer.decode(
-        model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    ).strip()
 
 
 def test_a_folder_of_another_machine_is_waited_for(tmp_path, monkeypatch):

@@ -228,32 +228,49 @@ def test_no_field_is_also_a_flat_name():
     assert not FLAT_NAMES.keys() & declared_fields().keys()
 
 
-def observed(effect: Effect, folder: Path, *, train: bool, given: bool) -> Any:
-    changes = {**effect.beside, **({effect.field: effect.value} if given else {})}
+def build(folder: Path, **changes: Any) -> Any:
     with warnings.catch_warnings():
         # On a machine without a GPU.
         warnings.filterwarnings("ignore", message=".*pin_memory")
-        trainer = tiny_trainer(folder, trainer={"eval_dataset": make_pairs(4, seed=5)}, **changes)
-        if train:
-            trainer.train()
-    return effect.observe(trainer)
+        return tiny_trainer(folder, trainer={"eval_dataset": make_pairs(4, seed=5)}, **changes)
+
+
+def trained(folder: Path, **changes: Any) -> Any:
+    trainer = build(folder, **changes)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def without_field(tmp_path_factory) -> Callable[[dict[str, Any]], Any]:
+    """Return the trained trainer with the settings beside a field; several fields are compared with the same one."""
+    kept = {}
+
+    def find(beside: dict[str, Any]) -> Any:
+        key = repr(beside)
+        if key not in kept:
+            kept[key] = trained(tmp_path_factory.mktemp("without"), **beside)
+        return kept[key]
+
+    return find
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("effect", OF_TRAINING, ids=lambda effect: effect.field)
-def test_a_field_changes_the_training(effect, tmp_path):
-    without, with_it = (observed(effect, tmp_path / str(given), train=True, given=given) for given in (False, True))
-    assert with_it != without
+def test_a_field_changes_the_training(effect, tmp_path, without_field):
+    changed = trained(tmp_path, **effect.beside, **{effect.field: effect.value})
+    assert effect.observe(changed) != effect.observe(without_field(effect.beside))
 
 
 @pytest.mark.parametrize("effect", BEFORE_TRAINING, ids=lambda effect: effect.field)
 def test_a_field_changes_the_trainer(effect, tmp_path):
     verbosity = transformers.logging.get_verbosity()
     try:
-        without, with_it = (observed(effect, tmp_path, train=False, given=given) for given in (False, True))
+        # Some of what is observed belongs to the process: one trainer after the other.
+        without = effect.observe(build(tmp_path, **effect.beside))
+        assert effect.observe(build(tmp_path, **effect.beside, **{effect.field: effect.value})) != without
     finally:
         transformers.logging.set_verbosity(verbosity)
-    assert with_it != without
 
 
 def test_integrations_read_their_names(tmp_path, monkeypatch):

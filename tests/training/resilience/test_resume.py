@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,19 @@ class Signal(TrainerCallback):
             self.signals.received = "SIGTERM"
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Callable[[str], Any]:
+    """Return the trainer of a case after its whole run; each is trained once."""
+
+    @cache
+    def train(case: str) -> Any:
+        whole = trainer_of(tmp_path_factory.mktemp("whole"), case)
+        whole.train()
+        return whole
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("case", "step", "evaluating"),
     [
@@ -150,11 +165,10 @@ class Signal(TrainerCallback):
         ("an evaluation at the last step of an epoch", 4, False),
     ],
 )
-def test_stopped_by_a_signal_and_resumed(tmp_path, monkeypatch, case, step, evaluating):
+def test_stopped_by_a_signal_and_resumed(tmp_path, monkeypatch, uninterrupted, case, step, evaluating):
     """The step is finished and saved; an evaluation that was due, or half done, is made up for."""
     monkeypatch.setitem(COMMON, "per_device_eval_batch_size", 2)
-    whole = trainer_of(tmp_path / "whole", case)
-    whole.train()
+    whole = uninterrupted(case)
     stopped = trainer_of(tmp_path / "run", case)
     Signal(stopped, step, evaluating=evaluating)
     with pytest.raises(StoppedBySignalError) as raised:
