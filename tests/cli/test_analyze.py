@@ -75,6 +75,15 @@ def test_analysis_and_picture(model, data, out, capsys):
         assert analysis[side]["sequences"] == 16
         assert analysis[side]["agreement"][-1] == 1.0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert f"saved {out} and {out.with_suffix('.png')}\n" in text
+    assert f"conversion at layer {analysis['conversion']}, thinking at layer {analysis['thinking']}: " in text
+    lines = [line for line in text.splitlines() if line.startswith("│ ")]
+    assert len(lines) == NUM_LAYERS + 1
+    for layer, line in enumerate(lines):
+        assert f"{analysis['target']['entropy'][layer]:.3f}" in line
+        assert ("conversion" in line) is (layer == analysis["conversion"])
+        assert ("thinking" in line) is (layer == analysis["thinking"])
 
 
 def test_the_numbers_are_those_of_the_library(model, data, out):

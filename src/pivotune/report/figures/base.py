@@ -122,7 +122,7 @@ def intervals(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any],
 
 
 def save_figure(chart: Any, path: Path | str) -> None:
-    """Write a figure as PNG, SVG or PDF, by the suffix; missing folders are made.
+    """Write a chart, or its specification, as PNG, SVG or PDF, by the suffix; missing folders are made.
 
     Raises:
         UsageError: another suffix, or a file that cannot be written.
@@ -131,7 +131,7 @@ def save_figure(chart: Any, path: Path | str) -> None:
 
     path = Path(path)
     # Without the transparent page behind it, black marks vanish on a dark one.
-    spec = {**chart.to_dict(), "background": "white"}
+    spec = {**(chart if isinstance(chart, Mapping) else chart.to_dict()), "background": "white"}
     spec["config"] = {**spec["config"], "background": "white"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
