@@ -50,6 +50,7 @@ _CONFIG: dict[str, Any] = {
         "gridOpacity": 0.13,
         "labelLimit": 260,
     },
+    "axisX": {"labelOverlap": True, "labelSeparation": 6},
     "legend": {
         **_TEXT, "orient": "top", "direction": "horizontal", "columns": 3, "labelLimit": 320, "symbolLimit": 60,
         "symbolOpacity": 1,
