@@ -1,0 +1,86 @@
+"use strict";
+// What every page has: packed data, the theme, and charts with controls. Text from data is written with `textContent`.
+window.pivotune = (() => {
+  // Fields of a chart's data that a reader may choose by; `all` shows every value.
+  const CHOICES = ["run", "model", "language", "task", "benchmark", "metric", "term", "lens"];
+  const WIDTH = 640; // of the panels as they are described in Python
+
+  async function data(id) {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  }
+
+  function element(name, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  }
+
+  // A labelled list of choices; `change` is called with the chosen value.
+  function chooser(label, values, change, all = "all") {
+    const list = element("select", {}, ...(all === null ? [] : [element("option", { value: "", textContent: all })]),
+      ...values.map((value) => element("option", { value, textContent: value })));
+    list.addEventListener("change", () => change(list.value));
+    return element("label", {}, label, list);
+  }
+
+  async function draw(figure) {
+    const spec = await data(`${figure.id}-spec`);
+    const chart = figure.querySelector(".chart");
+    const rows = spec.datasets ?? {};
+    const chosen = {};
+    let view = null, shownWidth = 0;
+
+    async function embed() {
+      const datasets = Object.fromEntries(Object.entries(rows).map(([name, all]) => [name,
+        all.filter((row) => Object.entries(chosen).every(([field, value]) => !(field in row) || !value || row[field] === value))]));
+      shownWidth = chart.clientWidth;
+      // Axes and legends take their place beside the panels: what they took the first time is left free the second time.
+      for (let width = Math.min(shownWidth - 70, 900), attempt = 0; attempt < 3; attempt++) {
+        view?.finalize();
+        view = await vegaEmbed(chart, { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH) },
+          { ast: true, renderer: "svg", actions: false, defaultStyle: false, tooltip: { disableDefaultStyle: true } });
+        const excess = chart.querySelector("svg").getBoundingClientRect().width - shownWidth;
+        if (excess <= 0) break;
+        width = Math.max(width - excess - 2, 120);
+      }
+    }
+
+    const fields = CHOICES.filter((field) => !(spec.usermeta?.fixed ?? []).includes(field));
+    for (const field of fields) {
+      const values = [...new Set(Object.values(rows).flat().map((row) => row[field]).filter((value) => typeof value === "string"))];
+      if (values.length < 2) continue;
+      figure.querySelector(".controls").append(chooser(field, values, (value) => { chosen[field] = value; embed(); }));
+    }
+    await embed();
+    let waiting = 0;
+    new ResizeObserver(() => {
+      if (Math.abs(chart.clientWidth - shownWidth) < 8) return;
+      clearTimeout(waiting);
+      waiting = setTimeout(embed, 150);
+    }).observe(chart);
+  }
+
+  // The widths of all panels, scaled.
+  function resized(spec, scale) {
+    const changed = {};
+    if (typeof spec.width === "number") changed.width = Math.round(spec.width * scale);
+    for (const key of ["vconcat", "hconcat", "concat", "layer"]) {
+      if (spec[key]) changed[key] = spec[key].map((one) => ({ ...structuredClone(one), ...resized(one, scale) }));
+    }
+    if (spec.spec) changed.spec = { ...structuredClone(spec.spec), ...resized(spec.spec, scale) };
+    return changed;
+  }
+
+  document.getElementById("theme").addEventListener("change", (event) => {
+    document.documentElement.dataset.theme = event.target.value;
+  });
+  const drawn = (async () => {
+    for (const figure of document.querySelectorAll("figure[id]")) {
+      await draw(figure);
+      await new Promise((next) => setTimeout(next)); // the page answers between two charts
+    }
+    document.documentElement.dataset.drawn = "";
+  })();
+  return { data, element, chooser, drawn };
+})();
