@@ -35,7 +35,7 @@ def test_columns_join_to_the_text(request, kind, text):
     tokenizer = request.getfixturevalue(kind)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     columns = Pieces(tokenizer).columns(ids)
-    assert "".join(column.text for column in columns).replace("◌", "").replace("<U+200D>", "\u200d") == text
+    assert "".join(column.text for column in columns).replace("◌", "").replace("⟨U+200D⟩", "\u200d") == text
     assert sum(column.span for column in columns) == len(ids)
     assert any(column.span > 1 for column in columns) == (not text.isascii())
 
@@ -70,15 +70,15 @@ def test_cut_inside_a_character_shows_its_bytes(byte_level):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("\u202eabc\u2066", "<U+202E>abc<U+2066>"),
-        ("a\x00b", "a<U+0000>b"),
-        ("\u200b", "<U+200B>"),
-        ("\ufffd", "<U+FFFD>"),
-        ("\u200c", "<U+200C>"),
+        ("\u202eabc\u2066", "⟨U+202E⟩abc⟨U+2066⟩"),
+        ("a\x00b", "a⟨U+0000⟩b"),
+        ("\u200b", "⟨U+200B⟩"),
+        ("\ufffd", "⟨U+FFFD⟩"),
+        ("\u200c", "⟨U+200C⟩"),
         ("می\u200cشود", "می\u200cشود"),
         ("\u0301", "\u25cc\u0301"),
         ("<script>", "<script>"),
-        ("\u2028", "<U+2028>"),
+        ("\u2028", "⟨U+2028⟩"),
     ],
 )
 def test_hidden_characters_are_marked(text, shown):

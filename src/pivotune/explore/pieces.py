@@ -8,9 +8,11 @@ import unicodedata
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from pivotune.report.page import shown
+
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-# Joiners that belong into words of Persian and Indic scripts and into emoji.
-_JOINERS = "\u200c\u200d"
+# Joiners and marks that shape the letters beside them, and that nobody sees alone.
+_SHAPING = "\u200c\u200d\u200e\u200f\u061c"
 
 
 class Column(NamedTuple):
@@ -77,14 +79,9 @@ def _unfinished(content: bytes) -> bytes:
 
 
 def visible(content: bytes) -> str:
-    r"""Return bytes as text in which every character is seen: `\xe1` for a part of one, `<U+202E>` for controls."""
-    text = "".join(map(_mark, content.decode(errors="backslashreplace")))
-    if text in _JOINERS:
-        return "".join(f"<U+{ord(character):04X}>" for character in text)
-    # A combining mark alone would be drawn over what stands before it.
-    return f"\u25cc{text}" if text and unicodedata.category(text[0])[0] == "M" else text
-
-
-def _mark(character: str) -> str:
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in f"\n\t{_JOINERS}"
-    return f"<U+{ord(character):04X}>" if is_hidden or character == "\ufffd" else character
+    r"""Return bytes as text in which every character is seen: `\xe1` for a part of one, `⟨U+202E⟩` for controls."""
+    text = shown(content.decode(errors="backslashreplace")).replace("\ufffd", "⟨U+FFFD⟩")
+    if not text.strip(_SHAPING):
+        return "".join(f"⟨U+{ord(character):04X}⟩" for character in text)
+    # A combining mark alone would be drawn over the text before it.
+    return f"\u25cc{text}" if unicodedata.category(text[0])[0] == "M" else text
