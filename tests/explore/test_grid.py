@@ -7,7 +7,6 @@ from peak_bytes import peak
 from tiny_training import make_pairs
 
 from pivotune.config.settings import LoraSettings, TunedLensConfig
-from pivotune.errors import UsageError
 from pivotune.explore.grid import GridDifference, grid_difference, lens_grid, lens_states
 from pivotune.lenses.logit import lens_logits
 from pivotune.lenses.tuned import TunedLens
@@ -113,13 +112,6 @@ def test_equal_models_do_not_differ():
     same = difference(model, model)
     assert same.kl.abs().max() < 1e-6
     assert same.change.abs().max() == 0
-
-
-def test_models_of_other_depth_are_refused():
-    with pytest.raises(UsageError, match="4 and 2 layers"):
-        difference(build_tiny_model(), build_tiny_model(num_hidden_layers=2))
-    with pytest.raises(UsageError, match="384 and 400 output tokens"):
-        difference(build_tiny_model(), build_tiny_model(vocab_size=400))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def chat(
         Chatter(name, prepare_encoder(name, template, system), None, max_new_tokens, temperature, seed, system)
         for name in names
     ]
-    session = _Session([replace(chatter, model=load_on_device(chatter.name)) for chatter in chatters], console(as_json), as_json)
+    session = _Session(
+        [replace(chatter, model=load_on_device(chatter.name)) for chatter in chatters], console(as_json), as_json
+    )
     if prompt is not None:
         session.answer(prompt)
     elif sys.stdin.isatty():

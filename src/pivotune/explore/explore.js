@@ -30,15 +30,15 @@
   const token = (side, grid, at, rank = 0) => side.texts[grid.likeliest[at][rank]];
   const probability = (grid, at, rank = 0) => grid.probabilities[at * grid.likeliest[0].length + rank];
 
-  // [class of the hue, strength from 0 to 1]
-  function colour(side, grid, at) {
+  // [class of the hue, strength from 0 to 1]; `most` is the largest entropy or divergence of the grid.
+  function colour(side, grid, at, most) {
     if (isDifference()) {
       const { kl, change } = side.differences[chosen.lens];
-      if (chosen.change === "KL divergence") return ["blue", kl[at] / Math.max(...kl, 1e-9)];
+      if (chosen.change === "KL divergence") return ["blue", kl[at] / most];
       return [change[at] < 0 ? "orange" : "blue", Math.abs(change[at])];
     }
     if (chosen.colour === "probability") return ["blue", probability(grid, at)];
-    if (chosen.colour === "entropy") return ["blue", grid.entropy[at] / Math.max(...grid.entropy, 1e-9)];
+    if (chosen.colour === "entropy") return ["blue", grid.entropy[at] / most];
     if (chosen.colour === "agreement") return ["blue", grid.output[at]];
     const [ascii, other] = grid.letters.slice(2 * at, 2 * at + 2);
     return ascii > other ? ["orange", ascii] : ["blue", other];
@@ -91,13 +91,14 @@
     const label = `Lens of the ${name === "text" ? "text" : "English parallel"}: layers by tokens`;
     const head = element("tr", {}, element("th", { scope: "col", textContent: "layer" }), ...side.columns.map(([text, span, role]) =>
       element("th", { scope: "col", colSpan: span, className: role, dir: "auto", title: `${text} (${role})`, textContent: seen(text) })));
+    const most = (isDifference() ? side.differences[chosen.lens].kl : grids[0].entropy).reduce((a, b) => Math.max(a, b), 1e-9);
     const cells = [];
     const body = [];
     for (let layer = layers; layer >= 0; layer--) {
       const row = element("tr", {}, element("th", { scope: "row", textContent: layer === layers ? `${layer} output` : layer }));
       for (let position = 0; position < side.positions; position++) {
         const at = layer * side.positions + position;
-        const [hue, strength] = colour(side, grids[0], at);
+        const [hue, strength] = colour(side, grids[0], at, most);
         const top = token(side, grids[0], at);
         const cell = element("td", { className: hue, tabIndex: -1, dir: "auto" }, element("span", { textContent: seen(top) }));
         cell.style.setProperty("--strength", strength);

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pivotune.errors import UsageError
 from pivotune.layers.profile import counted_states
 from pivotune.lenses.base import Lens
 from pivotune.lenses.logit import lens_logits
@@ -20,8 +19,9 @@ from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.models.taps import evaluation_mode
 
 LIKELIEST = 10
-# Share of one layer's rows whose logits exist at once: with their temporaries they stay below the logits of one layer.
-_PARTS = 6
+# Positions whose logits exist at once: with their temporaries they take less memory than the logits of 64 positions, and
+# more of them would be little faster.
+_POSITIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +83,20 @@ def lens_grid(architecture: Architecture, states: Tensor, letters: tuple[Tensor,
         F.pad(mask, (0, max(architecture.vocab_size - len(mask), 0)))[: architecture.vocab_size] for mask in letters
     ]
     marked = torch.stack(fitted, dim=1).to(states.device, torch.float32)
+
+    # A function, so that its temporaries are freed before those of the next layer are made.
+    def summarize(raw: Tensor, wanted: Tensor | None) -> tuple[Tensor, ...]:
+        log_p = _log_probabilities(architecture, raw)
+        p = log_p.exp()
+        top = p.topk(min(LIKELIEST, p.shape[-1]))
+        of_output = p.gather(-1, top.indices[:, :1] if wanted is None else wanted)[:, 0]
+        return top.indices, top.values, -torch.linalg.vecdot(p, log_p), of_output, p @ marked
+
     parts = []
-    for part in _parts(states):
-        found, wanted = [], None
-        for layer in reversed(range(len(states))):
-            log_p = _log_probabilities(architecture, states[layer, part])
-            wanted = log_p.argmax(-1, keepdim=True) if wanted is None else wanted
-            of_output = log_p.gather(-1, wanted)[:, 0].exp()
-            p = log_p.exp_()
-            top = p.topk(min(LIKELIEST, p.shape[-1]))
-            found.append((top.indices, top.values, torch.special.entr(p).sum(-1), of_output, p @ marked))
+    for part in torch.arange(states.shape[1]).split(_POSITIONS):
+        found = [summarize(states[-1, part], None)]
+        wanted = found[0][0][:, :1]
+        found += [summarize(states[layer, part], wanted) for layer in reversed(range(len(states) - 1))]
         parts.append([torch.stack(each[::-1]).cpu() for each in zip(*found, strict=True)])
     tokens, probabilities, entropy, output, shares = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
     return LensGrid(tokens=tokens, probabilities=probabilities, entropy=entropy, output=output, letters=shares)
@@ -102,37 +106,22 @@ def lens_grid(architecture: Architecture, states: Tensor, letters: tuple[Tensor,
 def grid_difference(
     architecture: Architecture, states: Tensor, other: Architecture, other_states: Tensor
 ) -> GridDifference:
-    """Return how the first model's distributions p_k differ from the other's q_k; both states are of the same tokens.
+    """Return how the first model's distributions p_k differ from the other's q_k, a model of the same shape."""
 
-    Raises:
-        UsageError: the models have different numbers of layers or output tokens.
-    """
-    for what, mine, others in (
-        ("layers", len(states) - 1, len(other_states) - 1),
-        ("output tokens", architecture.vocab_size, other.vocab_size),
-    ):
-        if mine != others:
-            raise UsageError(
-                f"--against: the models have {mine} and {others} {what}; allowed: models of the same shape"
-            )
+    def compare(mine: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = _log_probabilities(architecture, mine)
+        log_q = _log_probabilities(other, others).to(log_p.device)
+        top = log_p.argmax(-1, keepdim=True)
+        change = (log_p.gather(-1, top).exp() - log_q.gather(-1, top).exp())[:, 0]
+        torch.sub(log_p, log_q, out=log_q)
+        return torch.linalg.vecdot(log_p.exp_(), log_q), change
+
     parts = []
-    for part in _parts(states):
-        rows = []
-        for mine, others in zip(states[:, part], other_states[:, part], strict=True):
-            log_p, log_q = _log_probabilities(architecture, mine), _log_probabilities(other, others)
-            top = log_p.argmax(-1, keepdim=True)
-            change = (log_p.gather(-1, top).exp() - log_q.gather(-1, top).exp().to(log_p.device))[:, 0]
-            kl = log_p.exp().mul_(log_p.sub_(log_q.to(log_p.device))).sum(-1)
-            rows.append((kl, change))
+    for part in torch.arange(states.shape[1]).split(_POSITIONS):
+        rows = [compare(mine, others) for mine, others in zip(states[:, part], other_states[:, part], strict=True)]
         parts.append([torch.stack(each).cpu() for each in zip(*rows, strict=True)])
     kl, change = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
     return GridDifference(kl=kl, change=change)
-
-
-def _parts(states: Tensor) -> list[slice]:
-    """Return slices of the N positions."""
-    size = max(states.shape[1] // _PARTS, 1)
-    return [slice(start, start + size) for start in range(0, states.shape[1], size)]
 
 
 def _log_probabilities(architecture: Architecture, states: Tensor) -> Tensor:

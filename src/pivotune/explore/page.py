@@ -15,9 +15,11 @@ _GRID = Markup("""<div class="controls" id="choices"></div>
 <p id="read" class="note"></p>
 <div id="grids"></div>
 <p id="legend" class="note"></p>
-<p id="cell" class="note" aria-live="polite">Point at a cell, or move with the arrow keys. A click or Enter opens its ten likeliest tokens.</p>
-<dialog id="likeliest" aria-labelledby="likeliest-title"><h3 id="likeliest-title"></h3><div class="scroll" tabindex="0"
-role="region" aria-label="The likeliest tokens"></div><form method="dialog"><button>Close</button></form></dialog>
+<p id="cell" class="note" aria-live="polite">Point at a cell, or move with the arrow keys. A click or Enter opens its ten
+likeliest tokens.</p>
+<dialog id="likeliest" aria-labelledby="likeliest-title"><h3 id="likeliest-title"></h3>
+<div class="scroll" tabindex="0" role="region" aria-label="The likeliest tokens"></div>
+<form method="dialog"><button>Close</button></form></dialog>
 <noscript>The grid needs JavaScript.</noscript>""")
 
 _HOW_TO_READ = (

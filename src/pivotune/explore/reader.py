@@ -1,4 +1,4 @@
-"""Read a prompt and its answer through the lenses of one or two models; the result is what the page draws, as JSON values."""
+"""Read a prompt and its answer through the lenses of one or two models; the result is JSON values that the page draws."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ class LensReader:
                 numbers = ("probabilities", "entropy", "output", "letters")
                 grid[name] = {"likeliest": likeliest} | {key: _rounded(getattr(found, key)) for key in numbers}
             if len(states) == 2:
-                change = grid_difference(
-                    self.models[0].architecture, states[0], self.models[1].architecture, states[1]
-                )
+                change = grid_difference(self.models[0].architecture, states[0], self.models[1].architecture, states[1])
                 differences[name] = {"kl": _rounded(change.kl), "change": _rounded(change.change)}
         query, answer = slice(*side.query), slice(side.answer, len(ids))
         decoded = [self.encoder.tokenizer.decode(ids[part], skip_special_tokens=True) for part in (query, answer)]
@@ -193,13 +191,19 @@ def find_lens(
         try:
             lens.set_arrays(map_arrays(path))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-            raise UsageError(f"{path}: not a readable lens ({type(error).__name__}); leave it out with --lens logit") from error
+            raise UsageError(
+                f"{path}: not a readable lens ({type(error).__name__}); leave it out with --lens logit"
+            ) from error
         if set(lens.maps) >= set(range(architecture.num_layers)):
             return lens, f"The tuned lens is that of {path}, fitted on the starting model of the run."
     config = TunedLensConfig(text="both")
     states = count_states(lens_texts(pairs, config.text))
     if states < LEAST_STATES:
-        few = f"{source} has {states} token states and {LEAST_STATES} are needed" if pairs else "no rows were given to fit one on"
+        few = (
+            f"{source} has {states} token states and {LEAST_STATES} are needed"
+            if pairs
+            else "no rows were given to fit one on"
+        )
         return None, f"Logit lens only: {few}. Middle layers are hard to read through it."
     lens = fit_all_layers(read.model, pairs, config, progress)
     return lens, f"The tuned lens was fitted on {read.name} with {len(pairs)} rows of {source}, by regression alone."
