@@ -127,10 +127,6 @@ def tiny_rows(count: int) -> list[dict[str, str]]:
 def pytest_configure(config: pytest.Config) -> None:
     """Property tests draw the same examples each time and may take as long as the machine needs; `pytest
     --hypothesis-profile=default` draws others."""
-    if not hasattr(config, "workerinput"):
-        # Before xdist's workers start: matplotlib builds its list of fonts on first use and prints a notice about it, which
-        # would stand in the output that a test compares.
-        import matplotlib.font_manager  # noqa: F401
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

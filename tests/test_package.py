@@ -9,7 +9,7 @@ import pytest
 
 import pivotune
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "pydantic")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "altair", "peft", "pydantic")
 
 
 def test_every_public_name_is_there():

@@ -10,7 +10,7 @@ from pivotune.cli import main as main_module
 from pivotune.cli.main import main
 from pivotune.errors import UsageError
 
-HEAVY = ("pydantic", "yaml", "torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "accelerate")
+HEAVY = ("pydantic", "yaml", "torch", "transformers", "numpy", "datasets", "altair", "peft", "babel", "accelerate")
 VERBS = ("demo", "data", "analyze", "init", "train", "evaluate", "compare", "sweep", "chat")
 
 

@@ -396,7 +396,7 @@ def test_to_yaml_keeps_long_texts_on_one_line():
 
 
 def test_importing_the_configuration_imports_nothing_heavy():
-    heavy = ("torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "babel", "rich")
+    heavy = ("torch", "transformers", "numpy", "datasets", "altair", "peft", "babel", "rich")
     script = f"import sys, pivotune.config.settings; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -58,7 +58,7 @@ def page() -> str:
         Preformatted(HOSTILE, HOSTILE),
         Table([HOSTILE], [[HOSTILE, 1.5, None]], HOSTILE),
         html("<p class='x'>{}</p>", HOSTILE),
-        Figure({"title": HOSTILE}, HOSTILE, Table(["a"], [[HOSTILE]], HOSTILE, folded=True)),
+        Figure("chart", {"title": HOSTILE}, HOSTILE, Table(["a"], [[HOSTILE]], HOSTILE, folded=True)),
     ]
     return render_page(HOSTILE, [Section("Sample answers", blocks, {"own": [HOSTILE]})], subtitle=HOSTILE)
 
@@ -76,7 +76,7 @@ def test_hostile_text_is_shown_as_text_in_every_block(page):
 def test_data_and_figures_hold_the_text_as_it_is_shown(page):
     by_id = dict(re.findall(r'class="data" id="([^"]+)">([^<]*)</script>', page))
     assert _unpacked(by_id["own"]) == [SHOWN]
-    assert _unpacked(by_id["sample-answers-6-spec"]) == {"title": SHOWN}
+    assert _unpacked(by_id["chart-spec"]) == {"title": SHOWN}
 
 
 def test_the_policy_allows_exactly_the_scripts_and_styles_in_the_file(page):

@@ -58,7 +58,8 @@ def analyze(
     from pivotune.layers.measure import analyze_layers, num_sequences
     from pivotune.layers.selection import write_layers_json
     from pivotune.models.loading import load_model
-    from pivotune.report.plots import plot_entropy
+    from pivotune.report.figures.base import save_figure
+    from pivotune.report.figures.layers import layer_figure
     from pivotune.training.lens_fitting import fit_all_layers
 
     loaded = load_model(model)
@@ -69,7 +70,7 @@ def analyze(
         options |= {"lens": lens, "reading": reading}
         analysis = analyze_layers(loaded, tokenizer, pairs, model_name=model, language=language, **options)
     write_layers_json(out, analysis)
-    plot_entropy(analysis, picture)
+    save_figure(layer_figure(analysis), picture)
     if as_json:
         print_json(analysis)
     else:

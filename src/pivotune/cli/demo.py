@@ -54,23 +54,31 @@ def demo(
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
-    from pivotune.report.plots import plot_entropy, plot_entropy_comparison, plot_metric_bars, plot_training
+    from pivotune.report.figures.base import save_figure
+    from pivotune.report.figures.layers import entropy_comparison, layer_figure
+    from pivotune.report.figures.scores import heldout_figure
+    from pivotune.report.figures.training import training_figure
     from pivotune.training.metrics import read_metrics
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
-    plot_entropy(layers, pictures[0])
     profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
     marks = {name: layers[name] for name in ("conversion", "thinking")}
-    plot_entropy_comparison(profiles, pictures[1], language=language, **marks)
 
     def by_language(key: str) -> dict[str, dict[str, float]]:
         sides = {language: "target", "en": "english"}
         return {_NAMES[name]: {code: one[side][key] for code, side in sides.items()} for name, one in models.items()}
 
     paired = {"differences": results["difference"], "difference": "deep supervision\nminus TFT"}
-    plot_metric_bars(by_language("nll"), pictures[2], errors=by_language("stderr"), **paired)
-    plot_training(read_metrics(folder / "deep-supervision" / "metrics.jsonl"), pictures[3])
+    metrics = read_metrics(folder / "deep-supervision" / "metrics.jsonl")
+    figures = (
+        layer_figure(layers),
+        entropy_comparison(profiles, language=language, **marks),
+        heldout_figure(by_language("nll"), errors=by_language("stderr"), **paired),
+        training_figure({_NAMES["deep-supervision"]: metrics}),
+    )
+    for figure, picture in zip(figures, pictures, strict=True):
+        save_figure(figure, picture)
     return pictures
 
 

@@ -166,7 +166,8 @@ def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
 
 def _write_curve(prepared: Sweep) -> list[Path]:
     """Write the picture of a sweep over layers, and its numbers."""
-    from pivotune.report.plots import plot_layer_sweep
+    from pivotune.report.figures.base import save_figure
+    from pivotune.report.figures.layers import sweep_figure
     from pivotune.sweeps.layer_curve import layer_curve, swept_term
     from pivotune.text.files import write_json
 
@@ -175,6 +176,6 @@ def _write_curve(prepared: Sweep) -> list[Path]:
         return []
     curve = layer_curve(prepared, term)
     paths = [prepared.folder / name for name in ("layers.png", "layer-scores.json")]
-    plot_layer_sweep(curve, paths[0])
+    save_figure(sweep_figure(curve), paths[0])
     write_json(paths[1], curve)
     return paths

@@ -51,6 +51,9 @@ ANSWER_METRICS = (
 COMET = Metric("comet", "mean", ("comet",), 100.0)
 _WRITTEN_SETTINGS = ("limit", "seed", "split", "template", "max_new_tokens", "backend", "dtype")
 _DETAIL_CHARACTERS = 64  # longest detail of a choice in the items file (a subject, not the question itself)
+_QUESTION_CHARACTERS = (
+    400  # of a query's end, where the question stands; a passage before it is the same for many items
+)
 
 
 def evaluate_model(
@@ -219,7 +222,7 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
         short = {key: value for key, value in item.details.items() if len(str(value)) <= _DETAIL_CHARACTERS}
         details = {key: value for key, value in short.items() if isinstance(value, (str, int))}
         record |= {"choice": chosen, "correct": int(chosen == item.gold), "correct_norm": int(chosen_norm == item.gold)}
-        record |= {"log_likelihoods": [score.logprob for score in scores], **details}
+        record |= {"log_likelihoods": [score.logprob for score in scores], **details, "answer": item.choices[chosen]}
     else:
         text = cast(str, answer_to(asked.generation)).strip()
         assert task.score is not None
@@ -228,6 +231,9 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
         record["in_language"] = None if is_right is None else int(is_right)
     gold = scores[0] if item.gold is None else scores[item.gold]
     record |= {"gold_nll": -gold.logprob, "gold_tokens": gold.tokens, "gold_characters": len(item.gold_answer)}
+    query = item.query
+    record["question"] = query if len(query) <= _QUESTION_CHARACTERS else f"…{query[-_QUESTION_CHARACTERS:]}"
+    record["gold"] = item.gold_answer
     if asked.context.truncated:
         record["truncated"] = True
     return record

@@ -82,11 +82,13 @@ class Figure:
     """A chart with controls for the fields of its data that `page.js` knows (run, language, task, metric, ...).
 
     Attributes:
+        name: id of its element, and stem of its file.
         spec: Vega-Lite specification (`chart.to_dict()`).
         caption: what the figure shows, for all readers.
         table: its figures, for readers who do not see it.
     """
 
+    name: str
     spec: Mapping[str, Any]
     caption: str
     table: Table | None = None
@@ -125,8 +127,8 @@ def render_page(
     """
     drawn = any(isinstance(block, Figure) for section in sections for block in section.blocks)
     # A page without charts is 900 kB smaller.
-    all_scripts = [*([_vega_script()] if drawn else []), _asset("page.js"), *scripts]
-    all_styles = [_asset("page.css"), *styles]
+    all_scripts = [*([_vega_script()] if drawn else []), asset("page.js"), *scripts]
+    all_styles = [asset("page.css"), *styles]
     directives = (
         "default-src 'none'",
         f"script-src {' '.join(map(_digest, all_scripts))}",
@@ -183,7 +185,8 @@ def _digest(content: str) -> str:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a file beside this module."""
     return (resources.files("pivotune.report") / name).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,196 @@
+"""Figures over the layers of a model: entropy and what each layer can say, before and after training, and a layer sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from pivotune.report.figures.base import (
+    CONFIDENCE,
+    WIDTH,
+    data,
+    intervals,
+    lines,
+    metric_label,
+    series,
+    short_name,
+    stacked,
+)
+
+_CHOSEN_BY = {
+    "reading": "by the English text that each layer can say",
+    "entropy-falls": "read from the two entropy falls",
+    "explicit": "as asked for",
+}
+_SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
+_SHARES = {"agreement": "top-1 = output's", "english_share": "on English tokens"}
+
+
+def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
+    """Return the mean entropy of every layer of `layers.json` with i and j; below it the agreement with the output and the
+    English share, and the likelihood of the English text where it was read (the paper's Figure 2)."""
+    profiles = {layers.get("language") or "target": layers["target"]}
+    if layers.get("english"):
+        profiles["en"] = layers["english"]
+    entropy = [row for language, profile in profiles.items() for row in _entropy_rows(profile, "language", language)]
+    panels = [_over_layers(entropy, "language", "mean entropy (nats)", layers)]
+    shares = [
+        {"layer": layer, "share": value, "language": language, "series": f"{language}: {meaning}"}
+        for language, profile in profiles.items()
+        for key, meaning in _SHARES.items()
+        for layer, value in enumerate(profile.get(key) or ())
+    ]
+    if shares:
+        axis = alt.Axis(format="%")
+        panels.append(
+            _over_layers(shares, "series", "share of tokens\nor probability", layers, "share", axis=axis, height=140)
+        )
+    if reading := layers.get("reading"):
+        names = {"conversion": "English query", "thinking": "English answer"}
+        # The embeddings, layer 0, say nothing: their value would hide the others.
+        nll = [
+            {"layer": layer, "nll": value if layer else None, "series": label}
+            for term, label in names.items()
+            for layer, value in enumerate(reading[term])
+        ]
+        panels.append(
+            _over_layers(nll, "series", "NLL after the target\nprompt (nats per token)", layers, "nll", height=140)
+        )
+    how = _CHOSEN_BY.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
+    lens = "Tuned" if layers.get("lens") == "tuned" else "Logit"
+    title = f"{lens}-lens entropy by layer: {short_name(str(layers['model'])) or 'the model'}"
+    chosen = f"end of conversion i = {layers['conversion']}, of thinking j = {layers['thinking']}: {how}"
+    return stacked(panels, title, chosen)
+
+
+def entropy_comparison(
+    profiles: Mapping[str, Mapping[str, Any]],
+    *,
+    language: str | None = None,
+    conversion: int | None = None,
+    thinking: int | None = None,
+) -> alt.VConcatChart:
+    """Return the entropy by layer of several models (profiles by name) on the same text, before and after training."""
+    rows = [row for name, profile in profiles.items() for row in _entropy_rows(profile, "run", short_name(name))]
+    marks = {"conversion": conversion, "thinking": thinking}
+    panel = _over_layers(rows, "run", "mean entropy (nats)", marks, height=240)
+    return stacked([panel], "Logit-lens entropy by layer", f"language: {language}" if language else "")
+
+
+def retrieval_figure(by_layer: Mapping[str, Mapping[str, Any]]) -> alt.VConcatChart:
+    """Return how often a sentence's nearest neighbour is its translation, by layer and run (`alignment` tasks).
+
+    Args:
+        by_layer: run -> the `by_layer` of its task: lists of L + 1 values in percent, and `chance`.
+    """
+    rows = [
+        {"layer": layer, "accuracy": value, "run": short_name(name)}
+        for name, values in by_layer.items()
+        for layer, value in enumerate(values["retrieval_accuracy"])
+    ]
+    chance = alt.Chart(data([{"accuracy": next(iter(by_layer.values()))["chance"]}]))
+    panel = _over_layers(rows, "run", "retrieval accuracy (%)", {}, "accuracy", height=240)
+    panel += chance.mark_rule(strokeDash=[2, 2], opacity=0.6).encode(y="accuracy:Q")
+    return stacked([panel], "Translations found by layer", "dotted: chance")
+
+
+def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
+    """Return scores by the supervised layer (the paper's Figure 3), a panel for each metric.
+
+    Below them stands the entropy of the layers. TFT is a dashed line of its task's colour.
+
+    Args:
+        curve: the result of `pivotune.sweeps.layer_curve.layer_curve`.
+    """
+    panels = []
+    for metric in dict.fromkeys(one["metric"] for one in curve["series"]):
+        own = [one for one in curve["series"] if one["metric"] == metric]
+        rows = [
+            {
+                "layer": point["layer"],
+                "value": point["value"],
+                "task": one["label"],
+                "seeds": point["seeds"],
+                **_span(point),
+            }
+            for one in own
+            for point in one["points"]
+        ]
+        tasks = series("task", [one["label"] for one in own])
+        x = alt.X("layer:Q", title=f"{curve['term']} layer (after k blocks)", axis=alt.Axis(tickMinStep=1))
+        y = alt.Y("value:Q", title=metric_label(metric), scale=alt.Scale(zero=False))
+        panel = lines([{**row, "low": None, "high": None} for row in rows], x, y, tasks, 230)
+        if any(row["low"] is not None for row in rows):
+            panel += intervals(rows, x, y, tasks, 230, "y")
+        baselines = [{"value": one["baseline"], "task": one["label"]} for one in own if one["baseline"] is not None]
+        if baselines:
+            tft = alt.Chart(data(baselines)).mark_rule(strokeDash=[6, 4], strokeWidth=1.4)
+            panel += tft.encode(y=y, color=tasks["color"], tooltip=["task:N", alt.Tooltip("value:Q", title="TFT")])
+        panels.append(panel)
+    if not panels:
+        panels.append(note("no cell is finished"))
+    if curve["layers"]:
+        entropy = [{"layer": k, "entropy": value} for k, value in enumerate(curve["layers"]["target"]["entropy"])]
+        before = alt.Chart(data(entropy)).mark_area(line={"color": "currentColor"}, opacity=0.25, color="currentColor")
+        x = alt.X("layer:Q", title="layer k", axis=alt.Axis(tickMinStep=1))
+        panels.append(
+            before.encode(x=x, y=alt.Y("entropy:Q", title=["mean entropy", "before (nats)"])).properties(
+                width=WIDTH, height=90
+            )
+        )
+    subtitle = f"{_SWEEP_ERRORS[curve['errors']]}; dashed: TFT"
+    return stacked(panels, f"Score by {curve['term']} layer", subtitle, x="shared")
+
+
+def note(text: str) -> alt.Chart:
+    """Return a panel with a line of text in place of a drawing."""
+    return alt.Chart(data([{"text": text}])).mark_text().encode(text="text:N").properties(width=WIDTH, height=80)
+
+
+def _over_layers(
+    rows: Sequence[Mapping[str, Any]],
+    field: str,
+    title: str,
+    marks: Mapping[str, Any],
+    value: str = "entropy",
+    *,
+    axis: Any = alt.Undefined,
+    height: int = 200,
+) -> Any:
+    """Return lines over the layers, with rules at the chosen layers."""
+    depth = max(row["layer"] for row in rows)
+    title_of_x = "layer k (after k blocks; 0 = embeddings)"
+    x = alt.X("layer:Q", title=title_of_x, axis=alt.Axis(tickMinStep=1), scale=alt.Scale(domain=[0, depth], nice=False))
+    scale = alt.Scale(domain=[0, 1]) if value == "share" else alt.Scale()
+    y = alt.Y(f"{value}:Q", title=title.split("\n"), axis=axis, scale=scale)
+    panel = lines(rows, x, y, series(field, [row[field] for row in rows]), height)
+    chosen = [
+        {"layer": marks[stage], "mark": f"{symbol} = {marks[stage]}", "stage": f"end of {stage}"}
+        for symbol, stage in (("i", "conversion"), ("j", "thinking"))
+        if marks.get(stage) is not None
+    ]
+    if not chosen:
+        return panel
+    base = alt.Chart(data(chosen)).encode(x=x, tooltip=["stage:N", "mark:N"])
+    rules = base.mark_rule(strokeDash=[5, 3], opacity=0.7)
+    # The names stand above the first panel, clear of its lines.
+    names = base.mark_text(align="left", dx=4, baseline="top").encode(y=alt.value(0), text="mark:N")
+    return alt.layer(rules, panel, *([names] if value == "entropy" else []))
+
+
+def _entropy_rows(profile: Mapping[str, Any], field: str, name: str) -> list[dict[str, Any]]:
+    """Return a row for each layer, with the 95 % interval of its mean entropy."""
+    errors = profile.get("entropy_stderr") or [None] * len(profile["entropy"])
+    rows = []
+    for layer, (value, error) in enumerate(zip(profile["entropy"], errors, strict=True)):
+        margin = None if error is None else CONFIDENCE * error
+        rows.append({"layer": layer, "entropy": value, field: name, **_span({"value": value, "margin": margin})})
+    return rows
+
+
+def _span(point: Mapping[str, Any]) -> dict[str, float | None]:
+    if point["value"] is None or point["margin"] is None:
+        return {"low": None, "high": None}
+    return {"low": point["value"] - point["margin"], "high": point["value"] + point["margin"]}

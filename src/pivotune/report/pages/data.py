@@ -1,0 +1,128 @@
+"""The training data of the runs, and what a data check found in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+from pivotune.report.figures.base import WIDTH, series, stacked
+from pivotune.report.figures.base import data as chart_data
+from pivotune.report.page import Block, Figure, Heading, Lines, Section, Table, Text, html
+from pivotune.report.runs import DATA_CHECK, Material
+
+_TEXTS = {"prompt": "prompt", "completion": "answer", "prompt_en": "English prompt", "completion_en": "English answer"}
+_EXCERPT = 600  # characters of a text of an example row
+
+
+def data(material: Material) -> Section | None:
+    """Return what the data check found, once for each check; else the command that makes one."""
+    checks = {json.dumps(run.data_check, sort_keys=True): run.data_check for run in material.runs if run.data_check}
+    blocks: list[Block] = [block for check in checks.values() for block in check_blocks(check)]
+    if checks:
+        return Section("Data", blocks)
+    for run in (run for run in material.runs if run.config.get("data.train")):
+        train, language = run.config["data.train"], run.language or "LANGUAGE"
+        command = f"pivotune data check {train} --lang {language} --json > {run.path / DATA_CHECK}"
+        return Section("Data", [Text(f"The training data was not checked. {command} checks it for the next report.")])
+    return None
+
+
+def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
+    """Return the blocks of a data check (`DataCheck.to_dict`): verdict, kinds of faults, distributions, rows to look at."""
+    total, usable = check.get("total", 0), check.get("usable", 0)
+    blocks: list[Block] = [
+        Text(str(check.get("verdict", "")), "lead"),
+        Text(f"{check.get('source', 'data')}: {total:,} rows, {usable:,} of them usable.", "note"),
+    ]
+    problems = check.get("problems", [])
+    if problems:
+        rows = [
+            [
+                one["title"],
+                "defect" if one["defect"] else "worth a look",
+                f"{one['count']:,}",
+                _share(one["count"], usable),
+                one["advice"],
+            ]
+            for one in problems
+        ]
+        blocks.append(
+            Table(["fault", "kind", "rows", "share", "what to do"], rows, "Kinds of faults, most serious first")
+        )
+    else:
+        blocks.append(Text("No fault was found in the rows that can be used."))
+    left_out = [f"{count:,} rows cannot be used: {reason}" for reason, count in (check.get("skipped") or {}).items()]
+    left_out += [
+        f"{count:,} rows would be refused in training: {reason}"
+        for reason, count in (check.get("too_long") or {}).items()
+    ]
+    left_out += [shift["message"] for shift in check.get("shifts", [])] + list(check.get("notes", []))
+    if left_out:
+        blocks.append(Lines(left_out, "warning"))
+    if histograms := check.get("histograms"):
+        blocks.append(
+            Figure(
+                f"{prefix}-lengths",
+                _histograms(histograms).to_dict(),
+                "Lengths of the texts, and the ratio of each text to its English.",
+            )
+        )
+    lengths = check.get("lengths") or {}
+    if lengths:
+        rows = [
+            [_TEXTS.get(name, name), *(f"{found[key]:,.0f}" for key in ("median", "p95", "max"))]
+            for name, found in lengths.items()
+        ]
+        caption = f"Lengths in {check.get('unit', 'characters')}"
+        blocks.append(Table(["text", "median", "95 %", "longest"], rows, caption, numeric=True))
+    examples = [(one, finding) for one in problems for finding in one["examples"]]
+    if examples:
+        blocks.append(Heading("Rows to look at"))
+    for problem in (one for one in problems if one["examples"]):
+        rows = [
+            [
+                html("row {}", finding["number"]),
+                finding["note"],
+                *(html("<div class='text' dir='auto'>{}</div>", _excerpt(finding.get(text))) for text in _TEXTS),
+            ]
+            for finding in problem["examples"]
+        ]
+        blocks.append(Table(["row", "why", *_TEXTS.values()], rows, f"{problem['title']} ({problem['count']:,})"))
+    return blocks
+
+
+def _excerpt(text: Any) -> str:
+    text = str(text or "")
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}… ({len(text):,} characters)"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.1%}" if total else "–"
+
+
+def _histograms(histograms: Mapping[str, Any]) -> alt.VConcatChart:
+    """Return bars of the lengths of each text and of the ratios to English: rows by bin."""
+    panels = []
+    for name, title in (("lengths", "characters"), ("ratios", "characters for each one of the English text")):
+        rows = [
+            {"text": _TEXTS.get(text, text), "from": low, "to": high, "rows": count}
+            for text, found in histograms.get(name, {}).items()
+            for low, high, count in zip(found["edges"], found["edges"][1:], found["counts"], strict=False)
+        ]
+        if not rows:
+            continue
+        encodings = series("text", [row["text"] for row in rows])
+        chart = alt.Chart(chart_data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8)
+        panels.append(
+            chart.encode(
+                x=alt.X("from:Q", title=title, scale=alt.Scale(type="log", nice=False)),
+                y=alt.Y("rows:Q", title="rows"),
+                color=encodings["color"],
+                strokeDash=alt.StrokeDash("text:N", legend=encodings["color"]["legend"]),
+                tooltip=["text:N", "from:Q", "to:Q", "rows:Q"],
+            ).properties(width=WIDTH, height=150)
+        )
+    return stacked(panels, "Lengths and ratios")

@@ -1,0 +1,33 @@
+"""Build the report of runs: one page of sections, and its figures as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pivotune import __version__
+from pivotune.report.figures.base import save_figure
+from pivotune.report.page import Figure, Section, asset, render_page
+from pivotune.report.pages import PAGES
+from pivotune.report.runs import Material
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def report_sections(material: Material) -> list[Section]:
+    """Return the sections that there is material for."""
+    return [section for page in PAGES if (section := page(material)) is not None]
+
+
+def render_report(sections: Sequence[Section], title: str) -> str:
+    """Return the report as one HTML file."""
+    return render_page(title, sections, subtitle=f"Report of Pivotune {__version__}", scripts=[asset("samples.js")])
+
+
+def save_figures(sections: Sequence[Section], folder: Path) -> Iterator[Path]:
+    """Write every figure of the report as PNG, SVG and PDF; yield the paths."""
+    for figure in (block for section in sections for block in section.blocks if isinstance(block, Figure)):
+        for suffix in FORMATS:
+            path = folder / f"{figure.name}{suffix}"
+            save_figure(figure.spec, path)
+            yield path
