@@ -57,6 +57,10 @@ def test_a_predicted_piece_forms_a_character_with_its_context(byte_level):
     assert pieces.formed(pending[-1], byte_level.convert_tokens_to_ids("a")) == "a"
 
 
+def test_an_output_row_without_a_token_is_shown_by_its_number(byte_level):
+    assert Pieces(byte_level).formed(b"", 10_000) == "⟨token 10000⟩"
+
+
 def test_special_tokens_are_whole(byte_level):
     ids = [*byte_level("ế", add_special_tokens=False)["input_ids"][:1], byte_level.eos_token_id]
     assert [tuple(column) for column in Pieces(byte_level).columns(ids)] == [(r"\xe1<|end|>", 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,8 +51,8 @@ def explore(
     encoder = _encoder(run_or_model, template, max_tokens, max_new_tokens)
     shown, others = _rows(prompts, data, rows)
     reader, about = _load_reader(names, encoder, others, data or "", lens, max_new_tokens)
-    with progress("Reading", len(shown)) as advance:
-        items = []
+    items = []
+    with progress("Reading", len(shown)) if shown else nullcontext() as advance:
         for row, source in shown:
             items.append(reader.read(row, source=source))
             advance(len(items))
@@ -113,7 +114,7 @@ def _encoder(name: str, template: str | None, max_tokens: int, max_new_tokens: i
 
 def _rows(prompts: list[str], data: str | None, count: int) -> tuple[list[tuple[Row, str]], list[Row]]:
     """Return the rows to read with the names of their sources, and other rows to fit a lens on."""
-    from pivotune.data.datasets import set_apart
+    from pivotune.data.datasets import set_apart, spread
     from pivotune.data.rows import Row
     from pivotune.data.sources import load_rows
     from pivotune.training.lens_fitting import FITTED_ON
@@ -121,8 +122,12 @@ def _rows(prompts: list[str], data: str | None, count: int) -> tuple[list[tuple[
     typed = [(Row(text, "", "", "", number=number), "--prompt") for number, text in enumerate(prompts, start=1)]
     if data is None:
         return typed, []
-    chosen, others = set_apart(load_rows(data, need_english=False), count, FITTED_ON)
-    return typed or [(row, data) for row in chosen], others
+    found = load_rows(data, need_english=False)
+    if typed:
+        return typed, spread(found, FITTED_ON)
+    chosen, others = set_apart(found, count, FITTED_ON)
+    # A lens that was fitted on the very tokens it reads repeats them.
+    return [(row, data) for row in chosen], [row for row in others if row not in chosen]
 
 
 def _load_reader(

@@ -20,7 +20,7 @@
 
   const percent = (p) => (p >= 0.9995 ? "100 %" : p < 0.0005 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
   // White space that is seen.
-  const seen = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +$/, (blanks) => "␣".repeat(blanks.length));
+  const seen = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^\s+$/, (blanks) => "␣".repeat(blanks.length));
   const isDifference = () => chosen.model === DIFFERENCE;
 
   // What a side holds for the models that are shown: one, or both for a difference.
@@ -44,9 +44,10 @@
     return ascii > other ? ["orange", ascii] : ["blue", other];
   }
 
+  // Where a cell is, then its figures.
   function describe(side, at) {
     const layer = Math.floor(at / side.positions), position = at % side.positions;
-    const parts = [`layer ${layer}`, `after “${seen(columnOf(side, position))}”`];
+    const parts = [`Layer ${layer}, after “${seen(columnOf(side, position))}”`];
     for (const [index, grid] of shownGrids(side).entries()) {
       const name = isDifference() ? `${models[index]}: ` : "";
       parts.push(`${name}“${seen(token(side, grid, at))}” ${percent(probability(grid, at))}`, `entropy ${grid.entropy[at].toFixed(2)} nats`);
@@ -57,7 +58,7 @@
       const { kl, change } = side.differences[chosen.lens];
       parts.push(`KL ${kl[at].toFixed(3)} nats`, `change ${change[at] < 0 ? "−" : "+"}${percent(Math.abs(change[at]))}`);
     }
-    return parts.join(" · ");
+    return parts;
   }
 
   function columnOf(side, position) {
@@ -70,8 +71,8 @@
 
   function open(side, at) {
     const grids = shownGrids(side);
-    document.getElementById("likeliest-title").textContent =
-      `Layer ${Math.floor(at / side.positions)}, after “${seen(columnOf(side, at % side.positions))}”`;
+    const [where, ...figures] = describe(side, at);
+    document.getElementById("likeliest-title").textContent = where;
     const names = isDifference() ? models : [models[Number(chosen.model)]];
     const head = element("tr", {}, element("th", { scope: "col", textContent: "rank" }),
       ...names.flatMap((name) => [element("th", { scope: "col", textContent: name, dir: "auto" }), element("th", { scope: "col", textContent: "probability" })]));
@@ -82,7 +83,7 @@
         return [element("td", { textContent: seen(token(side, grid, at, rank)), dir: "auto" }), bar];
       })));
     place.likeliest.querySelector(".scroll").replaceChildren(
-      element("table", {}, element("caption", { textContent: describe(side, at) }), element("thead", {}, head), element("tbody", {}, ...rows)));
+      element("table", {}, element("caption", { textContent: figures.join(" · ") }), element("thead", {}, head), element("tbody", {}, ...rows)));
     place.likeliest.showModal();
   }
 
@@ -95,7 +96,7 @@
     const cells = [];
     const body = [];
     for (let layer = layers; layer >= 0; layer--) {
-      const row = element("tr", {}, element("th", { scope: "row", textContent: layer === layers ? `${layer} output` : layer }));
+      const row = element("tr", {}, element("th", { scope: "row", dir: "ltr", textContent: layer === layers ? `${layer} output` : layer }));
       for (let position = 0; position < side.positions; position++) {
         const at = layer * side.positions + position;
         const [hue, strength] = colour(side, grids[0], at, most);
@@ -120,7 +121,7 @@
     let active = cells[layers * side.positions];
     active.tabIndex = 0;
     const pointed = (event) => { const cell = event.target.closest("td"); return cell && Number(cell.dataset.at); };
-    const tell = (at) => { place.cell.textContent = describe(side, at); };
+    const tell = (at) => { place.cell.textContent = describe(side, at).join(" · "); };
     grid.addEventListener("pointerover", (event) => { const at = pointed(event); if (at != null) tell(at); });
     grid.addEventListener("focusin", (event) => {
       const at = pointed(event);
@@ -149,7 +150,7 @@
     });
     const texts = element("p", { className: "texts" }, ...["prompt", "answer"].flatMap((part) =>
       [element("strong", { textContent: `${part[0].toUpperCase()}${part.slice(1)}: ` }), element("bdi", { className: "text", textContent: side[part] }), " "]));
-    const region = element("div", { className: "scroll lens-scroll" }, grid);
+    const region = element("div", { className: "scroll lens-scroll", dir: grid.dir }, grid);
     return element("div", { className: "side" }, element("h3", { textContent: name === "text" ? "Text" : "English parallel" }), texts, region);
   }
 

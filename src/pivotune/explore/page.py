@@ -13,8 +13,8 @@ from pivotune.report.page import Lines, Section, html, render_page
 
 _GRID = Markup("""<div class="controls" id="choices"></div>
 <p id="read" class="note"></p>
-<div id="grids"></div>
 <p id="legend" class="note"></p>
+<div id="grids"></div>
 <p id="cell" class="note" aria-live="polite">Point at a cell, or move with the arrow keys. A click or Enter opens its ten
 likeliest tokens.</p>
 <dialog id="likeliest" aria-labelledby="likeliest-title"><h3 id="likeliest-title"></h3>

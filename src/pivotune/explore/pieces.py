@@ -62,6 +62,9 @@ class Pieces:
     def formed(self, pending: bytes, token: int) -> str:
         """Return the text that a predicted token forms behind the `pending` bytes of its context."""
         new = self.bytes_of(token)
+        if not new:
+            # Models often have more output rows than the tokenizer has tokens.
+            return f"⟨token {token}⟩"
         try:
             (pending + new[:4]).decode()
         except UnicodeDecodeError as error:

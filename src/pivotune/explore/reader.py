@@ -197,14 +197,16 @@ def find_lens(
         if set(lens.maps) >= set(range(architecture.num_layers)):
             return lens, f"The tuned lens is that of {path}, fitted on the starting model of the run."
     config = TunedLensConfig(text="both")
-    states = count_states(lens_texts(pairs, config.text))
-    if states < LEAST_STATES:
+    states, width = count_states(lens_texts(pairs, config.text)), architecture.head_weight.shape[1]
+    # With fewer states than its width a map can repeat them all.
+    needed = max(LEAST_STATES, width)
+    if states < needed:
         few = (
-            f"{source} has {states} token states and {LEAST_STATES} are needed"
-            if pairs
-            else "no rows were given to fit one on"
+            f"{source} has {states} token states beside the texts shown, and {needed} are needed"
+            if source
+            else "no rows"
         )
-        return None, f"Logit lens only: {few}. Middle layers are hard to read through it."
+        return None, f"Logit lens only: {few} to fit a tuned one on. Middle layers are hard to read through it."
     lens = fit_all_layers(read.model, pairs, config, progress)
     return lens, f"The tuned lens was fitted on {read.name} with {len(pairs)} rows of {source}, by regression alone."
 
