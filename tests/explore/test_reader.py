@@ -101,11 +101,12 @@ def test_plain_text_has_no_template(model):
     assert {column[2] for column in side["columns"]} == {"query", "answer"}
 
 
-def test_a_long_prompt_is_cut_and_the_page_says_so(model):
-    item = LensReader([model], encoder(Limits(24, 8))).read(Row("ndio " * 20_000, "Ni.", "", "", number=1))
-    assert item["notes"] == ["prompts cut to the limit of tokens"]
-    assert item["sides"][0]["positions"] < 32
-    assert len(item["label"]) == 61
+def test_long_texts_are_cut_and_the_page_says_so(model):
+    row = Row("ndio " * 20_000, "Ni " * 100, "", "", number=1)
+    item = LensReader([model], encoder(Limits(250, 8)), max_tokens=10).read(row)
+    assert item["notes"] == ["the prompt is cut to 10 tokens", "the answer is cut to 8 tokens"]
+    assert [sum(c[1] for c in item["sides"][0]["columns"] if c[2] == role) for role in ("query", "answer")] == [10, 8]
+    assert len(item["label"]) <= 61
 
 
 def test_hostile_text_is_marked(model):

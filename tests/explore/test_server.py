@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from pivotune.errors import UsageError
-from pivotune.explore.server import LONGEST_BODY, LONGEST_PROMPT, ExplorerServer
+from pivotune.explore.server import LONGEST_BODY, LONGEST_PROMPT, ExplorerServer, check_port
 
 BODY = {"prompt": "Namba?", "english": "", "model": 0}
 
@@ -160,4 +160,4 @@ def test_only_this_machine_can_connect(server):
 
 def test_a_taken_port_is_one_line(server):
     with pytest.raises(UsageError, match=f"--port: {server.server_port} cannot be used"):
-        ExplorerServer("", lambda *_: {}, port=server.server_port)
+        check_port(server.server_port)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import print_lines, progress, quiet_libraries, stdout
+from pivotune.cli.common import print_lines, progress, quiet_libraries, safe, stderr, stdout
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,21 +41,25 @@ def explore(
         raise UsageError("--prompt: is empty")
     if lens not in ("both", "logit"):
         raise UsageError(f"--lens: {lens!r} is not allowed; allowed: both, logit")
-    if not serve:
+    if serve:
+        from pivotune.explore.server import check_port
+
+        check_port(port)
+    else:
         if not prompts and data is None:
             raise UsageError("there is nothing to read; give --prompt or --data, or type prompts with --serve")
         _check_writable(out, overwrite)
     quiet_libraries()
     if against is not None:
         _check_comparable(run_or_model, against)
-    encoder = _encoder(run_or_model, template, max_tokens, max_new_tokens)
+    encoder = _encoder(run_or_model, template, max_new_tokens)
     shown, others = _rows(prompts, data, rows)
-    reader, about = _load_reader(names, encoder, others, data or "", lens, max_new_tokens)
+    reader, about = _load_reader(names, encoder, others, data or "", lens)
+    reader.max_tokens, reader.max_new_tokens = max_tokens, max_new_tokens
     items = []
-    with progress("Reading", len(shown)) if shown else nullcontext() as advance:
-        for row, source in shown:
+    for row, source in shown:
+        with stderr.status(f"Reading {safe(source)}, row {row.number}"):
             items.append(reader.read(row, source=source))
-            advance(len(items))
 
     from pivotune.explore.page import explorer_page
 
@@ -94,7 +98,7 @@ def _check_comparable(name: str, against: str) -> None:
         raise UsageError(f"--against: {against} has other tokens than {name}; allowed: the same tokenizer")
 
 
-def _encoder(name: str, template: str | None, max_tokens: int, max_new_tokens: int) -> Encoder:
+def _encoder(name: str, template: str | None, max_new_tokens: int) -> Encoder:
     """Check a model and read its tokenizer and template before any weight is loaded."""
     from pivotune.models.loading import read_config
 
@@ -107,7 +111,9 @@ def _encoder(name: str, template: str | None, max_tokens: int, max_new_tokens: i
 
     check_architecture(config.model_type)
     encoder = prepare_encoder(name, None if template == "none" else template, None)
-    limits = Limits(max_tokens, max_new_tokens, context_length(config))
+    # `LensReader` cuts prompts itself: the template's words, which are not shown, count for the model's context alone.
+    context = context_length(config)
+    limits = Limits(context or sys.maxsize, max_new_tokens, context)
     kind: Any = PlainText() if template == "none" else encoder.template
     return Encoder(encoder.tokenizer, kind, limits, fold_system=encoder.fold_system)
 
@@ -131,21 +137,24 @@ def _rows(prompts: list[str], data: str | None, count: int) -> tuple[list[tuple[
 
 
 def _load_reader(
-    names: list[str], encoder: Encoder, others: list[Row], data: str, lens: str, max_new_tokens: int
+    names: list[str], encoder: Encoder, others: list[Row], data: str, lens: str
 ) -> tuple[LensReader, list[str]]:
     """Load the models and find a lens; also return lines for the page about both."""
     from pivotune.cli.chat import load_on_device
+    from pivotune.data.examples import Encoder, Limits
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
 
     models = [ReadModel(name, load_on_device(name)) for name in names]
     about = [f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."]
     tuned = None
     if lens == "both":
-        pairs = encoder.encode(others, on_bad_row="skip", source=data)
+        limits = Limits(context=encoder.limits.context)
+        fitting = Encoder(encoder.tokenizer, encoder.template, limits, fold_system=encoder.fold_system)
+        pairs = fitting.encode(others, on_bad_row="skip", source=data)
         # Of the starting model, where two are compared: one lens for both, so that only the models differ.
         tuned, sentence = find_lens(models[-1], Path(names[0]), pairs, data, progress)
         about.append(sentence if tuned is None or len(names) == 1 else f"{sentence} Both models are read through it.")
-    return LensReader(models, encoder, tuned, max_new_tokens), about
+    return LensReader(models, encoder, tuned), about
 
 
 def _serve(page: str, reader: LensReader, port: int) -> None:

@@ -66,12 +66,14 @@ class LensReader:
         models: one, or two of the same shape, of which the page shows the difference too.
         encoder: template, tokenizer and limits for all of them.
         lens: a tuned lens for all of them; None reads through the logit lens alone.
+        max_tokens: longer prompts lose their end.
         max_new_tokens: limit of an answer that is generated.
     """
 
     models: Sequence[ReadModel]
     encoder: Encoder
     lens: TunedLens | None = None
+    max_tokens: int = 96
     max_new_tokens: int = 32
 
     def read(self, row: Row, *, answered_by: int = 0, source: str = "prompt") -> dict[str, Any]:
@@ -82,7 +84,8 @@ class LensReader:
         Raises:
             UsageError: the prompt has no tokens, or leaves no room for an answer.
         """
-        self.encoder.report = EncodingReport()
+        self.encoder.report, whole = EncodingReport(), row
+        row = replace(row, prompt=self._cut(row.prompt), prompt_en=self._cut(row.prompt_en))
         sides = (row.prompt, row.completion), (row.prompt_en, row.completion_en)
         # The encoder takes whole rows.
         filled = [answer or ("-" if prompt else "") for prompt, answer in sides]
@@ -90,9 +93,13 @@ class LensReader:
         read = []
         for name, side, (_, answer) in zip(("text", "English"), (pair.target, pair.english), sides, strict=True):
             if side is not None:
-                whole = side if answer else self._answered(side, self.models[answered_by].model)
-                read.append({"name": name, **self._side(whole)})
-        notes = [f"{part} cut to the limit of tokens" for part, count in self.encoder.report.cut.items() if count]
+                answered = side if answer else self._answered(side, self.models[answered_by].model)
+                read.append({"name": name, **self._side(answered)})
+        notes = []
+        if (row.prompt, row.prompt_en) != (whole.prompt, whole.prompt_en):
+            notes.append(f"the prompt is cut to {self.max_tokens} tokens")
+        if self.encoder.report.cut["answers"]:
+            notes.append(f"the answer is cut to {self.encoder.limits.completion} tokens")
         if not row.completion:
             notes.append(f"answer of {self.models[answered_by].name}")
         label = " ".join(row.prompt.split())
@@ -101,6 +108,10 @@ class LensReader:
             "notes": [shown(note) for note in notes],
             "sides": read,
         }
+
+    def _cut(self, text: str) -> str:
+        offsets = self.encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(offsets) <= self.max_tokens else text[: offsets[self.max_tokens - 1][1]]
 
     def _answered(self, side: Side, model: Any) -> Side:
         """Return the side's prompt with the model's greedy answer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -44,9 +45,6 @@ class ExplorerServer(ThreadingHTTPServer):
     Args:
         port: 0 for a free one.
         num_models: models that a prompt may name.
-
-    Raises:
-        UsageError: the port is taken.
     """
 
     daemon_threads = True
@@ -54,10 +52,7 @@ class ExplorerServer(ThreadingHTTPServer):
     def __init__(self, page: str, read: Read, *, num_models: int = 1, port: int = 0) -> None:
         self.page, self.read, self.num_models = page.encode("utf-8"), read, num_models
         self.token, self.busy = secrets.token_urlsafe(24), threading.Lock()
-        try:
-            super().__init__(("127.0.0.1", port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"--port: {port} cannot be used ({error}); choose another, or 0 for a free one") from error
+        super().__init__(("127.0.0.1", port), _Handler)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -66,6 +61,16 @@ class ExplorerServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         return f"http://{self.hosts[0]}/{self.token}/"
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that cannot be opened, before a model is loaded."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise UsageError(
+            f"--port: {port} cannot be used ({error.strerror}); choose another, or 0 for a free one"
+        ) from error
 
 
 class _Handler(BaseHTTPRequestHandler):
