@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pivotune.cli.common import console, print_json, progress, quiet_libraries, safe
+from pivotune.cli.report import check_page_path, write_page
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ def check(
     clean: Annotated[
         Path | None, typer.Option("--write-clean", help="Write the rows without defects here (.jsonl), with a report.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result as a page (.html) or as JSON (.json).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all row numbers.")] = False,
 ) -> None:
     """Check parallel rows: lengths, damaged text, cut answers, repeated and untranslated rows, misaligned pairs."""
@@ -58,6 +64,8 @@ def check(
         raise UsageError(f"--lang: {language} is English, the other side of every row; name the target language")
     if clean is not None:
         check_clean_path(clean, data, english)
+    if out is not None:
+        check_page_path(out, overwrite=overwrite, allowed=(".html", ".json"))
     encoder = None
     if model is not None:
         from pivotune.data.examples import Encoder, Limits
@@ -73,6 +81,8 @@ def check(
     with progress("Checking rows", len(rows)) as advance:
         found = check_rows(rows, language=language, encoder=encoder, examples=show, progress=advance)
     written = write_clean(clean, rows, found) if clean else 0
+    if out is not None:
+        _write_check(out, found)
     # The target side of the first row that fits the limits.
     pairs = encoder.encode(rows[:100], on_bad_row="skip") if encoder else []
     example = pairs[0].target if pairs else None
@@ -83,17 +93,31 @@ def check(
         segments = shown and [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
         print_json({**found.to_dict(), "example": segments})
         return
-    out = console(as_json)
-    print_check(out, found)
+    screen = console(as_json)
+    print_check(screen, found)
     if encoder and example:
         from pivotune.cli.training_display import print_example
 
-        out.print()
-        print_example(out, encoder.tokenizer, example)
-    out.print(f"[bold]verdict[/]  {found.verdict}", soft_wrap=True)
+        screen.print()
+        print_example(screen, encoder.tokenizer, example)
+    screen.print(f"[bold]verdict[/]  {found.verdict}", soft_wrap=True)
     if clean:
         line = f"{written:,} rows in {clean}; the others and why in {report_path(clean)}"
-        out.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
+        screen.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
+    if out is not None:
+        screen.print(f"[bold]saved[/]    {safe(out)}", soft_wrap=True)
+
+
+def _write_check(path: Path, found: DataCheck) -> None:
+    """Write the result as JSON, which `pivotune report` reads in a run folder, or as a page."""
+    content = found.to_dict()
+    if path.suffix == ".json":
+        write_page(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        return
+    from pivotune.report.page import Section, render_page
+    from pivotune.report.pages.data import check_blocks
+
+    write_page(path, render_page("Data check", [Section("Rows", check_blocks(content))], subtitle=found.source))
 
 
 def print_check(out: Console, found: DataCheck) -> None:

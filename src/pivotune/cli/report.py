@@ -40,12 +40,12 @@ def report(
     print_lines(stdout, f"saved {out}" + (f" and {len(written)} files in {figures}" if written else ""))
 
 
-def check_page_path(path: Path, *, overwrite: bool) -> None:
+def check_page_path(path: Path, *, overwrite: bool, allowed: tuple[str, ...] = (".html",)) -> None:
     """Refuse a page that cannot be written, before anything is computed."""
     if path.is_dir():
         raise UsageError(f"--out: {path} is a folder; name a file, such as {path / 'report.html'}")
-    if path.suffix not in (".html", ".htm"):
-        raise UsageError(f"--out: {path} ends in {path.suffix or 'nothing'!r}; allowed: .html")
+    if path.suffix not in allowed:
+        raise UsageError(f"--out: {path} ends in {path.suffix or 'nothing'!r}; allowed: {', '.join(allowed)}")
     if not path.parent.is_dir():
         raise UsageError(f"--out: {path.parent} is not a folder")
     if path.exists() and not overwrite:

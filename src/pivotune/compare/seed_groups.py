@@ -99,12 +99,14 @@ def short_key(key: str) -> str:
     return key.removeprefix(next((section for section in _SECTIONS if key.startswith(section)), ""))
 
 
+def natural_order(path: Path) -> list[tuple[int, int | str]]:
+    """Return a key that sorts `layer=5` before `layer=10`."""
+    parts = re.findall(r"\d+|\D", f"{path.name}\0")
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
 def _find_runs(path: Path, warnings: list[str]) -> list[Path]:
     """Return a results file, a run folder, or the run folders in a folder, `layer=5` before `layer=10`."""
-
-    def natural_order(child: Path) -> list[tuple[int, int | str]]:
-        parts = re.findall(r"\d+|\D", f"{child.name}\0")
-        return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")

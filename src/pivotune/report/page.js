@@ -25,24 +25,27 @@ window.pivotune = (() => {
   }
 
   async function draw(figure) {
-    const spec = await data(`${figure.id}-spec`);
+    const { title, ...spec } = await data(`${figure.id}-spec`); // the title stands above, as text that wraps
     const chart = figure.querySelector(".chart");
     const rows = spec.datasets ?? {};
     const chosen = {};
-    let view = null, shownWidth = 0;
+    let view = null, shownWidth = 0, beside = 90;
 
     async function embed() {
       const datasets = Object.fromEntries(Object.entries(rows).map(([name, all]) => [name,
         all.filter((row) => Object.entries(chosen).every(([field, value]) => !(field in row) || !value || row[field] === value))]));
       shownWidth = chart.clientWidth;
-      // Axes and legends take their place beside the panels: what they took the first time is left free the second time.
-      for (let width = Math.min(shownWidth - 70, 900), attempt = 0; attempt < 3; attempt++) {
+      const legend = { ...spec.config?.legend, columns: Math.max(1, Math.floor(shownWidth / 250)), labelLimit: shownWidth - 60 };
+      // Axes take their place beside the panels: what they took the first time is left free the second time.
+      for (let attempt = 0; attempt < 3; attempt++) {
+        const width = Math.max(120, Math.min(shownWidth - beside, 900));
         view?.finalize();
-        view = await vegaEmbed(chart, { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH) },
-          { ast: true, renderer: "svg", actions: false, defaultStyle: false, tooltip: { disableDefaultStyle: true } });
+        view = await vegaEmbed(chart, { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH), config: { ...spec.config, legend } },
+          // Errors only: a choice may leave a panel empty, of which Vega warns.
+          { ast: true, renderer: "svg", actions: false, defaultStyle: false, logLevel: 1, tooltip: { disableDefaultStyle: true } });
         const excess = chart.querySelector("svg").getBoundingClientRect().width - shownWidth;
         if (excess <= 0) break;
-        width = Math.max(width - excess - 2, 120);
+        beside += excess + 2;
       }
     }
 

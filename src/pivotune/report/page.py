@@ -93,6 +93,12 @@ class Figure:
     caption: str
     table: Table | None = None
 
+    @property
+    def title(self) -> str:
+        """Return the chart's own title, which the page shows as text and not in the drawing."""
+        title = self.spec.get("title") or self.name
+        return str(title["text"]) if isinstance(title, Mapping) else str(title)
+
 
 Block: TypeAlias = Text | Lines | Heading | Preformatted | Table | Figure | Markup
 

@@ -14,7 +14,7 @@ import yaml
 
 from pivotune.compare.comparison import ALL, compare_groups
 from pivotune.compare.formats import to_dict
-from pivotune.compare.seed_groups import SeedGroup, load_groups
+from pivotune.compare.seed_groups import SeedGroup, load_groups, natural_order
 from pivotune.errors import UsageError
 from pivotune.results.files import flatten, read_entries, results_paths
 from pivotune.text.files import finite
@@ -130,7 +130,7 @@ def _find_targets(path: Path) -> list[Path]:
         )
     if _is_run(path):
         return [path]
-    children = [*sorted(path.glob("*.json")), *sorted(filter(Path.is_dir, path.iterdir()))]
+    children = [*sorted(path.glob("*.json")), *sorted(filter(Path.is_dir, path.iterdir()), key=natural_order)]
     found = [child for child in children if _is_run(child) or (child.is_file() and _has_results(child))]
     if not found:
         raise UsageError(f"{path}: neither a run folder nor a folder of run folders (none of {', '.join(_MARKS)})")

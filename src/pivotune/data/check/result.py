@@ -6,7 +6,7 @@ import heapq
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,13 @@ class Lengths:
     median: float
     p95: float
     max: int
+
+
+class Histogram(TypedDict):
+    """Numbers of rows between neighbouring edges, which grow by a constant factor."""
+
+    edges: list[float]
+    counts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,7 @@ class DataCheck:
         unit: of `lengths`: 'tokens' (prompts with their template, answers with their end token) or 'characters'.
         measured: number of rows behind `lengths`, `cut` and `too_long`: all, or the tokenized ones, spread over the data.
         lengths: by text: prompt, completion, prompt_en, completion_en.
+        histograms: of all rows, in characters: `lengths` by text, and `ratios` of a text to its English by text.
         cut: number of prompts and of answers that the token limits cut, and the limits; None without a tokenizer.
         too_long: rows that training would refuse because of the template or the limits, by reason.
         problems: the kinds that some row has, most serious first; `flagged` rows have at least one defect.
@@ -101,6 +109,7 @@ class DataCheck:
     unit: str
     measured: int
     lengths: dict[str, Lengths]
+    histograms: dict[str, dict[str, Histogram]]
     cut: dict[str, int] | None
     too_long: dict[str, int]
     problems: list[Problem]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pivotune.data.check.language import base_language
-from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Lengths
+from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Histogram, Lengths
 from pivotune.data.check.rows import RowCheck, check_pairs
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.lazy import Subset
@@ -22,6 +22,7 @@ from pivotune.errors import UsageError
 # Tokens are counted on this many rows at most, spread over the data: shares are then off by half a percentage point, and
 # the tokenizer, by far the slowest part, takes seconds for a file of any size.
 TOKENIZED_ROWS = 10_000
+_BINS = 30
 _ROWS_PER_STEP = 512  # between two calls of `progress`
 _TEXTS = ("prompt", "completion", "prompt_en", "completion_en")
 
@@ -82,7 +83,7 @@ def check_rows(
 
 
 def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) -> dict[str, Any]:
-    """Return `unit`, `measured`, `lengths`, `cut` and `too_long` of the `DataCheck`."""
+    """Return `unit`, `measured`, `lengths`, `histograms`, `cut` and `too_long` of the `DataCheck`."""
     lengths, tokenized, cut, too_long = checked.traces.characters(), rows, None, {}
     if encoder:
         tokenized = Subset(rows, np.arange(0, len(rows), math.ceil(len(rows) / TOKENIZED_ROWS)))
@@ -98,7 +99,24 @@ def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) ->
         if len(counts)
     }
     unit = "tokens" if encoder else "characters"
-    return {"unit": unit, "measured": len(tokenized), "lengths": by_text, "cut": cut, "too_long": too_long}
+    histograms = _histograms(checked.traces.characters().reshape(-1, 4))
+    found = {"unit": unit, "measured": len(tokenized), "lengths": by_text, "histograms": histograms}
+    return {**found, "cut": cut, "too_long": too_long}
+
+
+def _histograms(characters: np.ndarray) -> dict[str, dict[str, Histogram]]:
+    """Return the lengths of each text, (rows, 4), and the ratios of prompts and answers to their English."""
+    lengths = np.maximum(characters, 1)
+    ratios = lengths[:, :2] / lengths[:, 2:]
+
+    def by_text(values: np.ndarray) -> dict[str, Histogram]:
+        # Beyond the largest, so that a single length has a bin too.
+        edges = np.geomspace(values.min(), values.max() * 1.01, _BINS + 1)
+        columns = zip(_TEXTS, values.T, strict=False)
+        counts = {name: np.histogram(column, edges)[0].tolist() for name, column in columns}
+        return {name: {"edges": edges.round(3).tolist(), "counts": found} for name, found in counts.items()}
+
+    return {"lengths": by_text(lengths), "ratios": by_text(ratios)}
 
 
 class _MeasuringEncoder(Encoder):

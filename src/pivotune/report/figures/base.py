@@ -50,6 +50,7 @@ _CONFIG: dict[str, Any] = {
         "gridOpacity": 0.13,
         "labelLimit": 260,
     },
+    "axisX": {"labelOverlap": True, "labelSeparation": 6},
     "legend": {
         **_TEXT, "orient": "top", "direction": "horizontal", "columns": 3, "labelLimit": 320, "symbolLimit": 60,
         "symbolOpacity": 1,
@@ -81,14 +82,21 @@ def series(field: str, names: Iterable[str], title: str | None = None) -> dict[s
     domain = [shown(name) for name in dict.fromkeys(names)]
     legend = alt.Legend(title=title) if len(domain) > 1 else None
 
-    def options(values: Sequence[Any], repeated: int = 1) -> dict[str, Any]:
-        chosen = [values[index // repeated % len(values)] for index in range(len(domain))]
+    def options(values: Sequence[Any], places: Iterable[int]) -> dict[str, Any]:
+        chosen = [values[place % len(values)] for place in places]
         return {"shorthand": f"{field}:N", "legend": legend, "scale": alt.Scale(domain=domain, range=chosen)}
 
-    dashes: dict[str, Any] = (
-        {"strokeDash": alt.StrokeDash(**options(DASHES, len(COLOURS)))} if len(domain) > len(COLOURS) else {}
-    )
-    return {"color": alt.Color(**options(COLOURS)), "shape": alt.Shape(**options(SHAPES)), **dashes}
+    places = range(len(domain))
+    # A colour that comes back has another shape and other dashes.
+    rounds = [place // len(COLOURS) for place in places]
+    shapes = [place + turn for place, turn in zip(places, rounds, strict=True)]
+    encodings: dict[str, Any] = {
+        "color": alt.Color(**options(COLOURS, places)),
+        "shape": alt.Shape(**options(SHAPES, shapes)),
+    }
+    if any(rounds):
+        encodings["strokeDash"] = alt.StrokeDash(**options(DASHES, rounds))
+    return encodings
 
 
 def lines(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any], height: int = 200) -> Any:

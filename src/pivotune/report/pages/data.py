@@ -25,7 +25,7 @@ def data(material: Material) -> Section | None:
         return Section("Data", blocks)
     for run in (run for run in material.runs if run.config.get("data.train")):
         train, language = run.config["data.train"], run.language or "LANGUAGE"
-        command = f"pivotune data check {train} --lang {language} --json > {run.path / DATA_CHECK}"
+        command = f"pivotune data check {train} --lang {language} --out {run.path / DATA_CHECK}"
         return Section("Data", [Text(f"The training data was not checked. {command} checks it for the next report.")])
     return None
 

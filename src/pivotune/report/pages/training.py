@@ -19,7 +19,7 @@ def training(material: Material) -> Section | None:
         some = {run.name: run.metrics for run in runs[first : first + _MOST_RUNS]}
         name = f"training-{first // _MOST_RUNS + 1}" if len(runs) > _MOST_RUNS else "training"
         caption = (
-            "Loss terms over the optimizer steps, each as its own mean per token; below them the inner gradients as a share of "
+            "Loss terms over the optimizer steps, each as its own mean per token; then the inner gradients as a share of "
             "the task's where they were measured, and the negative log-likelihood of held-out answers (lower is better)."
         )
         blocks.append(Figure(name, training_figure(some).to_dict(), caption))
