@@ -309,7 +309,7 @@ def test_mistakes_are_one_line_before_any_weights_are_read(
 ):
     (tmp_path / "config.yaml").write_text("model: x\ndata: {train: a.jsonl}\noutput_dir: b\n", encoding="utf-8")
     folders = {"model": model, "run": run, "unfinished": str(tmp_path)}
-    monkeypatch.setattr("pivotune.cli.chat._load", lambda name: pytest.fail(f"read the weights of {name}"))
+    monkeypatch.setattr("pivotune.cli.chat.load_on_device", lambda name: pytest.fail(f"read the weights of {name}"))
     assert main(["chat", *(argument.format(**folders) for argument in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pivotune: error: ")

@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny_training import assert_same, run_config, save_tiny_model, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pivotune.cli.chat import Chatter, _prepare
+from pivotune.cli.chat import Chatter, prepare_encoder
 from pivotune.cli.main import main
 from pivotune.data.templates import Turn
 from pivotune.models.adapters import is_tied
@@ -68,7 +68,7 @@ def test_plain_transformers_sees_the_prompt_and_stops_as_in_training(tmp_path, t
     run = train(tmp_path, chat_template=TURNS if template == "chat" else None, data=data)
     (tmp_path / "prompt.jinja").unlink()
     export_run(run, tmp_path / "exported")
-    encoder = _prepare(str(run), None, None)
+    encoder = prepare_encoder(str(run), None, None)
     expected = encoder.encode_prompt(Turn("Namba 3?"))
     answers = set()
     for folder in (run / "model", tmp_path / "exported"):
@@ -87,7 +87,7 @@ def test_plain_transformers_sees_the_prompt_and_stops_as_in_training(tmp_path, t
 def test_every_family_answers_alike_from_the_run_and_with_plain_transformers(tmp_path, family):
     run = train(tmp_path, family=family, steps=2, chat_template=TURNS)
     export_run(run, tmp_path / "exported")
-    encoder = _prepare(str(run), None, None)
+    encoder = prepare_encoder(str(run), None, None)
     ours = Chatter(str(run), encoder, load_model(str(run)), 12)
     ids = torch.tensor([encoder.encode_prompt(Turn("Namba 3?"))])
     with torch.inference_mode():
@@ -103,7 +103,7 @@ def test_every_family_answers_alike_from_the_run_and_with_plain_transformers(tmp
 
 def test_a_model_trained_with_alpaca_is_known_by_its_chat_template(tmp_path):
     run = train(tmp_path, data={"template": None})
-    assert _prepare(str(run / "model"), None, None).template.name == "alpaca"
+    assert prepare_encoder(str(run / "model"), None, None).template.name == "alpaca"
 
 
 def test_a_stored_head_that_the_configuration_calls_tied_is_kept(tmp_path):

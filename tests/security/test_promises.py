@@ -13,7 +13,7 @@ DOCUMENT = FOLDER.parents[1] / "docs" / "security.md"
 def existing() -> set[str]:
     return {
         f"{path.name}::{node.name}"
-        for path in FOLDER.glob("test_*.py")
+        for path in FOLDER.parent.rglob("test_*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }

@@ -44,10 +44,12 @@ def chat(
     quiet_libraries()
     # Every mistake is found before the first weights are read.
     chatters = [
-        Chatter(name, _prepare(name, template, system), None, max_new_tokens, temperature, seed, system)
+        Chatter(name, prepare_encoder(name, template, system), None, max_new_tokens, temperature, seed, system)
         for name in names
     ]
-    session = _Session([replace(chatter, model=_load(chatter.name)) for chatter in chatters], console(as_json), as_json)
+    session = _Session(
+        [replace(chatter, model=load_on_device(chatter.name)) for chatter in chatters], console(as_json), as_json
+    )
     if prompt is not None:
         session.answer(prompt)
     elif sys.stdin.isatty():
@@ -160,7 +162,7 @@ def _accepts(encoder: Encoder, history: list[Mapping[str, str]]) -> bool:
     return True
 
 
-def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
+def prepare_encoder(name: str, template: str | None, system: str | None) -> Encoder:
     """Check a model and read its tokenizer and template: the run's own unless another is named."""
     from pivotune.data.examples import Encoder
     from pivotune.data.templates import load_template
@@ -180,7 +182,7 @@ def _prepare(name: str, template: str | None, system: str | None) -> Encoder:
     return encoder
 
 
-def _load(name: str) -> Any:
+def load_on_device(name: str) -> Any:
     import torch
 
     from pivotune.models.loading import load_model

@@ -10,7 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from pivotune import __version__
-from pivotune.cli import analyze, chat, compare, data, demo, estimate, evaluate, export, init, report, sweep, train
+from pivotune.cli import (
+    analyze,
+    chat,
+    compare,
+    data,
+    demo,
+    estimate,
+    evaluate,
+    explore,
+    export,
+    init,
+    report,
+    sweep,
+    train,
+)
 from pivotune.cli.common import LOCAL_RANK, RANK, SEVERAL_PROCESSES, log_on_stderr
 from pivotune.errors import TrainingError, UsageError
 from pivotune.text.escaping import printable
@@ -44,6 +58,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("chat")(chat.chat)
+app.command("explore")(explore.explore)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("export")(export.export)

@@ -149,14 +149,25 @@ def english_looking_tokens(
     if latin_share >= 0.5:
         share = f"{latin_share:.0%} of the target language's letters are Latin"
         return None, f"{share}, so English-looking tokens cannot be recognized"
+    looks_english, _ = token_letters(tokenizer)
+    share = f"{1 - latin_share:.0%} of the target language's letters are not Latin"
+    return looks_english, f"{share}; {int(looks_english.sum())} tokens of ASCII letters count as English-looking"
+
+
+def token_letters(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Return two boolean masks over the tokenizer's ids: tokens of ASCII letters, and tokens with other letters.
+
+    The first have at least two ASCII letters and no other letter; the second have another letter, or a part of one.
+    Special and added tokens are in neither.
+    """
     vocabulary = tokenizer.get_vocab()
-    looks_english = torch.zeros(1 + max(vocabulary.values()), dtype=torch.bool)
+    ascii_letters, other_letters = torch.zeros(2, 1 + max(vocabulary.values()), dtype=torch.bool)
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     for token, index in vocabulary.items():
         if index in added:
             continue
         text = tokenizer.convert_tokens_to_string([token])
         foreign = any(not c.isascii() and (c == "\ufffd" or unicodedata.category(c)[0] in "LM") for c in text)
-        looks_english[index] = not foreign and sum(c.isascii() and c.isalpha() for c in text) >= 2
-    share = f"{1 - latin_share:.0%} of the target language's letters are not Latin"
-    return looks_english, f"{share}; {int(looks_english.sum())} tokens of ASCII letters count as English-looking"
+        other_letters[index] = foreign
+        ascii_letters[index] = not foreign and sum(c.isascii() and c.isalpha() for c in text) >= 2
+    return ascii_letters, other_letters

@@ -104,7 +104,7 @@ def profile_layers(
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             token_mask = _counted_tokens(batch, tokens_per_sequence)
-            states = _counted_states(model, architecture, batch, token_mask, lens)
+            states = counted_states(model, architecture, batch, token_mask, lens)
             found = lens_statistics(architecture, states.flatten(0, 1), english, block)
             entropy, top, share = (values.view(states.shape[:2]) for values in found)
             by_token = torch.stack([entropy, (top == top[-1]).float(), share], dim=-1).transpose(0, 1)
@@ -156,7 +156,7 @@ def _counted_tokens(batch: Mapping[str, Tensor], tokens_per_sequence: int | None
     return token_mask & (nth * tokens_per_sequence // count > (nth - 1) * tokens_per_sequence // count)
 
 
-def _counted_states(
+def counted_states(
     model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor], token_mask: Tensor, lens: Lens | None
 ) -> Tensor:
     """Return the lens's h_0..h_L at the counted positions, (L + 1, N, D), from one forward pass without logits."""
