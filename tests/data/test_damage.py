@@ -96,7 +96,8 @@ def test_damaged_answers(kind, row, completion):
 
 def test_one_sentence_left_in_english():
     english = "A list has a fixed order. Stars and bright planets fill our galaxy. See The Catcher in the Rye"
-    left = "列表有固定的顺序，而集合没有固定的顺序，因此不能用索引来访问它的元素。 Stars and bright planets fill our galaxy."
+    left = "列表有固定的顺序，而集合没有固定的顺序，因此不能用索引来访问它的元素。"
+    left += " Stars and bright planets fill our galaxy."
     row = Row("有什么区别？", left, "What is the difference?", english)
     assert kinds(row) == {"left_in_english"}
     assert not kinds(replace(row, completion=left.replace("Stars", "The stars")))
