@@ -15,8 +15,8 @@ from filelock import FileLock
 from pivotune.cli.main import main
 from pivotune.config.settings import merged
 
-# A tuned lens takes a fit and hundreds of tokens: most runs here read raw states.
-RAW = {"lens": "logit", "layers": "paper", "logits": {"gradient": "all"}}
+# Most runs here have both losses, and read raw states: a tuned lens takes a fit and hundreds of tokens.
+RAW = {"conversion": {}, "lens": "logit", "layers": "paper", "logits": {"gradient": "all"}}
 STEPS = 2
 LAYERS = ["supervision.conversion.layer=1", "supervision.thinking.layer=3"]
 

@@ -48,7 +48,9 @@ def test_base_model_is_a_name_of_the_hub_or_absent(tmp_path):
 def test_numbers_layers_and_configuration():
     card = model_card(config(), LAYERS, RESULTS)
     assert r"| heldout\_sw | 37 | 2.346 | 1.235 ± 0.052 | 0.617 | 0.322 |" in card
-    assert "Conversion at layer 2, thinking at layer 15 of 32 (the two falls of the entropy)." in card
+    assert "Thinking at layer 15 of 32 (the two falls of the entropy)." in card
+    both = model_card(config(supervision={"conversion": {}}), LAYERS, RESULTS)
+    assert "Conversion at layer 2, thinking at layer 15 of 32 (the two falls of the entropy)." in both
     (block,) = [part.split("```")[0] for part in card.split("```yaml\n")[1:]]
     assert parse_config(yaml.safe_load(block)) == config()
 
