@@ -138,8 +138,10 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("suite")
 
 
-def pytest_collection_finish() -> None:
-    """Keep the objects of imported modules out of garbage collection, of which every training ends with a full one."""
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_out_of_garbage_collection() -> None:
+    """Every training ends with a full collection: keep imported modules, and what caches hold, out of it."""
+    gc.collect()
     gc.freeze()
 
 

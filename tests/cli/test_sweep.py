@@ -180,14 +180,14 @@ def test_real_model_on_real_rows(tmp_path, monkeypatch, shared_data, smollm2, ca
         "model": smollm2,
         "data": {
             "train": str(shared_data / "train" / "vi.jsonl.gz"),
-            "limit": 24,
-            "validation": 8,
+            "limit": 12,
+            "validation": 4,
             "language": "vi",
             "max_prompt_tokens": 64,
             "max_completion_tokens": 32,
         },
         "supervision": {"conversion": {"layer": 3}, "profile_rows": 2, "tuned": {"states": 800, "steps": 2}},
-        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 2e-4},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "learning_rate": 2e-4},
         "output_dir": "run",
     }
     config = tmp_path / "vi.yaml"
