@@ -33,7 +33,7 @@ LOCK = ".lock"
 WAIT_SECONDS = 6.0
 _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
               "training.png", "english-features.safetensors", "english-predictions.safetensors", "lens.safetensors",
-              "rows.json", "start-scores.json")  # fmt: skip
+              "rows.json", "start-scores.json", "layers-before.json", "layers-after.json", "data-check.json")  # fmt: skip
 _MARKS = ("config.yaml", "environment.json")  # a folder with these is a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
 # Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.
