@@ -186,7 +186,7 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
 
     config, environment = flatten(read("config.yaml", yaml.safe_load)), read("environment.json", json.loads)
     names = ("layers.json", LAYERS_BEFORE, LAYERS_AFTER)
-    analyses = [_with_profile(read(part, json.loads, needed=False)) for part in names]
+    chosen, before, after = (_with_profile(read(part, json.loads, needed=False)) for part in names)
     metrics = read("metrics.jsonl", _json_lines) or []
     entries: Mapping[str, Any] = {}
     results_file, items_file = results_paths(target)
@@ -200,7 +200,7 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
         missing.append(f"{items_file.name}: not there ({_PARTS['results.items.jsonl.gz']})")
     check = read(DATA_CHECK, json.loads, needed=False)
     label = labels.get(results_file.resolve(), name)
-    return RunParts(name, target, label, config, environment, *analyses, check, metrics, entries, missing)
+    return RunParts(name, target, label, config, environment, chosen, before, after, check, metrics, entries, missing)
 
 
 def _with_profile(layers: Any) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure
+from pivotune.report.figures.projection import projection_figure
 from pivotune.report.page import Block, Figure, Section, Table, Text
 from pivotune.report.runs import LAYERS_AFTER, LAYERS_BEFORE, Material
 
@@ -54,6 +55,16 @@ def layers(material: Material) -> Section | None:
             f"{task}: how often a sentence's nearest neighbour in the other language is its own translation, by layer."
         )
         blocks.append(Figure(f"retrieval-{task}", retrieval_figure(by_layer).to_dict(), caption))
+        projections = {
+            run.name: run.entries[task]["projection"]
+            for run in material.runs
+            if run.entries.get(task, {}).get("projection")
+        }
+        if projections:
+            language = str(next(run.entries[task].get("language") for run in material.runs if task in run.entries))
+            caption = f"{task}: the mean state of each sentence at the layer that finds translations best; a line joins a pair."
+            chart = projection_figure(projections, language or "target")
+            blocks.append(Figure(f"projection-{task}", chart.to_dict(), caption))
     return Section("Layers", blocks) if blocks else None
 
 
