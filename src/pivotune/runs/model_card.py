@@ -101,7 +101,7 @@ def _benchmark_table(results: dict[str, Any]) -> str:
     """Return the main metric of every evaluated task with its 95 % interval."""
     rows = []
     for name, task in results["tasks"].items():
-        if task.get("base") is None and isinstance(task.get("value"), (int, float)):
+        if task.get("metric") and task.get("base") is None and isinstance(task.get("value"), (int, float)):
             error = task.get("stderr")
             margin = f" ± {_CONFIDENCE * error:.2f}" if error is not None and math.isfinite(error) else ""
             metric = f"{_text(str(task['metric']))}{'' if task.get('higher_is_better') else ' (lower is better)'}"
@@ -127,7 +127,7 @@ def _hub_results(results: dict[str, Any]) -> list[dict[str, Any]]:
             "metrics": [{"type": str(task["metric"]), "value": round(float(task["value"]), 4)}],
         }
         for name, task in results["tasks"].items()
-        if isinstance(task.get("value"), (int, float)) and math.isfinite(task["value"])
+        if task.get("metric") and isinstance(task.get("value"), (int, float)) and math.isfinite(task["value"])
     ]
 
 

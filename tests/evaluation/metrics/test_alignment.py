@@ -143,7 +143,7 @@ def test_mean_of_non_pairs():
 
 def measure(*args, **options) -> SimpleNamespace:
     """Lists over layers and over items, with retrieval in 0..1."""
-    records, by_layer = measure_alignment(*args, **options)
+    records, by_layer, _ = measure_alignment(*args, **options)
     return SimpleNamespace(
         records=records,
         by_layer=by_layer,

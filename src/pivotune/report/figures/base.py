@@ -64,7 +64,7 @@ _CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def stacked(panels: Sequence[Any], title: str, subtitle: str = "", **shared: str) -> alt.VConcatChart:
+def stacked(panels: Sequence[Any], title: str, subtitle: str = "", **shared: Any) -> alt.VConcatChart:
     """Return panels above each other under one title, each with its own colours and legend; `x="shared"` joins the axes."""
     heading = alt.TitleParams(shown(title), subtitle=shown(subtitle) if subtitle else alt.Undefined)
     chart = alt.vconcat(*panels, title=heading, spacing=20)

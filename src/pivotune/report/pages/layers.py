@@ -55,16 +55,15 @@ def layers(material: Material) -> Section | None:
             f"{task}: how often a sentence's nearest neighbour in the other language is its own translation, by layer."
         )
         blocks.append(Figure(f"retrieval-{task}", retrieval_figure(by_layer).to_dict(), caption))
-        projections = {
-            run.name: run.entries[task]["projection"]
-            for run in material.runs
-            if run.entries.get(task, {}).get("projection")
-        }
+        entries = {run.name: run.entries[task] for run in material.runs if task in run.entries}
+        projections = {name: entry["projection"] for name, entry in entries.items() if entry.get("projection")}
         if projections:
-            language = str(next(run.entries[task].get("language") for run in material.runs if task in run.entries))
-            caption = f"{task}: the mean state of each sentence at the layer that finds translations best; a line joins a pair."
-            chart = projection_figure(projections, language or "target")
-            blocks.append(Figure(f"projection-{task}", chart.to_dict(), caption))
+            language = str(next(iter(entries.values())).get("language") or "target")
+            caption = (
+                f"{task}: each sentence's mean state at the layer that finds translations best; a line joins a pair."
+            )
+            chart = projection_figure(projections, language).to_dict()
+            blocks.append(Figure(f"projection-{task}", chart, caption))
     return Section("Layers", blocks) if blocks else None
 
 
