@@ -181,7 +181,7 @@ def test_model_card_of_a_hostile_run():
     html = rendered(body)
     assert "<script" not in html
     assert "<img" not in html
-    assert re.findall("<h.>(.*?)</h.>", html)[1:] == ["Layers", "Results", "How to use", "Configuration"]
+    assert re.findall("<h.>(.*?)</h.>", html)[1:] == ["Layers", "Data", "Results", "How to use", "Configuration"]
     assert html.count("<pre>") == 2
     assert html.count("<td>") == 6
 
