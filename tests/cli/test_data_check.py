@@ -231,3 +231,26 @@ def test_places_for_clean_rows_that_are_refused(write, tmp_path, capsys):
     ):
         assert main(["data", "check", source, "--lang", "sw", "--write-clean", out]) == 2
         assert reason in capsys.readouterr().err
+
+
+# ---- pages ----
+
+
+def test_the_result_as_a_page_and_as_json(write, tmp_path, capsys):
+    rows = tiny_rows(12)
+    rows[4] = copied(rows[4])
+    data, page, plain = write(rows), tmp_path / "check.html", tmp_path / "check.json"
+    for out in (page, plain):
+        assert main(["data", "check", data, "--lang", "sw", "--out", str(out)]) == 0
+    found = json.loads(plain.read_text(encoding="utf-8"))
+    assert "untranslated" in [problem["name"] for problem in found["problems"]]
+    content = page.read_text(encoding="utf-8")
+    for problem in found["problems"]:
+        assert problem["title"] in content
+        assert all(f"<strong>Row {finding['number']}</strong>" in content for finding in problem["examples"])
+    lengths = found["histograms"]["lengths"]
+    assert all(sum(one["counts"]) == 12 and len(one["edges"]) == len(one["counts"]) + 1 for one in lengths.values())
+    assert set(found["histograms"]["ratios"]) == {"prompt", "completion"}
+    capsys.readouterr()
+    assert main(["data", "check", data, "--lang", "sw", "--out", str(page)]) == 2
+    assert f"--out: {page} exists; add --overwrite or name another file" in capsys.readouterr().err

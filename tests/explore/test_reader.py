@@ -62,7 +62,7 @@ def test_the_output_row_is_what_the_model_says_next(model):
         for rank, token in enumerate(ids):
             text = side["texts"][grid["likeliest"][first + place][rank]]
             # Most tokens of this vocabulary are bytes, which join with their context.
-            decoded = reader.encoder.tokenizer.decode([token])
+            decoded = reader.encoder.tokenizer.decode([token]) or f"⟨token {token}⟩"
             assert text == decoded or "\ufffd" in decoded or not decoded.isprintable()
 
 

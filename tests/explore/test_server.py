@@ -144,6 +144,8 @@ def test_one_prompt_at_a_time():
 
 def test_a_mistake_in_a_prompt_is_a_message_and_the_next_prompt_is_read():
     def read(prompt, english, model):
+        if prompt == "large":
+            raise RuntimeError("out of memory")
         if prompt == "bad":
             raise UsageError("the prompt has no tokens")
         return {}
@@ -151,6 +153,8 @@ def test_a_mistake_in_a_prompt_is_a_message_and_the_next_prompt_is_read():
     with serving(read) as server:
         status, content, _ = ask(server, body={**BODY, "prompt": "bad"})
         assert (status, json.loads(content)) == (400, {"error": "the prompt has no tokens"})
+        status, content, _ = ask(server, body={**BODY, "prompt": "large"})
+        assert (status, json.loads(content)) == (500, {"error": "RuntimeError: out of memory"})
         assert ask(server)[0] == 200
 
 

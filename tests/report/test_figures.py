@@ -11,6 +11,7 @@ import pytest
 from pivotune.errors import UsageError
 from pivotune.report.figures.base import COLOURS, save_figure, series, short_name
 from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure, sweep_figure
+from pivotune.report.figures.projection import projection_figure
 from pivotune.report.figures.scores import (
     answer_language_figure,
     difference_figure,
@@ -119,6 +120,18 @@ def test_comparison_before_and_after():
 def test_retrieval_by_layer_with_chance():
     chart = retrieval_figure({"ours": {"retrieval_accuracy": [10.0, 50.0], "chance": 2.0}})
     assert rows(chart, "accuracy") == [10.0, 50.0, 2.0]
+
+
+def test_sentences_and_translations_are_joined_by_pair():
+    found = {"layer": 3, "accuracy": 80.0, "pca": [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]}
+    chart = projection_figure({"ours": found}, "vi")
+    assert rows(chart, "x", "y", "language", "pair") == [
+        (0, 1, "vi", 1),
+        (2, 3, "vi", 2),
+        (4, 5, "en", 1),
+        (6, 7, "en", 2),
+    ]
+    assert chart.to_dict()["vconcat"][0]["title"] == "ours: PCA at layer 3, retrieval 80.0 %"
 
 
 # ---- layer sweep ----

@@ -68,8 +68,8 @@ def test_hostile_text_is_shown_as_text_in_every_block(page):
     assert not [tag for tag, _ in found.tags if tag == "img"]
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
     # Title twice, subtitle, text, list, preformatted, the table's caption, head and cell, the page's own HTML, the figure's
-    # caption; its table's summary, caption and cell.
-    assert found.text.count(SHOWN) == 14
+    # title and caption; its table's summary, caption and cell.
+    assert found.text.count(SHOWN) == 15
     assert not re.search("[\x00\u202e\u200b\ud800]", page)
 
 

@@ -33,7 +33,38 @@ def test_metadata_block_of_the_hub():
         "language": ["sw", "en"],
         "base_model": "owner/base",
         "tags": ["pivotune", "deep-supervision"],
+        "model-index": [
+            {
+                "name": "model",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "heldout_sw", "type": "heldout_sw", "split": "test"},
+                        "metrics": [{"type": "nll", "value": 1.2346}],
+                    }
+                ],
+            }
+        ],
     }
+
+
+def test_the_hub_reads_the_results():
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    (found,) = huggingface_hub.ModelCard(model_card(config(), LAYERS, RESULTS, "owner/name")).data.eval_results
+    assert (found.metric_type, found.metric_value, found.dataset_name) == ("nll", 1.2346, "heldout_sw")
+
+
+def test_benchmarks_stand_with_their_95_percent_interval():
+    task = {"metric": "f1", "value": 29.654, "stderr": 1.2, "n": 1190, "higher_is_better": True}
+    card = model_card(config(), LAYERS, {"tasks": {"heldout_sw": TASK, "xquad_sw": task}})
+    assert r"| xquad\_sw | f1 | 29.65 ± 2.35 | 1190 |" in card
+
+
+def test_data_and_picture():
+    card = model_card(config(data={"train": "/home/me/rows.jsonl"}), LAYERS, RESULTS, figure="training.png")
+    assert "Trained on rows.jsonl; 25% of the rows are their English." in card.replace("\\", "")
+    assert "](training.png)" in card
+    assert "![" not in model_card(config(), LAYERS, RESULTS)
 
 
 def test_norwegian_is_no_boolean():

@@ -23,6 +23,8 @@ from pivotune.config.yaml_text import parse_config
 from pivotune.report.figures.base import save_figure
 from pivotune.report.figures.layers import entropy_comparison
 from pivotune.report.figures.scores import heldout_figure
+from pivotune.report.report import render_report, report_sections
+from pivotune.report.runs import read_material
 from pivotune.runs.model_card import model_card
 from pivotune.text.escaping import csv_text, latex, markdown, printable, printable_json
 
@@ -179,7 +181,7 @@ def test_model_card_of_a_hostile_run():
     html = rendered(body)
     assert "<script" not in html
     assert "<img" not in html
-    assert re.findall("<h.>(.*?)</h.>", html)[1:] == ["Layers", "Results", "How to use", "Configuration"]
+    assert re.findall("<h.>(.*?)</h.>", html)[1:] == ["Layers", "Data", "Results", "How to use", "Configuration"]
     assert html.count("<pre>") == 2
     assert html.count("<td>") == 6
 
@@ -241,3 +243,19 @@ def test_hostile_names_in_pictures(name, tmp_path):
     ElementTree.fromstring(svg)
     profile = {"entropy": [1.0, 2.0], "entropy_stderr": [0.1, 0.1]}
     save_figure(entropy_comparison({name: profile}, language=name), tmp_path / "entropy.png")
+
+
+# ---- pages ----
+
+
+def test_report_of_hostile_runs(tmp_path):
+    """No element, attribute or script of the page comes from the data."""
+    texts = {"answer": f"{HOSTILE}</script><img src=x onerror=alert(1)>", "question": HOSTILE, "gold": HOSTILE}
+    config = {"data": {"train": f"</script><script>{HOSTILE}", "language": "vi"}}
+    write_run(tmp_path / f"<b>{FILE_NAME}", {"xquad_vi": [{**r, **texts} for r in records([0.5] * 3)]}, config=config)
+    page = render_report(report_sections(read_material([tmp_path])), HOSTILE)
+    assert not any(control in page for control in CONTROLS)
+    # Behind our own scripts' digests the policy allows none; the data adds neither elements nor attributes.
+    outside = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
+    assert "<script>|" not in outside
+    assert not re.search(r"<(img|b)\b|\son\w+=", outside.replace("&lt;", ""))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries
+from pivotune.cli.report import write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,9 @@ def demo(
     quiet_libraries()
     from pivotune.cli.training_display import TrainingProgress, describe_run
     from pivotune.demo.run import DemoSettings, run_demo
+    from pivotune.report.report import render_report, report_sections
+    from pivotune.report.runs import read_material
+    from pivotune.text.languages import find_language
 
     screen = console(as_json)
     with ExitStack() as bars:
@@ -45,12 +49,17 @@ def demo(
             on_prepared=lambda prepared: describe_run(screen, prepared),
         )
     pictures = _draw(out, results)
+    page = out / "report.html"
+    write_page(
+        page, render_report(report_sections(read_material([out])), f"Pivotune demo: {find_language(language).name}")
+    )
     if as_json:
         print_json(results)
         return
     _show(screen, results)
     print_lines(screen, f"runs, results and pictures: {', '.join(map(str, [out / 'results.json', *pictures]))}")
     print_lines(screen, f"talk to both: pivotune chat {out / 'deep-supervision'} --compare {out / 'tft'}")
+    print_lines(screen, f"look at everything in a browser: {page}")
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:

@@ -14,14 +14,17 @@ from transformers import TrainerCallback
 from pivotune.compare.significance import Sample, difference
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import parse_config
+from pivotune.data.check import check_rows
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
+from pivotune.data.sources import load_rows
 from pivotune.demo.rows import build_demo_rows, write_demo_rows
 from pivotune.errors import UsageError
 from pivotune.layers.measure import analyze_layers
 from pivotune.models.loading import check_model, load_model
-from pivotune.results.files import read_results
-from pivotune.results.metrics import Metric
+from pivotune.report.runs import DATA_CHECK, LAYERS_AFTER, LAYERS_BEFORE
+from pivotune.results.files import read_results, write_results
+from pivotune.results.metrics import Metric, summarize
 from pivotune.runs.execute import RunResult, execute_run
 from pivotune.runs.folder import has_trained
 from pivotune.runs.prepare import PreparedRun, prepare_run
@@ -80,7 +83,8 @@ def run_demo(
             raise UsageError(f"--out: {folder} is not empty and holds no demo; choose another folder")
         if not overwrite and any(has_trained(folder / method) for method in METHODS):
             raise UsageError(f"--out: {folder} already holds a demo; add --overwrite or choose another folder")
-        (folder / "results.json").unlink(missing_ok=True)
+        for name in ("results.json", "base.json", "base.items.jsonl.gz"):
+            (folder / name).unlink(missing_ok=True)
     # Made first: it tells an interrupted demo from a folder of the user's own files.
     (folder / METHODS[0]).mkdir(parents=True, exist_ok=True)
     write_demo_rows(data, folder)
@@ -105,6 +109,7 @@ def run_demo(
         gc.collect()  # trainer and model refer to each other
     results["difference"] = paired_difference(folder)
     write_json(folder / "results.json", results)
+    _write_for_the_report(folder, results)
     return results
 
 
@@ -113,11 +118,51 @@ def paired_difference(folder: Path) -> dict[str, dict[str, float]]:
     tft, ours = (read_results(folder / method) for method in METHODS)
     nll = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
     found = {}
-    for task in ours.tasks:
+    for task in (name for name in ours.tasks if name.startswith("heldout_")):
         paired = difference(nll, [Sample(ours.items[task])], [Sample(tft.items[task])])
         language = task.removeprefix("heldout_")
         found[language] = {"value": paired.value, "low": paired.low, "high": paired.high}
     return found
+
+
+def _write_for_the_report(folder: Path, results: dict[str, Any]) -> None:
+    """Write what a report shows beside the runs' own files: data check, entropy before and after, answers, `base.json`."""
+    language, layers = results["settings"]["language"], results["layers"]
+    rows = load_rows(str(folder / "train.jsonl"), on_bad_row="skip")
+    write_json(folder / METHODS[-1] / DATA_CHECK, check_rows(rows, language=language).to_dict())
+    exact, nll = (
+        Metric("exact_match", "mean", ("correct",), 100.0),
+        Metric("nll", "ratio", ("nll", "tokens"), 1.0, False),
+    )
+    tft = read_results(folder / METHODS[0])
+    for name, measured in results["models"].items():
+        is_base = name == "base"
+        run = folder / (METHODS[-1] if is_base else name)
+        profiled = {
+            **layers,
+            "model": name,
+            "target": measured["profile"],
+            "english": None,
+            "reading": None,
+            "lens": "logit",
+        }
+        write_json(run / (LAYERS_BEFORE if is_base else LAYERS_AFTER), profiled)
+        tasks: dict[str, Any] = {}
+        records: list[dict[str, Any]] = []
+        for side, code in (("target", language), ("english", "en")):
+            answers = enumerate(measured[side]["answers"])
+            own = [{"item": n, **one, "correct": int(exact_match(one["answer"], one["gold"]))} for n, one in answers]
+            found = [("facts", exact, own)]
+            if is_base:
+                scored = tft.items[f"heldout_{code}"].items()
+                own = [{"item": item, "nll": one["base_nll"], "tokens": one["tokens"]} for item, one in scored]
+                found.append(("heldout", nll, own))
+            for benchmark, metric, own in found:
+                figure = {"metric": metric.name, **summarize(metric, own).to_dict()}
+                about = {"benchmark": benchmark, "language": code, "split": "validation"}
+                tasks[f"{benchmark}_{code}"] = {**figure, **about, "metrics": {metric.name: figure}}
+                records += [{"task": f"{benchmark}_{code}", **record} for record in own]
+        write_results(folder / "base.json" if is_base else run, MODEL, None, tasks, records)
 
 
 def demo_config(folder: Path, settings: DemoSettings, method: str) -> RunConfig:

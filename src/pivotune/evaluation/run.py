@@ -206,7 +206,13 @@ class Evaluator:
         kept = json.loads(str(measured))
         records = [{"task": task.task.name, **record} for record in kept["records"]]
         by_layer = kept["by_layer"]
-        return records, {"by_layer": by_layer, "truncated": by_layer["truncated"], "prompt_hash": content_hash[:16]}
+        more = {"projection": kept["projection"]} if "projection" in kept else {}
+        return records, {
+            **more,
+            "by_layer": by_layer,
+            "truncated": by_layer["truncated"],
+            "prompt_hash": content_hash[:16],
+        }
 
 
 def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], Answer | None]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -54,6 +55,11 @@ class ExplorerServer(ThreadingHTTPServer):
         self.token, self.busy = secrets.token_urlsafe(24), threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing about a browser that went away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     @property
     def hosts(self) -> tuple[str, ...]:
         return tuple(f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost"))
@@ -79,21 +85,22 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "pivotune", ""
 
     def do_GET(self) -> None:
-        self._respond(lambda: ("text/html; charset=utf-8", self._expect("", self.server.page)))
+        self._respond("", "text/html; charset=utf-8", lambda: self.server.page)
 
     def do_POST(self) -> None:
-        self._respond(lambda: ("application/json", self._expect("read", None) or self._answer()))
+        self._respond("read", "application/json", self._answer)
 
-    def _respond(self, make: Callable[[], tuple[str, bytes]]) -> None:
+    def _respond(self, name: str, kind: str, make: Callable[[], bytes]) -> None:
         status = HTTPStatus.OK
         try:
             self._check_sender()
-            kind, content = make()
+            self._check_path(name)
+            content = make()
         except _RefusedError as refused:
             status, kind, content = refused.status, "application/json", _json({"error": str(refused)})
         self.send_response(status)
-        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
+        for header, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(header, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -105,14 +112,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "requests of other pages are refused")
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "requests of other pages are refused")
-        token = self.path.split("/")[1] if self.path.startswith("/") else ""
-        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "open the whole address that the terminal shows")
 
-    def _expect(self, name: str, content: Any) -> Any:
-        if self.path != f"/{self.server.token}/{name}":
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "nothing is here")
-        return content
+    def _check_path(self, name: str) -> None:
+        wanted = f"/{self.server.token}/{name}"
+        if not secrets.compare_digest(self.path.encode(), wanted.encode()):
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "nothing is here; open the whole address that the terminal shows")
 
     def _answer(self) -> bytes:
         prompt, english, model = self._fields()
@@ -122,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(self.server.read(prompt, english, model))
         except UsageError as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
+        except Exception as error:  # the page stays usable, out of memory for one
+            raise _RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}") from error
         finally:
             self.server.busy.release()
 

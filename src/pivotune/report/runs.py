@@ -20,7 +20,8 @@ from pivotune.results.files import flatten, read_entries, results_paths
 from pivotune.text.files import finite
 
 # Parts of a run folder, and the command that makes each.
-LAYERS_AFTER = "layers-after.json"
+# The entropy of the layers of the starting and of the trained model on the same text.
+LAYERS_BEFORE, LAYERS_AFTER = "layers-before.json", "layers-after.json"
 DATA_CHECK = "data-check.json"
 _PARTS = {
     "config.yaml": "pivotune train writes it",
@@ -40,7 +41,8 @@ class RunParts:
         name: unique in the report.
         label: the row of the comparison that the run belongs to; its name where it has no results.
         config: settings by dotted key; empty where there are none.
-        layers, layers_after: `layers.json` of the starting and of the trained model.
+        layers: `layers.json`, with which training chose its layers.
+        layers_before, layers_after: analyses of the starting and of the trained model on the same text.
         metrics: lines of `metrics.jsonl`.
         entries: tasks of `results.json` as they are written.
         missing: one line for each part that is not there or cannot be read.
@@ -52,6 +54,7 @@ class RunParts:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     layers: Mapping[str, Any]
+    layers_before: Mapping[str, Any]
     layers_after: Mapping[str, Any]
     data_check: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
@@ -182,7 +185,8 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
         return {}
 
     config, environment = flatten(read("config.yaml", yaml.safe_load)), read("environment.json", json.loads)
-    layers, after = (_with_profile(read(part, json.loads, needed=False)) for part in ("layers.json", LAYERS_AFTER))
+    names = ("layers.json", LAYERS_BEFORE, LAYERS_AFTER)
+    chosen, before, after = (_with_profile(read(part, json.loads, needed=False)) for part in names)
     metrics = read("metrics.jsonl", _json_lines) or []
     entries: Mapping[str, Any] = {}
     results_file, items_file = results_paths(target)
@@ -196,7 +200,7 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
         missing.append(f"{items_file.name}: not there ({_PARTS['results.items.jsonl.gz']})")
     check = read(DATA_CHECK, json.loads, needed=False)
     label = labels.get(results_file.resolve(), name)
-    return RunParts(name, target, label, config, environment, layers, after, check, metrics, entries, missing)
+    return RunParts(name, target, label, config, environment, chosen, before, after, check, metrics, entries, missing)
 
 
 def _with_profile(layers: Any) -> Mapping[str, Any]:

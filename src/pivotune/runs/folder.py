@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 # The data workers of a killed process keep its files open until they notice, after up to 5 seconds.
 WAIT_SECONDS = 6.0
+TRAINING_PICTURE = "training.png"
 _OWN_FILES = ("layers.json", "layers.png", "metrics.jsonl", "results.json", "results.items.jsonl.gz", "README.md",
-              "training.png", "english-features.safetensors", "english-predictions.safetensors", "lens.safetensors",
-              "rows.json", "start-scores.json")  # fmt: skip
+              TRAINING_PICTURE, "english-features.safetensors", "english-predictions.safetensors", "lens.safetensors",
+              "rows.json", "start-scores.json", "layers-before.json", "layers-after.json", "data-check.json")  # fmt: skip
 _MARKS = ("config.yaml", "environment.json")  # a folder with these is a run
 _OWN_FOLDERS = ("model", "adapter", STAGING)
 # Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.

@@ -16,6 +16,7 @@ from pivotune.config.yaml_text import dump_config
 from pivotune.text.escaping import markdown, printable
 from pivotune.text.redaction import redact
 
+_CONFIDENCE = 1.96  # standard errors on either side: 95 %
 _EXAMPLE = """\
 ## How to use
 
@@ -31,8 +32,15 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
 
 
-def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: str = "model") -> str:
-    """Return the card as Markdown with the Hub's metadata block; `name` is the model's in the example."""
+def model_card(
+    config: RunConfig, layers: Any, results: dict[str, Any], name: str = "model", *, figure: str = ""
+) -> str:
+    """Return the card as Markdown with the Hub's metadata block.
+
+    Args:
+        name: of the model in the example.
+        figure: file name of a picture of the training beside the card; empty without one.
+    """
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -42,6 +50,8 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: st
     if not config.model.startswith("bundled:") and not Path(config.model).exists():
         metadata["base_model"] = redact(config.model)
     metadata["tags"] = ["pivotune", config.method]
+    if scores := _hub_results(results):
+        metadata["model-index"] = [{"name": name.rpartition("/")[2] or "model", "results": scores}]
     language = config.data.language or "the target language"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
@@ -58,8 +68,10 @@ def model_card(config: RunConfig, layers: Any, results: dict[str, Any], name: st
             else f" of {layers['num_layers']} ({_text(layers['reason'])})"
         )
         parts.append(f"## Layers\n\n{named.capitalize()}{how}.")
-    if table := _results_table(results):
-        parts.append(table)
+    parts.append(f"## Data\n\n{_data_line(config)}")
+    parts += filter(None, (_results_table(results), _benchmark_table(results)))
+    if figure:
+        parts.append(f"![Loss terms and held-out likelihood over the steps of training]({figure})")
     settings = dump_config(config)
     # More backticks than the configuration has in a row.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
@@ -84,8 +96,50 @@ def _results_table(results: dict[str, Any]) -> str:
         return ""
     titles = ("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
     head = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
-    title = "## Results\n\nNegative log-likelihood of the gold answer in nats; lower is better.\n"
+    title = "## Results\n\nNegative log-likelihood of the gold answer in nats, ± its standard error; lower is better.\n"
     return "\n".join([title, head, *rows])
+
+
+def _benchmark_table(results: dict[str, Any]) -> str:
+    """Return the main metric of every evaluated task with its 95 % interval."""
+    rows = []
+    for name, task in results["tasks"].items():
+        if task.get("metric") and task.get("base") is None and isinstance(task.get("value"), (int, float)):
+            error = task.get("stderr")
+            margin = f" ± {_CONFIDENCE * error:.2f}" if error is not None and math.isfinite(error) else ""
+            metric = f"{_text(str(task['metric']))}{'' if task.get('higher_is_better') else ' (lower is better)'}"
+            rows.append(f"| {_text(name)} | {metric} | {task['value']:.2f}{margin} | {task.get('n')} |")
+    head = [
+        "## Benchmarks\n\n± is half of the 95 % interval over items.\n",
+        "| task | metric | value | n |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def _hub_results(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the results as the Hub's `model-index` has them."""
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {
+                "name": name,
+                "type": str(task.get("benchmark") or name),
+                "split": str(task.get("split") or "test"),
+            },
+            "metrics": [{"type": str(task["metric"]), "value": round(float(task["value"]), 4)}],
+        }
+        for name, task in results["tasks"].items()
+        if task.get("metric") and isinstance(task.get("value"), (int, float)) and math.isfinite(task["value"])
+    ]
+
+
+def _data_line(config: RunConfig) -> str:
+    """Return the rows that were trained on, by name; a local path's folders are nobody else's concern."""
+    source = str(config.data.train)
+    name = Path(source).name if Path(source).suffix else source
+    replay = f"; {config.data.english_ratio:.0%} of the rows are their English" if config.data.english_ratio else ""
+    return f"Trained on {_text(name)}{replay}."
 
 
 def _text(name: str) -> str:

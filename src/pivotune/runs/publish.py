@@ -18,7 +18,7 @@ from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import DTYPES, load_model, load_tokenizer
 from pivotune.models.locating import one_line_errors
 from pivotune.runs.export import cast_weights
-from pivotune.runs.folder import read_run_config
+from pivotune.runs.folder import TRAINING_PICTURE, read_run_config
 from pivotune.runs.model_card import model_card
 from pivotune.text.files import write_text
 from pivotune.training.averaging import trained_weights
@@ -50,6 +50,7 @@ def export_run(
         read_layers_json(layers) if layers.is_file() else None,
         json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"tasks": {}},
         name or to.name,
+        figure=TRAINING_PICTURE if (run / TRAINING_PICTURE).is_file() else "",
     )
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -59,6 +60,8 @@ def export_run(
             _whole_model(run, config, dtype, interpolate).save_pretrained(to)
         load_tokenizer(str(run), trust_remote_code=config.trust_remote_code).save_pretrained(to)
         write_text(to / "README.md", card)
+        if (run / TRAINING_PICTURE).is_file():
+            shutil.copy2(run / TRAINING_PICTURE, to)
     except OSError as error:
         raise UsageError(f"--to: {to} cannot be written ({error.strerror})") from error
     return to

@@ -17,6 +17,7 @@ from pivotune.evaluation.metrics.alignment import (
     mean_of_non_pairs,
     measure_alignment,
     pooled_states,
+    project,
     retrieval_success,
     unit_vectors,
     without_mean,
@@ -142,7 +143,7 @@ def test_mean_of_non_pairs():
 
 def measure(*args, **options) -> SimpleNamespace:
     """Lists over layers and over items, with retrieval in 0..1."""
-    records, by_layer = measure_alignment(*args, **options)
+    records, by_layer, _ = measure_alignment(*args, **options)
     return SimpleNamespace(
         records=records,
         by_layer=by_layer,
@@ -312,3 +313,25 @@ def test_a_real_model_aligns_chinese_best_in_the_middle(smollm2, shared_data):
     assert middle > 2 * max(found.centered_retrieval[0], found.centered_retrieval[30])
     for layer in range(1, 31):
         assert found.cosine[layer] > found.cosine_of_non_pairs[layer]
+
+
+def test_projection_keeps_the_variance_and_the_neighbourhoods():
+    generator = torch.Generator().manual_seed(0)
+    # Two clouds apart along one axis of ten.
+    vectors = 0.1 * torch.randn(40, 10, generator=generator)
+    vectors[20:, 4] += 8
+    found = project(vectors)
+    pca = torch.tensor(found["pca"])
+    assert (pca[:20, 0] < 0).all()
+    assert (pca[20:, 0] > 0).all()
+    assert pca[:, 0].var() == pytest.approx(float(vectors[:, 4].var()), rel=0.02)
+    assert found == project(vectors)
+    if "tsne" in found:
+        tsne = torch.tensor(found["tsne"])
+        clouds = tsne[:20], tsne[20:]
+        apart = (clouds[0].mean(0) - clouds[1].mean(0)).norm()
+        assert apart > max((cloud - cloud.mean(0)).norm(dim=1).mean() for cloud in clouds)
+
+
+def test_few_vectors_have_principal_axes_only():
+    assert list(project(torch.eye(4))) == ["pca"]

@@ -15,6 +15,7 @@ Shapes: B sentences of a batch, D width, L layers, N pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ _CHUNK = 512
 _TIE = 1e-12
 # Relative to a vector's length; a mean of fp32 states is right to about 1e-6.
 _NOISE = 1e-5
+# Pairs in the picture; more points hide each other.
+_PROJECTED = 150
+_FEWEST_NEIGHBOURS = 10
 
 
 class Alignment(NamedTuple):
@@ -40,10 +44,12 @@ class Alignment(NamedTuple):
         records: one per pair, with the fields of `ALIGNMENT_METRICS`, means over the layers 1..L; retrieval in 0..1.
         by_layer: lists of L + 1 values, k = 0 (embeddings) .. L (before the final norm), retrieval in percent; `chance` is
             100/N, `truncated` counts sentences longer than the limit.
+        projection: the first pairs in two dimensions, see `project`.
     """
 
     records: list[dict[str, Any]]
     by_layer: dict[str, Any]
+    projection: dict[str, Any]
 
 
 def measure_alignment(
@@ -102,7 +108,30 @@ def measure_alignment(
         "chance": 100 / len(pairs),
         "truncated": sum(len(ids) > max_tokens for ids in token_ids),
     }
-    return Alignment(records, by_layer)
+    # The embeddings, layer 0, know nothing of the sentence.
+    layer = 1 + max(range(len(retrieval) - 1), key=lambda index: retrieval[index + 1])
+    shown = [index for side in rows for index in side[:_PROJECTED]]
+    projection = {"layer": layer, "accuracy": 100 * retrieval[layer], **project(pooled[shown, layer])}
+    return Alignment(records, by_layer, projection)
+
+
+def project(vectors: Tensor) -> dict[str, list[list[float]]]:
+    """Return the places of vectors (N, D) on their first two principal axes, and by t-SNE where scikit-learn is installed.
+
+    t-SNE starts from the principal axes, with a fixed seed: the same vectors give the same picture. Fewer than
+    `_FEWEST_NEIGHBOURS` vectors have no t-SNE.
+    """
+    centered = vectors.double() - vectors.double().mean(0)
+    places, values, axes = torch.linalg.svd(centered, full_matrices=False)
+    # The sign of an axis is arbitrary: its largest part is positive.
+    largest = axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign().flatten()
+    found = {"pca": (places[:, :2] * values[:2] * largest).tolist()}
+    if len(vectors) >= _FEWEST_NEIGHBOURS and values[0] > 0 and find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(vectors) - 1) / 3)
+        found["tsne"] = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(centered.numpy()).tolist()
+    return {method: [[round(value, 3) for value in place] for place in own] for method, own in found.items()}
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ _CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def stacked(panels: Sequence[Any], title: str, subtitle: str = "", **shared: str) -> alt.VConcatChart:
+def stacked(panels: Sequence[Any], title: str, subtitle: str = "", **shared: Any) -> alt.VConcatChart:
     """Return panels above each other under one title, each with its own colours and legend; `x="shared"` joins the axes."""
     heading = alt.TitleParams(shown(title), subtitle=shown(subtitle) if subtitle else alt.Undefined)
     chart = alt.vconcat(*panels, title=heading, spacing=20)
@@ -168,7 +168,7 @@ def metric_label(metric: str) -> str:
 
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     first = {key: value for row in rows for key, value in row.items() if value is not None}
-    return [
-        alt.Tooltip(f"{k}:{'N' if isinstance(v, str) else 'Q'}", **({"format": ".4~g"} if isinstance(v, float) else {}))
-        for k, v in first.items()
-    ]
+    formats: dict[str, Any] = {
+        key: {"format": ".4~g"} if isinstance(value, float) else {} for key, value in first.items()
+    }
+    return [alt.Tooltip(f"{k}:{'N' if isinstance(v, str) else 'Q'}", **formats[k]) for k, v in first.items()]

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import altair as alt
+from markupsafe import Markup
 
-from pivotune.report.figures.base import WIDTH, series, stacked
+from pivotune.report.figures.base import DASHES, WIDTH, series, stacked
 from pivotune.report.figures.base import data as chart_data
 from pivotune.report.page import Block, Figure, Heading, Lines, Section, Table, Text, html
 from pivotune.report.runs import DATA_CHECK, Material
@@ -82,16 +83,19 @@ def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
     if examples:
         blocks.append(Heading("Rows to look at"))
     for problem in (one for one in problems if one["examples"]):
-        rows = [
-            [
-                html("row {}", finding["number"]),
-                finding["note"],
-                *(html("<div class='text' dir='auto'>{}</div>", _excerpt(finding.get(text))) for text in _TEXTS),
-            ]
-            for finding in problem["examples"]
-        ]
-        blocks.append(Table(["row", "why", *_TEXTS.values()], rows, f"{problem['title']} ({problem['count']:,})"))
+        blocks.append(html("<h4 dir='auto'>{} ({})</h4>", problem["title"], f"{problem['count']:,}"))
+        blocks += [_example(finding) for finding in problem["examples"]]
     return blocks
+
+
+def _example(finding: Mapping[str, Any]) -> Markup:
+    """Return a row in both languages, its four texts side by side."""
+    box = "<div class='answer'><h5>{}</h5><p class='text' dir='auto'>{}</p></div>"
+    texts = Markup("").join(html(box, title, _excerpt(finding.get(name))) for name, title in _TEXTS.items())
+    head = "<p class='small' dir='auto'><strong>Row {}</strong>: {}</p>"
+    return html(
+        "<article>{}<div class='answers'>{}</div></article>", html(head, finding["number"], finding["note"]), texts
+    )
 
 
 def _excerpt(text: Any) -> str:
@@ -115,13 +119,14 @@ def _histograms(histograms: Mapping[str, Any]) -> alt.VConcatChart:
         if not rows:
             continue
         encodings = series("text", [row["text"] for row in rows])
+        dashes = alt.Scale(domain=encodings["color"]["scale"]["domain"], range=list(DASHES))
         chart = alt.Chart(chart_data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8)
         panels.append(
             chart.encode(
                 x=alt.X("from:Q", title=title, scale=alt.Scale(type="log", nice=False)),
                 y=alt.Y("rows:Q", title="rows"),
                 color=encodings["color"],
-                strokeDash=alt.StrokeDash("text:N", legend=encodings["color"]["legend"]),
+                strokeDash=alt.StrokeDash("text:N", legend=encodings["color"]["legend"], scale=dashes),
                 tooltip=["text:N", "from:Q", "to:Q", "rows:Q"],
             ).properties(width=WIDTH, height=150)
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure
+from pivotune.report.figures.projection import projection_figure
 from pivotune.report.page import Block, Figure, Section, Table, Text
-from pivotune.report.runs import LAYERS_AFTER, Material
+from pivotune.report.runs import LAYERS_AFTER, LAYERS_BEFORE, Material
 
 
 def layers(material: Material) -> Section | None:
@@ -32,29 +33,20 @@ def layers(material: Material) -> Section | None:
         blocks.append(Figure(f"layers-{index}", layer_figure(found).to_dict(), caption, table))
         if found.get("reason"):
             blocks.append(Text(f"Chosen: {found['reason']}", "note"))
-    trained = [run for run in material.runs if run.layers_after]
+    trained = {run.name: run.layers_after for run in material.runs if run.layers_after}
+    before = next(({"starting model": run.layers_before} for run in material.runs if run.layers_before), {})
+    first = next(iter(analyses.values()), None)
     if trained:
-        profiles = {"starting model": next((run.layers["target"] for run in material.runs if run.layers), None)}
-        profiles |= {run.name: run.layers_after["target"] for run in trained}
-        known = {name: profile for name, profile in profiles.items() if profile}
-        marks = next((run.layers for run in material.runs if run.layers), trained[0].layers_after)
-        chart = entropy_comparison(
-            known, language=trained[0].language or None, conversion=marks["conversion"], thinking=marks["thinking"]
-        )
-        blocks.append(
-            Figure(
-                "layers-after", chart.to_dict(), "Entropy of the layers before and after training, on the same text."
-            )
-        )
-    elif analyses:
-        first = next(iter(analyses.values()))
-        blocks.append(
-            Text(
-                f"How training changed the layers is not drawn: no run has a {LAYERS_AFTER}. pivotune analyze --model "
-                f"{first.path} --data ROWS --out {first.path / LAYERS_AFTER} writes it.",
-                "note",
-            )
-        )
+        profiles = {name: found["target"] for name, found in {**before, **trained}.items()}
+        marks = first.layers if first else next(iter(trained.values()))
+        chosen = {stage: marks[stage] for stage in ("conversion", "thinking")}
+        chart = entropy_comparison(profiles, language=marks.get("language"), **chosen)
+        caption = "How sure the layers are after training, and before it where that was measured."
+        blocks.append(Figure("layers-after", chart.to_dict(), caption))
+    elif first:
+        analyze = f"pivotune analyze --data ROWS --model {first.path} --out {first.path / LAYERS_AFTER}"
+        missing = f"How training changed the layers is not drawn: no run has a {LAYERS_AFTER}. {analyze} writes it"
+        blocks.append(Text(f"{missing}; the starting model's on the same rows belongs into {LAYERS_BEFORE}.", "note"))
     for task in dict.fromkeys(
         name for run in material.runs for name, entry in run.entries.items() if "by_layer" in entry
     ):
@@ -63,6 +55,15 @@ def layers(material: Material) -> Section | None:
             f"{task}: how often a sentence's nearest neighbour in the other language is its own translation, by layer."
         )
         blocks.append(Figure(f"retrieval-{task}", retrieval_figure(by_layer).to_dict(), caption))
+        entries = {run.name: run.entries[task] for run in material.runs if task in run.entries}
+        projections = {name: entry["projection"] for name, entry in entries.items() if entry.get("projection")}
+        if projections:
+            language = str(next(iter(entries.values())).get("language") or "target")
+            caption = (
+                f"{task}: each sentence's mean state at the layer that finds translations best; a line joins a pair."
+            )
+            chart = projection_figure(projections, language).to_dict()
+            blocks.append(Figure(f"projection-{task}", chart, caption))
     return Section("Layers", blocks) if blocks else None
 
 
