@@ -20,6 +20,7 @@ from pivotune.config.yaml_text import load_config
 from pivotune.demo import run as demo_module
 from pivotune.demo.rows import SUPPORTED_LANGUAGES
 from pivotune.demo.run import METHODS, DemoSettings, exact_match, run_demo
+from pivotune.results.files import read_results
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 MODELS = ("base", *METHODS)
@@ -285,3 +286,18 @@ def test_the_real_model_learns_the_facts(smollm2, tmp_path, monkeypatch):
     assert len(models["base"]["profile"]["entropy"]) == 31
     for method in METHODS:
         assert models[method]["target"]["nll"] < models["base"]["target"]["nll"]
+
+
+def test_it_ends_with_a_report_of_all_three_models(finished):
+    out, printed, _ = finished
+    page = out / "report.html"
+    assert printed.endswith(f"look at everything in a browser: {page}\n")
+    content = page.read_text(encoding="utf-8")
+    assert len(content.encode()) < 3_000_000
+    for section in ("Summary", "Scores", "Layers", "Training", "Sample answers", "Data", "How to reproduce"):
+        assert f"{section}</h2>" in content
+    assert "facts_sw" in content
+    base = read_results(out / "base.json")
+    assert base.tasks["heldout_sw"].metrics["nll"].value == pytest.approx(
+        results_of(out)["models"]["base"]["target"]["nll"]
+    )

@@ -146,7 +146,7 @@ def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
 
 def note(text: str) -> alt.Chart:
     """Return a panel with a line of text in place of a drawing."""
-    return alt.Chart(data([{"text": text}])).mark_text().encode(text="text:N").properties(width=WIDTH, height=80)
+    return alt.Chart(data([{"text": text}])).mark_text().encode(text="text:N").properties(width=WIDTH, height=140)
 
 
 def _over_layers(
