@@ -52,6 +52,25 @@ def test_the_summary_names_real_differences_and_the_price_in_english(two_runs):
     assert "1 of 1 difference cannot be told apart from zero" in text
 
 
+def test_several_sources_and_one_loss_are_named(tmp_path):
+    data = {"train": [{"path": "a b.jsonl", "weight": 2}, "c.jsonl"], "language": "vi"}
+    supervision = {"conversion": {"signal": "none"}, "thinking": {"signal": "logits"}}
+    write_run(tmp_path / "run", {"xquad_vi": items(0.0)}, config={"data": data, "supervision": supervision})
+    profile = {
+        "conversion": 3,
+        "thinking": 20,
+        "num_layers": 30,
+        "method": "reading",
+        "model": "m",
+        "target": {"entropy": [4.0] * 31, "num_layers": 30, "tokens": 9, "sequences": 2},
+    }
+    (tmp_path / "run" / "layers.json").write_text(json.dumps({"version": 1, "reason": "", **profile}))
+    found = sections_of(tmp_path / "run")
+    assert "'a b.jsonl, c.jsonl'" in text_of(found["Summary"])
+    assert "'j = 20 of 30'" in text_of(found["Summary"])
+    assert "pivotune data check 'a b.jsonl' c.jsonl --lang vi" in text_of(found["Data"])
+
+
 def test_a_worse_run_is_named_too(two_runs):
     text = text_of(sections_of(two_runs, baseline="deep-supervision")["Summary"])
     assert "tft is worse than deep-supervision on xquad_vi" in text

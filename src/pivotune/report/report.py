@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from pivotune import __version__
 from pivotune.report.figures.base import save_figure
 from pivotune.report.page import Figure, Section, asset, render_page
 from pivotune.report.pages import PAGES
@@ -21,7 +21,9 @@ def report_sections(material: Material) -> list[Section]:
 
 def render_report(sections: Sequence[Section], title: str) -> str:
     """Return the report as one HTML file."""
-    return render_page(title, sections, subtitle=f"Report of Pivotune {__version__}", scripts=[asset("samples.js")])
+    return render_page(
+        title, sections, subtitle=f"Report of Pivotune {version('pivotune')}", scripts=[asset("samples.js")]
+    )
 
 
 def save_figures(sections: Sequence[Section], folder: Path) -> Iterator[Path]:

@@ -65,6 +65,13 @@ class RunParts:
     def language(self) -> str:
         return str(self.config.get("data.language") or self.layers.get("language") or "")
 
+    @property
+    def sources(self) -> list[str]:
+        """Return the names of the files or datasets that were trained on."""
+        train = self.config.get("data.train") or []
+        entries = train if isinstance(train, list) else [train]
+        return [str(entry.get("path") if isinstance(entry, Mapping) else entry) for entry in entries]
+
     def items(self) -> Iterator[Mapping[str, Any]]:
         """Yield the records of the items file, up to the first that cannot be read."""
         try:
@@ -206,7 +213,9 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
 def _with_profile(layers: Any) -> Mapping[str, Any]:
     """Return an analysis that figures can draw, or nothing."""
     needed = ("target", "conversion", "thinking", "method", "model", "num_layers")
-    return layers if isinstance(layers, dict) and all(key in layers for key in needed) else {}
+    if not isinstance(layers, dict) or not all(key in layers for key in needed):
+        return {}
+    return layers if isinstance(layers["target"], dict) and layers["target"].get("entropy") else {}
 
 
 def _json_lines(text: str) -> list[Any]:

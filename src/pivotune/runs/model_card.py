@@ -136,10 +136,10 @@ def _hub_results(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _data_line(config: RunConfig) -> str:
     """Return the rows that were trained on, by name; a local path's folders are nobody else's concern."""
-    source = str(config.data.train)
-    name = Path(source).name if Path(source).suffix else source
+    paths = [source.path for source in config.data.sources]
+    names = ", ".join(_text(Path(path).name if Path(path).suffix else path) for path in paths)
     replay = f"; {config.data.english_ratio:.0%} of the rows are their English" if config.data.english_ratio else ""
-    return f"Trained on {_text(name)}{replay}."
+    return f"Trained on {names}{replay}."
 
 
 def _text(name: str) -> str:

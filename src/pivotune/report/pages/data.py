@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,9 @@ def data(material: Material) -> Section | None:
     blocks: list[Block] = [block for check in checks.values() for block in check_blocks(check)]
     if checks:
         return Section("Data", blocks)
-    for run in (run for run in material.runs if run.config.get("data.train")):
-        train, language = run.config["data.train"], run.language or "LANGUAGE"
-        command = f"pivotune data check {train} --lang {language} --out {run.path / DATA_CHECK}"
+    for run in (run for run in material.runs if run.sources):
+        train, language = " ".join(map(shlex.quote, run.sources)), run.language or "LANGUAGE"
+        command = f"pivotune data check {train} --lang {language} --out {shlex.quote(str(run.path / DATA_CHECK))}"
         return Section("Data", [Text(f"The training data was not checked. {command} checks it for the next report.")])
     return None
 

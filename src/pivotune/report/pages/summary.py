@@ -89,9 +89,13 @@ def _trained(runs: Sequence[RunParts]) -> Table:
         config = run.config
         layers = "–"
         if run.layers:
-            layers = f"i = {run.layers['conversion']}, j = {run.layers['thinking']} of {run.layers['num_layers']}"
+            terms = {"i": "conversion", "j": "thinking"}
+            used = {k: term for k, term in terms.items() if config.get(f"supervision.{term}.signal") != "none"}
+            layers = (
+                ", ".join(f"{k} = {run.layers[term]}" for k, term in used.items()) + f" of {run.layers['num_layers']}"
+            )
         steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=None)
-        values = (config.get("model"), config.get("method"), config.get("data.train"), run.language, config.get("seed"))
+        values = (config.get("model"), config.get("method"), ", ".join(run.sources), run.language, config.get("seed"))
         rows.append([run.name, *(None if value in (None, "") else str(value) for value in values), steps, layers])
     titles = ["run", "starting model", "method", "training rows", "language", "seed", "steps", "layers"]
     return Table(titles, rows, "What was trained on what")
