@@ -182,7 +182,7 @@ def test_a_system_turn_is_folded_as_in_training(write, tmp_path, capsys):
             "--template chat needs a tokenizer with a",
         ),
         (["{rows}", "--lang", "sw", "--fold-system"], "--fold-system: needs --model"),
-        (["{rows}", "{bad}", "{rows}", "--lang", "sw"], "rows.jsonl: is named twice"),
+        (["{rows}", "{rows}", "--lang", "sw"], "rows.jsonl: is named twice"),
         (["{rows}", "{bad}", "--english", "{rows}", "--lang", "sw"], "--english: belongs to one data file, found 2"),
         (["{bad}", "--lang", "sw"], "all 2 rows are like this"),
     ],

@@ -82,6 +82,7 @@ def test_good_text_is_left_alone(row):
         ("repeated_text", RUSSIAN, RU.replace(". ", ". " + RU.split(". ")[0] + ". ", 1)),
         ("spacing", CHINESE, " ".join(ZH)),
         ("spacing", VIETNAMESE, VI.replace(".", " .").replace(",", " ,")),
+        ("spacing", VIETNAMESE, 'Thủ đô của Việt Nam là "Hà Nội ."'),
         ("spacing", VIETNAMESE, VI.replace(" ", "").replace(".", "").replace(",", "")),
         ("left_in_english", VIETNAMESE, VIETNAMESE.completion_en),
         ("left_in_english", CHINESE, f"{ZH} {VIETNAMESE.completion_en}"),
@@ -94,14 +95,21 @@ def test_damaged_answers(kind, row, completion):
     assert found <= {kind} | others
 
 
+def test_a_word_in_a_word_makes_no_row_about_markup():
+    english = "The recycling programs keep their identities, as this manuscript describes."
+    row = Row("Vì sao?", "Các chương trình tái chế<br> giữ bản sắc của chúng.", "Why?", english)
+    assert kinds(row) == {"html_tags"}
+    assert not kinds(replace(row, completion_en="The br tag breaks the line."))
+
+
 def test_one_sentence_left_in_english():
     english = "A list has a fixed order. Stars and bright planets fill our galaxy. See The Catcher in the Rye"
-    left = "列表有固定的顺序，而集合没有固定的顺序，因此不能用索引来访问它的元素。"
-    left += " Stars and bright planets fill our galaxy."
+    translated = "列表有固定的顺序，而集合没有固定的顺序，因此不能用索引来访问它的元素。"
+    left = f"{translated} Stars and bright planets fill our galaxy."
     row = Row("有什么区别？", left, "What is the difference?", english)
     assert kinds(row) == {"left_in_english"}
     assert not kinds(replace(row, completion=left.replace("Stars", "The stars")))
-    assert not kinds(replace(row, completion=f"{left.partition(' ')[0]} See The Catcher in the Rye"))
+    assert not kinds(replace(row, completion=f"{translated} See The Catcher in the Rye"))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,7 @@ def test_one_sentence_left_in_english():
         ("Which link?", "Xem https://vi.wikipedia.org/wiki/H%C3%A0_N%E1%BB%99i", "See it there."),
         ("Write a refrain.", "La la la la\nLa la la la\nHà Nội ơi", "La la la la\nLa la la la\nOh Hanoi"),
         ("What does it return?", "NaN", "NaN"),
+        ("Where is it?", "Bonjour ! Comment ça va ? Où est la mairie ?", "Hello! How are you? Where is the town hall?"),
         ("Where was it?", "« À côté de l’été », dit-il : “MENÜ”, „Spaß“.", "Beside the summer, he said."),
         ("Who?", "Kỹ sư CAFÉ™ ở 21°C…", "An engineer of CAFÉ™ at 21°C"),
         ("Which family?", "👨‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️", "This one."),

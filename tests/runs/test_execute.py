@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Side
+from pivotune.data.pair_store import store_pairs
 from pivotune.errors import UsageError
 from pivotune.layers.layers_json import read_layers_json
 from pivotune.runs import execute as run_module
@@ -543,7 +544,7 @@ def test_resumed_run_keeps_the_scores_it_began_with(tmp_path, monkeypatch):
     assert titles == ["Scoring the trained model"]
     assert again.results == first.results
     prepared = prepare_run(config, resume=True)
-    prepared.validation = prepared.validation[:-1]
+    prepared.validation = store_pairs(prepared.validation[:-1])
     execute_run(prepared, resume=True)
     assert titles[1:] == ["Scoring the starting model", "Scoring the trained model"]
 

@@ -60,8 +60,6 @@ def check(
     for option, given in (("--template", template is not None), ("--fold-system", fold_system)):
         if given and model is None:
             raise UsageError(f"{option}: needs --model, whose tokenizer it is for")
-    if repeated := next((source for place, source in enumerate(data) if source in data[:place]), None):
-        raise UsageError(f"{repeated}: is named twice")
     if english is not None and len(data) > 1:
         raise UsageError(f"--english: belongs to one data file, found {len(data)}; check them one by one")
     from pivotune.data.check import base_language, check_clean_path, check_rows, report_path, write_clean

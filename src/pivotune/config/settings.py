@@ -112,10 +112,11 @@ class DataConfig(EncodingConfig):
     def _sources_are_distinct(self) -> DataConfig:
         if self.english is not None and not isinstance(self.train, str):
             raise ValueError("data.english: belongs to one file; write {path: FILE, english: FILE} into data.train")
-        paths = [str(Path(source.path)) for source in self.sources]
-        if repeated := next((path for place, path in enumerate(paths) if path in paths[:place]), None):
-            # Its rows would be trained on and held out.
-            raise ValueError(f"data.train: {repeated} is named twice; give it weight: 2")
+        paths = [Path(source.path).expanduser().absolute() for source in self.sources]
+        for source, path in zip(self.sources, paths, strict=True):
+            if paths.count(path) > 1:
+                # Its rows would be trained on and held out.
+                raise ValueError(f"data.train: {source.path} is named twice; give it weight: 2")
         return self
 
 

@@ -78,11 +78,17 @@ class Rows(LazySequence[Row]):
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of several sources one after the other, numbered on from one source to the next."""
+    """Return the rows of several sources one after the other, numbered on from one source to the next.
+
+    Raises:
+        UsageError: two sources have the same name.
+    """
     if len(parts) == 1:
         return parts[0]
     sources, last = {}, 0
     for part in parts:
+        if part.source in sources:
+            raise UsageError(f"{part.source}: is named twice")
         sources[part.source] = last
         last += part[-1].number
     skipped, unused = (

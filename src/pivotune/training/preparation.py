@@ -53,9 +53,12 @@ _Item = TypeVar("_Item")
 
 
 class LoadedRows(NamedTuple):
-    """Rows to train on, as often as in an epoch, and rows held out, each with the sources that their numbers are of.
+    """Rows to train on, in as many copies as an epoch has, and rows held out.
 
-    And the counts of rows left out of each side, by reason, and lines about weights and about what is not used.
+    Attributes:
+        sources, heldout_sources: the sources that the rows' numbers are of, as in `Rows.sources`.
+        skipped, heldout_skipped: counts of rows that were left out, by reason.
+        notes: lines about weights, and about columns and turns that are not used.
     """
 
     train: Sequence[Row]
@@ -69,8 +72,7 @@ class LoadedRows(NamedTuple):
 
 def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
     """Return the rows of a run's `data`; rows left out of a file before it is split count for training."""
-    options = [{"english": source.english, "limit": data.limit} for source in data.sources]
-    parts = [read_rows(source.path, method, data, **each) for source, each in zip(data.sources, options, strict=True)]
+    parts = [read_rows(source.path, method, data, english=source.english, limit=data.limit) for source in data.sources]
     rows = concatenate(parts)
     lengths, heldout_sources, heldout_skipped = [len(part) for part in parts], rows.sources, Counter()
     if isinstance(data.validation, str):

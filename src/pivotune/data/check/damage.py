@@ -33,10 +33,11 @@ _TAG = re.compile(
 )
 # Translators put spaces into escapes.
 _ESCAPE = re.compile(r"&\s?(?:[A-Za-z]{2,8}\d{0,2}|[#＃]\s?\d{2,6}|[#＃]x[0-9A-Fa-f]{2,6})\s?[;；]")
-# A row about markup may show it; so may an answer in a programming language.
+# A row about markup may show it; so may an answer in a programming language. Whole words: a manuscript is no script.
 _ABOUT_MARKUP = re.compile(
-    r"html|xml|css|\bweb|website|\btags?\b|script|\bcod(?:e|ing)\b|program|escap|encod|entit|\burl|latex|regex|markdown|"
-    r"javascript|python|json|unicode|token|special character",
+    r"html|\bxml|\bcss\b|\bweb ?pages?\b|\btags?\b|\bscripts?\b|\bcod(?:e|ing)\b|\bprogramming\b|\bencod|\burls?\b|"
+    r"\bescap(?:e|ed|ing) (?:char|seq|code|quot|str)|\bentity (?:name|reference)|latex|\bregex|markdown|javascript|python|"
+    r"json|unicode|\btokens?\b|special character",
     re.I,
 )
 # Names of the control tokens of the common families, and the ways in which subword tokenizers mark their pieces.
@@ -71,8 +72,9 @@ REPEAT_CHARACTERS = 12
 _SENTENCE = re.compile(r"[^.!?…。！？؟۔।॥။\n]{1,400}(?:[.!?…]+(?=\s|$)|[。！？؟۔।॥။]+)")
 # A text that ends with so many characters of repetitions, of at least so many copies.
 LOOP_CHARACTERS, LOOP_TIMES = 80, 4
-_SPACE_BEFORE_SIGN = re.compile(r"(?<=\w) [.,!?](?=\s|$)")
-_SIGN = re.compile(r"[.,!?](?=\s|$)")
+# Before `!` and `?` French writes one.
+_SPACE_BEFORE_SIGN = re.compile(r"(?<=\w) [.,](?=[\s\"”’)]|$)")
+_SIGN = re.compile(r"[.,](?=[\s\"”’)]|$)")
 _SPACED_LETTERS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff] (?=[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff])")
 # An English answer with so many line breaks is a list, verses or paragraphs.
 LOST_LINES = 3
@@ -178,7 +180,7 @@ def spacing(text: Text, other: Text) -> str:
     if spaced >= 8 and 3 * spaced >= sum(map(is_unspaced, sample)):
         return "spaces between the letters"
     before, signs = len(_SPACE_BEFORE_SIGN.findall(sample)), len(_SIGN.findall(sample))
-    if before >= 2 and before >= 0.6 * signs and not _SPACE_BEFORE_SIGN.search(other.text) and not text.is_code():
+    if before and before >= 0.6 * signs and not _SPACE_BEFORE_SIGN.search(other.text) and not text.is_code():
         return "spaces before the punctuation"
     run = _LETTERS_WITHOUT_SPACE.search(sample)
     if run and not is_unspaced(run.group()) and not _LETTERS_WITHOUT_SPACE.search(other.text) and not text.is_code():
