@@ -188,3 +188,7 @@ def test_a_missing_list_item_is_a_cut():
     assert numbers_of(check, "cut_answer") == [9]
     (finding,) = next(problem for problem in check.problems if problem.name == "cut_answer").examples
     assert finding.note.startswith("no end, fewer lines or items, ")
+    marker = whole[: whole.index("4.") + 2]
+    check = check_rows(with_row(rows, 9, completion=marker, completion_en=english), language="sw")
+    (finding,) = next(problem for problem in check.problems if problem.name == "cut_answer").examples
+    assert "open bracket, list item or comma" in finding.note

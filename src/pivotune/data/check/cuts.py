@@ -33,6 +33,8 @@ _FEW = 5
 _TERMINATORS = ".!?…。！？．｡؟۔؛।॥។៕។៖။၏፧።᙮᠃᠉꘎꓿՜։:：;；~～|$>%°"  # also signs that end tables, formulas and code
 _CLOSERS = "\"'”’»›「」『』】）)]}》*_`\u200b\u200e\u200f \n\t"
 _ABBREVIATION = re.compile(r"\b(?:etc|Jr|Sr|Inc|Ltd|Co|Corp|[A-Z]|[ap]\.m)\.\W*$")
+# A list marker without its item, or a number that was cut at its point.
+_OPEN_ITEM = re.compile(r"(?:^|\s)\d{1,3}[.)、．]\Z|^\s*[A-Za-z][.)]\Z", re.MULTILINE)
 _JOINING = tuple(",，、،؍-–—/(（[「『“‘«&+=:：")
 _BRACKETS = (("(（", ")）"), ("[［", "]］"), ("“「『《", "”」』》"))
 _SENTENCE_END = re.compile(r"(?<![.\d])[.!?…؟۔।॥។။።]+(?=\W*\s)|[。！？．｡]+")
@@ -46,7 +48,7 @@ class CutTable:
     """The signs of all rows, 4 bytes a row.
 
     `ends`, `parts` and `sentences` are -1 where the English gives no measure, 0 for an answer like its English, 1 for a
-    missing end, missing lines or items, missing sentences. `dangling` is 1 for an open bracket or a comma at the end.
+    missing end, missing lines or items, missing sentences. `dangling` is 1 for an open bracket, list item or comma.
     """
 
     def __init__(self) -> None:
@@ -80,7 +82,7 @@ class CutTable:
         for name, values, rate in (
             ("no end", self.ends, CUT_OPEN), ("fewer lines or items", self.parts, CUT_FEWER),
             ("fewer sentences", self.sentences, CUT_FEWER),
-            ("open bracket or comma", self.dangling, CUT_DANGLING),
+            ("open bracket, list item or comma", self.dangling, CUT_DANGLING),
         ):  # fmt: skip
             sign = np.frombuffer(values, dtype=np.int8)[judged]
             whole = ((sign[usual] == 1).sum() + 1) / ((sign[usual] >= 0).sum() + CUT_ROWS)
@@ -129,7 +131,7 @@ def _is_symbol(character: str) -> bool:
 
 def _is_dangling(text: str) -> bool:
     text = text.rstrip()
-    return text.endswith(_JOINING) or any(
+    return bool(text.endswith(_JOINING) or _OPEN_ITEM.search(text[-8:])) or any(
         sum(map(text.count, opening)) > sum(map(text.count, closing)) for opening, closing in _BRACKETS
     )
 
