@@ -87,10 +87,8 @@ def test_small_recipes_of_one_model_differ_only_in_method():
         load_config(RECIPES / "small" / f"smollm2-135m-{kind}.yaml").model_dump()
         for kind in ("tft", "logits", "feature")
     )
-    signals = {f"supervision.{term}.signal" for term in ("conversion", "thinking")}
-    assert _differences(logits, feature) == signals | {"output_dir"}
-    layers = {f"supervision.{term}.layer" for term in ("conversion", "thinking")}
-    assert _differences(logits, tft) == layers | {"method", "output_dir"}
+    assert _differences(logits, feature) == {"supervision.thinking.signal", "output_dir"}
+    assert _differences(logits, tft) == {"supervision.thinking.layer", "method", "output_dir"}
 
 
 def test_readme_names_recipes_that_are_there():

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from pivotune.data.formats import read_file
+from pivotune.data.sources import load_rows
 from pivotune.errors import UsageError
 
 RECORDS = [
@@ -132,6 +133,8 @@ def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path, write_file)
      "a.csv, line 1: the header has one column: the cells are separated by tabs; name the file .tsv"),
     ("a.jsonl", '\n[{"prompt": "a"},\n {"prompt": "b"}]\n',
      "a.jsonl: holds a JSON list, not one object a line; name it .json"),
+    ("a.jsonl", '[\n {"prompt": "a"}\n]\n', "a.jsonl: holds a JSON list, not one object a line; name it .json"),
+    ("a.jsonl", '[{"prompt": "a"}]\n', "a.jsonl: holds a JSON list, not one object a line; name it .json"),
     ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16-le"),
      "a.jsonl: not UTF-8 (this looks like UTF-16); save the file as UTF-8"),
     ("a.parquet", "PAR1 not really", "a.parquet: not a readable Parquet file: "),
@@ -142,6 +145,13 @@ def test_broken_files(tmp_path, name, content, message):
     found = error_of(tmp_path / name, content)
     # Python and pyarrow word the end of some messages in their own way, release by release.
     assert found == message or (message.endswith((": ", "digits)", "ended")) and found.startswith(message))
+
+
+@pytest.mark.parametrize("bad", ["[[[", '[{"prompt": "a"}]', "[1]"])
+def test_a_first_line_that_begins_a_list_spoils_no_other(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{bad}\n{{"prompt": "a", "completion": "b", "prompt_en": "c", "completion_en": "d"}}\n')
+    assert [row.prompt for row in load_rows(str(path), on_bad_row="skip")] == ["a"]
 
 
 def test_parquet_with_broken_text(tmp_path):

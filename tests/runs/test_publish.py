@@ -134,6 +134,8 @@ def test_adapters_alone_and_merged(adapters, tmp_path, capsys):
     assert main(["export", str(adapters), "--to", str(tmp_path / "alone")]) == 0
     assert main(["export", str(adapters), "--to", str(tmp_path / "merged"), "--merge-lora", "--dtype", "bfloat16"]) == 0
     assert not (tmp_path / "alone" / "config.json").exists()
+    assert (tmp_path / "alone" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    assert "](training.png)" in (tmp_path / "alone" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(adapters.parent / "base")
     merged = PeftModel.from_pretrained(base, tmp_path / "alone").merge_and_unload()
     assert_same(weights(merged), weights(AutoModelForCausalLM.from_pretrained(adapters / "model")), 1e-6)

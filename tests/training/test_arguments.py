@@ -70,7 +70,7 @@ def test_flat_names_work_with_one_line(tmp_path):
     nested = DeepSupervisionConfig(
         str(tmp_path),
         use_cpu=True,
-        supervision={"thinking": {"layer": 9}, "logits": {"mode": "positional"}},
+        supervision={"conversion": {}, "thinking": {"layer": 9}, "logits": {"mode": "positional"}},
         data={"language": "vi"},
         faults={"skip_limit": 3, "hang_timeout": 60.0},
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pivotune.cli.common import print_json, print_lines, quiet_libraries, stderr, stdout
+from pivotune.errors import UsageError
 
 Run = Annotated[Path, typer.Argument(help="Finished run.")]
 MergeLora = Annotated[bool, typer.Option("--merge-lora", help="Write the whole model, not the adapters alone.")]
@@ -30,6 +32,7 @@ def export(
     from pivotune.runs.publish import export_run
 
     with stderr.status("Exporting"):
+        _draw(run.expanduser())
         folder = export_run(run.expanduser(), to.expanduser(), **options)
     print_lines(stdout, str(folder))
 
@@ -50,6 +53,7 @@ def push(
     from pivotune.runs.publish import push_run
 
     with stderr.status("Uploading"):
+        _draw(run.expanduser())
         files = push_run(run.expanduser(), repository, private=private, dry_run=dry_run, **options)
     if as_json:
         print_json({"repository": repository, "uploaded": not dry_run, "files": files})
@@ -57,3 +61,17 @@ def push(
     print_lines(stdout, *(f"{size:>14,} bytes  {name}" for name, size in files.items()))
     done = "nothing was uploaded (--dry-run)" if dry_run else f"https://huggingface.co/{repository}"
     print_lines(stdout, done)
+
+
+def _draw(run: Path) -> None:
+    """Draw the course of training for the card, unless the run has the picture, or its folder cannot be written."""
+    from pivotune.runs.folder import TRAINING_PICTURE
+
+    if (run / TRAINING_PICTURE).is_file() or not (run / "metrics.jsonl").is_file():
+        return
+    from pivotune.report.figures.base import save_figure
+    from pivotune.report.figures.training import training_figure
+    from pivotune.training.metrics import read_metrics
+
+    with suppress(UsageError):
+        save_figure(training_figure({run.name: read_metrics(run / "metrics.jsonl")}), run / TRAINING_PICTURE)

@@ -11,7 +11,6 @@ import typer
 from pivotune.cli import options
 from pivotune.cli.common import (
     EXIT_STOPPED,
-    RANK,
     console,
     print_json,
     print_lines,
@@ -73,29 +72,12 @@ def train(
         except KeyboardInterrupt:
             print_lines(stderr, f"{kept(folder)}; go on with --resume")
             raise
-    if RANK == 0:
-        _draw(run_config, result)
     if as_json:
         print_json({"run": str(result.folder), **result.results})
         return
     from pivotune.cli.training_display import describe_result
 
     describe_result(out, result, run_config.supervision)
-
-
-def _draw(config: RunConfig, result: RunResult) -> None:
-    """Draw the course of training for the model card."""
-    from pivotune.report.figures.base import save_figure
-    from pivotune.report.figures.training import training_figure
-    from pivotune.runs.folder import TRAINING_PICTURE
-    from pivotune.runs.model_card import model_card
-    from pivotune.text.files import write_text
-    from pivotune.training.metrics import read_metrics
-
-    folder = result.folder
-    metrics = read_metrics(folder / "metrics.jsonl")
-    save_figure(training_figure({folder.name: metrics}), folder / TRAINING_PICTURE)
-    write_text(folder / "README.md", model_card(config, result.layers, result.results, figure=TRAINING_PICTURE))
 
 
 def _check_paths(config: RunConfig) -> None:

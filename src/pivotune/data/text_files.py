@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _LONGEST_LINE = _LONGEST_VALUE = 2**28
 _BYTES_PER_READ = 2**20
 # JSON Lines in a `.json` file are recognized by their first line. A longer first line is part of a list.
 _LONGEST_FIRST_LINE = 2**22
+# The first line of a list of rows that goes on in the next line.
+_LIST_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 _SPACES = " \t\n\r"
 _AFTER_VALUE = frozenset(",:]}" + _SPACES)
 
@@ -70,21 +73,22 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def read_jsonl(path: Path) -> NumberedRecords:
     """Yield (line number, record); a line that cannot be read gives a `RowError`, a blank line nothing."""
-    first = ""
+    is_list = UsageError(f"{path}: holds a JSON list, not one object a line; name it .json")
+    first, count = "", 0
     for number, raw, encoding in _raw_lines(path):
         try:
             line = raw.decode(encoding)
             if not line.strip():
                 continue
-            first = first or line.lstrip()[:1]
-            if first == "[":
-                break
+            first, count = first or line, count + 1
             # Without `strip`, so that the column in an error is that of the file.
             record = parse_json(line.rstrip("\r\n"))
         except UnicodeDecodeError as error:
             note = _encoding_note(raw, error)
             record = RowError("", "is not UTF-8", note, UsageError(f"{path}, line {number}: not UTF-8{note}"))
         except json.JSONDecodeError as error:
+            if count == 1 and _LIST_BEGINS.match(first):
+                raise is_list from None
             note = f" (column {error.colno}: {error.msg})"
             record = RowError("", "is not valid JSON", note, json_error(path, number, error))
         except RepeatedKeyError as error:
@@ -92,8 +96,8 @@ def read_jsonl(path: Path) -> NumberedRecords:
         except ValueError as error:
             record = RowError("", "is JSON that cannot be read", f" ({error})", json_error(path, number, error))
         yield number, record
-    if first == "[":
-        raise UsageError(f"{path}: holds a JSON list, not one object a line; name it .json")
+    if count == 1 and first.lstrip().startswith("["):
+        raise is_list
 
 
 def _repeated_key(error: RepeatedKeyError, place: str) -> RowError:

@@ -17,6 +17,7 @@ from pivotune.config.yaml_text import parse_config
 from pivotune.data.check import check_rows
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
+from pivotune.data.pair_store import store_pairs
 from pivotune.data.sources import load_rows
 from pivotune.demo.rows import build_demo_rows, write_demo_rows
 from pivotune.errors import UsageError
@@ -91,7 +92,8 @@ def run_demo(
     prepared = {}
     for method in METHODS:
         prepared[method] = prepare_run(demo_config(folder, settings, method), overwrite=overwrite)
-        prepared[method].validation = spread(prepared[method].validation, settings.heldout)
+        heldout = prepared[method].validation
+        prepared[method].validation = store_pairs(spread(heldout, settings.heldout), heldout.sources)
     on_prepared(prepared[METHODS[0]])
     results: dict[str, Any] = {"settings": asdict(settings), "cldr_version": data.cldr_version, "models": {}}
     before = None
