@@ -145,7 +145,7 @@ DAMAGE: dict[str, Damage] = {
 }
 
 
-def defects(check: DataCheck) -> set[int]:
+def defects(check: DataCheck) -> set[int | str]:
     """Return the numbers of all rows with a defect."""
     return {number for problem in check.problems if problem.defect for number in problem.numbers}
 
