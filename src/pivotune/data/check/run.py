@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pivotune.data.check.language import base_language
-from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Lengths
+from pivotune.data.check.result import DEFECTS, TEXTS, DataCheck, Findings, Lengths
 from pivotune.data.check.rows import RowCheck, check_pairs
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.lazy import Subset
@@ -22,7 +22,6 @@ from pivotune.errors import UsageError
 # the tokenizer, by far the slowest part, takes seconds for a file of any size.
 TOKENIZED_ROWS = 10_000
 _ROWS_PER_STEP = 512  # between two calls of `progress`
-_TEXTS = ("prompt", "completion", "prompt_en", "completion_en")
 
 
 def check_rows(
@@ -89,7 +88,7 @@ def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) ->
         cut = {"prompts": meter.report.cut["prompts"], "answers": meter.report.cut["answers"], **limits}
     by_text = {
         name: Lengths(*map(float, np.percentile(counts, [50, 95])), max=int(counts.max()))
-        for name, counts in zip(_TEXTS, lengths.reshape(-1, 4).T, strict=True)
+        for name, counts in zip(TEXTS, lengths.reshape(-1, 4).T, strict=True)
         if len(counts)
     }
     unit = "tokens" if encoder else "characters"
