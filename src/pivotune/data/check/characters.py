@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from pivotune.data.check.language import Text
+from pivotune.data.check.language import LINK, Text
 
 # A text of megabytes is damaged from its start: longer ones are cut for the searches that are not linear.
 SEARCHED_CHARACTERS = 20_000
@@ -47,7 +47,6 @@ _DECODED_SHARE, _DECODED_CHARACTERS = 0.7, 6
 # No language writes so many of its letters with Latin-1's upper half; Cyrillic or Chinese read as Latin-1 does.
 _LATIN1_LETTER = re.compile("[\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff]")
 _LATIN1_SHARE, _LATIN1_LETTERS = 0.5, 10
-_LINK = re.compile(r"\S*(?:https?:|www\.|\.\w{2,4}/)\S*")
 _QUESTION_IN_WORD = re.compile(r"(?<=[^\W\d_])\?+(?=[^\W\d_])|\?{4,}")
 # Letters in a form of their own that text has only after a bad conversion: full and half width, ligatures, presentation
 # forms, radicals. Full-width digits and signs are common in Chinese and Japanese.
@@ -122,8 +121,8 @@ def wrong_encoding(text: Text, other: Text) -> str:
         odd = len(_LATIN1_LETTER.findall(sample))
         if odd >= _LATIN1_LETTERS and odd >= _LATIN1_SHARE * sum(map(str.isalpha, sample)):
             return "another alphabet read as Latin-1"
-    marks = len(_QUESTION_IN_WORD.findall(_LINK.sub("", text.text[:SEARCHED_CHARACTERS]))) if "?" in text.text else 0
-    if marks and not text.is_code() and not _QUESTION_IN_WORD.search(_LINK.sub("", other.text)):
+    marks = len(_QUESTION_IN_WORD.findall(LINK.sub("", text.text[:SEARCHED_CHARACTERS]))) if "?" in text.text else 0
+    if marks and not text.is_code() and not _QUESTION_IN_WORD.search(LINK.sub("", other.text)):
         is_many = text.text.count("?") >= 3 + 2 * other.text.count("?")
         return "question marks in place of letters" if marks >= 2 or is_many else ""
     return ""

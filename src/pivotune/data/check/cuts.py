@@ -22,8 +22,10 @@ CUT_EVIDENCE = 4.6
 CUT_LEAST_ROWS, CUT_MOST_ROWS = 40, 500
 # A cut leaves any share of the answer up to this one; a part in `CUT_LATE` is cut later.
 CUT_KEPT, CUT_LATE = 0.95, 0.05
-# A cut answer ends in the middle of a sentence, lacks lines or sentences, and leaves brackets open about this often.
-CUT_OPEN, CUT_FEWER, CUT_DANGLING = 0.7, 0.8, 0.3
+# Signs, and how often a cut answer shows them.
+CUT_SIGNS = {
+    "no end": 0.7, "fewer lines or items": 0.8, "fewer sentences": 0.8, "open bracket, list item or comma": 0.3,
+}  # fmt: skip
 # A sign that no whole answer of the file shows is counted as this often among whole ones: it decides nothing alone.
 WHOLE_RATE = 0.003
 # Spread of the log length ratio of loose translations.
@@ -45,23 +47,23 @@ _LEAST_LINES, _LEAST_ITEMS = 3, 4
 
 
 class CutTable:
-    """The signs of all rows, 4 bytes a row.
-
-    `ends`, `parts` and `sentences` are -1 where the English gives no measure, 0 for an answer like its English, 1 for a
-    missing end, missing lines or items, missing sentences. `dangling` is 1 for an open bracket, list item or comma.
-    """
+    """The signs of all rows, 4 bytes a row: 1, or 0 for an answer like its English, -1 where that gives no measure."""
 
     def __init__(self) -> None:
-        self.ends, self.parts, self.sentences, self.dangling = array("b"), array("b"), array("b"), array("b")
+        self._signs = {name: array("b") for name in CUT_SIGNS}
 
     def append(self, answer: str, english: str) -> None:
         """Add the answers of the next row."""
         is_measure = _is_closed(english) and not _ABBREVIATION.search(english[-20:])
-        self.ends.append(int(not _is_closed(answer)) if is_measure else -1)
-        self.parts.append(_fewer_parts(answer, english))
         sentences = _sentences(english)
-        self.sentences.append(int(_sentences(answer) < sentences) if is_measure and sentences >= 2 else -1)
-        self.dangling.append(_is_dangling(answer) and not _is_dangling(english))
+        values = (
+            int(not _is_closed(answer)) if is_measure else -1,
+            _fewer_parts(answer, english),
+            int(_sentences(answer) < sentences) if is_measure and sentences >= 2 else -1,
+            int(_is_dangling(answer) and not _is_dangling(english)),
+        )
+        for sign, value in zip(self._signs.values(), values, strict=True):
+            sign.append(value)
 
     def cut_answers(self, characters: np.ndarray, left_out: np.ndarray) -> dict[int, str]:
         """Return the rows whose answers are cut -> the signs.
@@ -79,12 +81,8 @@ class CutTable:
         usual = distance > -0.1
         evidence = length
         signs = {}
-        for name, values, rate in (
-            ("no end", self.ends, CUT_OPEN), ("fewer lines or items", self.parts, CUT_FEWER),
-            ("fewer sentences", self.sentences, CUT_FEWER),
-            ("open bracket, list item or comma", self.dangling, CUT_DANGLING),
-        ):  # fmt: skip
-            sign = np.frombuffer(values, dtype=np.int8)[judged]
+        for name, rate in CUT_SIGNS.items():
+            sign = np.frombuffer(self._signs[name], dtype=np.int8)[judged]
             whole = ((sign[usual] == 1).sum() + 1) / ((sign[usual] >= 0).sum() + CUT_ROWS)
             whole = min(max(whole, WHOLE_RATE), 0.9)
             rate = max(rate, whole)
@@ -121,12 +119,10 @@ def _length_evidence(ratio: np.ndarray, english: np.ndarray) -> tuple[np.ndarray
 
 def _is_closed(text: str) -> bool:
     end = text.rstrip(_CLOSERS)
-    return bool(end) and (end[-1] in _TERMINATORS or len(end) < len(text.rstrip()) - 2 or _is_symbol(end[-1]))
-
-
-def _is_symbol(character: str) -> bool:
-    """Return True for an emoji or another picture, which can end a text."""
-    return "\u2190" <= character <= "\u2bff" or character >= "\U0001f000"
+    if not end or end[-1] in _TERMINATORS or len(end) < len(text.rstrip()) - 2:
+        return bool(end)
+    # An emoji or another picture can end a text.
+    return "\u2190" <= end[-1] <= "\u2bff" or end[-1] >= "\U0001f000"
 
 
 def _is_dangling(text: str) -> bool:

@@ -18,7 +18,7 @@ from pivotune.data.check.characters import (
     invisible_characters,
     wrong_encoding,
 )
-from pivotune.data.check.language import ENGLISH_WORDS, Text, is_unspaced
+from pivotune.data.check.language import ENGLISH_WORDS, LINK, Text, is_unspaced
 from pivotune.data.rows import Row
 from pivotune.data.templates import Turn
 
@@ -86,7 +86,6 @@ _ASKS_FOR_ENGLISH = re.compile(
     r"english|translat|(?<!job )\btitle|cipher|decrypt|decod|spell|grammar|capitali[sz]|punctuat|google search", re.I
 )
 _PROGRAM = re.compile(r"\w\([\w ]*[,)=]|[=!]=|\bSELECT\b|^\s*(?:def|for|if|while|import|return)\b.*[:;]$", re.M)
-_LINK = re.compile(r"(?:https?:|www\.)\s?/*\S+")
 
 
 def html_tags(text: Text, other: Text) -> str:
@@ -248,7 +247,7 @@ def left_in_english(target: Sequence[Text], english: Sequence[Text]) -> str:
     # A task that quotes English may be answered in English.
     if sum(quoted[word] for word in ENGLISH_WORDS) >= LEFT_COMMON and len(known.intersection(quoted)) > LEFT_COMMON:
         return ""
-    own_text, english_text = (_LINK.sub(" ", side[1].text) for side in (target, english))
+    own_text, english_text = (LINK.sub(" ", side[1].text) for side in (target, english))
     answer = Text(own_text).words
     longest: list[str] = []
     for is_known, run in groupby(answer, known.__contains__):

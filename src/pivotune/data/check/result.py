@@ -38,7 +38,7 @@ class Finding:
     row: Row = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        texts = {name: getattr(self.row, name) for name in ("prompt", "completion", "prompt_en", "completion_en")}
+        texts = {name: getattr(self.row, name) for name in TEXTS}
         return {"number": self.number, "id": self.row.id, "note": self.note, **texts}
 
 
@@ -145,6 +145,8 @@ class DataCheck:
         }
 
 
+# Of a row, in the order of training.
+TEXTS = ("prompt", "completion", "prompt_en", "completion_en")
 _LOOK = "look at them; leave them out if they do not translate each other"
 _TRANSLATE = "translate them or leave them out"
 # Title, defect and advice of each kind, most serious first.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pivotune.data.check.language import base_language
-from pivotune.data.check.result import DEFECTS, DataCheck, Findings, Histogram, Lengths
+from pivotune.data.check.result import DEFECTS, TEXTS, DataCheck, Findings, Histogram, Lengths
 from pivotune.data.check.rows import RowCheck, check_pairs
 from pivotune.data.examples import Encoder, Pair
 from pivotune.data.lazy import Subset
@@ -23,7 +23,6 @@ from pivotune.errors import UsageError
 TOKENIZED_ROWS = 10_000
 _BINS = 30
 _ROWS_PER_STEP = 512  # between two calls of `progress`
-_TEXTS = ("prompt", "completion", "prompt_en", "completion_en")
 
 
 def check_rows(
@@ -90,7 +89,7 @@ def _measure(rows: Sequence[Row], checked: RowCheck, encoder: Encoder | None) ->
         cut = {"prompts": meter.report.cut["prompts"], "answers": meter.report.cut["answers"], **limits}
     by_text = {
         name: Lengths(*map(float, np.percentile(counts, [50, 95])), max=int(counts.max()))
-        for name, counts in zip(_TEXTS, lengths.reshape(-1, 4).T, strict=True)
+        for name, counts in zip(TEXTS, lengths.reshape(-1, 4).T, strict=True)
         if len(counts)
     }
     unit = "tokens" if encoder else "characters"
@@ -107,7 +106,7 @@ def _histograms(characters: np.ndarray) -> dict[str, dict[str, Histogram]]:
     def by_text(values: np.ndarray) -> dict[str, Histogram]:
         # Beyond the largest, so that a single length has a bin too.
         edges = np.geomspace(values.min(), values.max() * 1.01, _BINS + 1)
-        columns = zip(_TEXTS, values.T, strict=False)
+        columns = zip(TEXTS, values.T, strict=False)
         counts = {name: np.histogram(column, edges)[0].tolist() for name, column in columns}
         return {name: {"edges": edges.round(3).tolist(), "counts": found} for name, found in counts.items()}
 
