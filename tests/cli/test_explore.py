@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,10 @@ def test_other_tokens_are_refused(explore, models, tmp_path):
     assert "vocab_size of" in explore(models[0], "--prompt", "a", "--against", str(tmp_path / "other"), code=2)
 
 
-def test_as_typed_a_served_page_answers_and_ctrl_c_ends_it(models):
+def test_as_typed_a_served_page_answers_and_ctrl_c_ends_it(models, request):
+    # A program that a script starts in the background ignores Ctrl-C, and so would the page of a test run started so.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pivotune", "explore", models[0], "--serve", "--max-new-tokens", "2"]
     source = Path(__file__).parents[2] / "src"
