@@ -7,7 +7,7 @@ from pivotune.methods.baselines import PlainFineTuning
 DEEP_SUPERVISION = PlainFineTuning(
     name="deep-supervision",
     summary="Deep supervision fine-tuning: the answer's cross-entropy in the target language, and losses at "
-    "two inner layers that use the parallel English text ([arXiv 2503.01275](https://arxiv.org/abs/2503.01275)).",
+    "inner layers that use the parallel English text ([arXiv 2503.01275](https://arxiv.org/abs/2503.01275)).",
     main_language="target",
     replay=True,
     inner_losses=True,

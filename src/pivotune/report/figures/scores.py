@@ -66,7 +66,7 @@ def difference_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
 
 
 def price_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
-    """Return the gain in the target language against the change in English, one point a run and benchmark.
+    """Return the gain in the target language against the gain in English, one point a run and benchmark.
 
     Both are differences to the baseline, turned so that better is up and right.
     """
@@ -87,7 +87,7 @@ def price_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
     panels = []
     for benchmark, metric in dict.fromkeys((row["benchmark"], row["metric"]) for row in rows):
         own = [row for row in rows if (row["benchmark"], row["metric"]) == (benchmark, metric)]
-        x = alt.X("english:Q", title=f"change in English, {metric_label(metric)} (right: better)", scale=_ROOM)
+        x = alt.X("english:Q", title=f"gain in English, {metric_label(metric)} (right: better)", scale=_ROOM)
         y = alt.Y("target:Q", title=["gain in the target", "language (up: better)"], scale=_ROOM)
         encodings = series("run", [row["run"] for row in rows])
         panel = intervals(own, x, y, encodings, 240)

@@ -34,7 +34,7 @@ def scores(material: Material) -> Section | None:
         )
     if {"en"} < {cell["language"] for cell in compared}:
         caption = (
-            "Who pays for what: the gain in the target language against the change in English. Up and right of the dashed "
+            "Who pays for what: the gain in the target language against the gain in English. Up and right of the dashed "
             "lines is better in both."
         )
         blocks.append(Figure("price-in-english", price_figure(cells, baseline).to_dict(), caption))
