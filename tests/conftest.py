@@ -140,7 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _old_objects_out_of_garbage_collection() -> None:
-    """Every training ends with a full collection: keep imported modules, and what caches hold, out of it."""
+    """Keep imported modules and cached objects out of the full collection that ends each training."""
     gc.collect()
     gc.freeze()
 

@@ -228,6 +228,6 @@ if __name__ == "__main__":
 
     import pivotune.runs.execute  # noqa: F401
 
-    # The full collection that ends each training leaves out what was imported here.
+    # The full collection that ends each training leaves these imports out.
     gc.freeze()
     _serve()

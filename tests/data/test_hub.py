@@ -5,7 +5,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from pivotune.data.sources import HubName, load_rows, parse_hub_name, read_hub
+from pivotune.data.hub import HubName, parse_hub_name, read_hub
+from pivotune.data.sources import load_rows
 from pivotune.errors import UsageError
 
 ROW = {"prompt": "Swali", "completion": "Jibu", "prompt_en": "Question", "completion_en": "Answer"}

@@ -1,4 +1,4 @@
-"""The explorer's page in headless Chromium: what it draws, its controls, its keyboard; offline, and served."""
+"""The explorer's page in headless Chromium: drawing, controls, keyboard; offline, and served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pivotune report`: what the page is made of, what it says is missing, and how large it becomes."""
+"""`pivotune report`: sections, missing parts, and size of the page."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from planted import call, copy, plant_code, refused, write_yaml
 from tiny_training import tiny_rows
 from transformers import dynamic_module_utils
 
-from pivotune.data.sources import parse_hub_name, read_hub
+from pivotune.data.hub import parse_hub_name, read_hub
 from pivotune.data.templates import Turn, load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks.tables import read_hub_records

@@ -266,7 +266,7 @@ def test_a_field_changes_the_training(effect, tmp_path, without_field):
 def test_a_field_changes_the_trainer(effect, tmp_path):
     verbosity = transformers.logging.get_verbosity()
     try:
-        # Some of what is observed belongs to the process: one trainer after the other.
+        # Hooks and flags of the process are observed too: one trainer after the other.
         without = effect.observe(build(tmp_path, **effect.beside))
         assert effect.observe(build(tmp_path, **effect.beside, **{effect.field: effect.value})) != without
     finally:

@@ -17,12 +17,11 @@ from pivotune.layers.measure import analyze_layers
 from pivotune.objectives.deep_supervision import build_objectives
 from pivotune.objectives.english_nll import PositionalNLL
 from pivotune.training.arguments import DeepSupervisionConfig
+from pivotune.training.layer_choice import check_layers, choose_supervision
 from pivotune.training.preparation import (
     build_encoder,
     build_heldout_datasets,
     build_train_dataset,
-    check_layers,
-    choose_supervision,
     context_length,
     encode_dataset,
     encode_rows,

@@ -33,7 +33,7 @@ def explore(
     serve: Annotated[bool, typer.Option("--serve", help="Open a local page on which prompts are typed.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: a free one.")] = 0,
 ) -> None:
-    """Show what each layer would say next: the likeliest token, its probability, entropy and language, layer by token."""
+    """Show the next token that each layer predicts, with probability, entropy and language, layer by token."""
     prompts, names = prompt or [], [run_or_model] if against is None else [run_or_model, against]
     if len(set(names)) < len(names):
         raise UsageError(f"--against: {against} is the model itself; name another one")

@@ -23,7 +23,7 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Report of runs",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page.")] = False,
 ) -> None:
-    """Show runs as one page: what was trained, which differences are real, figures, answers side by side."""
+    """Show runs as one page: methods and data, real differences, figures, answers side by side."""
     check_page_path(out, overwrite=overwrite)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise UsageError(f"--figures: {figures} is a file; name a folder")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pivotune.data.formats import describe_file_types, is_data_file_name, missing_file_error, numbered_by, read_file
+from pivotune.data.formats import numbered_by, read_file
+from pivotune.data.hub import parse_hub_name, read_hub
 from pivotune.data.lazy import LazySequence, Spool
 from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, RowError, parse_row, record_id
 from pivotune.data.text_files import NumberedRecords
@@ -33,8 +33,6 @@ from pivotune.text.json_text import shown
 RowSource = str | os.PathLike[str] | Iterable[Any]
 
 _OBJECTS = "a file, a Hub dataset name, a datasets.Dataset or a list of dicts"
-_HUB_PREFIX = "hub:"
-_HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[^/:]+))?(?::(?P<split>.+))?")
 # Skipped rows are counted by reason up to this many reasons, then together: a reason can quote a text of its row.
 _REASONS = 50
 _OTHER_REASONS = "other reasons"
@@ -109,17 +107,6 @@ class _Concatenation(LazySequence[Row]):
         place = bisect_right(self._ends, index)
         row = self._parts[place][index - self._ends[place]]  # from the end of the part
         return replace(row, number=self._starts[place] + row.number)
-
-
-class HubName(NamedTuple):
-    """A dataset on the Hub: `path` is owner/name; `config` and `split` are None for the default ones."""
-
-    path: str
-    config: str | None = None
-    split: str | None = None
-
-    def __str__(self) -> str:
-        return self.path + (f"/{self.config}" if self.config else "") + (f":{self.split}" if self.split else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,45 +252,6 @@ def _refuse_empty(name: str, records: NumberedRecords) -> NumberedRecords:
         raise UsageError(f"{name}: holds no rows")
     yield first
     yield from records
-
-
-def parse_hub_name(source: str) -> HubName | None:
-    """Return the parts of a Hub name, or None for the name of a file here.
-
-    Raises:
-        UsageError: it is neither a Hub name nor a data file.
-    """
-    path = Path(source).expanduser()
-    is_marked = source.startswith(_HUB_PREFIX)
-    if not is_marked and (path.exists() or is_data_file_name(path)):
-        return None
-    match = _HUB_NAME.fullmatch(source.removeprefix(_HUB_PREFIX))
-    if match and (is_marked or not path.parent.is_dir()):
-        return HubName(**match.groupdict())
-    if is_marked:
-        raise UsageError(f"{source}: not a Hub dataset; allowed: hub:owner/name[/config][:split]")
-    allowed = f"allowed: {describe_file_types()}; or a Hub dataset as hub:owner/name[:split]"
-    raise UsageError(f"{missing_file_error(path)} ({allowed})")
-
-
-def read_hub(name: HubName) -> NumberedRecords:
-    """Yield (number, record) for every record of a Hub dataset, through `datasets` and its cache.
-
-    Raises:
-        UsageError: the dataset, config or split does not exist or cannot be loaded, in one line.
-    """
-    from datasets import load_dataset
-
-    try:
-        dataset: Any = load_dataset(name.path, name.config, split=name.split)
-    except Exception as error:  # the Hub, the network and the builder share no narrower type
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{name}: no such file, and as a Hub dataset it cannot be loaded: {reason}") from error
-    if isinstance(dataset, Mapping):
-        if "train" not in dataset and len(dataset) != 1:
-            raise UsageError(f"{name}: has no split `train`; add one with a colon: {', '.join(map(str, dataset))}")
-        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
-    yield from enumerate(dataset, start=1)
 
 
 class _Entry(NamedTuple):

@@ -128,7 +128,7 @@ def paired_difference(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _write_for_the_report(folder: Path, results: dict[str, Any]) -> None:
-    """Write what a report shows beside the runs' own files: data check, entropy before and after, answers, `base.json`."""
+    """Write the report's further inputs: data check, entropy before and after training, answers, `base.json`."""
     language, layers = results["settings"]["language"], results["layers"]
     rows = load_rows(str(folder / "train.jsonl"), on_bad_row="skip")
     write_json(folder / METHODS[-1] / DATA_CHECK, check_rows(rows, language=language).to_dict())

@@ -28,8 +28,8 @@ from pivotune.training.distributed.strategies import (
     strategy_of,
     whole_weights_reason,
 )
+from pivotune.training.layer_choice import assumed_supervision
 from pivotune.training.phase import check_phase
-from pivotune.training.preparation import assumed_supervision
 
 logger = logging.getLogger(__name__)
 # Full sharding is tried over up to this many devices.

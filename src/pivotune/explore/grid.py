@@ -58,7 +58,7 @@ class GridDifference:
 
 @torch.no_grad()
 def lens_states(model: nn.Module, ids: list[int], lens: Lens | None, start: int = 0) -> Tensor:
-    """Return what the final norm reads at the positions from `start` on, (L + 1, N, D), from one forward pass.
+    """Return the inputs of the final norm at the positions from `start` on, (L + 1, N, D), from one forward pass.
 
     Args:
         lens: applied below layer L; None for the logit lens.

@@ -35,7 +35,7 @@ _MARKS = ("config.yaml", "environment.json", "metrics.jsonl", "results.json", "l
 
 @dataclass(frozen=True, slots=True)
 class RunParts:
-    """What was read of one run, or of one results file.
+    """Content of one run folder, or of one results file.
 
     Attributes:
         name: unique in the report.

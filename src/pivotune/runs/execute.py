@@ -36,11 +36,9 @@ from pivotune.runs.record import (
 from pivotune.text.files import write_items, write_json, write_text
 from pivotune.training.distributed import ranks
 from pivotune.training.heldout import RowScore, score_answers, summarize
+from pivotune.training.layer_choice import measure_layers
 from pivotune.training.metrics import MetricsFile
-from pivotune.training.preparation import (
-    heldout_examples,
-    measure_layers,
-)
+from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress, silent
 from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals

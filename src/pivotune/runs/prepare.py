@@ -23,13 +23,13 @@ from pivotune.runs.record import check_rows_record
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_sharding
+from pivotune.training.layer_choice import check_layers
 from pivotune.training.lens_fitting import check_lens_rows
 from pivotune.training.phase import check_phase
 from pivotune.training.preparation import (
     build_encoder,
     build_train_dataset,
     check_evaluation,
-    check_layers,
     encode_rows,
     heldout_examples,
     load_run_rows,

@@ -32,8 +32,8 @@ from pivotune.sweeps.plan import Cell
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact
 from pivotune.training.arguments import build_arguments
+from pivotune.training.layer_choice import check_layers
 from pivotune.training.lens_fitting import LENS_FILE
-from pivotune.training.preparation import check_layers
 from pivotune.training.resilience.checkpoints import last_checkpoint
 from pivotune.training.resilience.preemption import StopSignals
 

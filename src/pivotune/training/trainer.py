@@ -38,6 +38,7 @@ from pivotune.training.english_features import with_features
 from pivotune.training.english_predictions import with_start_predictions
 from pivotune.training.gradient_balance import GradientBalance
 from pivotune.training.interpolation import Interpolation
+from pivotune.training.layer_choice import choose_supervision
 from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
 from pivotune.training.phase import Phase
@@ -46,7 +47,6 @@ from pivotune.training.preparation import (
     build_heldout_datasets,
     build_train_dataset,
     check_evaluation,
-    choose_supervision,
     encode_dataset,
     freeze_unused_parameters,
     pad_token_of,

@@ -19,7 +19,7 @@ _SPACED = (
     "\u1800-\u1fff\u2c00-\u2dff\ua4d0-\uabff\uac00-\ud7a3\ufb00-\ufd3d\ufd50-\ufdfb\ufe70-\ufefc"
 )
 _WORD = re.compile(f"[{_UNSPACED}]+|[{_SPACED}]+")
-# Addresses, from where they are surely ones; translators put spaces into them.
+# Addresses, from their scheme, `www` or top-level domain on; translators put spaces into them.
 LINK = re.compile(r"(?:(?:https?:|www\.)\s?/*|\.\w{2,4}/)\S*")
 # A copied sentence has kept one of these; a translated list of names has not.
 ENGLISH_WORDS = frozenset(

@@ -1,4 +1,4 @@
-"""Figures over the layers of a model: entropy and what each layer can say, before and after training, and a layer sweep."""
+"""Figures over the layers of a model: entropy and likelihood, before and after training, and a layer sweep."""
 
 from __future__ import annotations
 

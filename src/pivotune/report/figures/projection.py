@@ -1,4 +1,4 @@
-"""Figure of sentences in two dimensions: where a model puts a sentence and its translation (the paper's Figure 4)."""
+"""Figure of sentences and their translations in two dimensions (the paper's Figure 4)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def score_figure(cells: Cells) -> alt.VConcatChart:
 
 
 def difference_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
-    """Return the paired differences to the baseline with their 95 % intervals; filled points are told apart from zero."""
+    """Return the paired differences to the baseline with their 95 % intervals; a filled point's excludes zero."""
     rows = [
         {
             "task": cell["task"],

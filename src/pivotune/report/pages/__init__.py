@@ -1,4 +1,4 @@
-"""Pages of a report: one file each, a function from what was read of the runs to a section, or to None without material."""
+"""Pages of a report: one file each, a function from the runs' content to a section, or to None without material."""
 
 from __future__ import annotations
 

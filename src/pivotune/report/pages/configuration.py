@@ -11,7 +11,7 @@ from pivotune.report.runs import Material
 
 
 def configuration(material: Material) -> Section | None:
-    """Return a table of the keys whose values differ, without where a run was written."""
+    """Return a table of the keys whose values differ, without the runs' own folders."""
     runs = [run for run in material.runs if run.config]
     if not runs:
         return None

@@ -1,4 +1,4 @@
-"""The training data of the runs, and what a data check found in it."""
+"""Show the training data of the runs, and the findings of its data check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXCERPT = 600  # characters of a text of an example row
 
 
 def data(material: Material) -> Section | None:
-    """Return what the data check found, once for each check; else the command that makes one."""
+    """Return the findings of each data check; else the command that makes one."""
     checks = {json.dumps(run.data_check, sort_keys=True): run.data_check for run in material.runs if run.data_check}
     blocks: list[Block] = [block for check in checks.values() for block in check_blocks(check)]
     if checks:

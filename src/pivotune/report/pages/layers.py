@@ -1,4 +1,4 @@
-"""What each layer can say: the entropy of the layers before and after training, and translations found by layer."""
+"""Show the entropy of the layers before and after training, and the retrieval of translations by layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def layers(material: Material) -> Section | None:
         caption = (
             f"The starting model of {run.name}, read at every layer. Conversion to English ends at layer i = "
             f"{found['conversion']}, thinking at layer j = {found['thinking']} of {found['num_layers']}. "
-            "Low entropy: the layer is sure of the next token, in whatever language."
+            "Low entropy: the layer is sure of the next token, in any language."
         )
         names = ["layer", *(f"entropy {language}" for language in ("target", "English") if found.get(_KEYS[language]))]
         columns = [

@@ -1,4 +1,4 @@
-"""Scores with intervals, differences to the baseline, what they cost in English, and the language of the answers."""
+"""Show scores with intervals, differences to the baseline, their price in English, and the language of the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in short: what was trained on what, which differences are real, the price in English, missing parts."""
+"""Summarize the report: methods and data, real differences, the price in English, missing parts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from pivotune.report.figures.training import training_figure
 from pivotune.report.page import Block, Figure, Section, Table
 from pivotune.report.runs import Material
 
-_MOST_RUNS = 6  # in one figure; more lines cannot be told apart
+_MOST_RUNS = 6  # in one figure; more lines hide each other
 
 
 def training(material: Material) -> Section | None:
