@@ -186,6 +186,7 @@ def test_the_defaults_read_the_layers_through_a_lens(config, capsys):
     assert list(figures) == [layers["thinking"]]
     assert "conversion_loss" not in metrics(run)[0]
     assert "linear schedule; tuned lens" in (out := capsys.readouterr().out)
+    assert f"layers   thinking {layers['thinking']} (" in out
     kl = figures[layers["thinking"]].kl
     assert "lens     KL from the output in nats: " in out
     assert f"{kl:.2f} at layer {layers['thinking']} (logit lens " in out

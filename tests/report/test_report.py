@@ -71,6 +71,14 @@ def test_several_sources_and_one_loss_are_named(tmp_path):
     assert "pivotune data check 'a b.jsonl' c.jsonl --lang vi" in text_of(found["Data"])
 
 
+def test_an_analysis_without_entropy_draws_no_layers(tmp_path):
+    write_run(tmp_path / "run", {"xquad_vi": items(0.0)})
+    marks = {"conversion": 3, "thinking": 20, "num_layers": 30, "method": "reading", "model": "m", "reason": ""}
+    for target in ({"entropy": []}, []):
+        (tmp_path / "run" / "layers.json").write_text(json.dumps({"version": 1, **marks, "target": target}))
+        assert "Layers" not in sections_of(tmp_path / "run")
+
+
 def test_a_worse_run_is_named_too(two_runs):
     text = text_of(sections_of(two_runs, baseline="deep-supervision")["Summary"])
     assert "tft is worse than deep-supervision on xquad_vi" in text
