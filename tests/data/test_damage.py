@@ -171,6 +171,17 @@ def test_cut_answers(language, kept):
     assert check.flagged == len(found)
 
 
+def test_a_cut_chinese_answer_that_keeps_english_names():
+    # In characters the kept half is longer than a whole answer: a Chinese character stands for three letters or so.
+    rows = parallel_rows("zh", 300)
+    names = ["Robert Downey", "Abraham Lincoln", "Marie Curie", "Elizabeth Taylor"]
+    planted = [row for row in rows if row.completion_en.count(".") == 2][:10]
+    for row in planted:
+        english = f"{', '.join(names)} are known. {row.completion_en}"
+        rows = with_row(rows, row.number, completion=f"{'、'.join(names)}众所周知。", completion_en=english)
+    assert numbers_of(check_rows(rows, language="zh"), "cut_answer") == [row.number for row in planted]
+
+
 def test_answers_without_full_stops_are_not_cut():
     rows = [replace(row, completion=row.completion.rstrip(".")) for row in parallel_rows("sw", 300)]
     assert "cut_answer" not in names_of(check_rows(rows, language="sw"))

@@ -40,6 +40,7 @@ _OPEN_ITEM = re.compile(r"(?:^|\s)\d{1,3}[.)、．]\Z|^\s*[A-Za-z][.)]\Z", re.MU
 _JOINING = tuple(",，、،؍-–—/(（[「『“‘«&+=:：")
 _BRACKETS = (("(（", ")）"), ("[［", "]］"), ("“「『《", "”」』》"))
 _SENTENCE_END = re.compile(r"(?<![.\d])[.!?…؟۔।॥។။።]+(?=\W*\s)|[。！？．｡]+")
+_EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 _LINE = re.compile(r"\S[^\n]*")
 _ITEM = re.compile("[,，、،;；؛]")
 # An English answer with so many lines or items is a list.
@@ -47,10 +48,15 @@ _LEAST_LINES, _LEAST_ITEMS = 3, 4
 
 
 class CutTable:
-    """The signs of all rows, 4 bytes a row: 1, or 0 for an answer like its English, -1 where that gives no measure."""
+    """The signs and lengths of all rows, 12 bytes a row.
+
+    A sign is 1, or 0 for an answer like its English, -1 if the row gives no measure.
+    """
 
     def __init__(self) -> None:
         self._signs = {name: array("b") for name in CUT_SIGNS}
+        # Lengths of each row's answer and of its English.
+        self._lengths = array("i")
 
     def append(self, answer: str, english: str) -> None:
         """Add the answers of the next row."""
@@ -64,18 +70,15 @@ class CutTable:
         )
         for sign, value in zip(self._signs.values(), values, strict=True):
             sign.append(value)
+        self._lengths.extend((_length(answer), _length(english)))
 
-    def cut_answers(self, characters: np.ndarray, left_out: np.ndarray) -> dict[int, str]:
-        """Return the rows whose answers are cut -> the signs.
-
-        Args:
-            characters: int32 (rows, 2), lengths of the answer and of its English.
-            left_out: bool (rows,), rows that are damaged otherwise.
-        """
-        judged = np.flatnonzero(~left_out & (characters[:, 1] >= CUT_CHARACTERS))
+    def cut_answers(self, left_out: np.ndarray) -> dict[int, str]:
+        """Return the rows whose answers are cut -> the signs; rows in `left_out`, bool (rows,), are damaged otherwise."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32).reshape(-1, 2)
+        judged = np.flatnonzero(~left_out & (lengths[:, 1] >= CUT_CHARACTERS))
         if len(judged) < CUT_ROWS:
             return {}
-        target, english = np.log(characters[judged] + _FEW).T
+        target, english = np.log(lengths[judged] + _FEW).T
         distance, length = _length_evidence(target - english, english)
         # Count rows of the usual length as whole: the rates then do not depend on the share of cut rows.
         usual = distance > -0.1
@@ -115,6 +118,14 @@ def _length_evidence(ratio: np.ndarray, english: np.ndarray) -> tuple[np.ndarray
     late = CUT_LATE * np.exp(-np.maximum(distance, 0) / scale)
     kept = np.where(distance < math.log(CUT_KEPT), np.exp(distance) / CUT_KEPT, late)
     return distance, np.log(kept / whole)
+
+
+def _length(text: str) -> int:
+    """Return the length in letters of an alphabet, as which an East Asian character counts three.
+
+    A Chinese answer that keeps English names is then not longer than one that translates them.
+    """
+    return len(text) + 2 * len(_EAST_ASIAN.findall(text))
 
 
 def _is_closed(text: str) -> bool:

@@ -158,7 +158,7 @@ def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list
         note = partial(_why_misaligned, rows, index, strange.get(index), bool(unusual[index]))
         found.add("misaligned", index, note, int(signals[index]) + excess)
     explained |= found.flagged(["misaligned"], len(rows))
-    for index, note in checked.cuts.cut_answers(checked.traces.characters()[:, :, 1], explained).items():
+    for index, note in checked.cuts.cut_answers(explained).items():
         found.add("cut_answer", index, note)
     explained |= found.flagged(["cut_answer"], len(rows))
     for index in np.flatnonzero(unusual & ~explained).tolist():
