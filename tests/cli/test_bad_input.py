@@ -167,7 +167,8 @@ by_set("unknown_method",
        "'cross-lingual'",
        "method=dft")  # fmt: skip
 by_set("unknown_signal",
-       "FOLDER/run.yaml: supervision.conversion.signal: 'logit' is not allowed; allowed: 'logits', 'feature' or 'none'",
+       "FOLDER/run.yaml: supervision.conversion.signal: 'logit' is not allowed; "
+       "allowed: 'logits', 'feature', 'contrastive', 'cka' or 'none'",
        "supervision.conversion.signal=logit")  # fmt: skip
 by_set("no_signal", "FOLDER/run.yaml: supervision: both signals are none; that is method: tft",
        "supervision.conversion.signal=none", "supervision.thinking.signal=none")  # fmt: skip

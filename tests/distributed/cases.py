@@ -37,6 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "feature-joint-last": {**FEATURE, "feature_english": "joint", "feature_pooling": "last"},
     "feature-joint-answer": {**FEATURE, "feature_english": "joint", "feature_span": "query+answer"},
     "feature-frozen": {**FEATURE, "feature_english": "frozen"},
+    "contrastive": {"conversion_signal": "none", "thinking_signal": "contrastive"},
+    "contrastive-joint": {"conversion_signal": "contrastive", "thinking_signal": "contrastive",
+                          "supervision": {"contrastive": {"english": "joint", "temperature": 0.5}}},
+    "cka": {"conversion_signal": "none", "thinking_signal": "cka", "supervision": {"cka": {"span": "query+answer"}}},
+    "cka-joint": {"conversion_signal": "none", "thinking_signal": "cka", "supervision": {"cka": {"english": "joint"}}},
+    "contrastive-one-row-each": {"per_process": 1, "english_ratio": 0.5, "conversion_signal": "none",
+                                 "thinking_signal": "contrastive", **_RANDOM},
     "mixed": {"conversion_signal": "feature", "logits_forward": "separate"},
     # Batches of one row a process: most steps have a process without an English side.
     "one-row-each": {"per_process": 1, "english_ratio": 0.5, **_RANDOM},

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 # One of each kind; the other cases are exhaustive.
 _QUICK = ["tft", "logits-shared", "logits-separate", "prompt", "lens-tuned", "feature-joint-answer", "feature-frozen",
+          "contrastive", "cka-joint",
           "one-row-each", "phase", "keep-english", "accumulated", "checkpointed", "lora", "gemma2"]  # fmt: skip
 _REST = [name for name in CASES if name not in _QUICK]
 # Plain data parallelism and sharding; own activation checkpointing of FSDP; mixed precision, whose rounding differs.

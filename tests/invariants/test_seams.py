@@ -71,7 +71,7 @@ def test_trained_from_yaml(tmp_path, capsys):
     [
         ({"push": {"powr": 3}}, r"unknown key supervision\.push\.powr; did you mean supervision\.push\.power\?"),
         ({"pusch": {"power": 3}}, r"unknown key supervision\.pusch"),
-        ({"thinking": {"signal": "pusch"}}, r"allowed: 'logits', 'feature', 'push' or 'none'"),
+        ({"thinking": {"signal": "pusch"}}, r"allowed: 'logits', 'feature', 'contrastive', 'cka', 'push' or 'none'"),
         ({"lens": "halfing"}, r"allowed: 'logit', 'tuned', 'model' or 'halving'"),
     ],
 )

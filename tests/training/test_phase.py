@@ -9,6 +9,7 @@ from tiny_training import arguments, assert_same, make_pairs, run_config, step_l
 from torch import nn
 
 from pivotune.config.registry import METHODS
+from pivotune.config.settings import SupervisionConfig
 from pivotune.data.datasets import training_examples
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import deep_supervision_terms
@@ -115,6 +116,28 @@ def test_log_lines_report_the_phase(tmp_path):
     assert all("tft_loss" in line for line in lines)
     assert lines[0]["loss"] == pytest.approx(0.7 * lines[0]["conversion_loss"] + 0.4 * lines[0]["thinking_loss"])
     assert lines[3]["loss"] == pytest.approx(lines[3]["tft_loss"])
+
+
+def test_in_turn_inner_losses_and_the_task_train_alone(tmp_path):
+    """The optimizer sees one kind of gradient in each step, and the schedule runs over the whole run."""
+    trainer = tiny_trainer(tmp_path, **PLAIN, supervision={"alternate": True})
+    trainer.balance.layers = {}
+    trainer.train()
+    lines = step_logs(trainer)
+    assert [line["supervision_factor"] for line in lines] == pytest.approx([1.0, 0, 0.6, 0, 0.2, 0])
+    assert ["thinking_loss" in line for line in lines] == [True, False] * 3
+    for line in lines[::2]:
+        inner = 0.7 * line["conversion_loss"] + 0.4 * line["thinking_loss"]
+        assert line["loss"] == pytest.approx(line["supervision_factor"] * inner)
+    assert [line["loss"] for line in lines[1::2]] == pytest.approx([line["tft_loss"] for line in lines[1::2]])
+    # The head belongs to L_TFT alone.
+    steps = next(s["step"] for p, s in trainer.optimizer.state.items() if p is trainer.model.lm_head.weight)
+    assert int(steps) == 3
+
+
+def test_in_turn_and_a_phase_are_refused():
+    with pytest.raises(ValueError, match=r"supervision\.alternate: a phase has steps of its own"):
+        SupervisionConfig(alternate=True, phase={"steps": 3})
 
 
 def test_no_pass_of_an_inner_loss_runs_after_the_phase(tmp_path):

@@ -79,6 +79,8 @@ OBJECTIVES: Registry[Any] = Registry(
     {
         "logits": "pivotune.objectives.english_nll:build_english_nll",
         "feature": "pivotune.objectives.cosine:Cosine",
+        "contrastive": "pivotune.objectives.contrastive:Contrastive",
+        "cka": "pivotune.objectives.cka:CenteredKernelAlignment",
     }
 )
 LENSES: Registry[Any] = Registry(

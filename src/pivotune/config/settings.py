@@ -158,6 +158,19 @@ class FeatureConfig(Section):
     english_norm: Literal["final", "raw"] = "final"
 
 
+class CkaConfig(Section):
+    """Options of the cka signal."""
+
+    span: Literal["query", "query+answer"] = "query"
+    english: Literal["detached", "joint"] = "detached"
+
+
+class ContrastiveConfig(CkaConfig):
+    """Options of the contrastive signal."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1  # arXiv 2502.14830
+
+
 class TunedLensConfig(Section):
     """The fit of the tuned lens on the starting model, before training."""
 
@@ -215,11 +228,14 @@ class SupervisionConfig(Section):
     conversion: SignalConfig = SignalConfig(signal="none")
     thinking: SignalConfig = SignalConfig()
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    alternate: bool = False  # inner losses and L_TFT train in turn: even optimizer steps, counted from 0, and odd ones
     phase: PhaseConfig = PhaseConfig()
     keep_english: KeepEnglishConfig = KeepEnglishConfig()
     lens: LensName = "tuned"
     logits: LogitsConfig = LogitsConfig()
     feature: FeatureConfig = FeatureConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    cka: CkaConfig = CkaConfig()
     tuned: TunedLensConfig = TunedLensConfig()
     balance: BalanceConfig = BalanceConfig()
     # What an `auto` layer is chosen by: what each layer can say through a tuned lens, or the paper's entropy curve.
@@ -252,6 +268,12 @@ class SupervisionConfig(Section):
             )
         if logits.mode == "positional" and self.lens == "model":
             raise ValueError("supervision.lens: model continues English branches; set logits.mode: autoregressive")
+        return self
+
+    @model_validator(mode="after")
+    def _alternate_without_phase(self) -> SupervisionConfig:
+        if self.alternate and self.phase.steps:
+            raise ValueError("supervision.alternate: a phase has steps of its own; set supervision.phase.steps: 0")
         return self
 
     @model_validator(mode="after")

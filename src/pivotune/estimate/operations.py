@@ -99,15 +99,17 @@ def row_operations(example: Example, costs: Costs, supervision: SupervisionConfi
     total += costs.head * main.num_answer_tokens * (3 if costs.head_trained else 2)
     if parallel is None:
         return total
-    query = main.answer
+    query, english_passes = main.answer, []
     lengths = {
         "conversion": (parallel.num_query_tokens, main.num_query_tokens),
         "thinking": (parallel.num_answer_tokens, main.num_answer_tokens),
     }
-    feature_layers = []
     for name, signal in supervision.active().items():
-        if signal.signal == "feature":
-            feature_layers.append(english_layer(InnerLoss(name, int(signal.layer)), costs.num_layers))
+        if signal.signal in ("feature", "contrastive", "cka"):
+            layer = int(signal.layer)
+            if signal.signal == "feature":
+                layer = english_layer(InnerLoss(name, layer), costs.num_layers)
+            english_passes.append((layer, supervision.options(signal.signal).english))
             continue
         autoregressive = supervision.logits.mode == "autoregressive"
         english, target = lengths[name]
@@ -127,13 +129,14 @@ def row_operations(example: Example, costs: Costs, supervision: SupervisionConfi
             if through_model:
                 above = costs.num_layers - int(signal.layer)
                 total += above * (costs.reading_step * run + costs.attention * pairs)
-    if feature_layers and supervision.feature.english != "frozen":
-        # The forward pass of the English row that the feature signal compares with; frozen features are computed once.
+    english_passes = [each for each in english_passes if each[1] != "frozen"]
+    if english_passes:
+        # The forward pass of the English row that pooled signals compare with; frozen features are computed once.
         tokens = len(parallel.ids)
-        joint = supervision.feature.english == "joint"
+        joint = any(english == "joint" for _, english in english_passes)
         share = 1.0 if joint else 2 / 7
         step = costs.step if joint else costs.block
-        total += max(feature_layers) * (step * tokens + share * costs.attention * tokens**2)
+        total += max(english_passes)[0] * (step * tokens + share * costs.attention * tokens**2)
     return total
 
 

@@ -40,7 +40,8 @@ class Objective(Protocol):
 
     Attributes:
         additive: True where the loss is a sum over items, so that 1 x 8 = 8 x 1 = 2 ranks. A loss over pairs of rows is
-            not additive: it compares the rows of one micro-batch, and other micro-batches train differently.
+            not additive: it compares the rows of one micro-batch, and other micro-batches train differently. If it has a
+            method `start_window`, that is called before each accumulation window.
         uses_lens: whether it reads states through the lens, which may have to be fitted for its layers.
     """
 

@@ -68,6 +68,11 @@ class DeepSupervisionLoss:
         names = [name for name in self.names[1:] if name not in skip]
         return {**terms, **{name: inner.get(name) or no_loss(batch) for name in names}}
 
+    def start_window(self) -> None:
+        """Begin an accumulation window: objectives that compare its rows forget those of the window before."""
+        for objective, _ in self.objectives:
+            getattr(objective, "start_window", lambda: None)()
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return the number of items that each term of a batch counts; see `term_counts`."""
         counts = {"tft": (batch["labels"][:, 1:] >= 0).sum()}

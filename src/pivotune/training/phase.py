@@ -1,4 +1,5 @@
-"""`supervision.phase`: the first optimizer steps train the inner losses, alone or with L_TFT, and the rest L_TFT alone."""
+"""Optimizer steps of the inner losses and of L_TFT: `supervision.phase` trains the first of them in the first steps,
+`supervision.alternate` in every other one."""
 
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ class Phase(TrainerCallback):
         """Return the factor on the weights of the inner losses: the schedule over the phase or the run; 0 after a phase."""
         if self._phase.steps and step >= self._phase.steps:
             return 0.0
+        if self._supervision.alternate and step % 2:
+            return 0.0
         return schedule_factor(self._supervision.schedule, step, self._phase.steps or num_steps)
 
     def weights(self, step: int, num_steps: int) -> dict[str, float]:
@@ -42,6 +45,8 @@ class Phase(TrainerCallback):
         return self._phase.learning_rate if step < self._phase.steps else None
 
     def _is_alone(self, step: int) -> bool:
+        if self._supervision.alternate:
+            return step % 2 == 0
         return step < self._phase.steps and not self._phase.task
 
     # ---- events ----

@@ -174,7 +174,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         if interpolation is not None:
             # Behind the average, which it reads.
             self.add_callback(interpolation)
-        if self.supervision.phase.steps:
+        if self.supervision.phase.steps or self.supervision.alternate:
             self.add_callback(self._phase)
         self._window = LogWindow(self._losses.names, args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
@@ -233,6 +233,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
                 step, reduce = self.state.global_step, self._sum_over_ranks
                 weights = self._phase.weights(step, self.state.max_steps)
                 self.balance.measure(model, batch, self._losses, weights, step, reduce)
+                self._losses.start_window()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def get_batch_samples(
@@ -240,6 +241,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """Return the batches of one accumulation window, and the count of every term over the window and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._losses.start_window()
         return batches, self._count_terms(batches, device) if batches else None
 
     def compute_loss(
