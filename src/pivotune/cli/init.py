@@ -30,7 +30,7 @@ data:
 
 _SUPERVISION = """
 supervision:
-  thinking: {signal: logits, layer: auto} # English thinking at a middle layer, weight 0.3: logits | feature | contrastive | cka
+  thinking: {signal: logits, layer: auto} # English thinking, weight 0.3: logits | feature | contrastive | cka
   # conversion: {signal: logits, layer: auto} # language conversion at a bottom layer; off unless given
   # schedule: linear                  # constant | linear | cosine, down to 0 at the last step
   # lens: tuned                       # logit (raw states) | tuned (fitted before training) | model (its upper layers)
