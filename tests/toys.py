@@ -68,6 +68,9 @@ class BothPrompts:
     inner_losses = True
     needs_english = True
 
+    def rewriter(self, num_rows: int, settings: object) -> None:
+        return None
+
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         english_prompt = np.tile([False, True], len(replayed))
         return ExamplePlan(

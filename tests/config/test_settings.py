@@ -14,8 +14,8 @@ from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, preset, method, data, supervision, training, faults, ema, interpolate, lora, quantize, dtype, revision, "
-    "trust_remote_code, output_dir, seed"
+    "model, preset, method, data, supervision, cross_lingual, training, faults, ema, interpolate, lora, quantize, dtype, "
+    "revision, trust_remote_code, output_dir, seed"
 )
 
 
@@ -86,6 +86,7 @@ def test_every_default():
             "profile_rows": 64,
         },
         "training": {},
+        "cross_lingual": {"english_answers": 1 / 3, "english_prompts": 0.0, "translations": 0.0},
         "faults": {"nonfinite": "stop", "skip_limit": 10, "hang_timeout": 1800.0},
         "ema": None,
         "interpolate": 1.0,

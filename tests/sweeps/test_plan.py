@@ -51,6 +51,15 @@ def test_english_is_kept_by_every_method_with_replay(config):
     ]
 
 
+def test_shares_of_cross_lingual_rows_belong_to_that_method(config):
+    grid = ("method=tft,cross-lingual", "cross_lingual.translations=0,0.5")
+    assert names(plan(config, *grid)) == [
+        "method=tft,seed=7",
+        "method=cross-lingual,cross_lingual.translations=0,seed=7",
+        "method=cross-lingual,cross_lingual.translations=0.5,seed=7",
+    ]
+
+
 def test_seed_of_the_configuration_where_none_is_given(config):
     (cell,) = plan(config, "method=tft")
     assert (cell.name, cell.seed) == ("method=tft,seed=7", 7)

@@ -8,7 +8,7 @@ import pytest
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_config, tiny_rows
 from tiny_training import arguments, make_pairs
 
-from pivotune.config.settings import DataConfig
+from pivotune.config.settings import DataConfig, RunConfig
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.data.formats import row_name
@@ -30,6 +30,10 @@ from pivotune.training.preparation import (
 )
 
 PAIRS = make_pairs(8)
+
+
+def a_run(data: DataConfig, method: str) -> RunConfig:
+    return RunConfig(model="m", method=method, data=data, output_dir="run")
 
 
 def one_line(raised: Any) -> str:
@@ -64,7 +68,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
 def test_every_answer_is_trained_and_no_conversation_is_on_both_sides(tmp_path, turns, most, line):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(conversations(10)))
-    loaded = load_run_rows(DataConfig(train=str(path), validation=2, turns=turns), "deep-supervision", 0)
+    loaded = load_run_rows(a_run(DataConfig(train=str(path), validation=2, turns=turns), "deep-supervision"))
     assert Counter(row.number for row in loaded.train) == dict.fromkeys({row.number for row in loaded.train}, most)
     assert len(loaded.heldout) == 2
     assert not {row.number for row in loaded.train} & {row.number for row in loaded.heldout}
@@ -85,7 +89,7 @@ def test_files_are_mixed_by_weight_after_rows_are_held_out(tmp_path):
     b = write(tmp_path / "b.jsonl", target[::-1])
     train = [{"path": a, "weight": 2}, {"path": b, "english": english}, {"path": c, "weight": 0.5}]
     data = DataConfig(train=train, validation=8, english_ratio=0)
-    loaded = load_run_rows(data, "deep-supervision", 0)
+    loaded = load_run_rows(a_run(data, "deep-supervision"))
     seen, held = Counter(row.number for row in loaded.train), {row.number for row in loaded.heldout}
     assert len(held) == 8
     assert not held & set(seen)
@@ -106,15 +110,15 @@ def test_files_are_mixed_by_weight_after_rows_are_held_out(tmp_path):
     ]
     assert next(row for row in loaded.train if row.number == in_b[-1]).prompt_en.startswith("Which number is")
     # The same rows are held out, whatever they weigh; a limit is of each file.
-    even = load_run_rows(DataConfig(train=[a, {"path": b, "english": english}, c], validation=8), "tft", 0)
+    even = load_run_rows(a_run(DataConfig(train=[a, {"path": b, "english": english}, c], validation=8), "tft"))
     assert [row.number for row in even.heldout] == [row.number for row in loaded.heldout]
-    few = load_run_rows(DataConfig(train=[a, c], validation=0, limit=3), "tft", 0)
+    few = load_run_rows(a_run(DataConfig(train=[a, c], validation=0, limit=3), "tft"))
     assert [row.number for row in few.train] == [1, 2, 3, 4, 5, 6]
 
 
 def test_one_file_can_weigh_too_and_a_validation_file_stays_whole(tmp_path):
     a, held = write(tmp_path / "a.jsonl", tiny_rows(6)), write(tmp_path / "held.jsonl", tiny_rows(3))
-    loaded = load_run_rows(DataConfig(train=[{"path": a, "weight": 1.5}], validation=held), "tft", 0)
+    loaded = load_run_rows(a_run(DataConfig(train=[{"path": a, "weight": 1.5}], validation=held), "tft"))
     assert sorted(Counter(row.number for row in loaded.train).values()) == [1, 1, 1, 2, 2, 2]
     assert (len(loaded.heldout), loaded.heldout_sources) == (3, {held: 0})
     assert loaded.notes == [f"{a}: 9 rows an epoch (6 rows, weight 1.5)"]
@@ -126,7 +130,7 @@ def test_rows_of_several_files_are_named_by_file_and_line(tmp_path):
     b = write(tmp_path / "b.jsonl", [tiny_rows(1)[0], long])
     args, tokenizer = arguments(tmp_path, max_prompt_tokens=500), build_tiny_tokenizer()
     encoder = build_encoder(args, tokenizer, tiny_config("llama"))
-    loaded = load_run_rows(DataConfig(train=[a, b], validation=0), "tft", 0)
+    loaded = load_run_rows(a_run(DataConfig(train=[a, b], validation=0), "tft"))
     with pytest.raises(UsageError, match=rf"^{b}: line 2: the prompt fills the model's 256 tokens"):
         encode_rows(loaded.train, encoder, on_bad_row="error", sources=loaded.sources)
     pairs = encode_rows(loaded.train, encoder, on_bad_row="skip", sources=loaded.sources)

@@ -42,6 +42,13 @@ supervision:
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 
+_CROSS_LINGUAL = """
+# cross_lingual:                      # shares of the rows; the others have prompt and answer in the target language
+#   english_answers: 0.333            # target prompt, English answer
+#   english_prompts: 0                # English prompt, target answer
+#   translations: 0                   # of the answer, half of them into English
+"""
+
 _TAIL = """
 training:                             # fields of transformers.TrainingArguments
   num_train_epochs: 3
@@ -93,4 +100,5 @@ def render(method: str, *, model: str, data: str, language: str) -> str:
     ratio = "# english_ratio: 0.25" if METHODS[method].replay else "english_ratio: 0"
     head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
-    return head + (_SUPERVISION if METHODS[method].inner_losses else "") + tail
+    own = _SUPERVISION if METHODS[method].inner_losses else _CROSS_LINGUAL if method == "cross-lingual" else ""
+    return head + own + tail

@@ -77,6 +77,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
         active = config.supervision.active().items()
         terms = [f"{term} {one.signal} at layer {one.layer}, weight {one.weight:g}" for term, one in active]
         name += f": {'; '.join(terms)}; {config.supervision.schedule} schedule; {config.supervision.lens} lens"
+        if config.supervision.alternate:
+            name += ", in turn with L_TFT"
         if steps := config.supervision.phase.steps:
             name += f" over the first {steps} steps, then L_TFT alone"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)

@@ -304,6 +304,21 @@ class SupervisionConfig(Section):
 NO_SUPERVISION = SupervisionConfig(thinking=SignalConfig(signal="none"))
 
 
+class CrossLingualConfig(Section):
+    """Shares of the rows of `method: cross-lingual`; the others are translated rows."""
+
+    english_answers: Annotated[float, Field(ge=0, le=1)] = 1 / 3  # target prompt, English answer
+    english_prompts: Annotated[float, Field(ge=0, le=1)] = 0.0  # English prompt, target answer
+    translations: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the answer, half of them into English
+
+    @model_validator(mode="after")
+    def _shares_of_one(self) -> CrossLingualConfig:
+        total = self.english_answers + self.english_prompts + self.translations
+        if total > 1 + 1e-9:
+            raise ValueError(f"cross_lingual: the shares add up to {total:g}; allowed: at most 1")
+        return self
+
+
 class LoraSettings(Section):
     """Low-rank adapters in place of full fine-tuning."""
 
@@ -367,6 +382,7 @@ class RunConfig(Section):
     method: MethodName = "deep-supervision"
     data: DataConfig
     supervision: SupervisionConfig = SupervisionConfig()
+    cross_lingual: CrossLingualConfig = CrossLingualConfig()
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved

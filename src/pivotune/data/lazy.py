@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, overload
 
@@ -62,6 +62,20 @@ class Subset(LazySequence[T_co]):
 
     def _item(self, index: int) -> T_co:
         return self._items[int(self.indices[index])]
+
+
+class Mapped(LazySequence[T_co]):
+    """`function(place, item)` of the items of another sequence."""
+
+    def __init__(self, items: Sequence[T_co], function: Callable[[int, T_co], T_co]) -> None:
+        self._items = items
+        self._function = function
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _item(self, index: int) -> T_co:
+        return self._function(index, self._items[index])
 
 
 class Spool(LazySequence[T]):

@@ -62,7 +62,7 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     if rows is not None:
         data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
         config = config.model_copy(update={"data": data})
-    loaded = load_run_rows(config.data, config.method, config.seed)
+    loaded = load_run_rows(config)
     encoder = build_encoder(args, tokenizer, read_model_config(config))
     pairs = encoder.encode(spread(loaded.train, SAMPLE_ROWS), on_bad_row="skip")
     if not pairs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -53,6 +54,14 @@ class Method(Protocol):
     replay: bool
     inner_losses: bool
     needs_english: bool
+
+    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any] | None:
+        """Return a function from a row's place and the row to the row that is trained; None for the rows as they are.
+
+        Args:
+            settings: the run's configuration, or the trainer's arguments.
+        """
+        ...
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         """Return the training examples of all rows; `replayed` (rows,) bool marks rows replayed in English."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,9 @@ class PlainFineTuning:
     replay: bool
     inner_losses: bool = False
     needs_english: bool = False
+
+    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any] | None:
+        return None
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
         """One example a row, in the main language or replayed in English."""

@@ -1,4 +1,4 @@
-"""Cross-lingual rows: the target prompt with the English answer, trained with L_TFT at the output.
+"""Cross-lingual rows: prompt and answer in different languages, or a text to translate, trained with L_TFT alone.
 
 The control of deep supervision: the same English answer after the same prompt, without inner layers. If inner supervision
 does not beat it, it adds nothing.
@@ -6,42 +6,69 @@ does not beat it, it adds nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from pivotune.methods.base import ExamplePlan, Language
+from pivotune.errors import UsageError
+from pivotune.methods.baselines import PlainFineTuning
+from pivotune.text.languages import find_language
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossLingual:
-    """A share of the rows that are not replayed in English keep their target prompt and get the English answer.
+class CrossLingual(PlainFineTuning):
+    """TFT with shares of other rows (`cross_lingual` in the settings); the number of rows stays the same."""
 
-    The number of rows stays the same, so that budgets stay equal.
-    """
+    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any]:
+        """Draw the rows of each kind by the seed and their number; English replay is drawn independently.
 
-    name: str = "cross-lingual"
-    summary: str = (
-        "Cross-lingual fine-tuning: translated fine-tuning in which a third of the target rows are answered in English."
-    )
-    main_language: Language = "target"
-    replay: bool = True
-    inner_losses: bool = False
-    needs_english: bool = True
-    share: float = 1 / 3
+        Raises:
+            UsageError: translations without a target language, whose name the prompts need.
+        """
+        shares = settings.cross_lingual
+        if shares.translations and settings.data.language is None:
+            raise UsageError("cross_lingual.translations: prompts name the language; set data.language")
+        language = find_language(settings.data.language).name if shares.translations else ""
+        half = shares.translations / 2
+        kinds = (_english_answer, _english_prompt, _translation("English"), _translation(language))
+        ends = np.cumsum([shares.english_answers, shares.english_prompts, half, half]) * num_rows
+        order = np.random.default_rng(settings.seed).permutation(num_rows)
+        kind_of = np.searchsorted(ends.round(), order, side="right")
 
-    def plan(self, replayed: np.ndarray) -> ExamplePlan:
-        """One example a row; the same rows for every run with these rows and replay."""
-        target = np.flatnonzero(~replayed)
-        random = np.random.default_rng(len(replayed))
-        chosen = np.zeros(len(replayed), dtype=bool)
-        chosen[random.choice(target, round(self.share * len(target)), replace=False)] = True
-        return ExamplePlan(
-            rows=np.arange(len(replayed)),
-            english_prompt=replayed.copy(),
-            english_answer=replayed | chosen,
-            parallel=np.zeros(len(replayed), dtype=bool),
-        )
+        def rewrite(place: int, row: Any) -> Any:
+            kind = int(kind_of[place])
+            return kinds[kind](row) if kind < len(kinds) else row
+
+        return rewrite
 
 
-CROSS_LINGUAL = CrossLingual()
+def _english_answer(row: Any) -> Any:
+    return replace(row, completion=row.completion_en)
+
+
+def _english_prompt(row: Any) -> Any:
+    return replace(row, prompt=row.prompt_en, input=row.input_en, history=row.history_en)
+
+
+def _translation(into: str) -> Callable[[Any], Any]:
+    """Return the task to translate the row's answer, `into` English or another language."""
+
+    def rewrite(row: Any) -> Any:
+        source, target = row.completion, row.completion_en
+        if into != "English":
+            source, target = target, source
+        return replace(row, prompt=f"Translate into {into}:\n\n{source}", input="", history=(), completion=target)
+
+    return rewrite
+
+
+CROSS_LINGUAL = CrossLingual(
+    name="cross-lingual",
+    summary="Cross-lingual fine-tuning: translated fine-tuning with shares of rows whose prompt and answer differ in "
+    "language, or that translate one into the other (`cross_lingual` below).",
+    main_language="target",
+    replay=True,
+    needs_english=True,
+)

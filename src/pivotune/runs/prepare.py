@@ -85,7 +85,7 @@ def prepare_run(
         check_layers(args.supervision, model_config.get_text_config().num_hidden_layers)
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
-    rows, report = load_run_rows(config.data, config.method, config.seed), encoder.report
+    rows, report = load_run_rows(config), encoder.report
     train = encode_rows(rows.train, encoder, on_bad_row=config.data.on_bad_row, sources=rows.sources)
     unfit = report.skipped.copy()
     validation = encode_rows(rows.heldout, encoder, on_bad_row="skip", sources=rows.heldout_sources)

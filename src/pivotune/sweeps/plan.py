@@ -161,6 +161,8 @@ def _load(path: Path, changes: Sequence[str], options: Sequence[Option]) -> RunC
 
 def _is_unused(key: str, config: RunConfig) -> bool:
     method = METHODS[config.method]
+    if key.startswith("cross_lingual"):
+        return config.method != "cross-lingual"
     if not method.inner_losses:
         if method.replay and key.startswith("supervision.keep_english"):
             return False

@@ -22,6 +22,7 @@ from pivotune.config.messages import validate
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import (
     PRESETS,
+    CrossLingualConfig,
     EncodingConfig,
     FaultsConfig,
     RunConfig,
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
     SupervisionSection: TypeAlias = SupervisionConfig
     DataSection: TypeAlias = EncodingConfig
     FaultsSection: TypeAlias = FaultsConfig
+    CrossLingualSection: TypeAlias = CrossLingualConfig
 else:
     # `HfArgumentParser` takes a section as JSON; the constructor takes a mapping or a typed section, too.
-    SupervisionSection = DataSection = FaultsSection = dict | str | None
+    SupervisionSection = DataSection = FaultsSection = CrossLingualSection = dict | str | None
 
 
 @dataclass
@@ -59,6 +61,7 @@ class DeepSupervisionConfig(TrainingArguments):
         preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
+        cross_lingual: shares of the rows of `method: cross-lingual`.
         faults: treatment of non-finite losses, and the time limit of collectives.
         ema: decay of an exponential moving average of the trained weights, which replaces them at the end; None for none.
         interpolate: share A of the trained weights at the end, which become A x trained + (1 - A) x starting weights.
@@ -77,6 +80,9 @@ class DeepSupervisionConfig(TrainingArguments):
     preset: str = field(default="recommended", metadata={"help": "recommended or paper"})
     supervision: SupervisionSection = field(default_factory=SupervisionConfig, metadata={"help": "section, as JSON"})
     data: DataSection = field(default_factory=EncodingConfig, metadata={"help": "section, as JSON"})
+    cross_lingual: CrossLingualSection = field(
+        default_factory=CrossLingualConfig, metadata={"help": "section, as JSON"}
+    )
     faults: FaultsSection = field(default_factory=FaultsConfig, metadata={"help": "section, as JSON"})
     ema: float | None = field(
         default=None, metadata={"help": "decay of a moving average of the weights, which is saved"}
@@ -171,7 +177,12 @@ _Weights = create_model(
     __base__=Section,
     **cast(Any, {name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in _WEIGHTS}),
 )
-_SECTIONS = {"supervision": SupervisionConfig, "data": EncodingConfig, "faults": FaultsConfig}
+_SECTIONS = {
+    "supervision": SupervisionConfig,
+    "data": EncodingConfig,
+    "cross_lingual": CrossLingualConfig,
+    "faults": FaultsConfig,
+}
 # Schedules that lower the learning rate when the metric gets no better.
 _ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 _FIELD_DEFAULTS = {

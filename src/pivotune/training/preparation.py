@@ -12,7 +12,7 @@ from torch import nn
 from transformers import IntervalStrategy
 
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import DataConfig, EncodingConfig
+from pivotune.config.settings import EncodingConfig, RunConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import (
     PairExamples,
@@ -24,7 +24,7 @@ from pivotune.data.datasets import (
     weighted_places,
 )
 from pivotune.data.examples import Encoder, Pair
-from pivotune.data.lazy import Spool, Subset
+from pivotune.data.lazy import Mapped, Spool, Subset
 from pivotune.data.pair_store import PairStore, store_pairs
 from pivotune.data.rows import answered_turns
 from pivotune.data.sources import Row, Rows, concatenate, load_rows
@@ -61,8 +61,9 @@ class LoadedRows(NamedTuple):
     notes: list[str]
 
 
-def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
-    """Return the rows of a run's `data`; rows left out of a file before it is split count for training."""
+def load_run_rows(config: RunConfig) -> LoadedRows:
+    """Return the rows of a run; rows left out of a file before it is split count for training."""
+    data, method, seed = config.data, config.method, config.seed
     parts = [read_rows(source.path, method, data, english=source.english, limit=data.limit) for source in data.sources]
     rows = concatenate(parts)
     lengths, heldout_sources, heldout_skipped = [len(part) for part in parts], rows.sources, Counter()
@@ -83,7 +84,15 @@ def load_run_rows(data: DataConfig, method: str, seed: int) -> LoadedRows:
             notes.append(f"{part.source}: {len(chosen)} rows an epoch ({length} rows, weight {weight:g})")
     train, turn_notes = train_turns(kept, data)
     notes += turn_notes
-    return LoadedRows(train, rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes)
+    return LoadedRows(
+        rewritten(train, config), rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes
+    )
+
+
+def rewritten(rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig) -> Sequence[Row]:
+    """Return the rows that the method makes of those to train on."""
+    rewrite = METHODS[settings.method].rewriter(len(rows), settings)
+    return rows if rewrite is None else Mapped(rows, rewrite)
 
 
 def train_turns(rows: Sequence[Row], data: EncodingConfig) -> tuple[Sequence[Row], list[str]]:
@@ -170,6 +179,7 @@ def encode_dataset(
     trained, notes = (rows, []) if heldout else train_turns(rows, args.data)
     for note in [*rows.notes, *notes]:
         logger.warning("%s: %s", rows.source, note)
+    trained = trained if heldout else rewritten(trained, args)
     return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, sources=rows.sources)
 
 
