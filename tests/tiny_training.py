@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,15 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
 
-from pivotune.config.settings import RunConfig, merged
+from pivotune.config.settings import (
+    EncodingConfig,
+    FaultsConfig,
+    FeatureConfig,
+    LogitsConfig,
+    RunConfig,
+    SignalConfig,
+    merged,
+)
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig
@@ -48,10 +55,33 @@ def arguments(folder: Path, **changes: Any) -> DeepSupervisionConfig:
         **changes,
         "supervision": merged(RAW, changes.get("supervision") or {}),
     }
-    with warnings.catch_warnings():
-        # Flat names keep the tests short; tests/training/test_arguments.py tests their deprecation.
-        warnings.simplefilter("ignore", FutureWarning)
-        return DeepSupervisionConfig(**settings)
+    return DeepSupervisionConfig(**nested(settings))
+
+
+# Short names of keys in tests -> their place in the sections.
+SHORT_NAMES = {
+    **{
+        f"{term}_{key}": f"supervision.{term}.{key}"
+        for term in ("conversion", "thinking")
+        for key in SignalConfig.model_fields
+    },
+    "supervision_schedule": "supervision.schedule",
+    "profile_rows": "supervision.profile_rows",
+    **{f"logits_{key}": f"supervision.logits.{key}" for key in LogitsConfig.model_fields},
+    **{f"feature_{key}": f"supervision.feature.{key}" for key in FeatureConfig.model_fields},
+    **{key: f"data.{key}" for key in EncodingConfig.model_fields},
+    **{key: f"faults.{key}" for key in FaultsConfig.model_fields},
+}
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Move short names (`thinking_layer=20`) into their sections."""
+    sections = {key: value for key, value in settings.items() if key not in SHORT_NAMES}
+    for key in settings.keys() & SHORT_NAMES.keys():
+        section, *path = SHORT_NAMES[key].split(".")
+        given = {path[-1]: settings[key]}
+        sections[section] = merged(sections.get(section) or {}, {path[0]: given} if len(path) > 1 else given)
+    return sections
 
 
 def tiny_trainer(

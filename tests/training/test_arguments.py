@@ -15,10 +15,13 @@ SUPERVISION = {
     "thinking": {"signal": "logits", "layer": 9, "weight": 0.2},
     "schedule": "cosine",
     "lens": "logit",
+    "alternate": False,
     "keep_english": {"kl": 0.2, "top": 7},
     "phase": {"steps": 5, "task": True, "learning_rate": 3e-4},
     "logits": {"mode": "positional", "norm": "none", "gradient": "all", "forward": "separate"},
     "feature": {"pooling": "last", "span": "query+answer", "english": "frozen", "english_norm": "raw"},
+    "contrastive": {"span": "query+answer", "english": "joint", "temperature": 0.2},
+    "cka": {"span": "query+answer", "english": "joint"},
     "tuned": {"text": "both", "states": 321, "steps": 3, "refit": 0},
     "balance": {"mode": "gradient", "every": 7, "max_share": 0.2},
     "layers": "reading",
@@ -56,26 +59,10 @@ def test_python_takes_sections_as_yaml_does(tmp_path):
     )
     assert (args.supervision.thinking.layer, args.supervision.conversion.layer) == (9, "auto")
     assert args.supervision.schedule == "cosine"
+    # Collectives wait as long as `faults` has it.
+    assert DeepSupervisionConfig(str(tmp_path), use_cpu=True, faults={"hang_timeout": 60.0}).ddp_timeout == 60
     again = dataclasses.replace(args, data={"language": "vi"})
     assert (again.data.language, again.supervision) == ("vi", args.supervision)
-
-
-def test_flat_names_work_with_one_line(tmp_path):
-    flat = {"thinking_layer": 9, "conversion_layer": None, "logits_mode": "positional", "language": "vi", "skip_limit": 3,
-            "hang_timeout": 60}  # fmt: skip
-    with pytest.warns(FutureWarning, match=r"thinking_layer -> supervision\.thinking\.layer") as told:
-        args = DeepSupervisionConfig(str(tmp_path), use_cpu=True, **flat)
-    assert len(told) == 1
-    assert told[0].filename == __file__
-    nested = DeepSupervisionConfig(
-        str(tmp_path),
-        use_cpu=True,
-        supervision={"conversion": {}, "thinking": {"layer": 9}, "logits": {"mode": "positional"}},
-        data={"language": "vi"},
-        faults={"skip_limit": 3, "hang_timeout": 60.0},
-    )
-    assert (args.supervision, args.data, args.faults) == (nested.supervision, nested.data, nested.faults)
-    assert args.ddp_timeout == nested.ddp_timeout == 60
 
 
 @pytest.mark.parametrize(
@@ -164,7 +151,7 @@ def test_defaults_of_a_run_and_what_training_says():
         ({"lerning_rate": 1e-4}, ("unknown key training.lerning_rate", "did you mean training.learning_rate?")),
         ({"xyzzy": 1}, ("unknown key training.xyzzy", "transformers.TrainingArguments")),
         ({"seed": 3}, ("training.seed is set outside of training:",)),
-        ({"thinking_layer": 3}, ("training.thinking_layer", "is set outside of training:")),
+        ({"english_ratio": 0.5}, ("training.english_ratio", "is set outside of training:")),
         ({"save_strategy": "sometimes"}, ("training.save_strategy: 'sometimes'", "no, steps, epoch, best")),
         ({"bf16": True, "fp16": True}, ("training: ",)),
         (

@@ -15,7 +15,7 @@ from tiny_training import arguments, make_pairs, tiny_trainer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from pivotune.config.training_fields import FLAT_NAMES, REFUSED, REFUSED_IN_YAML, declared_fields
+from pivotune.config.training_fields import REFUSED, REFUSED_IN_YAML, declared_fields
 from pivotune.config.yaml_text import parse_config
 from pivotune.errors import UsageError
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments
@@ -222,10 +222,6 @@ def test_fields_for_scripts_are_refused_in_yaml_only(field, tmp_path):
     with pytest.raises(UsageError, match=rf"^training\.{field}: .*is not supported: \w+"):
         build_arguments(parse_config(config))
     assert getattr(arguments(tmp_path, **{field: value}), field) == value
-
-
-def test_no_field_is_also_a_flat_name():
-    assert not FLAT_NAMES.keys() & declared_fields().keys()
 
 
 def build(folder: Path, **changes: Any) -> Any:

@@ -245,7 +245,7 @@ def test_layers_that_were_asked_for_need_no_measuring(tmp_path):
 
 
 def test_auto_layers_are_measured_on_rows_spread_over_the_data(tmp_path):
-    supervision, layers = chosen(tmp_path, conversion_layer=None, thinking_layer=None, profile_rows=3, language="sw")
+    supervision, layers = chosen(tmp_path, conversion_layer="auto", thinking_layer="auto", profile_rows=3, language="sw")
     expected = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), [PAIRS[0], PAIRS[2], PAIRS[5]], language="sw")
     assert layers == expected
     assert (supervision.conversion.layer, supervision.thinking.layer) == (layers["conversion"], layers["thinking"])
@@ -254,24 +254,24 @@ def test_auto_layers_are_measured_on_rows_spread_over_the_data(tmp_path):
 def test_given_analysis_is_used_and_not_measured_again(tmp_path):
     analysis = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), PAIRS)
     given = {**analysis, "conversion": 2, "thinking": 3, "reason": "as given"}
-    supervision, layers = chosen(tmp_path, layers=given, pairs=None, conversion_layer=None, thinking_layer=None)
+    supervision, layers = chosen(tmp_path, layers=given, pairs=None, conversion_layer="auto", thinking_layer="auto")
     assert (supervision.conversion.layer, supervision.thinking.layer) == (2, 3)
     assert layers["reason"] == "as given"
 
 
 def test_one_layer_asked_for_and_one_chosen(tmp_path):
     """What is recorded is what is used, not what was measured."""
-    supervision, layers = chosen(tmp_path, conversion_layer=None, thinking_layer=3)
+    supervision, layers = chosen(tmp_path, conversion_layer="auto", thinking_layer=3)
     assert supervision.thinking.layer == layers["thinking"] == 3
     assert supervision.conversion.layer == layers["conversion"] < 3
 
 
-@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("layer", ["auto", 2])
 def test_thinking_alone(tmp_path, layer):
-    supervision, layers = chosen(tmp_path, conversion_signal="none", conversion_layer=None, thinking_layer=layer)
+    supervision, layers = chosen(tmp_path, conversion_signal="none", conversion_layer="auto", thinking_layer=layer)
     assert set(supervision.active()) == {"thinking"}
-    assert supervision.thinking.layer == (2 if layer else layers["thinking"])
-    assert (layers is None) == (layer is not None)
+    assert supervision.thinking.layer == (2 if layer == 2 else layers["thinking"])
+    assert (layers is None) == (layer == 2)
 
 
 def test_every_option_reaches_the_objective(tmp_path):
@@ -309,11 +309,11 @@ def test_baselines_have_no_inner_losses(tmp_path, method):
         ({"conversion_layer": 2, "thinking_layer": 77}, ("supervision.thinking.layer: 77",)),
         ({"conversion_signal": "none", "thinking_layer": 4}, ("supervision.thinking.layer: 4",)),
         (
-            {"thinking_signal": "none", "thinking_layer": None, "conversion_layer": 5},
+            {"thinking_signal": "none", "thinking_layer": "auto", "conversion_layer": 5},
             ("supervision.conversion.layer: 5",),
         ),
-        ({"conversion_layer": 3, "thinking_layer": None}, ("3",)),
-        ({"conversion_layer": None, "thinking_layer": 1}, ("1",)),
+        ({"conversion_layer": 3, "thinking_layer": "auto"}, ("3",)),
+        ({"conversion_layer": "auto", "thinking_layer": 1}, ("1",)),
     ],
 )
 def test_layers_that_the_model_lacks(tmp_path, changes, words):

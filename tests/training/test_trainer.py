@@ -168,12 +168,12 @@ def test_layers_that_cannot_be(tmp_path, changes, message):
 def test_auto_layers_need_rows(tmp_path):
     with pytest.raises(UsageError, match="choosing layers needs training rows"):
         DeepSupervisionTrainer(
-            build_tiny_model(), arguments(tmp_path, thinking_layer=None), processing_class=build_tiny_tokenizer()
+            build_tiny_model(), arguments(tmp_path, thinking_layer="auto"), processing_class=build_tiny_tokenizer()
         )
 
 
 def test_one_signal_alone(tmp_path):
-    trainer = tiny_trainer(tmp_path, conversion_signal="none", conversion_layer=None, thinking_layer=1)
+    trainer = tiny_trainer(tmp_path, conversion_signal="none", conversion_layer="auto", thinking_layer=1)
     trainer.train()
     first = step_logs(trainer)[0]
     assert "thinking_loss" in first

@@ -21,17 +21,6 @@ from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig
 from pivotune.errors import UsageError
 from pivotune.text.redaction import is_secret_name
 
-# Keyword arguments of earlier versions -> their place in the tree.
-FLAT_NAMES = {
-    **{f"{term}_{key}": f"supervision.{term}.{key}" for term in ("conversion", "thinking")
-       for key in ("signal", "layer", "weight")},
-    "supervision_schedule": "supervision.schedule",
-    "profile_rows": "supervision.profile_rows",
-    **{f"logits_{key}": f"supervision.logits.{key}" for key in ("mode", "norm", "forward")},
-    **{f"feature_{key}": f"supervision.feature.{key}" for key in ("pooling", "span", "english", "english_norm")},
-    **{key: f"data.{key}" for key in EncodingConfig.model_fields},
-    **{key: f"faults.{key}" for key in FaultsConfig.model_fields},
-}  # fmt: skip
 # Defaults of Transformers that decide if another field has an effect.
 _OF_TRANSFORMERS = {
     "eval_strategy": "no",
@@ -219,7 +208,7 @@ def _typed(key: str, value: Any) -> Any:
     Fields of other types accept more than they declare and are left alone.
     """
     declared = declared_fields()
-    if key in {*RunConfig.model_fields, *FLAT_NAMES} - {"training"}:
+    if key in {*RunConfig.model_fields, *EncodingConfig.model_fields, *FaultsConfig.model_fields} - {"training"}:
         raise UsageError(f"training.{key} is set outside of training: (see `pivotune init`)")
     if key not in declared:
         hint = _nearest(key, declared, "training.")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-import warnings
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -31,7 +28,7 @@ from pivotune.config.settings import (
     check_signals,
     merged,
 )
-from pivotune.config.training_fields import FLAT_NAMES, check_training, check_used
+from pivotune.config.training_fields import check_training, check_used
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
@@ -189,37 +186,6 @@ _FIELD_DEFAULTS = {
     each.name: each.default if each.default_factory is MISSING else each.default_factory()
     for each in fields(DeepSupervisionConfig)
 }
-_plain_init = DeepSupervisionConfig.__init__
-
-
-@functools.wraps(_plain_init)
-def _init_with_flat_names(self: DeepSupervisionConfig, *args: Any, **kwargs: Any) -> None:
-    _plain_init(self, *args, **nested_names(kwargs))
-
-
-DeepSupervisionConfig.__init__ = _init_with_flat_names  # type: ignore[method-assign]
-
-
-def nested_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Move keyword arguments of earlier versions (`thinking_layer=20`) into their sections, with a deprecation line."""
-    flat = settings.keys() & FLAT_NAMES.keys()
-    if not flat:
-        return dict(settings)
-    nested = {key: value for key, value in settings.items() if key not in flat}
-    for key in flat:
-        section, *path = FLAT_NAMES[key].split(".")
-        given = nested.get(section) or {}
-        place = nested[section] = dict(given if isinstance(given, Mapping) else given.model_dump())
-        *parents, last = path
-        for name in parents:
-            place[name] = place = dict(place.get(name, {}))
-        value = settings[key]
-        place[last] = "auto" if last == "layer" and value is None else float(value) if key == "hang_timeout" else value
-    advice = ", ".join(f"{key} -> {FLAT_NAMES[key]}" for key in sorted(flat))
-    warnings.warn(
-        f"flat arguments of DeepSupervisionConfig go with the next release: {advice}", FutureWarning, stacklevel=3
-    )
-    return nested
 
 
 def build_arguments(config: RunConfig, *, where: str = "training", here: bool = True) -> DeepSupervisionConfig:
