@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries
-from pivotune.cli.report import write_page
+from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries, write_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +49,7 @@ def demo(
         )
     pictures = _draw(out, results)
     page = out / "report.html"
-    write_page(
+    write_out(
         page, render_report(report_sections(read_material([out])), f"Pivotune demo: {find_language(language).name}")
     )
     if as_json:

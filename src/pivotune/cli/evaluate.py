@@ -11,6 +11,7 @@ import typer
 from pivotune.cli import options
 from pivotune.cli.common import (
     batch_size_option,
+    check_inputs,
     console,
     print_json,
     print_lines,
@@ -62,7 +63,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Measure a model on benchmarks in its language and in English; results go into results.json."""
-    quiet_libraries()
     if list_tasks:
         _list_tasks(console(as_json), as_json)
         return
@@ -73,8 +73,7 @@ def evaluate(
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
     from pivotune.evaluation.cache import CACHE_FOLDER
-    from pivotune.evaluation.prepare import EvaluationSettings
-    from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+    from pivotune.evaluation.prepare import EvaluationSettings, prepare_evaluation
     from pivotune.results.files import check_target, results_paths
 
     folder = out or _default_out(run_or_model)
@@ -98,7 +97,11 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
+    check_inputs([run_or_model], revision=revision)
+    quiet_libraries()
     prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
+    from pivotune.evaluation.run import execute_evaluation
+
     _describe(console(as_json), prepared, folder)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_log_result)
     measured = {task.task.name: results["tasks"][task.task.name] for task in prepared.tasks}

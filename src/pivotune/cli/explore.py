@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import print_lines, progress, quiet_libraries, safe, stderr, stdout
+from pivotune.cli.common import (
+    check_inputs,
+    check_out,
+    print_lines,
+    progress,
+    quiet_libraries,
+    safe,
+    stderr,
+    stdout,
+    write_out,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +57,8 @@ def explore(
     else:
         if not prompts and data is None:
             raise UsageError("there is nothing to read; give --prompt or --data, or type prompts with --serve")
-        _check_writable(out, overwrite)
+        check_out(out, ".html", overwrite=overwrite)
+    check_inputs(names, [data])
     quiet_libraries()
     if against is not None:
         _check_comparable(run_or_model, against)
@@ -67,22 +77,8 @@ def explore(
     if serve:
         _serve(page, reader, port)
     else:
-        from pivotune.text.files import write_text
-
-        write_text(out, page)
+        write_out(out, page)
         print_lines(stdout, *about, f"saved {out} ({len(page) / 1e6:.1f} MB)")
-
-
-def _check_writable(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out: {out} is a folder; name a file, such as {out / 'lens.html'}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out: {out} exists; add --overwrite or name another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
 
 def _check_comparable(name: str, against: str) -> None:
