@@ -187,6 +187,7 @@ def test_out_that_is_no_name_for_an_analysis(model, data, tmp_path, capsys):
             ["--data", "FOLDER/system.jsonl", "--template", "alpaca"],
             "FOLDER/system.jsonl: line 1: --template alpaca takes one user turn",
         ),
+        (["--lang", "jp"], "--lang: 'jp' is not a language code; Japanese is ja"),
         (["--model", "FOLDER/none/there"], "FOLDER/none/there: no such folder; allowed: "),
     ],
 )

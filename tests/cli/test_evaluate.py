@@ -132,6 +132,7 @@ def test_list_tasks(capsys):
         (["{model}"], "--tasks: none given"),
         (["{model}", "--tasks", "xqad_de"], "no task 'xqad_de'; near: xquad_de"),
         (["{model}", "--tasks", "xquad_vi"], "xquad_vi: no xquad.vi.json below"),
+        (["{model}", "--tasks", "xquad", "--lang", "de,jp"], "--lang: 'jp' is not a language code; Japanese is ja"),
         (["{model}", "--tasks", "xcopa_de"], "XCOPA has no language 'de'"),
         (["{model}", "--tasks", "xquad_de", "--split", "train"], "has no split 'train'"),
         (["{model}", "--tasks", "xquad_de", "--batch-size", "many"], "--batch-size: 'many' found"),

@@ -172,7 +172,10 @@ def test_the_page_and_the_figures_are_written(two_runs, tmp_path, capsys):
     ("options", "expected"),
     [
         (["--out", "FOLDER/page.pdf"], "--out: FOLDER/page.pdf ends in '.pdf'; allowed: .html"),
-        (["--out", "FOLDER/old.html/page.html"], "--out: FOLDER/old.html/page.html cannot be written (Not a directory)"),
+        (
+            ["--out", "FOLDER/old.html/page.html"],
+            "--out: FOLDER/old.html/page.html cannot be written (Not a directory)",
+        ),
         (["--out", "FOLDER/old.html"], "--out: FOLDER/old.html exists; add --overwrite or name another file"),
         (["--figures", "FOLDER/old.html"], "--figures: FOLDER/old.html is a file; name a folder"),
         (["--baseline", "none", "--out", "FOLDER/p.html"], "--baseline: none is no row of the report; the rows are: "),

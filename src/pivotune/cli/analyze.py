@@ -48,6 +48,10 @@ def analyze(
 ) -> None:
     """Measure what every layer can say and how sure it is, and choose the conversion and the thinking layer."""
     picture = out.with_suffix(".png")
+    if language is not None:
+        from pivotune.text.languages import check_language
+
+        check_language(language, "--lang")
     check_out(out, ".json", overwrite=overwrite)
     check_out(picture, ".png", overwrite=overwrite)
     if rule not in ("reading", "paper"):

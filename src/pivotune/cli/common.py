@@ -67,6 +67,15 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def languages_option(text: str) -> list[str]:
+    """Split a comma-separated `--lang` and check its codes."""
+    from pivotune.text.languages import check_language
+
+    for code in words(text):
+        check_language(code, "--lang")
+    return words(text)
+
+
 def batch_size_option(text: str) -> int | Literal["auto"]:
     """Parse a number or `auto`."""
     if text != "auto" and (not (text.isascii() and text.isdecimal()) or int(text) < 1):

@@ -13,6 +13,7 @@ from pivotune.cli.common import (
     batch_size_option,
     check_inputs,
     console,
+    languages_option,
     print_json,
     print_lines,
     printable,
@@ -72,6 +73,7 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
+    codes = languages_option(languages)
     from pivotune.evaluation.cache import CACHE_FOLDER
     from pivotune.evaluation.prepare import EvaluationSettings, prepare_evaluation
     from pivotune.results.files import check_target, results_paths
@@ -99,7 +101,7 @@ def evaluate(
     )
     check_inputs([run_or_model], revision=revision)
     quiet_libraries()
-    prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
+    prepared = prepare_evaluation(run_or_model, words(tasks), settings, codes)
     from pivotune.evaluation.run import execute_evaluation
 
     _describe(console(as_json), prepared, folder)
