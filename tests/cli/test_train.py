@@ -182,6 +182,8 @@ def test_the_defaults_read_the_layers_through_a_lens(config, capsys):
     run = train(config, "supervision={tuned: {states: 100, steps: 2}, profile_rows: 4}")
     layers = json.loads((run / "layers.json").read_text())
     assert (layers["method"], layers["lens"]) == ("reading", "tuned")
+    assert layers["supervised"] == ["thinking"]
+    assert layers["reason"].startswith("thinking: ")
     figures = read_lens_figures(run / "lens.safetensors")
     assert list(figures) == [layers["thinking"]]
     assert "conversion_loss" not in metrics(run)[0]

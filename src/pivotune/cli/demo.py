@@ -63,7 +63,7 @@ def demo(
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.figures.base import save_figure
-    from pivotune.report.figures.layers import entropy_comparison, layer_figure
+    from pivotune.report.figures.layers import entropy_comparison, layer_figure, supervised
     from pivotune.report.figures.scores import heldout_figure
     from pivotune.report.figures.training import training_figure
     from pivotune.training.metrics import read_metrics
@@ -71,7 +71,7 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
     profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
-    marks = {name: layers[name] for name in ("conversion", "thinking")}
+    marks: Any = supervised(layers)
 
     def by_language(key: str) -> dict[str, dict[str, float]]:
         sides = {language: "target", "en": "english"}

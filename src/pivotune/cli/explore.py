@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,6 @@ from pivotune.cli.common import (
     print_lines,
     progress,
     quiet_libraries,
-    safe,
-    stderr,
     stdout,
     write_out,
 )
@@ -66,10 +65,13 @@ def explore(
     shown, others = _rows(prompts, data, rows)
     reader, about = _load_reader(names, encoder, others, data or "", lens)
     reader.max_tokens, reader.max_new_tokens = max_tokens, max_new_tokens
-    items = []
-    for row, source in shown:
-        with stderr.status(f"Reading {safe(source)}, row {row.number}"):
-            items.append(reader.read(row, source=source))
+    grids = len(names) * (1 if reader.lens is None else 2) * sum(1 + bool(row.prompt_en) for row, _ in shown)
+    items, done = [], itertools.count(1)
+    if shown:
+        with progress("Reading texts x models x lenses", grids) as advance:
+            reader.on_grid = lambda: advance(next(done))
+            items = [reader.read(row, source=source) for row, source in shown]
+        reader.on_grid = lambda: None
 
     from pivotune.explore.page import explorer_page
 
