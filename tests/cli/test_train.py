@@ -170,6 +170,10 @@ def test_baselines(method, finished, model):
     check_model(run, model)
 
 
+def test_the_last_step_is_logged(config):
+    assert [line["step"] for line in steps(train(config, "training.logging_steps=5"))] == [2]
+
+
 def test_layers_are_chosen_where_none_are_given(config):
     run = train(config)
     layers = json.loads((run / "layers.json").read_text())

@@ -143,9 +143,13 @@ def _load_reader(
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
 
     models = [ReadModel(name, load_on_device(name)) for name in names]
-    about = [f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."]
+    about = [
+        f"Model: {' against '.join(names)}. Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
+    ]
     tuned = None
-    if lens == "both":
+    if lens == "logit":
+        about.append("Logit lens only, as --lens asks.")
+    else:
         limits = Limits(context=encoder.limits.context)
         fitting = Encoder(encoder.tokenizer, encoder.template, limits, fold_system=encoder.fold_system)
         pairs = fitting.encode(others, on_bad_row="skip", source=data)

@@ -97,7 +97,7 @@ class LensReader:
             if side is not None:
                 answered = side if answer else self._answered(side, self.models[answered_by].model)
                 read.append({"name": name, **self._side(answered)})
-        notes = []
+        notes = [] if source == "prompt" else [f"{source}, row {row.number}"]
         if (row.prompt, row.prompt_en) != (whole.prompt, whole.prompt_en):
             notes.append(f"the prompt is cut to {self.max_tokens} tokens")
         if self.encoder.report.cut["answers"]:

@@ -15,7 +15,7 @@ from pivotune.models.loading import DTYPES, load_model, load_tokenizer
 from pivotune.models.locating import one_line_errors
 from pivotune.runs.folder import TRAINING_PICTURE, read_run_config
 from pivotune.runs.model_card import model_card
-from pivotune.text.files import write_text
+from pivotune.text.files import apply_umask, write_text
 
 
 def export_run(
@@ -50,6 +50,8 @@ def export_run(
         else:
             _whole_model(run, config, dtype, interpolate).save_pretrained(to)
         load_tokenizer(str(run), trust_remote_code=config.trust_remote_code).save_pretrained(to)
+        for weights in to.glob("*.safetensors"):
+            apply_umask(weights)
         write_text(to / "README.md", card)
         if (run / TRAINING_PICTURE).is_file():
             shutil.copy2(run / TRAINING_PICTURE, to)
