@@ -205,5 +205,6 @@ def quiet_libraries() -> None:
     if RANK:
         logging.getLogger("pivotune").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):  # the Hub's client warns at each retry
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)\b")

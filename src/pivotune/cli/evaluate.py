@@ -168,7 +168,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
 
     from pivotune.results.files import results_paths
 
-    names = [Column(title, overflow="fold") for title in ("task", "metric")]
+    names = [Column("task", overflow="fold"), Column("metric", no_wrap=True)]
     numbers = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(*names, *numbers, "gold NLL per token", "in its language", "notes")
     for name, task in tasks.items():

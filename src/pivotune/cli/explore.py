@@ -143,9 +143,8 @@ def _load_reader(
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
 
     models = [ReadModel(name, load_on_device(name)) for name in names]
-    about = [
-        f"Model: {' against '.join(names)}. Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
-    ]
+    template = f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
+    about = [f"Model: {' against '.join(names)}.", template]
     tuned = None
     if lens == "logit":
         about.append("Logit lens only, as --lens asks.")

@@ -36,7 +36,9 @@ def export(
     with stderr.status("Exporting"):
         _draw(run)
         folder = export_run(run, to, **options)
-    print_lines(stdout, str(folder))
+    print_lines(
+        stdout, f"saved {folder}: model, tokenizer and card; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
 
 
 def push(
