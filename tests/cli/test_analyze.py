@@ -157,10 +157,9 @@ def test_overwrite(model, data, out):
 @pytest.mark.usefixtures("never_loaded")
 def test_out_that_is_no_name_for_an_analysis(model, data, tmp_path, capsys):
     text = refused(capsys, model, data, tmp_path, "--overwrite")
-    assert text == f"--out: {tmp_path} is a folder; name a file, such as {tmp_path / 'layers.json'}"
+    assert text == f"--out: {tmp_path} is a folder; name a file in it that ends in .json"
     text = refused(capsys, model, data, tmp_path / "layers.png")
-    expected = f"--out: {tmp_path / 'layers.png'} is the picture's name; name the analysis, such as "
-    assert text == f"{expected}{tmp_path / 'layers.json'}"
+    assert text == f"--out: {tmp_path / 'layers.png'} ends in '.png'; allowed: .json"
 
 
 @pytest.mark.usefixtures("never_loaded")
@@ -188,6 +187,7 @@ def test_out_that_is_no_name_for_an_analysis(model, data, tmp_path, capsys):
             ["--data", "FOLDER/system.jsonl", "--template", "alpaca"],
             "FOLDER/system.jsonl: line 1: --template alpaca takes one user turn",
         ),
+        (["--lang", "jp"], "--lang: 'jp' is not a language code; Japanese is ja"),
         (["--model", "FOLDER/none/there"], "FOLDER/none/there: no such folder; allowed: "),
     ],
 )

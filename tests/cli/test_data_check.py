@@ -174,6 +174,7 @@ def test_a_system_turn_is_folded_as_in_training(write, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere.jsonl", "--lang", "sw"], "nowhere.jsonl: no such file"),
+        (["{rows}", "--lang", "vn"], "--lang: 'vn' is not a language code; Vietnamese is vi"),
         (["{rows}", "--lang", "en"], "--lang: en is English, the other side of every row; name the target language"),
         (["{rows}", "--lang", "sw", "--template", "chat"], "--template: needs --model"),
         (["{rows}", "--lang", "sw", "--model", "no/such/model"], "no/such/model: no such folder"),

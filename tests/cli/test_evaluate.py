@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -70,9 +71,11 @@ def test_what_is_printed_and_written(model, data, tmp_path, capsys):
         "xquad_de: 3 items (validation) from xquad.de.json",
         "Kontext: Die Katze sitzt.",
         "f1",
+        "exact_match",
     ):
         assert text in out
     assert "English was not evaluated" not in out
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR  # its client warns at each retry
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["tasks"]) == {"xquad_de", "xquad_en", "ntrex_en-de", "ntrex_de-en"}
     assert len(items(tmp_path)) == 12
@@ -132,6 +135,7 @@ def test_list_tasks(capsys):
         (["{model}"], "--tasks: none given"),
         (["{model}", "--tasks", "xqad_de"], "no task 'xqad_de'; near: xquad_de"),
         (["{model}", "--tasks", "xquad_vi"], "xquad_vi: no xquad.vi.json below"),
+        (["{model}", "--tasks", "xquad", "--lang", "de,jp"], "--lang: 'jp' is not a language code; Japanese is ja"),
         (["{model}", "--tasks", "xcopa_de"], "XCOPA has no language 'de'"),
         (["{model}", "--tasks", "xquad_de", "--split", "train"], "has no split 'train'"),
         (["{model}", "--tasks", "xquad_de", "--batch-size", "many"], "--batch-size: 'many' found"),

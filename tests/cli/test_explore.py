@@ -66,6 +66,7 @@ def test_prompts_are_answered_and_read_through_the_logit_lens(explore, models, c
 def test_rows_are_shown_with_their_english_and_fit_a_lens_on_other_rows(explore, models, rows, capsys):
     page = explore(*models[:1], "--against", models[1], "--data", rows, "--rows", "2")
     assert [item["label"] for item in page["items"]] == ["Namba 0 ni ipi?", "Namba 20 ni ipi?"]
+    assert [item["notes"][0] for item in page["items"]] == [f"{rows}, row 1", f"{rows}, row 21"]
     for item in page["items"]:
         assert [side["name"] for side in item["sides"]] == ["text", "English"]
         assert [list(grids) for grids in item["sides"][0]["grids"]] == [["logit", "tuned"]] * 2

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from cli_runs import write_config, write_jsonl
+from conftest import tiny_rows
 
 import pivotune
 from pivotune.cli import main as main_module
@@ -89,7 +91,7 @@ def test_threads_wait_passively_unless_the_user_sets_it(way, own, expected, monk
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if own is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", own)
-    command = [sys.executable, "-c", _UNTIL_TORCH, way, "evaluate", "--list-tasks"]
+    command = [sys.executable, "-c", _UNTIL_TORCH, way, "demo"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"{expected}\n"), result.stderr
 
@@ -199,3 +201,50 @@ def test_codes_and_tracebacks_as_a_program(tmp_path):
     assert "Traceback (most recent call last)" in debug.stderr
     assert debug.stderr.endswith(f"pivotune.errors.UsageError: {path}: no such file\n")
     assert run("nonsense").returncode == 2
+
+
+# Each command has one mistake, in a folder with the model and the rows that the others need.
+_MISTAKES = """\
+train run.yaml --set model=none/at/there
+train run.yaml --set data.train=none.jsonl
+train run.yaml --set data.validation=none.jsonl
+train run.yaml --set output_dir=taken
+train run.yaml --resume --set output_dir=new
+evaluate none/at/there --tasks xquad_vi
+evaluate model --tasks xquad_vn
+evaluate model --tasks xquadvi
+explore none/at/there --prompt a
+explore model --against none/at/there --prompt a
+explore model --data none.jsonl
+explore model --prompt a --out taken/page.html
+chat none/at/there
+chat model --compare none/at/there
+export none --to out
+export run --to taken
+push none owner/name
+analyze --model none/at/there --data rows.jsonl
+analyze --model model --data none.jsonl
+analyze --model model --data rows.jsonl --english none.jsonl
+analyze --model model --data rows.jsonl --out taken/layers.json
+data check none.jsonl --lang sw --model model
+data check rows.jsonl --lang sw --model none/at/there"""
+
+
+def test_mistakes_are_reported_before_torch_is_imported(tmp_path):
+    """Torch and Transformers take seconds to import, ten and more on a busy machine."""
+    write_config(tmp_path, "model", write_jsonl(tmp_path / "rows.jsonl", tiny_rows(2)))
+    for name in ("model/config.json", "model/model.safetensors", "model/tokenizer.json", "taken/layers.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "taken/page.html").touch()
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text((tmp_path / "run.yaml").read_text())
+    script = (
+        "import sys; from pivotune.cli.main import main\n"
+        "for line in sys.argv[1].splitlines():\n"
+        "    print(line, main(line.split()), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, _MISTAKES]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.splitlines() == [f"{line} 2 False" for line in _MISTAKES.splitlines()], result.stderr
+    assert len(result.stderr.splitlines()) == len(_MISTAKES.splitlines())

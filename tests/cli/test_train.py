@@ -170,6 +170,10 @@ def test_baselines(method, finished, model):
     check_model(run, model)
 
 
+def test_the_last_step_is_logged(config):
+    assert [line["step"] for line in steps(train(config, "training.logging_steps=5"))] == [2]
+
+
 def test_layers_are_chosen_where_none_are_given(config):
     run = train(config)
     layers = json.loads((run / "layers.json").read_text())
@@ -182,6 +186,8 @@ def test_the_defaults_read_the_layers_through_a_lens(config, capsys):
     run = train(config, "supervision={tuned: {states: 100, steps: 2}, profile_rows: 4}")
     layers = json.loads((run / "layers.json").read_text())
     assert (layers["method"], layers["lens"]) == ("reading", "tuned")
+    assert layers["supervised"] == ["thinking"]
+    assert layers["reason"].startswith("thinking: ")
     figures = read_lens_figures(run / "lens.safetensors")
     assert list(figures) == [layers["thinking"]]
     assert "conversion_loss" not in metrics(run)[0]

@@ -129,6 +129,10 @@ def test_unknown_key_names_the_nearest_valid_one(change, expected):
     assert message(change) == f"run.yaml: {expected}"
 
 
+def test_an_unknown_language_code_is_refused():
+    assert message("data.language=vn") == "run.yaml: data.language: 'vn' is not a language code; Vietnamese is vi"
+
+
 def test_several_files_with_weights():
     data = changed("data.train=[{path: a.jsonl, weight: 2, english: en.jsonl}, b.jsonl, 'owner/name:train']").data
     assert [(source.path, source.english, source.weight) for source in data.sources] == [

@@ -56,7 +56,8 @@ def test_alignment_tasks():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["xquad_xx"], "language 'xx' is unknown"),
+        (["xquad_xx"], "--tasks: language 'xx' is unknown"),
+        (["alignment_vn"], "--tasks: language 'vn' is unknown; Vietnamese is vi"),
         (["xcopa_de"], "XCOPA has no language 'de'; it has"),
         (["xquad_vietnamese"], "no task 'xquad_vietnamese'; near: xquad_vi"),
         (["mlqa_vi_en"], "mlqa_vi_en"),

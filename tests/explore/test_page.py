@@ -49,5 +49,6 @@ def test_names_are_text():
     page = explorer_page(["<b>\u202e</script>"], ["<i>\x00"], [], served=True)
     assert "<b>" not in page
     assert "<i>" not in page
+    assert page.index("&lt;i&gt;") < page.rindex("How to read it")  # lens and template stand beside the grid
     assert not {"\u202e", "\x00"} & set(page)
     assert '<option value="0">&lt;b&gt;⟨U+202E⟩&lt;/script&gt;</option>' in page

@@ -124,7 +124,28 @@ def test_same_seed_same_lens_and_progress_reaches_its_end():
     assert torch.equal(one.maps[1][0], two.maps[1][0])
     assert not torch.equal(one.maps[1][0], other.maps[1][0])
     assert seen == sorted(seen)
-    assert seen[-1] == CONFIG.states + CONFIG.steps
+    assert seen[-1] == 100
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 100), (60, 25)])
+def test_progress_weighs_a_step_by_its_operations(steps, expected):
+    """60 steps of 256 states through the head cost more than 4000 states through four small blocks."""
+    seen: list[int] = []
+    config = CONFIG.model_copy(update={"steps": steps})
+    fit_tuned_lens(build_tiny_model(), texts(), [1], config, progress=seen.append)
+    before = seen[-1 - steps]
+    assert before == pytest.approx(expected, abs=2)
+    assert np.diff(seen[-1 - steps :]).max(initial=0) <= 2
+
+
+def test_a_lens_without_figures_has_the_same_maps(monkeypatch):
+    config = CONFIG.model_copy(update={"steps": 0})
+    expected, figures = fit_tuned_lens(build_tiny_model(), texts(), LAYERS, config)
+    assert list(figures) == LAYERS
+    monkeypatch.setattr(tuned, "_mean_kl", lambda *args: pytest.fail("measured"))
+    found, none = fit_tuned_lens(build_tiny_model(), texts(), LAYERS, config, measured=False)
+    assert none == {}
+    assert all(torch.equal(one, two) for k in LAYERS for one, two in zip(found.maps[k], expected.maps[k], strict=True))
 
 
 def test_a_single_long_text_is_enough():

@@ -92,6 +92,13 @@ def test_what_each_layer_can_say_is_drawn_below_without_the_embeddings():
     assert chart.to_dict()["title"]["text"].startswith("Tuned-lens entropy")
 
 
+def test_only_supervised_stages_are_marked():
+    chart = layer_figure(layers(supervised=["thinking"]))
+    assert rows(chart, "layer", "mark") == [(3, "j = 3")] * len(rows(chart, "layer", "mark"))
+    assert chart.to_dict()["title"]["subtitle"].startswith("end of thinking j = 3: ")
+    assert layer_figure(layers()).to_dict()["title"]["subtitle"].startswith("end of conversion i = 1, end of thinking")
+
+
 @pytest.mark.parametrize(
     ("method", "said"), [("relative-depth", "no two clear entropy falls"), ("explicit", "as asked for")]
 )

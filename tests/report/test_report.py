@@ -158,7 +158,7 @@ def test_samples_stand_side_by_side(two_runs):
 
 
 def test_the_page_and_the_figures_are_written(two_runs, tmp_path, capsys):
-    out, folder = tmp_path / "report.html", tmp_path / "figures"
+    out, folder = tmp_path / "new" / "report.html", tmp_path / "figures"
     code, printed, _ = call(capsys, "report", two_runs, "--out", out, "--figures", folder)
     assert (code, printed) == (0, f"saved {out} and 9 files in {folder}\n")
     names = ("scores", "differences", "price-in-english")
@@ -172,7 +172,10 @@ def test_the_page_and_the_figures_are_written(two_runs, tmp_path, capsys):
     ("options", "expected"),
     [
         (["--out", "FOLDER/page.pdf"], "--out: FOLDER/page.pdf ends in '.pdf'; allowed: .html"),
-        (["--out", "FOLDER/none/page.html"], "--out: FOLDER/none is not a folder"),
+        (
+            ["--out", "FOLDER/old.html/page.html"],
+            "--out: FOLDER/old.html/page.html cannot be written (Not a directory)",
+        ),
         (["--out", "FOLDER/old.html"], "--out: FOLDER/old.html exists; add --overwrite or name another file"),
         (["--figures", "FOLDER/old.html"], "--figures: FOLDER/old.html is a file; name a folder"),
         (["--baseline", "none", "--out", "FOLDER/p.html"], "--baseline: none is no row of the report; the rows are: "),

@@ -133,6 +133,7 @@ def adapters(tmp_path_factory) -> Path:
 def test_adapters_alone_and_merged(adapters, tmp_path, capsys):
     assert main(["export", str(adapters), "--to", str(tmp_path / "alone")]) == 0
     assert main(["export", str(adapters), "--to", str(tmp_path / "merged"), "--merge-lora", "--dtype", "bfloat16"]) == 0
+    assert f"saved {tmp_path / 'alone'}: model, tokenizer and card; AutoModelForCausalLM" in capsys.readouterr().out
     assert not (tmp_path / "alone" / "config.json").exists()
     assert (tmp_path / "alone" / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert "](training.png)" in (tmp_path / "alone" / "README.md").read_text()

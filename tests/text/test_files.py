@@ -9,9 +9,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pivotune.text.files import write_items, write_json, write_text
+from pivotune.training.kept_arrays import save_arrays
+from pivotune.training.resilience.checkpoints import staged_folder
 
 
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -21,6 +25,20 @@ def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *args, n=name, f=inner: (done.append(n), f(*args)))
     write_text(path, "new")
     assert done == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "rows.json", "new")
+        with staged_folder(tmp_path / "model") as folder:
+            save_file({"weight": np.zeros(2)}, folder / "model.safetensors")
+        save_arrays(tmp_path / "lens.safetensors", {"map": np.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    for name in ("rows.json", "model/model.safetensors", "lens.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def test_readers_never_see_half_a_file(tmp_path):

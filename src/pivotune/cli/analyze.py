@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, own_options, print_json, print_lines, progress, quiet_libraries, safe
+from pivotune.cli.common import (
+    check_inputs,
+    check_out,
+    console,
+    own_options,
+    print_json,
+    print_lines,
+    progress,
+    quiet_libraries,
+    safe,
+)
 from pivotune.cli.options import FoldSystem
 from pivotune.errors import UsageError
 
@@ -39,24 +48,18 @@ def analyze(
 ) -> None:
     """Measure what every layer can say and how sure it is, and choose the conversion and the thinking layer."""
     picture = out.with_suffix(".png")
-    if out.is_dir():
-        raise UsageError(f"--out: {out} is a folder; name a file, such as {out / 'layers.json'}")
-    if out == picture:
-        raise UsageError(f"--out: {out} is the picture's name; name the analysis, such as {out.with_suffix('.json')}")
-    for path in (out, picture):
-        if path.exists() and not overwrite:
-            raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
+    if language is not None:
+        from pivotune.text.languages import check_language
+
+        check_language(language, "--lang")
+    check_out(out, ".json", overwrite=overwrite)
+    check_out(picture, ".png", overwrite=overwrite)
     if rule not in ("reading", "paper"):
         raise UsageError(f"--layers: {rule!r} is not allowed; allowed: reading, paper")
+    check_inputs([model], [data, english])
     quiet_libraries()
     with own_options():
         pairs, others, tokenizer = _encode(model, data, english, rows, template, max_tokens, fold_system)
-    try:  # before the measurement, which takes long
-        out.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
-
     from pivotune.config.settings import TunedLensConfig
     from pivotune.layers.layers_json import write_layers_json
     from pivotune.layers.measure import analyze_layers, num_sequences
@@ -72,6 +75,7 @@ def analyze(
         options: Any = {"batch_size": batch_size, "tokens_per_row": tokens_per_row or None, "progress": advance}
         options |= {"lens": lens, "reading": reading}
         analysis = analyze_layers(loaded, tokenizer, pairs, model_name=model, language=language, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_layers_json(out, analysis)
     save_figure(layer_figure(analysis), picture)
     if as_json:
@@ -87,7 +91,7 @@ def _encode(
     """Check the model and encode rows before a weight is loaded; return those to measure, others, and the tokenizer."""
     from pivotune.models.loading import check_model, load_tokenizer, read_config
 
-    check_model(model)  # before the imports that load torch
+    check_model(model)
     from pivotune.data.datasets import set_apart
     from pivotune.data.examples import Encoder, Limits
     from pivotune.data.sources import load_rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_lines, printable, quiet_libraries, safe, stderr
+from pivotune.cli.common import check_inputs, console, print_lines, printable, quiet_libraries, safe, stderr
 from pivotune.errors import UsageError
 from pivotune.text.escaping import printable_json
 
@@ -41,6 +41,7 @@ def chat(
         raise UsageError(f"--compare: {compare} is the model itself; name another one")
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt: is empty")
+    check_inputs(names)
     quiet_libraries()
     # Every mistake is found before the first weights are read.
     chatters = [

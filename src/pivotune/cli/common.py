@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from rich.console import Console
@@ -65,6 +67,15 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def languages_option(text: str) -> list[str]:
+    """Split a comma-separated `--lang` and check its codes."""
+    from pivotune.text.languages import check_language
+
+    for code in words(text):
+        check_language(code, "--lang")
+    return words(text)
+
+
 def batch_size_option(text: str) -> int | Literal["auto"]:
     """Parse a number or `auto`."""
     if text != "auto" and (not (text.isascii() and text.isdecimal()) or int(text) < 1):
@@ -91,6 +102,47 @@ def own_options() -> Iterator[None]:
         for key, option in _OPTIONS.items():
             message = message.replace(key, option)
         raise UsageError(message) from error
+
+
+def check_inputs(models: Iterable[str], sources: Iterable[Any] = (), *, revision: str | None = None) -> None:
+    """Report a missing model or data file before torch is imported, which takes seconds; a source without a name passes."""
+    from pivotune.data.sources import check_source
+    from pivotune.models.locating import locate
+
+    for name in models:
+        locate(name, revision)
+    for source in sources:
+        if isinstance(source, str):
+            check_source(source)
+
+
+def check_out(path: Path, *allowed: str, overwrite: bool) -> None:
+    """Refuse an `--out` that does not end in one of `allowed` or cannot be written, before anything is computed."""
+    if path.is_dir():
+        raise UsageError(f"--out: {path} is a folder; name a file in it that ends in {' or '.join(allowed)}")
+    if path.suffix not in allowed:
+        raise UsageError(f"--out: {path} ends in {path.suffix or 'nothing'!r}; allowed: {', '.join(allowed)}")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--out: {path} exists; add --overwrite or name another file")
+    with _writing(path):
+        TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())).close()
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write the file of an `--out`, and its folder if it is new."""
+    from pivotune.text.files import write_text
+
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--out: {path} cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager
@@ -153,5 +205,6 @@ def quiet_libraries() -> None:
     if RANK:
         logging.getLogger("pivotune").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):  # the Hub's client warns at each retry
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|accelerate)\b")

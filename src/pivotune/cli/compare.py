@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pivotune.cli.common import print_json, printable, stderr, stdout, words
+from pivotune.cli.common import check_out, print_json, printable, stderr, stdout, words, write_out
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def compare(
         raise UsageError(f"--format: {form!r} found; allowed: {', '.join(_FORMATS)}")
     from pivotune.compare.comparison import compare_groups
     from pivotune.compare.formats import FORMATS, render, render_terminal, to_dict
-    from pivotune.text.files import write_text
 
     warnings: list[str] = []
     groups, chosen = _load([path.expanduser() for path in runs], baseline, words(names), warnings)
-    _check_out(out or [], groups, overwrite)
+    results = {run.results.path.resolve() for group in groups for run in group.runs}
+    for path in out or []:
+        if path.resolve() in results:
+            raise UsageError(f"--out: {path} holds results that are compared; name another file")
+        check_out(path, *FORMATS, overwrite=overwrite)
     with stderr.status(f"resampling {resamples:,} times") as status:
         comparison = compare_groups(
             groups,
@@ -55,10 +58,7 @@ def compare(
             progress=lambda done, total: status.update(f"resampling {resamples:,} times: {done} of {total} columns"),
         )
     for path in out or []:
-        try:
-            write_text(path, render(comparison, FORMATS[path.suffix]))
-        except OSError as error:
-            raise UsageError(f"--out: {path} cannot be written ({error.strerror or error})") from error
+        write_out(path, render(comparison, FORMATS[path.suffix]))
         stderr.print(printable(f"saved {path}"), soft_wrap=True, markup=False)
     if form == "json":
         print_json(to_dict(comparison))
@@ -91,21 +91,3 @@ def _load(
             raise UsageError(f"--names: {', '.join(names)}: every row needs a different name")
         groups = [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
     return groups, index
-
-
-def _check_out(paths: list[Path], groups: list[SeedGroup], overwrite: bool) -> None:
-    """Refuse files that cannot be written, before anything is computed."""
-    from pivotune.compare.formats import FORMATS
-
-    results = {run.results.path.resolve() for group in groups for run in group.runs}
-    for path in paths:
-        if path.suffix not in FORMATS:
-            raise UsageError(f"--out: {path} ends in {path.suffix or 'nothing'!r}; allowed: {', '.join(FORMATS)}")
-        if path.resolve() in results:
-            raise UsageError(f"--out: {path} holds results that are compared; name another file")
-        if path.is_dir():
-            raise UsageError(f"--out: {path} is a folder")
-        if not path.parent.is_dir():
-            raise UsageError(f"--out: {path.parent} is not a folder")
-        if path.exists() and not overwrite:
-            raise UsageError(f"--out: {path} exists; add --overwrite or name another file")

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, own_options, print_json, progress, quiet_libraries, safe
+from pivotune.cli.common import (
+    check_inputs,
+    check_out,
+    console,
+    own_options,
+    print_json,
+    progress,
+    quiet_libraries,
+    safe,
+    write_out,
+)
 from pivotune.cli.options import FoldSystem
-from pivotune.cli.report import check_page_path, write_page
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,13 +73,16 @@ def check(
         raise UsageError(f"--english: belongs to one data file, found {len(data)}; check them one by one")
     from pivotune.data.check import base_language, check_clean_path, check_rows, report_path, write_clean
     from pivotune.data.sources import concatenate, load_rows
+    from pivotune.text.languages import check_language
 
+    check_language(language, "--lang")
     if base_language(language) == "en":
         raise UsageError(f"--lang: {language} is English, the other side of every row; name the target language")
     if clean is not None:
         check_clean_path(clean, *data, english)
     if out is not None:
-        check_page_path(out, overwrite=overwrite, allowed=(".html", ".json"))
+        check_out(out, ".html", ".json", overwrite=overwrite)
+    check_inputs([model] if model else [], [*data, english])
     encoder = None
     if model is not None:
         from pivotune.data.examples import Encoder, Limits
@@ -119,12 +131,12 @@ def _write_check(path: Path, found: DataCheck) -> None:
     """Write the result as JSON, which `pivotune report` reads in a run folder, or as a page."""
     content = found.to_dict()
     if path.suffix == ".json":
-        write_page(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_out(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
         return
     from pivotune.report.page import Section, render_page
     from pivotune.report.pages.data import check_blocks
 
-    write_page(path, render_page("Data check", [Section("Rows", check_blocks(content))], subtitle=found.source))
+    write_out(path, render_page("Data check", [Section("Rows", check_blocks(content))], subtitle=found.source))
 
 
 def print_check(out: Console, found: DataCheck) -> None:

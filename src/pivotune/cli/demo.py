@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries
-from pivotune.cli.report import write_page
+from pivotune.cli.common import console, print_json, print_lines, printable, progress, quiet_libraries, write_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +49,7 @@ def demo(
         )
     pictures = _draw(out, results)
     page = out / "report.html"
-    write_page(
+    write_out(
         page, render_report(report_sections(read_material([out])), f"Pivotune demo: {find_language(language).name}")
     )
     if as_json:
@@ -64,7 +63,7 @@ def demo(
 
 def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.figures.base import save_figure
-    from pivotune.report.figures.layers import entropy_comparison, layer_figure
+    from pivotune.report.figures.layers import entropy_comparison, layer_figure, supervised
     from pivotune.report.figures.scores import heldout_figure
     from pivotune.report.figures.training import training_figure
     from pivotune.training.metrics import read_metrics
@@ -72,7 +71,7 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
     profiles = {_NAMES[name]: measured["profile"] for name, measured in models.items()}
-    marks = {name: layers[name] for name in ("conversion", "thinking")}
+    marks: Any = supervised(layers)
 
     def by_language(key: str) -> dict[str, dict[str, float]]:
         sides = {language: "target", "en": "english"}

@@ -11,7 +11,9 @@ import typer
 from pivotune.cli import options
 from pivotune.cli.common import (
     batch_size_option,
+    check_inputs,
     console,
+    languages_option,
     print_json,
     print_lines,
     printable,
@@ -62,7 +64,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Measure a model on benchmarks in its language and in English; results go into results.json."""
-    quiet_libraries()
     if list_tasks:
         _list_tasks(console(as_json), as_json)
         return
@@ -72,9 +73,9 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
+    codes = languages_option(languages)
     from pivotune.evaluation.cache import CACHE_FOLDER
-    from pivotune.evaluation.prepare import EvaluationSettings
-    from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+    from pivotune.evaluation.prepare import EvaluationSettings, prepare_evaluation
     from pivotune.results.files import check_target, results_paths
 
     folder = out or _default_out(run_or_model)
@@ -98,7 +99,11 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    prepared = prepare_evaluation(run_or_model, words(tasks), settings, words(languages))
+    check_inputs([run_or_model], revision=revision)
+    quiet_libraries()
+    prepared = prepare_evaluation(run_or_model, words(tasks), settings, codes)
+    from pivotune.evaluation.run import execute_evaluation
+
     _describe(console(as_json), prepared, folder)
     results = execute_evaluation(prepared, folder, progress=progress, on_task=_log_result)
     measured = {task.task.name: results["tasks"][task.task.name] for task in prepared.tasks}
@@ -163,7 +168,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
 
     from pivotune.results.files import results_paths
 
-    names = [Column(title, overflow="fold") for title in ("task", "metric")]
+    names = [Column("task", overflow="fold"), Column("metric", no_wrap=True)]
     numbers = [Column(title, justify="right", no_wrap=True) for title in ("value", "± s.e.", "n")]
     table = Table(*names, *numbers, "gold NLL per token", "in its language", "notes")
     for name, task in tasks.items():

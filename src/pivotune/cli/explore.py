@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import print_lines, progress, quiet_libraries, safe, stderr, stdout
+from pivotune.cli.common import (
+    check_inputs,
+    check_out,
+    print_lines,
+    progress,
+    quiet_libraries,
+    stdout,
+    write_out,
+)
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +56,8 @@ def explore(
     else:
         if not prompts and data is None:
             raise UsageError("there is nothing to read; give --prompt or --data, or type prompts with --serve")
-        _check_writable(out, overwrite)
+        check_out(out, ".html", overwrite=overwrite)
+    check_inputs(names, [data])
     quiet_libraries()
     if against is not None:
         _check_comparable(run_or_model, against)
@@ -56,10 +65,13 @@ def explore(
     shown, others = _rows(prompts, data, rows)
     reader, about = _load_reader(names, encoder, others, data or "", lens)
     reader.max_tokens, reader.max_new_tokens = max_tokens, max_new_tokens
-    items = []
-    for row, source in shown:
-        with stderr.status(f"Reading {safe(source)}, row {row.number}"):
-            items.append(reader.read(row, source=source))
+    grids = len(names) * (1 if reader.lens is None else 2) * sum(1 + bool(row.prompt_en) for row, _ in shown)
+    items, done = [], itertools.count(1)
+    if shown:
+        with progress("Reading texts x models x lenses", grids) as advance:
+            reader.on_grid = lambda: advance(next(done))
+            items = [reader.read(row, source=source) for row, source in shown]
+        reader.on_grid = lambda: None
 
     from pivotune.explore.page import explorer_page
 
@@ -67,22 +79,8 @@ def explore(
     if serve:
         _serve(page, reader, port)
     else:
-        from pivotune.text.files import write_text
-
-        write_text(out, page)
+        write_out(out, page)
         print_lines(stdout, *about, f"saved {out} ({len(page) / 1e6:.1f} MB)")
-
-
-def _check_writable(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out: {out} is a folder; name a file, such as {out / 'lens.html'}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out: {out} exists; add --overwrite or name another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UsageError(f"--out: {out} cannot be written ({error.strerror})") from error
 
 
 def _check_comparable(name: str, against: str) -> None:
@@ -145,9 +143,12 @@ def _load_reader(
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
 
     models = [ReadModel(name, load_on_device(name)) for name in names]
-    about = [f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."]
+    template = f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
+    about = [f"Model: {' against '.join(names)}.", template]
     tuned = None
-    if lens == "both":
+    if lens == "logit":
+        about.append("Logit lens only, as --lens asks.")
+    else:
         limits = Limits(context=encoder.limits.context)
         fitting = Encoder(encoder.tokenizer, encoder.template, limits, fold_system=encoder.fold_system)
         pairs = fitting.encode(others, on_bad_row="skip", source=data)

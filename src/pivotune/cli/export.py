@@ -27,14 +27,18 @@ def export(
     interpolate: Interpolate = 1.0,
 ) -> None:
     """Write the model, tokenizer and card of a run into a folder that needs nothing else."""
-    quiet_libraries()
     options: dict[str, Any] = {"merge_lora": merge_lora, "dtype": dtype, "interpolate": interpolate}
-    from pivotune.runs.publish import export_run
+    from pivotune.runs.publish import check_export, export_run
 
+    run, to = run.expanduser(), to.expanduser()
+    check_export(run, to, merge_lora=merge_lora, dtype=dtype)
+    quiet_libraries()
     with stderr.status("Exporting"):
-        _draw(run.expanduser())
-        folder = export_run(run.expanduser(), to.expanduser(), **options)
-    print_lines(stdout, str(folder))
+        _draw(run)
+        folder = export_run(run, to, **options)
+    print_lines(
+        stdout, f"saved {folder}: model, tokenizer and card; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
 
 
 def push(
@@ -48,13 +52,15 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON.")] = False,
 ) -> None:
     """Upload the model, tokenizer and card of a run to the Hugging Face Hub (log in with `hf auth login`)."""
-    quiet_libraries()
     options: dict[str, Any] = {"merge_lora": merge_lora, "dtype": dtype, "interpolate": interpolate}
-    from pivotune.runs.publish import push_run
+    from pivotune.runs.publish import check_export, push_run
 
+    run = run.expanduser()
+    check_export(run, merge_lora=merge_lora, dtype=dtype)
+    quiet_libraries()
     with stderr.status("Uploading"):
-        _draw(run.expanduser())
-        files = push_run(run.expanduser(), repository, private=private, dry_run=dry_run, **options)
+        _draw(run)
+        files = push_run(run, repository, private=private, dry_run=dry_run, **options)
     if as_json:
         print_json({"repository": repository, "uploaded": not dry_run, "files": files})
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -79,13 +78,12 @@ def init(
 ) -> None:
     """Print a commented run configuration: `pivotune init > run.yaml`."""
     from pivotune.config.registry import METHODS
+    from pivotune.text.languages import check_language
 
     if method not in METHODS:
         raise UsageError(f"--method: {method!r} is not allowed; allowed: {', '.join(METHODS)}")
     method = METHODS.check(method)
-    # It becomes a part of folder names. Codes that no benchmark knows are fine.
-    if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*", language):
-        raise UsageError(f"--lang: {language!r} is not a language code; allowed: codes such as vi, zh, pt-BR, vie_Latn")
+    check_language(language, "--lang")
     print(render(method, model=model, data=data, language=language), end="")
 
 

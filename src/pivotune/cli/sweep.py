@@ -14,6 +14,7 @@ from pivotune.cli.common import (
     EXIT_STOPPED,
     batch_size_option,
     console,
+    languages_option,
     print_json,
     printable,
     progress,
@@ -65,6 +66,7 @@ def sweep(
         dtype=dtype,
         skip_missing=skip_missing,
     )
+    codes = languages_option(languages)
     folder = out or Path("sweeps") / (config.stem + ("-ablation" if ablation else ""))
     if signals and not ablation:
         raise UsageError("--signals goes with --ablation")
@@ -80,7 +82,7 @@ def sweep(
         from pivotune.cli.training_display import TrainingProgress
         from pivotune.sweeps.run import DONE, describe_sweep, prepare_sweep, run_sweep
 
-        prepared = prepare_sweep(config, folder, cells, words(tasks), settings, words(languages))
+        prepared = prepare_sweep(config, folder, cells, words(tasks), settings, codes)
         if dry_run:
             if prepared.tasks:
                 say(f"tasks: {', '.join(prepared.tasks)}")

@@ -11,6 +11,8 @@ import typer
 from pivotune.cli import options
 from pivotune.cli.common import (
     EXIT_STOPPED,
+    SEVERAL_PROCESSES,
+    check_inputs,
     console,
     print_json,
     print_lines,
@@ -46,7 +48,7 @@ def train(
     with reported_once():
         run_config = load_config(config, changes or [])
     out = console(as_json)
-    from pivotune.runs.folder import check_same_run, has_trained, holds_run, is_finished
+    from pivotune.runs.folder import check_same_run, claim_run_folder, has_trained, holds_run, is_finished
     from pivotune.training.resilience.checkpoints import kept, remove_replaced
 
     folder = Path(run_config.output_dir)
@@ -59,7 +61,16 @@ def train(
             if as_json:
                 print_json({"run": str(folder), **json.loads((folder / "results.json").read_text(encoding="utf-8"))})
             return
-    _check_paths(run_config)
+    data = run_config.data
+    sources = [path for source in data.sources for path in (source.path, source.english)]
+    with reported_once():
+        check_inputs(
+            [run_config.model],
+            [*sources, data.validation, data.validation_english],
+            revision=run_config.revision,
+        )
+    if not (overwrite or SEVERAL_PROCESSES):  # else `prepare_run` does it, after all other checks
+        claim_run_folder(run_config, resume=resume)
     from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
     with StopSignals() as signals:
@@ -78,22 +89,6 @@ def train(
     from pivotune.cli.training_display import describe_result
 
     describe_result(out, result, run_config.supervision)
-
-
-def _check_paths(config: RunConfig) -> None:
-    """Report a missing model folder or data file before torch is imported, which takes seconds."""
-    from pivotune.data.sources import check_source
-    from pivotune.models.bundled import PREFIX
-    from pivotune.models.locating import resolve_model
-
-    with reported_once():
-        if not config.model.startswith(PREFIX):
-            resolve_model(config.model)
-        data = config.data
-        train = [path for source in data.sources for path in (source.path, source.english)]
-        for source in (*train, data.validation, data.validation_english):
-            if isinstance(source, str):
-                check_source(source)
 
 
 def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool, overwrite: bool) -> RunResult:

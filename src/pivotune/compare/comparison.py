@@ -329,7 +329,10 @@ def _notes(
             "3 seeds or more to claim a difference between methods."
         )
     if few := sum(found.n < FEWEST_ITEMS for found in differences):
-        notes.append(f"{few} differences are over fewer than {FEWEST_ITEMS} items, too few for any verdict.")
+        notes.append(
+            f"{few} differences are over fewer than {FEWEST_ITEMS} items, too few for a verdict, also where the interval "
+            "leaves out zero."
+        )
     tests = [found for found in differences if found.adjusted_p is not None]
     if len(tests) > 1:
         told = [found for found in tests if found.verdict is not Verdict.UNDECIDED]

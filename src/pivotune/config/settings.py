@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from pivotune.config.messages import LIST_TAG, describe
 from pivotune.config.registry import LENSES, METHODS, OBJECTIVES
 from pivotune.config.training_ranges import check_ranges
+from pivotune.text.languages import check_language
 
 MethodName = Annotated[str, AfterValidator(METHODS.check)]
 SignalName = Annotated[str, AfterValidator(lambda name: OBJECTIVES.check(name, "none"))]
@@ -59,9 +60,11 @@ class EncodingConfig(Section):
 
     @field_validator("language", mode="before")
     @classmethod
-    def _norwegian(cls, value: Any) -> Any:
-        """YAML reads the code `no` as false."""
-        return "no" if value is False else value
+    def _check_code(cls, value: Any) -> Any:
+        value = "no" if value is False else value  # YAML reads the code of Norwegian as false
+        if isinstance(value, str):
+            check_language(value, "data.language")
+        return value
 
 
 class DataSource(Section):

@@ -119,6 +119,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
                      "set a schedule with a warm-up, such as constant_with_warmup"),
     "lr_scheduler_kwargs": ("lr_scheduler_type", _without("constant", "constant_with_warmup"),
                             "set a schedule with options, such as cosine_with_min_lr"),
+    "save_total_limit": ("save_strategy", _without("no"), "set save_strategy: epoch, steps or best"),
     "run_name": ("report_to", _without(*_OFF), "set report_to"),
     **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
     "optim_target_modules": ("optim", lambda name: not name.startswith(("galore", "apollo")),

@@ -95,19 +95,20 @@ def prepare_evaluation(
         model: run folder, model folder, Hub name or bundled model.
         tasks, languages: as in `find_tasks`; no languages for the run's own language.
     """
-    # Imports torch, which the settings alone do not need.
-    from pivotune.training.preparation import context_length
-
     name = str(model)
     _check_settings(settings)
+    files = locate(name, settings.revision)
     folder = Path(name).expanduser()
     run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
     wanted = find_tasks(tasks, languages, run.data.language if run else None)
     if settings.backend != "hf" and any(task.kind == "alignment" for task in wanted):
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
+    # Imports torch, which the checks above do not need.
+    from pivotune.training.preparation import context_length
+
     check_model(name, **options)
-    if settings.backend == "vllm" and locate(name, settings.revision).is_adapter:
+    if settings.backend == "vllm" and files.is_adapter:
         raise UsageError(
             f"--backend: vllm reads whole models, and {name} holds adapters alone (quantize: 4bit); merge them into their "
             "base, or use --backend hf"

@@ -70,7 +70,7 @@ def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
         set_name, _, rest = tail.partition("_")
         known_set, rest = (set_name, rest) if set_name in PARALLEL_READERS else (None, tail)
         chosen = _needed(tail if known_set else head, [rest] if rest else languages)
-        return [alignment_task(known_set, language) for language in chosen]
+        return [alignment_task(known_set, _code(language)) for language in chosen]
     if name in known:
         return [task for language in _needed(name, languages) for task in _in_language(known[name], language)]
     if head in known and _DIRECTION.fullmatch(tail):
@@ -103,11 +103,18 @@ def _group(group: str, languages: Sequence[str]) -> Sequence[Task]:
 
 def _in_language(benchmark: Benchmark, language: str) -> Sequence[Task]:
     if language not in benchmark.languages:
-        language = find_language(language).code
+        language = _code(language)
     if language in benchmark.languages or benchmark.open_ended:
         return benchmark.tasks(language)
     has = ", ".join(sorted(benchmark.languages))
     raise UsageError(f"--tasks: {benchmark.title} has no language {language!r}; it has {has}")
+
+
+def _code(language: str) -> str:
+    try:
+        return find_language(language).code
+    except UsageError as error:
+        raise UsageError(f"--tasks: {error}") from error
 
 
 def _needed(name: str, languages: Sequence[str]) -> Sequence[str]:

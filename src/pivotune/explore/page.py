@@ -43,8 +43,10 @@ def explorer_page(models: Sequence[str], about: Sequence[str], items: Sequence[A
     """
     ask = [_ask_form(models)] if served else []
     sections = [
-        Section("Lens", [*ask, _GRID], {"explored": {"models": list(models), "items": list(items)}}),
-        Section("How to read it", [Lines([*_HOW_TO_READ, *about])]),
+        Section(
+            "Lens", [*ask, _GRID, Lines(list(about))], {"explored": {"models": list(models), "items": list(items)}}
+        ),
+        Section("How to read it", [Lines(_HOW_TO_READ)]),
     ]
     return render_page(
         " and ".join(models) if len(models) < 3 else "Lens explorer",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class LensReader:
         lens: a tuned lens for all of them; None reads through the logit lens alone.
         max_tokens: longer prompts lose their end.
         max_new_tokens: limit of an answer that is generated.
+        on_grid: called after each grid: one of a text, a model and a lens.
     """
 
     models: Sequence[ReadModel]
@@ -75,6 +76,7 @@ class LensReader:
     lens: TunedLens | None = None
     max_tokens: int = 96
     max_new_tokens: int = 32
+    on_grid: Callable[[], object] = field(default=lambda: None)
 
     def read(self, row: Row, *, answered_by: int = 0, source: str = "prompt") -> dict[str, Any]:
         """Return the grids of a row as JSON values: its text, and its English parallel where it has one.
@@ -95,7 +97,7 @@ class LensReader:
             if side is not None:
                 answered = side if answer else self._answered(side, self.models[answered_by].model)
                 read.append({"name": name, **self._side(answered)})
-        notes = []
+        notes = [] if source == "prompt" else [f"{source}, row {row.number}"]
         if (row.prompt, row.prompt_en) != (whole.prompt, whole.prompt_en):
             notes.append(f"the prompt is cut to {self.max_tokens} tokens")
         if self.encoder.report.cut["answers"]:
@@ -160,6 +162,7 @@ class LensReader:
                 ]
                 numbers = ("probabilities", "entropy", "output", "letters")
                 grid[name] = {"likeliest": likeliest} | {key: _rounded(getattr(found, key)) for key in numbers}
+                self.on_grid()
             if len(states) == 2:
                 change = grid_difference(self.models[0].architecture, states[0], self.models[1].architecture, states[1])
                 differences[name] = {"kl": _rounded(change.kl), "change": _rounded(change.change)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from pivotune.errors import UsageError
-from pivotune.layers.selection import Fall, LayerSelection, SelectionMethod
+from pivotune.layers.selection import Fall, LayerSelection, SelectionMethod, TermName
 from pivotune.text.files import finite, write_json
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class LayerAnalysis(_Analysis, total=False):
 
     `target` and `english` are the profiles on the two languages (`LayerProfile.to_dict()`, null for a value that is not
     finite) through the lens `lens`; `reading` is what each layer can say (`LayerReading.to_dict()`), where rows have both
-    sides; `english_tokens` is the reason given by `english_looking_tokens`.
+    sides; `english_tokens` is the reason given by `english_looking_tokens`; `supervised` are the inner losses of a run.
     """
 
     lens: str
     reading: dict[str, Any] | None
+    supervised: list[TermName]
 
 
 def analysis_to_json(

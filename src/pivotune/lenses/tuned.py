@@ -11,6 +11,7 @@ Shapes: N states, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -137,6 +138,7 @@ def fit_tuned_lens(
     start: TunedLens | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    measured: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[TunedLens, dict[int, LensFigures]]:
     """Fit a map for every layer on the states of some texts; call it under the autocast of training.
@@ -149,24 +151,27 @@ def fit_tuned_lens(
         texts: read in a random order until `config.states` states are there.
         layers: 0 to L - 1.
         start: maps to continue from in place of the regression (`config.refit`).
-        progress: called with the states read plus the Adam steps done, up to `config.states + config.steps`.
+        measured: compute the figures, which cost more than the regression of many layers; Adam steps need them.
+        progress: called with the percentage of the operations done: forward pass, regression, Adam steps.
 
     Raises:
         UsageError: the texts have fewer than 100 states.
     """
     architecture, random = find_architecture(model), np.random.default_rng(seed)
     chosen = _choose(texts, config.states, random)
-    top = architecture.num_layers
+    top, head, count = architecture.num_layers, architecture.head_weight, count_states(chosen)
+    # Multiplications; those of the regression count double, for two matrices, and for float64 again.
+    a_state = sum(parameter.numel() for parameter in model.parameters()) - head.numel()
+    a_map = 4 * count * head.shape[1] ** 2
+    a_step = ADAM_STATES * head.numel() * (1 + 2 * len(layers))
+    total = count * a_state + len(layers) * a_map + config.steps * a_step
 
-    def tell(done: int) -> None:
+    def tell(states: int, maps: int = 0, steps: int = 0) -> None:
         if progress is not None:
-            progress(done)
+            progress(100 * (states * a_state + maps * a_map + steps * a_step) // total)
 
-    states, text_of = _collect(
-        model, architecture, chosen, [*layers, top], batch_size, lambda done: tell(min(done, config.states))
-    )
-    check_states(len(text_of))
-    tell(config.states)
+    check_states(count)
+    states, text_of = _collect(model, architecture, chosen, [*layers, top], batch_size, tell)
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))
     if not held.any():
@@ -175,14 +180,17 @@ def fit_tuned_lens(
     outputs, lens = states.pop(top), TunedLens(architecture)
     train = {layer: found[~held] for layer, found in states.items()}
     test = {layer: found[held][:MOST_HELD_OUT] for layer, found in states.items()}
-    for layer in layers:
+    for done, layer in enumerate(layers, start=1):
         known = None if start is None else start.maps[layer]
         lens.maps[layer] = known or _ridge(train[layer], outputs[~held])
+        tell(count, done)
+    if not (measured or config.steps):
+        return lens, {}
     expected = outputs[held][:MOST_HELD_OUT]
     logit_kl, kl = (_mean_kl(architecture, read, test, expected) for read in (None, lens))
     before = dict(lens.maps)
     if config.steps:
-        _refine(architecture, lens, train, outputs[~held], config.steps, random, lambda n: tell(config.states + n))
+        _refine(architecture, lens, train, outputs[~held], config.steps, random, partial(tell, count, len(layers)))
         for layer, refined in _mean_kl(architecture, lens, test, expected).items():
             if refined < kl[layer]:
                 kl[layer] = refined

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pivotune.errors import UsageError
+from pivotune.text.files import apply_umask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -193,8 +194,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     GenerationConfig(**special_ids).save_pretrained(folder)
     weights_file = folder / "model.safetensors"
     save_file(dict(_named_weights(reader, config)), weights_file, metadata={"format": "pt"})
-    # safetensors lets only the owner read; the other files of a shared cache follow the umask.
-    weights_file.chmod((folder / "config.json").stat().st_mode)
+    apply_umask(weights_file)
     _save_tokenizer(fields, folder)
 
 

@@ -38,9 +38,9 @@ def read_config(name: str, *, trust_remote_code: bool = False, revision: str | N
     Raises:
         UsageError: as `locate`; a gated repository; an encoder-decoder or another non-causal model.
     """
+    files = locate(name, revision)  # before torch is imported
     from transformers import AutoConfig
 
-    files = locate(name, revision)
     if files.is_adapter:
         base, base_revision = base_of(name, files)
         with about_base_of(name):
@@ -76,9 +76,9 @@ def load_tokenizer(
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files; as `check_vocabulary`.
     """
+    files = tokenizer_files(name, revision)
     from transformers import AutoTokenizer
 
-    files = tokenizer_files(name, revision)
     with one_line_errors(name, "tokenizer"), _quiet_transformers(files):
         tokenizer = AutoTokenizer.from_pretrained(
             files.location, trust_remote_code=trust_remote_code, **files.arguments

@@ -8,21 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from pivotune.config.settings import RunConfig
 from pivotune.errors import UsageError
 from pivotune.layers.layers_json import read_layers_json
-from pivotune.models.adapters import merge_adapters
 from pivotune.models.loading import DTYPES, load_model, load_tokenizer
 from pivotune.models.locating import one_line_errors
-from pivotune.runs.export import cast_weights
 from pivotune.runs.folder import TRAINING_PICTURE, read_run_config
 from pivotune.runs.model_card import model_card
-from pivotune.text.files import write_text
-from pivotune.training.averaging import trained_weights
-from pivotune.training.interpolation import interpolate_weights, is_lora_b
+from pivotune.text.files import apply_umask, write_text
 
 
 def export_run(
@@ -41,9 +34,7 @@ def export_run(
     Raises:
         UsageError: no finished run, adapters to merge in a run without any, a folder that is not empty or writable.
     """
-    config = check_export(run, merge_lora=merge_lora, dtype=dtype)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"--to: {to} exists and is not an empty folder; choose another one")
+    config = check_export(run, to, merge_lora=merge_lora, dtype=dtype)
     layers, results = run / "layers.json", run / "results.json"
     card = model_card(
         config,
@@ -59,6 +50,8 @@ def export_run(
         else:
             _whole_model(run, config, dtype, interpolate).save_pretrained(to)
         load_tokenizer(str(run), trust_remote_code=config.trust_remote_code).save_pretrained(to)
+        for weights in to.glob("*.safetensors"):
+            apply_umask(weights)
         write_text(to / "README.md", card)
         if (run / TRAINING_PICTURE).is_file():
             shutil.copy2(run / TRAINING_PICTURE, to)
@@ -67,8 +60,8 @@ def export_run(
     return to
 
 
-def check_export(run: Path, *, merge_lora: bool, dtype: str) -> RunConfig:
-    """Return the configuration of a run that can be exported with these options; nothing is loaded.
+def check_export(run: Path, to: Path | None = None, *, merge_lora: bool, dtype: str) -> RunConfig:
+    """Return the configuration of a run that can be exported with these options; nothing is loaded, torch not imported.
 
     Raises:
         UsageError: as `export_run`.
@@ -82,6 +75,8 @@ def check_export(run: Path, *, merge_lora: bool, dtype: str) -> RunConfig:
         raise UsageError(f"--merge-lora: {run} trained the whole model and has no adapters; leave it out")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype: {dtype!r} found; allowed: {', '.join(DTYPES)}")
+    if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"--to: {to} exists and is not an empty folder; choose another one")
     return config
 
 
@@ -125,6 +120,13 @@ def push_run(
 
 def _whole_model(run: Path, config: RunConfig, dtype: str, interpolate: float) -> Any:
     """Return the model with its adapters merged, computed in the stored dtype and rounded to `dtype` at the end."""
+    import torch
+
+    from pivotune.models.adapters import merge_adapters
+    from pivotune.runs.export import cast_weights
+    from pivotune.training.averaging import trained_weights
+    from pivotune.training.interpolation import interpolate_weights, is_lora_b
+
     folder = run / "model" if config.lora is None else _adapter_folder(run)
     model: Any = load_model(str(folder), trust_remote_code=config.trust_remote_code)
     with torch.no_grad():
@@ -150,6 +152,11 @@ def _adapter_folder(run: Path) -> Path:
 
 
 def _copy_adapters(source: Path, to: Path, dtype: str, interpolate: float) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pivotune.training.interpolation import is_lora_b
+
     tensors = load_file(source / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         scaled = tensor * interpolate if is_lora_b(name) else tensor

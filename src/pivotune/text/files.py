@@ -31,11 +31,18 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
             file.flush()
             # Before the rename: after a power failure the new name must not hold an empty file.
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        apply_umask(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file the mode of a plainly opened one: temporary files, Safetensors' too, are their owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_json(path: Path, content: Any) -> None:

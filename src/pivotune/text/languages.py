@@ -23,6 +23,13 @@ _COUNTRIES = {
     "vn": "vi", "cn": "zh", "jp": "ja", "kr": "ko", "cz": "cs", "ua": "uk", "gr": "el", "dk": "da", "ir": "fa",
 }  # fmt: skip
 
+_TAG = re.compile(r"([A-Za-z]{2,3})([-_][A-Za-z0-9]{1,8})*")
+# ISO 639-1 codes that `languages.csv` lacks.
+_OTHER_CODES = frozenset((
+    "aa", "ae", "av", "bh", "bi", "ce", "ch", "cr", "cu", "ho", "hz", "ii", "ik",
+    "iu", "kj", "kv", "lu", "mh", "na", "ng", "nr", "oj", "pi", "se", "sh", "za",
+))  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Language:
@@ -79,6 +86,20 @@ def find_language(code: str) -> Language:
             f"language {code!r} is unknown: {language.name} is {language.flores} here; {_nearest_codes(code)}"
         )
     return language
+
+
+def check_language(code: str, option: str) -> None:
+    """Refuse a text that is no language code, before it names folders and reports.
+
+    Three letters pass: ISO 639-3 has thousands of codes. So does any script or region.
+
+    Raises:
+        UsageError: names `option`, the text and the nearest codes.
+    """
+    tag = _TAG.fullmatch(code)
+    base = tag[1].lower() if tag else ""
+    if len(base) != 3 and base not in _OTHER_CODES and base not in _languages_by_code():
+        raise UsageError(f"{option}: {code!r} is not a language code; {_nearest_codes(code)}")
 
 
 @cache

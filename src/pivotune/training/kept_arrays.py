@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from pivotune.errors import UsageError
+from pivotune.text.files import apply_umask
 from pivotune.training.resilience.checkpoints import STAGING, reason_of
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def save_arrays(path: Path, arrays: Arrays, key: Mapping[str, str]) -> None:
         with tempfile.TemporaryDirectory(dir=staging) as folder:
             temporary = Path(folder) / path.name
             save_file(arrays, temporary, metadata={**key, "content": _content_digest(arrays)})
+            apply_umask(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

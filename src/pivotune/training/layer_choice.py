@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -93,7 +94,7 @@ def choose_supervision(
         layers = measure_layers(args, model, tokenizer, pairs, progress=progress)
     supervision, chosen = resolve_supervision(args.supervision, num_layers, layers)
     if layers is not None:
-        layers = cast(LayerAnalysis, {**layers, **chosen.to_dict()})
+        layers = cast(LayerAnalysis, {**layers, **chosen.to_dict(), "supervised": list(supervision.active())})
     return supervision.model_copy(update=keep), layers
 
 
@@ -124,6 +125,9 @@ def resolve_supervision(
         # One term alone may sit at any layer.
         chosen = resolve_layers("auto", "auto", num_layers, selection)
         (name, term), *_ = active.items()
+        if chosen.method == "reading":
+            parts = re.split("; (?=thinking: )", chosen.reason)
+            chosen = replace(chosen, reason=next(part for part in parts if part.startswith(name)))
         if term.layer != "auto":
             reason = f"{name} layer {term.layer} was asked for"
             chosen = replace(chosen, **{name: term.layer}, method="explicit", reason=reason)

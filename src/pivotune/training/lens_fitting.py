@@ -121,7 +121,7 @@ def fit_lens(
     texts = lens_texts(spread(pairs, _ROWS), config.text)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     autocast = torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16)
-    with progress("Fitting the lens", config.states + config.steps) as advance, autocast:
+    with progress("Fitting the lens", 100) as advance, autocast:
         return fit_tuned_lens(
             model,
             texts,
@@ -190,9 +190,9 @@ def fit_all_layers(
     if count_states(texts) < LEAST_STATES:
         # Too few rows to set some apart.
         texts = lens_texts([*others, *measured], config.text)
-    with progress("Fitting a lens for every layer", quick.states) as advance:
+    with progress("Fitting a lens for every layer", 100) as advance:
         layers = range(find_architecture(model).num_layers)
-        return fit_tuned_lens(model, texts, layers, quick, progress=advance)[0]
+        return fit_tuned_lens(model, texts, layers, quick, measured=False, progress=advance)[0]
 
 
 def check_lens_rows(supervision: SupervisionConfig, pairs: Sequence[Pair]) -> None:

@@ -122,6 +122,11 @@ class MetricsFile(TrainerCallback):
             # The checkpoint holds all lines up to its step; the file may hold later ones, a broken one, or none.
             write_text(self._path, "".join(map(_as_line, state.log_history)))
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the last step, so that a run shorter than `logging_steps` has a loss."""
+        if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -10,6 +10,7 @@ from benchmark_files import write_file
 from pivotune.errors import UsageError
 from pivotune.evaluation.tasks import tables
 from pivotune.evaluation.tasks.tables import (
+    MissingDataError,
     Source,
     Split,
     by_id,
@@ -165,3 +166,13 @@ def test_ids_are_distinct_and_there_is_something():
         by_id("x", ["a.tsv"], [rows[0], ("1", "a.tsv, line 2", 6)])
     with pytest.raises(UsageError, match=r"x: no questions in a\.tsv"):
         by_id("x", ["a.tsv"], [])
+
+
+def test_a_set_out_of_reach_names_the_local_ways(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    ways = r"owner/set cannot be loaded \(no route to host\); --data-dir reads local files, HF_HUB_OFFLINE=1 the cache"
+    with pytest.raises(MissingDataError, match=ways):
+        list(tables.read_hub_records("xquad_vi", "owner/set", None, "test"))

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from pivotune.errors import UsageError
@@ -50,7 +52,7 @@ def harness_task(name: str) -> Task | None:
 
     `language` is `und` for a name without a language.
     """
-    entry = _manager(name).task_index.get(name)
+    entry = _manager(name).task_index.get(name) if _is_named(name) else None
     if entry is None:
         return None
     if entry.kind.name in ("GROUP", "TAG"):
@@ -101,6 +103,14 @@ def _item(task: Any, identifier: str, doc: Mapping[str, Any], details: Mapping[s
     description = task.resolve_field(doc, task.config.description) or ""
     query = f"{description}{task.doc_to_text(doc)}"
     return Item(identifier, query, choices=choices, gold=gold, delimiter=task.config.target_delimiter, details=details)
+
+
+def _is_named(name: str) -> bool:
+    """Return False if no file of the harness has this name: reading them takes a tenth of the index's time."""
+    package = find_spec("lm_eval")
+    folders = [Path(path) for path in (package and package.submodule_search_locations) or ()]
+    files = (path for folder in folders for path in (folder / "tasks").rglob("*yaml*") if path.is_file())
+    return not folders or any(name in path.read_text(encoding="utf-8", errors="replace") for path in files)
 
 
 @lru_cache(maxsize=1)

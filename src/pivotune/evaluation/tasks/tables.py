@@ -254,7 +254,7 @@ def read_hub_records(task: str, path: str, config: str | None, split: str) -> It
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingDataError(
             f"{task}: the Hub dataset {hub_name(path, config)} cannot be loaded ({reason[:200]}); "
-            "--data-dir reads local files"
+            "--data-dir reads local files, HF_HUB_OFFLINE=1 the cache alone, without retries"
         ) from error
     yield from enumerate(dataset, start=1)
 

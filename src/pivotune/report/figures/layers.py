@@ -25,6 +25,7 @@ _CHOSEN_BY = {
     "explicit": "as asked for",
 }
 _SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
+_SYMBOLS = {"conversion": "i", "thinking": "j"}
 _SHARES = {"agreement": "top-1 = output's", "english_share": "on English tokens"}
 
 
@@ -35,7 +36,7 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
     if layers.get("english"):
         profiles["en"] = layers["english"]
     entropy = [row for language, profile in profiles.items() for row in _entropy_rows(profile, "language", language)]
-    panels = [_over_layers(entropy, "language", "mean entropy (nats)", layers)]
+    panels = [_over_layers(entropy, "language", "mean entropy (nats)", supervised(layers))]
     shares = [
         {"layer": layer, "share": value, "language": language, "series": f"{language}: {meaning}"}
         for language, profile in profiles.items()
@@ -45,7 +46,9 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
     if shares:
         axis = alt.Axis(format="%")
         panels.append(
-            _over_layers(shares, "series", "share of tokens\nor probability", layers, "share", axis=axis, height=140)
+            _over_layers(
+                shares, "series", "share of tokens\nor probability", supervised(layers), "share", axis=axis, height=140
+            )
         )
     if reading := layers.get("reading"):
         names = {"conversion": "English query", "thinking": "English answer"}
@@ -56,13 +59,24 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
             for layer, value in enumerate(reading[term])
         ]
         panels.append(
-            _over_layers(nll, "series", "NLL after the target\nprompt (nats per token)", layers, "nll", height=140)
+            _over_layers(
+                nll, "series", "NLL after the target\nprompt (nats per token)", supervised(layers), "nll", height=140
+            )
         )
     how = _CHOSEN_BY.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
     lens = "Tuned" if layers.get("lens") == "tuned" else "Logit"
     title = f"{lens}-lens entropy by layer: {short_name(str(layers['model'])) or 'the model'}"
-    chosen = f"end of conversion i = {layers['conversion']}, of thinking j = {layers['thinking']}: {how}"
-    return stacked(panels, title, chosen)
+    return stacked(panels, title, f"{ends(layers)}: {how}")
+
+
+def supervised(layers: Mapping[str, Any]) -> dict[str, int]:
+    """Return the layers of the stages that a run supervises; of an analysis alone both."""
+    return {stage: layers[stage] for stage in layers.get("supervised") or _SYMBOLS}
+
+
+def ends(layers: Mapping[str, Any]) -> str:
+    """Return a line that names these layers: `end of conversion i = 2, end of thinking j = 15`."""
+    return ", ".join(f"end of {stage} {_SYMBOLS[stage]} = {layer}" for stage, layer in supervised(layers).items())
 
 
 def entropy_comparison(
@@ -168,7 +182,7 @@ def _over_layers(
     panel = lines(rows, x, y, series(field, [row[field] for row in rows]), height)
     chosen = [
         {"layer": marks[stage], "mark": f"{symbol} = {marks[stage]}", "stage": f"end of {stage}"}
-        for symbol, stage in (("i", "conversion"), ("j", "thinking"))
+        for stage, symbol in _SYMBOLS.items()
         if marks.get(stage) is not None
     ]
     if not chosen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure
+from pivotune.report.figures.layers import ends, entropy_comparison, layer_figure, retrieval_figure, supervised
 from pivotune.report.figures.projection import projection_figure
 from pivotune.report.page import Block, Figure, Section, Table, Text
 from pivotune.report.runs import LAYERS_AFTER, LAYERS_BEFORE, Material
@@ -17,8 +17,7 @@ def layers(material: Material) -> Section | None:
     for index, run in enumerate(analyses.values(), start=1):
         found = run.layers
         caption = (
-            f"The starting model of {run.name}, read at every layer. Conversion to English ends at layer i = "
-            f"{found['conversion']}, thinking at layer j = {found['thinking']} of {found['num_layers']}. "
+            f"The starting model of {run.name}, read at each of its {found['num_layers']} layers; {ends(found)}. "
             "Low entropy: the layer is sure of the next token, in any language."
         )
         names = ["layer", *(f"entropy {language}" for language in ("target", "English") if found.get(_KEYS[language]))]
@@ -39,8 +38,7 @@ def layers(material: Material) -> Section | None:
     if trained:
         profiles = {name: found["target"] for name, found in {**before, **trained}.items()}
         marks = first.layers if first else next(iter(trained.values()))
-        chosen = {stage: marks[stage] for stage in ("conversion", "thinking")}
-        chart = entropy_comparison(profiles, language=marks.get("language"), **chosen)
+        chart = entropy_comparison(profiles, language=marks.get("language"), **supervised(marks))
         caption = "How sure the layers are after training, and before it where that was measured."
         blocks.append(Figure("layers-after", chart.to_dict(), caption))
     elif first:

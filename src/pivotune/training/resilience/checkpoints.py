@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from pivotune.errors import UsageError
 from pivotune.models.locating import CHECKSUMS
+from pivotune.text.files import apply_umask
 from pivotune.text.json_text import shown
 
 logger = logging.getLogger(__name__)
@@ -109,9 +110,14 @@ def _replace(staging: Path, final: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Flush all files to disk before the rename; otherwise a crash could leave a renamed folder of empty files."""
+    """Flush all files to disk before the rename; otherwise a crash could leave a renamed folder of empty files.
+
+    Safetensors' files get the mode of the others.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
+            if path.suffix == ".safetensors":
+                apply_umask(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         elif path.is_dir():
