@@ -7,7 +7,7 @@ from peak_bytes import peak
 from tiny_training import make_pairs
 
 from pivotune.config.settings import LoraSettings, TunedLensConfig
-from pivotune.explore.grid import GridDifference, grid_difference, lens_grid, lens_states
+from pivotune.explore.grid import GridDifference, LensGrid, lens_grids, lens_states
 from pivotune.lenses.logit import lens_logits
 from pivotune.lenses.tuned import TunedLens
 from pivotune.models.adapters import add_adapters, build_lora_config
@@ -39,8 +39,14 @@ def random_lens(model) -> TunedLens:
     return lens
 
 
-def grid_of(model, lens=None):
-    return lens_grid(find_architecture(model), lens_states(model, IDS, lens, START), LETTERS)
+def read(model, lens=None):
+    return find_architecture(model), lens_states(model, IDS, lens, START)
+
+
+def grid_of(model, lens=None) -> LensGrid:
+    grids, difference = lens_grids([read(model, lens)], LETTERS)
+    assert difference is None
+    return grids[0]
 
 
 @pytest.mark.parametrize("lens_name", ["logit", "tuned"])
@@ -90,8 +96,13 @@ def test_adapters_are_active():
 
 
 def difference(model, other) -> GridDifference:
-    parts = [(find_architecture(each), lens_states(each, IDS, None, START)) for each in (model, other)]
-    return grid_difference(*parts[0], *parts[1])
+    grids, found = lens_grids([read(model), read(other)], LETTERS)
+    for each, grid in zip((model, other), grids, strict=True):
+        # The grids are those of each model alone, whose positions are read in larger parts.
+        for name, tensor in vars(grid_of(each)).items():
+            torch.testing.assert_close(getattr(grid, name), tensor, rtol=1e-5, atol=1e-6)
+    assert found is not None
+    return found
 
 
 def test_difference_is_the_kl_and_the_change_of_the_likeliest(distinct_family):
@@ -125,5 +136,5 @@ def test_memory_stays_below_one_layers_logits(family_name, dtype):
     states = torch.randn(33, positions, 32).to(getattr(torch, dtype))
     letters = (torch.zeros(vocabulary, dtype=torch.bool), torch.ones(vocabulary, dtype=torch.bool))
     logits = positions * vocabulary * 4
-    assert peak(lambda: lens_grid(architecture, states, letters)) < logits
-    assert peak(lambda: grid_difference(architecture, states, architecture, states)) < logits
+    for count in (1, 2):
+        assert peak(lambda: lens_grids([(architecture, states)] * count, letters)) < logits  # noqa: B023

@@ -95,11 +95,11 @@ def test_two_models_have_two_grids_and_their_difference(model):
         assert change == pytest.approx(mine - others, abs=2e-3) or not equal
 
 
-def test_every_grid_is_reported(model, tmp_path):
+def test_every_lens_of_every_text_is_reported(model, tmp_path):
     lens, seen = find_lens(model, tmp_path, make_pairs(30), "rows")[0], []
-    reader = LensReader([model, model], encoder(), lens, on_grid=lambda: seen.append(1))
+    reader = LensReader([model, model], encoder(), lens, on_lens=lambda: seen.append(1))
     reader.read(ROW)
-    assert len(seen) == 2 * 2 * 2  # two languages, models and lenses
+    assert len(seen) == 2 * 2  # two languages and lenses
 
 
 def test_plain_text_has_no_template(model):

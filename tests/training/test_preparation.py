@@ -245,7 +245,9 @@ def test_layers_that_were_asked_for_need_no_measuring(tmp_path):
 
 
 def test_auto_layers_are_measured_on_rows_spread_over_the_data(tmp_path):
-    supervision, layers = chosen(tmp_path, conversion_layer="auto", thinking_layer="auto", profile_rows=3, language="sw")
+    supervision, layers = chosen(
+        tmp_path, conversion_layer="auto", thinking_layer="auto", profile_rows=3, language="sw"
+    )
     expected = analyze_layers(build_tiny_model(), build_tiny_tokenizer(), [PAIRS[0], PAIRS[2], PAIRS[5]], language="sw")
     assert layers == expected
     assert (supervision.conversion.layer, supervision.thinking.layer) == (layers["conversion"], layers["thinking"])

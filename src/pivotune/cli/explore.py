@@ -65,13 +65,13 @@ def explore(
     shown, others = _rows(prompts, data, rows)
     reader, about = _load_reader(names, encoder, others, data or "", lens)
     reader.max_tokens, reader.max_new_tokens = max_tokens, max_new_tokens
-    grids = len(names) * (1 if reader.lens is None else 2) * sum(1 + bool(row.prompt_en) for row, _ in shown)
+    lenses = (1 if reader.lens is None else 2) * sum(1 + bool(row.prompt_en) for row, _ in shown)
     items, done = [], itertools.count(1)
     if shown:
-        with progress("Reading texts x models x lenses", grids) as advance:
-            reader.on_grid = lambda: advance(next(done))
+        with progress("Reading texts through each lens", lenses) as advance:
+            reader.on_lens = lambda: advance(next(done))
             items = [reader.read(row, source=source) for row, source in shown]
-        reader.on_grid = lambda: None
+        reader.on_lens = lambda: None
 
     from pivotune.explore.page import explorer_page
 

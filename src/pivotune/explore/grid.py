@@ -6,6 +6,7 @@ the model's own output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ LIKELIEST = 10
 _POSITIONS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LensGrid:
     """Statistics of p_k = softmax(head(norm(lens(h_k)))) for k = 0..L at every position, float32 on the CPU.
 
@@ -43,7 +44,7 @@ class LensGrid:
     letters: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GridDifference:
     """Changes from another model's distributions q_k to p_k on the same tokens, (L + 1, N).
 
@@ -71,57 +72,58 @@ def lens_states(model: nn.Module, ids: list[int], lens: Lens | None, start: int 
 
 
 @torch.no_grad()
-def lens_grid(architecture: Architecture, states: Tensor, letters: tuple[Tensor, Tensor]) -> LensGrid:
-    """Return the grid of `lens_states`.
+def lens_grids(
+    read: Sequence[tuple[Architecture, Tensor]], letters: tuple[Tensor, Tensor]
+) -> tuple[list[LensGrid], GridDifference | None]:
+    """Return the grid of each model, and of two models how the first differs from the other.
 
     Args:
+        read: one model, or two of the same shape, with its `lens_states`.
         letters: boolean vectors over the tokenizer's ids: tokens of ASCII letters, and tokens with other letters (see
             `pivotune.layers.measure.token_letters`).
     """
+    architecture, states = read[0]
     # Models often have more output rows than the tokenizer has tokens.
     fitted = [
         F.pad(mask, (0, max(architecture.vocab_size - len(mask), 0)))[: architecture.vocab_size] for mask in letters
     ]
     marked = torch.stack(fitted, dim=1).to(states.device, torch.float32)
+    parts: list[list[list[Tensor]]] = [[] for _ in range(len(read) + 1)]
+    for part in torch.arange(states.shape[1]).split(_POSITIONS // len(read)):
+        layers = []
+        wanted: list[Tensor | None] = [None] * len(read)
+        # From the output down, whose likeliest token all layers report.
+        for layer in reversed(range(len(states))):
+            layers.append(_read_layer([(each, found[layer, part]) for each, found in read], marked, wanted))
+        for place, columns in enumerate(zip(*layers[::-1], strict=True)):
+            parts[place].append([torch.stack(each).cpu() for each in zip(*columns, strict=True)])
+    *grids, change = ([torch.cat(each, dim=1) for each in zip(*found, strict=True)] for found in parts)
+    return [LensGrid(*grid) for grid in grids], GridDifference(*change) if change else None
 
-    # A function, so that its temporaries are freed before those of the next layer are made.
-    def summarize(raw: Tensor, wanted: Tensor | None) -> tuple[Tensor, ...]:
-        log_p = _log_probabilities(architecture, raw)
-        p = log_p.exp()
+
+def _read_layer(
+    read: Sequence[tuple[Architecture, Tensor]], marked: Tensor, wanted: list[Tensor | None]
+) -> list[tuple[Tensor, ...]]:
+    """Return the columns of each model's grid at some positions of one layer, and those of the difference.
+
+    `wanted` holds each model's likeliest tokens at the output (N, 1), and is filled at the first call.
+    """
+    log_p = [_log_probabilities(architecture, states) for architecture, states in read]
+    columns = []
+    for place, each in enumerate(log_p):
+        p = each.exp()
         top = p.topk(min(LIKELIEST, p.shape[-1]))
-        of_output = p.gather(-1, top.indices[:, :1] if wanted is None else wanted)[:, 0]
-        return top.indices, top.values, -torch.linalg.vecdot(p, log_p), of_output, p @ marked
-
-    parts = []
-    for part in torch.arange(states.shape[1]).split(_POSITIONS):
-        found = [summarize(states[-1, part], None)]
-        wanted = found[0][0][:, :1]
-        found += [summarize(states[layer, part], wanted) for layer in reversed(range(len(states) - 1))]
-        parts.append([torch.stack(each[::-1]).cpu() for each in zip(*found, strict=True)])
-    tokens, probabilities, entropy, output, shares = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-    return LensGrid(tokens=tokens, probabilities=probabilities, entropy=entropy, output=output, letters=shares)
-
-
-@torch.no_grad()
-def grid_difference(
-    architecture: Architecture, states: Tensor, other: Architecture, other_states: Tensor
-) -> GridDifference:
-    """Return how the first model's distributions p_k differ from the other's q_k, a model of the same shape."""
-
-    def compare(mine: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = _log_probabilities(architecture, mine)
-        log_q = _log_probabilities(other, others).to(log_p.device)
-        top = log_p.argmax(-1, keepdim=True)
-        change = (log_p.gather(-1, top).exp() - log_q.gather(-1, top).exp())[:, 0]
-        torch.sub(log_p, log_q, out=log_q)
-        return torch.linalg.vecdot(log_p.exp_(), log_q), change
-
-    parts = []
-    for part in torch.arange(states.shape[1]).split(_POSITIONS):
-        rows = [compare(mine, others) for mine, others in zip(states[:, part], other_states[:, part], strict=True)]
-        parts.append([torch.stack(each).cpu() for each in zip(*rows, strict=True)])
-    kl, change = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-    return GridDifference(kl=kl, change=change)
+        output = wanted[place]
+        if output is None:
+            output = wanted[place] = top.indices[:, :1]
+        columns.append((top.indices, top.values, -torch.linalg.vecdot(p, each), p.gather(-1, output)[:, 0], p @ marked))
+        del p
+    if len(log_p) == 1:
+        return [*columns, ()]
+    mine, other = log_p[0], log_p[1].to(log_p[0].device)
+    likeliest = columns[0][0][:, :1]
+    change = (mine.gather(-1, likeliest).exp() - other.gather(-1, likeliest).exp())[:, 0]
+    return [*columns, (torch.linalg.vecdot(mine.exp(), other.neg_().add_(mine)), change)]
 
 
 def _log_probabilities(architecture: Architecture, states: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pivotune.data.examples import Encoder, EncodingReport, Pair, Side
 from pivotune.data.rows import Row
 from pivotune.data.templates import Rendered, Turn, end_of_answer
 from pivotune.errors import UsageError
-from pivotune.explore.grid import grid_difference, lens_grid, lens_states
+from pivotune.explore.grid import lens_grids, lens_states
 from pivotune.explore.pieces import Pieces
 from pivotune.layers.measure import token_letters
 from pivotune.lenses.tuned import LEAST_STATES, TunedLens, count_states, lens_texts
@@ -68,7 +68,7 @@ class LensReader:
         lens: a tuned lens for all of them; None reads through the logit lens alone.
         max_tokens: longer prompts lose their end.
         max_new_tokens: limit of an answer that is generated.
-        on_grid: called after each grid: one of a text, a model and a lens.
+        on_lens: called after each lens of each text.
     """
 
     models: Sequence[ReadModel]
@@ -76,7 +76,7 @@ class LensReader:
     lens: TunedLens | None = None
     max_tokens: int = 96
     max_new_tokens: int = 32
-    on_grid: Callable[[], object] = field(default=lambda: None)
+    on_lens: Callable[[], object] = field(default=lambda: None)
 
     def read(self, row: Row, *, answered_by: int = 0, source: str = "prompt") -> dict[str, Any]:
         """Return the grids of a row as JSON values: its text, and its English parallel where it has one.
@@ -152,20 +152,19 @@ class LensReader:
         grids: list[dict[str, Any]] = [{} for _ in self.models]
         differences = {}
         for name, lens in lenses.items():
-            states = [lens_states(each.model, ids, lens, start) for each in self.models]
-            for each, mine, grid in zip(self.models, states, grids, strict=True):
-                found = lens_grid(each.architecture, mine, self._letters)
+            read = [(each.architecture, lens_states(each.model, ids, lens, start)) for each in self.models]
+            found, change = lens_grids(read, self._letters)
+            for one, grid in zip(found, grids, strict=True):
                 likeliest = [
                     [texts.setdefault(self._pieces.formed(before, token), len(texts)) for token in top]
-                    for layer in found.tokens.tolist()
+                    for layer in one.tokens.tolist()
                     for before, top in zip(pending, layer, strict=True)
                 ]
                 numbers = ("probabilities", "entropy", "output", "letters")
-                grid[name] = {"likeliest": likeliest} | {key: _rounded(getattr(found, key)) for key in numbers}
-                self.on_grid()
-            if len(states) == 2:
-                change = grid_difference(self.models[0].architecture, states[0], self.models[1].architecture, states[1])
+                grid[name] = {"likeliest": likeliest} | {key: _rounded(getattr(one, key)) for key in numbers}
+            if change:
                 differences[name] = {"kl": _rounded(change.kl), "change": _rounded(change.change)}
+            self.on_lens()
         query, answer = slice(*side.query), slice(side.answer, len(ids))
         decoded = [self.encoder.tokenizer.decode(ids[part], skip_special_tokens=True) for part in (query, answer)]
         return {
