@@ -46,7 +46,7 @@ def answers(shift: int, language: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """Return a report of two runs with layers, training, answers and a data check, all named by hostile text."""
+    """Return a report of runs with layers, training, answers, a sweep and a data check, all named by hostile text."""
     folder = tmp_path_factory.mktemp("runs")
     profile = {"entropy": [3.0, 2.0, 1.5, 1.0], "entropy_stderr": [0.1] * 4, "agreement": [0.0, 0.2, 0.6, 1.0]}
     layers = {"model": HOSTILE, "language": "vi", "num_layers": 3, "conversion": 1, "thinking": 2, "method": "reading"}
@@ -67,6 +67,13 @@ def report(tmp_path_factory) -> Path:
         (path / "data-check.json").write_text(json.dumps(check))
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
         (path / "environment.json").write_text(json.dumps({"python": HOSTILE, "libraries": {}, "command": [HOSTILE]}))
+    for name, layer, lens in (("1", 1, HOSTILE), ("2", 2, HOSTILE), ("3", 2, "logit")):
+        signals = {term: {"signal": "logits", "layer": layer} for term in ("conversion", "thinking")}
+        config = {"data": {"train": HOSTILE, "language": "vi"}, "supervision": {**signals, "lens": lens}}
+        config["supervision"]["conversion"]["layer"] = "auto"
+        items = {f"xcopa_{HOSTILE}": answers(layer, "vi")}
+        path = write_run(folder / f"layer<i>{name}", items, method="deep-supervision", config=config)
+        (path / "layers.json").write_text(json.dumps({**layers, "thinking": layer}))
     page = folder / "report.html"
     page.write_text(render_report(report_sections(read_material([folder])), HOSTILE), encoding="utf-8")
     return page
@@ -113,6 +120,8 @@ def test_all_is_drawn_and_nothing_leaves_the_screen(opened, width, theme):
 def test_hostile_text_is_text(opened):
     page = opened()
     assert page.locator("img, iframe, object").count() == 0
+    assert f"lens=...{shown(HOSTILE[-37:])}" in page.locator("#ablation table").inner_text()
+    assert f"xcopa_{shown(HOSTILE)}" in page.locator("#layer-sweep figure select").inner_text()
     assert page.locator("h1").inner_text() == page.title() == shown(HOSTILE)
     first = page.locator("#sample-list article").first
     assert first.locator(".answer .text").all_inner_texts() == [shown(HOSTILE)] * 2

@@ -35,17 +35,21 @@ window.pivotune = (() => {
       const datasets = Object.fromEntries(Object.entries(rows).map(([name, all]) => [name,
         all.filter((row) => Object.entries(chosen).every(([field, value]) => !(field in row) || !value || row[field] === value))]));
       shownWidth = chart.clientWidth;
-      const legend = { ...spec.config?.legend, columns: Math.max(1, Math.floor(shownWidth / 250)), labelLimit: shownWidth - 60 };
+      const axis = { ...spec.config?.axis, labelLimit: Math.min(260, 0.4 * shownWidth) };
+      const columns = Math.max(1, Math.floor(shownWidth / 330));
+      const legend = { ...spec.config?.legend, columns, labelLimit: shownWidth / columns - 80 };
       // Axes take their place beside the panels: what they took the first time is left free the second time.
       for (let attempt = 0; attempt < 3; attempt++) {
         const width = Math.max(120, Math.min(shownWidth - beside, 900));
         view?.finalize();
-        view = await vegaEmbed(chart, { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH), config: { ...spec.config, legend } },
+        view = await vegaEmbed(chart,
+          { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH),
+            config: { ...spec.config, axis, legend, title: { ...spec.config?.title, limit: width } } },
           // Errors only: a choice may leave a panel empty, of which Vega warns.
           { ast: true, renderer: "svg", actions: false, defaultStyle: false, logLevel: 1, tooltip: { disableDefaultStyle: true } });
         const excess = chart.querySelector("svg").getBoundingClientRect().width - shownWidth;
         if (excess <= 0) break;
-        beside += excess + 2;
+        beside = shownWidth - width + excess + 2;
       }
     }
 
