@@ -159,6 +159,32 @@ def test_every_chooser_changes_its_chart(opened):
     assert changed >= 8
 
 
+def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls_the_page(opened):
+    page = opened()
+    figure = page.locator("#layers-1")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".chart svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 120)
+
+    ticks = figure.locator(".chart .role-axis-label").first
+    before, place = ticks.text_content(), page.evaluate("scrollY")
+    for distance, wanted in ((-60, place - 60), (60, place)):
+        page.mouse.wheel(0, distance)
+        for _ in range(100):
+            if page.evaluate("scrollY") == wanted:
+                break
+            page.wait_for_timeout(20)
+        assert page.evaluate("scrollY") == wanted
+    assert ticks.text_content() == before
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -600)
+    page.keyboard.up("Control")
+    playwright.expect(ticks).not_to_have_text(before)
+    assert page.evaluate("scrollY") == place
+    figure.get_by_role("button", name="Reset zoom").click()
+    playwright.expect(ticks).to_have_text(before)
+
+
 def test_samples_are_searched_and_filtered(opened):
     page = opened()
     count, chooser = page.locator("#sample-count"), page.locator("#sample-controls select")
