@@ -20,6 +20,7 @@ from pivotune.report.page import shown
 from pivotune.text.files import finite, write_bytes, write_text
 
 Row = Mapping[str, Any]
+FORMATS = (".png", ".svg", ".pdf")
 
 # Without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "currentColor")
