@@ -25,6 +25,7 @@ from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.layers.layers_json import read_layers_json
 from pivotune.models.loading import read_config
+from pivotune.report.figures.reported import reported_figures
 from pivotune.results.files import flatten, read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
 from pivotune.runs.folder import claim_run_folder, find_change, has_trained
@@ -271,6 +272,7 @@ class _Work:
             "progress": self.progress,
             "stop_signals": self.stop_signals,
             "before": self.before.get(key),
+            "draw": reported_figures,
         }
         lens, known = cell.folder / LENS_FILE, self.lenses.get(key)
         if known is not None and not lens.exists():
