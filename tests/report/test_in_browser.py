@@ -221,6 +221,15 @@ def test_the_theme_can_be_switched(opened):
     assert page.evaluate(colour) != light == "rgb(255, 255, 255)"
 
 
+@pytest.mark.parametrize("chosen", ["", "dark"])
+def test_print_is_black_on_white_in_dark_themes_too(opened, chosen):
+    page = opened(theme="dark")
+    page.locator("#theme").select_option(chosen)
+    page.emulate_media(media="print")
+    style = "getComputedStyle(document.body)"
+    assert page.evaluate(f"[{style}.color, {style}.backgroundColor]") == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+
+
 def test_arabic_is_written_from_the_right(opened):
     page = opened()
     arabic = page.get_by_text("مرحبا بالعالم").first

@@ -85,7 +85,7 @@ window.pivotune = (() => {
       const select = { type: "interval", encodings, zoom: "wheel![event.ctrlKey]", translate:
         "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!" };
       // A bound scale cuts marks off at its ends.
-      for (const axis of ["x", "y"]) unit.encoding[axis].scale = { padding: 5, ...unit.encoding[axis].scale };
+      for (const axis of ["x", "y"]) unit.encoding[axis].scale = { padding: 5, nice: false, ...unit.encoding[axis].scale };
       unit.params = [{ name: `zoom_${place}`, select, bind: "scales" }];
       found = true;
     }
