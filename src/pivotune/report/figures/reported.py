@@ -31,13 +31,8 @@ def lens_figure(kl: Mapping[int, tuple[float, float]]) -> alt.VConcatChart:
         for layer, values in sorted(kl.items())
         for lens, value in zip(("tuned", "logit"), values, strict=True)
     ]
-    x = alt.X(
-        "layer:Q",
-        title="layer k (after k blocks)",
-        axis=alt.Axis(tickMinStep=1),
-        scale=alt.Scale(zero=False, padding=12),
-    )
+    scale = alt.Scale(zero=False, padding=12)
+    x = alt.X("layer:Q", title="layer k (after k blocks)", axis=alt.Axis(tickMinStep=1), scale=scale)
     y = alt.Y("kl:Q", title="KL from the output (nats)", scale=alt.Scale(zero=True))
-    return stacked(
-        [lines(rows, x, y, series("lens", ("tuned", "logit")))], "Lens and model output by layer", "on held-out text"
-    )
+    panel = lines(rows, x, y, series("lens", ("tuned", "logit")))
+    return stacked([panel], "Lens and model output by layer", "on held-out text")
