@@ -74,6 +74,12 @@ def test_rows_are_shown_with_their_english_and_fit_a_lens_on_other_rows(explore,
     assert f"fitted on {models[1]} with 38 rows of {rows}" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_figures_are_written_for_every_text(explore, models, tmp_path):
+    explore(models[0], "--prompt", "Ni", "--max-new-tokens", "1", "--figures", str(tmp_path / "figures"))
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {f"1-text-logit{suffix}" for suffix in (".png", ".svg", ".pdf")}
+
+
 def test_the_templates_words_are_gone_with_template_none(explore, models):
     page = explore(models[0], "--prompt", "Ni", "--template", "none", "--max-new-tokens", "1")
     assert page["items"][0]["sides"][0]["hidden"] == 0
@@ -110,6 +116,9 @@ def test_a_page_is_not_overwritten_unless_asked(explore, models):
             "nothing.jinja is not chat, alpaca or an existing Jinja file",
         ),
         (["--prompt", "a", "--port", "70000"], "--port"),
+        (["--prompt", "a", "--colour", "red"], "--colour: 'red' is not allowed; allowed: probability, entropy"),
+        (["--prompt", "a", "--figures", __file__], f"--figures: {__file__} is a file; name a folder"),
+        (["--serve", "--figures", "a"], "--figures: goes with a page, not with --serve"),
         (["--prompt", "a", "--rows", "0"], "--rows"),
     ],
 )

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import astuple
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from cli_runs import LAYERS, STEPS, metrics, set_options, steps, write_config, write_jsonl
 from conftest import tiny_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from pivotune.cli.main import main
 from pivotune.config.yaml_text import load_config
@@ -459,3 +461,24 @@ def test_as_a_program_with_warnings_as_errors(config):
     assert "rows to train on" in result.stderr
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr
+
+
+def test_the_figures_of_layers_and_lens_are_reported(model, tmp_path, monkeypatch):
+    class Reporter(TrainerCallback):
+        logged: ClassVar[dict[str, bytes]] = {}
+
+        def __init__(self) -> None:
+            self._trackio = self
+
+        def log(self, values):
+            self.logged.update(values)
+
+        def Image(self, path):  # noqa: N802
+            return Path(path).read_bytes()
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Reporter)
+    config = write_config(tmp_path, model, write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(16)))
+    changes = ["training.report_to=trackio", "supervision.lens=tuned", "supervision.tuned={states: 100, steps: 1}"]
+    assert main(["train", str(config), *set_options(changes)]) == 0
+    assert set(Reporter.logged) == {"layers/analysis", "layers/lens"}
+    assert all(content.startswith(b"\x89PNG") for content in Reporter.logged.values())

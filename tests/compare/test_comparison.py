@@ -85,6 +85,13 @@ def test_a_run_given_twice_counts_once(tmp_path):
     assert len(compare(tmp_path / "a", tmp_path / "a" / "results.json", tmp_path).groups) == 1
 
 
+def test_copies_of_several_seeds_are_rows_of_their_own(tmp_path):
+    for copy in ("a", "b"):
+        three_seeds(tmp_path / copy, "tft", 0.0)
+    paths = [tmp_path / copy / f"tft-{seed}" for seed in (0, 1) for copy in ("a", "b")]
+    assert [group.seeds for group in load_groups(paths, [])] == [[0, 1], [0, 1]]
+
+
 def test_two_runs_of_one_configuration_and_seed(tmp_path):
     run(tmp_path / "a"), run(tmp_path / "copy")
     comparison = compare(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from pivotune.errors import UsageError
 from pivotune.report.figures.base import COLOURS, save_figure, series, short_name
 from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure, sweep_figure
+from pivotune.report.figures.lens import lens_figures
 from pivotune.report.figures.projection import projection_figure
 from pivotune.report.figures.scores import (
     answer_language_figure,
@@ -190,6 +191,48 @@ def test_what_the_bars_are_is_said(errors, words):
 
 def test_no_finished_cell_is_said():
     assert rows(sweep_figure(curve(layers=None)), "text") == ["no cell is finished"]
+
+
+# ---- lens ----
+
+HOSTILE = "<script>\x00\u202e"
+
+
+def read_item(**changes):
+    """Return a text of 18 positions, the first two one column, in a model of one layer, as `LensReader.read` does."""
+    grid = {"likeliest": [[0, 1]] * 18 + [[1, 2]] * 18, "probabilities": [0.5, 0.1] * 36, "entropy": [2.0] * 36}
+    other = {**grid, "likeliest": [[0, 1]] * 18 + [[2, 1]] * 18}
+    columns = [["中", 2, "query"], *[["a", 1, "query"]] * 15, [HOSTILE, 1, "answer"]]
+    side = {"name": "text", "rtl": False, "columns": columns, "positions": 18, "texts": [HOSTILE, " ", "\n"]}
+    side |= {"grids": [{"logit": grid}, {"logit": other}], "differences": {"logit": {"kl": [0.25] * 36}}, **changes}
+    return {"sides": [side]}
+
+
+def test_the_grid_has_a_cell_for_every_layer_and_token_and_breaks_between_columns():
+    figures = dict(lens_figures(["one", "two"], read_item()))
+    assert list(figures) == ["text-logit-model-1", "text-logit-model-2", "text-logit-difference"]
+    chart = figures["text-logit-model-1"]
+    assert len(set(rows(chart, "layer", "from", "token", "value"))) == 36
+    assert set(rows(chart, "token", layer="0")) == {"<script>⟨U+0000⟩⟨U+202E⟩"}
+    assert set(rows(chart, "token", "value", layer="1 output")) == {("␣", 0.5)}
+    assert rows(chart, "from", "to", token="中") == [(0, 2)]
+    domains = [panel["layer"][0]["encoding"]["x"]["scale"]["domain"] for panel in chart.to_dict()["vconcat"]]
+    assert domains == [[0, 16], [16, 32]]
+
+
+def test_the_difference_has_its_divergence_and_the_second_models_token():
+    chart = dict(lens_figures(["one", "two"], read_item()))["text-logit-difference"]
+    assert set(rows(chart, "token", "other", "value", layer="1 output")) == {("␣", "↵", 0.25)}
+    assert set(rows(chart, "other", layer="0")) == {None}
+
+
+def test_cells_can_have_the_colour_of_the_entropy_and_run_from_the_right():
+    chart = dict(lens_figures(["one", "two"], read_item(rtl=True), "entropy"))["text-logit-model-2"]
+    assert set(rows(chart, "value")) == {2.0}
+    encoding = chart.to_dict()["vconcat"][0]["layer"][0]["encoding"]
+    assert encoding["x"]["scale"]["reverse"]
+    assert encoding["color"]["scale"]["domain"] == [0, 2.0]
+    assert encoding["y"]["axis"]["orient"] == "right"
 
 
 # ---- training ----

@@ -46,7 +46,7 @@ def answers(shift: int, language: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """Return a report of two runs with layers, training, answers and a data check, all named by hostile text."""
+    """Return a report of runs with layers, training, answers, a sweep and a data check, all named by hostile text."""
     folder = tmp_path_factory.mktemp("runs")
     profile = {"entropy": [3.0, 2.0, 1.5, 1.0], "entropy_stderr": [0.1] * 4, "agreement": [0.0, 0.2, 0.6, 1.0]}
     layers = {"model": HOSTILE, "language": "vi", "num_layers": 3, "conversion": 1, "thinking": 2, "method": "reading"}
@@ -67,6 +67,13 @@ def report(tmp_path_factory) -> Path:
         (path / "data-check.json").write_text(json.dumps(check))
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
         (path / "environment.json").write_text(json.dumps({"python": HOSTILE, "libraries": {}, "command": [HOSTILE]}))
+    for name, layer, lens in (("1", 1, HOSTILE), ("2", 2, HOSTILE), ("3", 2, "logit")):
+        signals = {term: {"signal": "logits", "layer": layer} for term in ("conversion", "thinking")}
+        config = {"data": {"train": HOSTILE, "language": "vi"}, "supervision": {**signals, "lens": lens}}
+        config["supervision"]["conversion"]["layer"] = "auto"
+        items = {f"xcopa_{HOSTILE}": answers(layer, "vi")}
+        path = write_run(folder / f"layer<i>{name}", items, method="deep-supervision", config=config)
+        (path / "layers.json").write_text(json.dumps({**layers, "thinking": layer}))
     page = folder / "report.html"
     page.write_text(render_report(report_sections(read_material([folder])), HOSTILE), encoding="utf-8")
     return page
@@ -113,6 +120,8 @@ def test_all_is_drawn_and_nothing_leaves_the_screen(opened, width, theme):
 def test_hostile_text_is_text(opened):
     page = opened()
     assert page.locator("img, iframe, object").count() == 0
+    assert f"lens=...{shown(HOSTILE[-37:])}" in page.locator("#ablation table").inner_text()
+    assert f"xcopa_{shown(HOSTILE)}" in page.locator("#layer-sweep figure select").inner_text()
     assert page.locator("h1").inner_text() == page.title() == shown(HOSTILE)
     first = page.locator("#sample-list article").first
     assert first.locator(".answer .text").all_inner_texts() == [shown(HOSTILE)] * 2
@@ -150,6 +159,32 @@ def test_every_chooser_changes_its_chart(opened):
     assert changed >= 8
 
 
+def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls_the_page(opened):
+    page = opened()
+    figure = page.locator("#layers-1")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".chart svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 120)
+
+    ticks = figure.locator(".chart .role-axis-label").first
+    before, place = ticks.text_content(), page.evaluate("scrollY")
+    for distance, wanted in ((-60, place - 60), (60, place)):
+        page.mouse.wheel(0, distance)
+        for _ in range(100):
+            if page.evaluate("scrollY") == wanted:
+                break
+            page.wait_for_timeout(20)
+        assert page.evaluate("scrollY") == wanted
+    assert ticks.text_content() == before
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -600)
+    page.keyboard.up("Control")
+    playwright.expect(ticks).not_to_have_text(before)
+    assert page.evaluate("scrollY") == place
+    figure.get_by_role("button", name="Reset zoom").click()
+    playwright.expect(ticks).to_have_text(before)
+
+
 def test_samples_are_searched_and_filtered(opened):
     page = opened()
     count, chooser = page.locator("#sample-count"), page.locator("#sample-controls select")
@@ -184,6 +219,15 @@ def test_the_theme_can_be_switched(opened):
     light = page.evaluate(colour)
     page.locator("#theme").select_option("dark")
     assert page.evaluate(colour) != light == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("chosen", ["", "dark"])
+def test_print_is_black_on_white_in_dark_themes_too(opened, chosen):
+    page = opened(theme="dark")
+    page.locator("#theme").select_option(chosen)
+    page.emulate_media(media="print")
+    style = "getComputedStyle(document.body)"
+    assert page.evaluate(f"[{style}.color, {style}.backgroundColor]") == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
 
 
 def test_arabic_is_written_from_the_right(opened):

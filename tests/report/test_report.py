@@ -132,7 +132,8 @@ def test_every_page_is_used_and_there_are_figures_for_all_of_them(two_runs):
     (run / "environment.json").write_text('{"python": "3.11", "libraries": {"torch": "2.13"}, "command": ["pivotune"]}')
     (run / "data-check.json").write_text(json.dumps({"verdict": "good", "total": 2, "usable": 2}))
     sections = sections_of(two_runs)
-    assert len(sections) == len(PAGES)
+    # The two runs are neither an ablation nor a layer sweep.
+    assert len(sections) == len(PAGES) - 2
     names = [block.name for section in sections.values() for block in section.blocks if isinstance(block, Figure)]
     assert names == ["scores", "differences", "price-in-english", "layers-1", "layers-after", "training"]
     assert "2.13" in text_of(sections["Environment"])
@@ -152,6 +153,65 @@ def test_samples_stand_side_by_side(two_runs):
     item, _, _, answers = content["tasks"]["xquad_vi"][1]
     assert item == "q001"
     assert answers == [["answer q001", 0.325, 0], ["answer q001", 0.125, 0]]
+
+
+# ---- sweeps ----
+
+
+def supervised(folder: Path, name: str, shift: float, *, method="deep-supervision", **terms) -> Path:
+    """Write a run whose settings under `supervision` differ from the defaults in `terms`: `conversion="logits"`."""
+    signals = {"conversion": "none", "thinking": "logits", **terms}
+    supervision = {term: {"signal": signals[term], "layer": "auto"} for term in ("conversion", "thinking")}
+    supervision["thinking"]["layer"] = terms.get("layer", "auto")
+    supervision["lens"] = terms.get("lens", "tuned")
+    config = {"data": {"train": "vi.jsonl", "language": terms.get("language", "vi")}, "supervision": supervision}
+    return write_run(folder / name, {"xquad_vi": items(shift)}, method=method, config=config)
+
+
+def test_an_ablation_is_one_table_of_variants_against_tft(tmp_path):
+    both = supervised(tmp_path, "a", 0.3, conversion="logits")
+    supervised(tmp_path, "b", 0.2)
+    supervised(tmp_path, "c", 0.0, method="tft")
+    supervised(tmp_path, "d", 0.1, conversion="logits", thinking="none")
+    supervised(tmp_path, "other", 0.1, language="zh")
+    (table,) = (block for block in sections_of(tmp_path)["Ablation"].blocks if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == [
+        "TFT (baseline)",
+        "conversion.signal=logits, thinking.signal=none",
+        "conversion.signal=none, thinking.signal=logits",
+        "conversion.signal=logits, thinking.signal=logits",
+    ]
+    assert "<strong>55.00 ± " in table.rows[3][1]
+    assert "+30.00 [" in table.rows[3][1]
+    assert table.caption.startswith("Difference to TFT")
+    assert "Ablation" in sections_of(tmp_path / "b", tmp_path / "c", both)
+    assert "Ablation" not in sections_of(tmp_path / "c", both)
+    assert "Ablation" not in sections_of(both, tmp_path / "other")
+
+
+def test_lenses_and_layers_name_the_rows_of_an_ablation(tmp_path):
+    for lens, layer in (("tuned", 2), ("logit", 2), ("logit", 3)):
+        supervised(tmp_path, f"{lens}{layer}", 0.1, lens=lens, layer=layer)
+    (table,) = (block for block in sections_of(tmp_path)["Ablation"].blocks if isinstance(block, Table))
+    assert {row[0] for row in table.rows} == {
+        "lens=tuned, thinking.layer=2",
+        "lens=logit, thinking.layer=2 (baseline)",
+        "lens=logit, thinking.layer=3",
+    }
+    assert "Ablation" not in sections_of(tmp_path / "logit2", tmp_path / "logit3")
+
+
+def test_runs_that_differ_in_a_layer_have_a_layer_sweep(tmp_path):
+    for layer in (2, 3):
+        supervised(tmp_path, f"layer={layer}", layer / 10, layer=layer)
+    supervised(tmp_path, "tft", 0.0, method="tft")
+    (figure,) = sections_of(tmp_path)["Layer sweep"].blocks
+    assert isinstance(figure, Figure)
+    assert figure.name == "layer-sweep"
+    assert [row[:4] for row in figure.table.rows] == [["xquad_vi", "f1", 2, "45"], ["xquad_vi", "f1", 3, "55"]]
+    assert [row[6] for row in figure.table.rows] == ["25", "25"]
+    assert "a dashed line is TFT" in figure.caption
+    assert "Layer sweep" not in sections_of(tmp_path / "layer=2", tmp_path / "tft")
 
 
 # ---- the command ----

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pivotune.training.metrics import MetricsFile, read_metrics
+from pivotune.report.figures.reported import reported_figures
+from pivotune.training.metrics import FigureLog, MetricsFile, read_metrics
 
 
 @pytest.fixture
@@ -72,3 +75,58 @@ def test_a_line_cut_by_a_crash_is_left_out(tmp_path, arguments):
     callback.on_train_begin(arguments, at(1, lines=[{"loss": 2.0, "step": 1}]), TrainerControl())
     log(callback, arguments, 2, loss=1.0)
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+class _Media:
+    """Stands in for the modules wandb and trackio."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, bytes]] = []
+
+    def Image(self, path):  # noqa: N802
+        return Path(path).read_bytes()
+
+    def log(self, values):
+        self.logged += values.items()
+
+
+def begin(callbacks, draw, *, step=0):
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
+    state = TrainerState(global_step=step)
+    state.is_world_process_zero = True
+    FigureLog(trainer, draw).on_train_begin(None, state, None)
+
+
+def test_figures_reach_the_integrations_that_are_on():
+    wandb, trackio = _Media(), _Media()
+    callbacks = [SimpleNamespace(_wandb=wandb), SimpleNamespace(_trackio=trackio), SimpleNamespace(tb_writer=None)]
+    begin(callbacks, lambda: {"layers/analysis": b"png"})
+    assert wandb.logged == trackio.logged == [("layers/analysis", b"png")]
+    begin(callbacks, lambda: {"layers/analysis": b"again"}, step=3)
+    assert len(wandb.logged) == 1
+
+
+def test_nothing_is_drawn_without_an_integration():
+    begin([SimpleNamespace(tb_writer=None)], lambda: pytest.fail("drawn"))
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_warning(caplog):
+    def draw():
+        raise ImportError("No module named 'vl_convert'")
+
+    begin([SimpleNamespace(_wandb=_Media())], draw)
+    assert caplog.messages == ["the figures were not reported: ImportError: No module named 'vl_convert'"]
+
+
+def test_tensorboard_gets_the_picture(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+    layers = {"model": "m", "num_layers": 1, "conversion": 0, "thinking": 1, "method": "explicit"}
+    layers["target"] = {"entropy": [2.0, 1.0]}
+    begin([SimpleNamespace(tb_writer=writer)], lambda: reported_figures(layers, {1: (0.5, 2.0)}))
+    writer.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert found.Tags()["images"] == ["layers/analysis", "layers/lens"]
+    assert found.Images("layers/lens")[0].encoded_image_string.startswith(b"\x89PNG")

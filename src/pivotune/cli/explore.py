@@ -38,6 +38,10 @@ def explore(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Token limit of each answer.")] = 32,
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("lens.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page.")] = False,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write every grid as PNG, SVG and PDF.")
+    ] = None,
+    colour: Annotated[str, typer.Option(help="Of the figures' cells: probability or entropy.")] = "probability",
     serve: Annotated[bool, typer.Option("--serve", help="Open a local page on which prompts are typed.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: a free one.")] = 0,
 ) -> None:
@@ -49,7 +53,13 @@ def explore(
         raise UsageError("--prompt: is empty")
     if lens not in ("both", "logit"):
         raise UsageError(f"--lens: {lens!r} is not allowed; allowed: both, logit")
+    if colour not in ("probability", "entropy"):
+        raise UsageError(f"--colour: {colour!r} is not allowed; allowed: probability, entropy")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise UsageError(f"--figures: {figures} is a file; name a folder")
     if serve:
+        if figures is not None:
+            raise UsageError("--figures: goes with a page, not with --serve")
         from pivotune.explore.server import check_port
 
         check_port(port)
@@ -81,6 +91,24 @@ def explore(
     else:
         write_out(out, page)
         print_lines(stdout, *about, f"saved {out} ({len(page) / 1e6:.1f} MB)")
+        if figures is not None:
+            with stderr.status("Writing the figures"):
+                count = _write_figures(figures, names, items, colour)
+            print_lines(stdout, f"saved {count} files in {figures}")
+
+
+def _write_figures(folder: Path, names: list[str], items: list[dict[str, Any]], colour: str) -> int:
+    """Write every grid of every text in every format; return the number of files."""
+    from pivotune.report.figures.base import FORMATS, save_figure
+    from pivotune.report.figures.lens import lens_figures
+
+    paths = []
+    for number, item in enumerate(items, start=1):
+        for name, chart in lens_figures(names, item, colour):
+            for suffix in FORMATS:
+                paths.append(folder / f"{number}-{name}{suffix}")
+                save_figure(chart, paths[-1])
+    return len(paths)
 
 
 def _check_comparable(name: str, against: str) -> None:

@@ -168,15 +168,17 @@ def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
 
 def _write_curve(prepared: Sweep) -> list[Path]:
     """Write the picture of a sweep over layers, and its numbers."""
+    from pivotune.compare.layer_curve import layer_curve, swept_term
     from pivotune.report.figures.base import save_figure
     from pivotune.report.figures.layers import sweep_figure
-    from pivotune.sweeps.layer_curve import layer_curve, swept_term
+    from pivotune.sweeps.run import swept_runs
     from pivotune.text.files import write_json
 
-    term = swept_term(prepared.cells)
+    runs = swept_runs(prepared)
+    term = swept_term(runs)
     if term is None:
         return []
-    curve = layer_curve(prepared, term)
+    curve = layer_curve(runs, term, prepared.tasks)
     paths = [prepared.folder / name for name in ("layers.png", "layer-scores.json")]
     save_figure(sweep_figure(curve), paths[0])
     write_json(paths[1], curve)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -101,6 +101,7 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
             prepared = prepare_run(config, overwrite=overwrite, resume=resume)
         # Imported after the checks: a mistake is reported before torch is loaded, as far as the checks need no torch.
         from pivotune.cli.training_display import TrainingProgress, describe_run, describe_training
+        from pivotune.report.figures.reported import reported_figures
         from pivotune.runs.execute import execute_run
 
         if resume:
@@ -109,7 +110,8 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
         describe_run(out, prepared)
         describe_training(out, prepared)
         with TrainingProgress() as bar:
-            return execute_run(prepared, resume=resume, callbacks=[bar], progress=progress, stop_signals=signals)
+            options: dict[str, Any] = {"progress": progress, "stop_signals": signals, "draw": reported_figures}
+            return execute_run(prepared, resume=resume, callbacks=[bar], **options)
     except TrainingError:
         signals.check()
         raise

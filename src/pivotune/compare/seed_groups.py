@@ -99,6 +99,26 @@ def short_key(key: str) -> str:
     return key.removeprefix(next((section for section in _SECTIONS if key.startswith(section)), ""))
 
 
+def setting_text(key: str, value: Any) -> str:
+    """Return a setting for a label: `learning_rate=0.0001`."""
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    short = text if len(text) <= _LONGEST_VALUE else f"...{text[3 - _LONGEST_VALUE :]}"
+    return f"{short_key(key)}={short}"
+
+
+def settings_key(config: Mapping[str, Any], *left_out: str) -> str:
+    """Return one text for all configurations that differ in seed, folder, name and the keys or sections `left_out` only."""
+    prefixes = tuple(f"{name}." for name in left_out)
+    kept = {key: value for key, value in config.items() if key not in _IDENTITY and not f"{key}.".startswith(prefixes)}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def differing_keys(configs: Sequence[Mapping[str, Any]], *left_out: str) -> list[str]:
+    """Return the keys whose values differ, without seed, folder, name and the keys `left_out`."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in (*_IDENTITY, *left_out))
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
 def natural_order(path: Path) -> list[tuple[int, int | str]]:
     """Return a key that sorts `layer=5` before `layer=10`."""
     parts = re.findall(r"\d+|\D", f"{path.name}\0")
@@ -171,10 +191,7 @@ def _group_by_configuration(runs: Iterable[Run], warnings: list[str]) -> list[li
     """Group runs of one configuration by seed; a second run of the same seed starts another group."""
     groups: list[tuple[str | None, list[Run]]] = []
     for run in runs:
-        key = None
-        if run.config is not None:
-            settings = {name: value for name, value in run.config.items() if name not in _IDENTITY}
-            key = json.dumps(settings, sort_keys=True, default=str)
+        key = None if run.config is None else settings_key(run.config)
         alike = [group for other, group in groups if key is not None and other == key]
         free = next((group for group in alike if run.seed not in {other.seed for other in group}), None)
         if free is not None:
@@ -192,24 +209,19 @@ def _group_by_configuration(runs: Iterable[Run], warnings: list[str]) -> list[li
 def _describe(run: Run, rivals: Sequence[Run]) -> str:
     """Return the method, with the few settings that distinguish it from other groups of the same method."""
     configs = [rival.config or {} for rival in rivals]
-    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in _IDENTITY]
+    keys = differing_keys(configs)
     chosen: list[str] = []
 
     def kinds(names: Sequence[str]) -> int:
         return len({tuple(str(config.get(name)) for name in names) for config in configs})
 
     # Greedy: add the key that splits the configurations most, until they are all distinct.
-    while kinds(chosen) < len(configs):
+    while keys and kinds(chosen) < len(configs):
         best = max(keys, key=lambda key: kinds([*chosen, key]))
         if kinds([*chosen, best]) == kinds(chosen):
             break
         chosen.append(best)
-    details = []
-    for key in (key for key in keys if key in chosen):
-        value = (run.config or {}).get(key)
-        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        short = text if len(text) <= _LONGEST_VALUE else f"...{text[3 - _LONGEST_VALUE :]}"
-        details.append(f"{short_key(key)}={short}")
+    details = [setting_text(key, (run.config or {}).get(key)) for key in keys if key in chosen]
     method = run.method or run.name
     return f"{method} ({', '.join(details)})" if details else method
 

@@ -26,7 +26,7 @@ window.pivotune = (() => {
 
   async function draw(figure) {
     const { title, ...spec } = await data(`${figure.id}-spec`); // the title stands above, as text that wraps
-    const chart = figure.querySelector(".chart");
+    const chart = figure.querySelector(".chart"), controls = figure.querySelector(".controls");
     const rows = spec.datasets ?? {};
     const chosen = {};
     let view = null, shownWidth = 0, beside = 90;
@@ -35,17 +35,21 @@ window.pivotune = (() => {
       const datasets = Object.fromEntries(Object.entries(rows).map(([name, all]) => [name,
         all.filter((row) => Object.entries(chosen).every(([field, value]) => !(field in row) || !value || row[field] === value))]));
       shownWidth = chart.clientWidth;
-      const legend = { ...spec.config?.legend, columns: Math.max(1, Math.floor(shownWidth / 250)), labelLimit: shownWidth - 60 };
+      const axis = { ...spec.config?.axis, labelLimit: Math.min(260, 0.4 * shownWidth) };
+      const columns = Math.max(1, Math.floor(shownWidth / 330));
+      const legend = { ...spec.config?.legend, columns, labelLimit: shownWidth / columns - 80 };
       // Axes take their place beside the panels: what they took the first time is left free the second time.
       for (let attempt = 0; attempt < 3; attempt++) {
         const width = Math.max(120, Math.min(shownWidth - beside, 900));
         view?.finalize();
-        view = await vegaEmbed(chart, { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH), config: { ...spec.config, legend } },
+        view = await vegaEmbed(chart,
+          { ...structuredClone(spec), datasets, ...resized(spec, width / WIDTH),
+            config: { ...spec.config, axis, legend, title: { ...spec.config?.title, limit: width } } },
           // Errors only: a choice may leave a panel empty, of which Vega warns.
           { ast: true, renderer: "svg", actions: false, defaultStyle: false, logLevel: 1, tooltip: { disableDefaultStyle: true } });
         const excess = chart.querySelector("svg").getBoundingClientRect().width - shownWidth;
         if (excess <= 0) break;
-        beside += excess + 2;
+        beside = shownWidth - width + excess + 2;
       }
     }
 
@@ -53,7 +57,12 @@ window.pivotune = (() => {
     for (const field of fields) {
       const values = [...new Set(Object.values(rows).flat().map((row) => row[field]).filter((value) => typeof value === "string"))];
       if (values.length < 2) continue;
-      figure.querySelector(".controls").append(chooser(field, values, (value) => { chosen[field] = value; embed(); }));
+      controls.append(chooser(field, values, (value) => { chosen[field] = value; embed(); }));
+    }
+    if (zoomable(spec)) {
+      const reset = element("button", { type: "button", textContent: "Reset zoom" });
+      reset.addEventListener("click", embed);
+      controls.append(element("span", { className: "note zoom" }, "Ctrl and the wheel zoom, dragging moves, a double click resets. ", reset));
     }
     await embed();
     let waiting = 0;
@@ -62,6 +71,25 @@ window.pivotune = (() => {
       clearTimeout(waiting);
       waiting = setTimeout(embed, 150);
     }).observe(chart);
+  }
+
+  // Bind the scales of each panel with two axes of numbers to the pointer; returns true if there is one. Only here: files have no
+  // pointer. The wheel zooms with Ctrl alone, and fingers do not move a panel, so that the page scrolls on over it.
+  function zoomable(spec) {
+    let found = false;
+    for (const [place, panel] of (spec.vconcat ?? []).entries()) {
+      const units = (part) => part.layer?.flatMap(units) ?? [part];
+      const unit = units(panel).find(({ encoding }) => encoding?.x?.type === "quantitative" && encoding.y?.type === "quantitative");
+      if (!unit) continue;
+      const encodings = found && spec.resolve?.scale?.x === "shared" ? ["y"] : ["x", "y"]; // one panel moves a shared axis
+      const select = { type: "interval", encodings, zoom: "wheel![event.ctrlKey]", translate:
+        "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!" };
+      // A bound scale cuts marks off at its ends.
+      for (const axis of ["x", "y"]) unit.encoding[axis].scale = { padding: 5, nice: false, ...unit.encoding[axis].scale };
+      unit.params = [{ name: `zoom_${place}`, select, bind: "scales" }];
+      found = true;
+    }
+    return found;
   }
 
   // The widths of all panels, scaled.

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pivotune.report.figures.base import save_figure
+from pivotune.report.figures.base import FORMATS, save_figure
 from pivotune.report.page import Figure, Section, asset, render_page
 from pivotune.report.pages import PAGES
 from pivotune.report.runs import Material
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def report_sections(material: Material) -> list[Section]:

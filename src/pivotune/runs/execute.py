@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
 from pivotune.estimate.memory_changes import explained_out_of_memory
 from pivotune.layers.layers_json import LayerAnalysis, read_layers_json, write_layers_json
+from pivotune.lenses.tuned import LensFigures
 from pivotune.models.adapters import add_adapters, build_lora_config, merge_adapters
 from pivotune.models.loading import load_model
 from pivotune.runs.export import gathered_model, is_sharded, save_model
@@ -37,7 +38,8 @@ from pivotune.text.files import write_items, write_json, write_text
 from pivotune.training.distributed import ranks
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.layer_choice import measure_layers
-from pivotune.training.metrics import MetricsFile
+from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
+from pivotune.training.metrics import FigureLog, MetricsFile
 from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress, silent
 from pivotune.training.resilience.faults import explained_faults
@@ -46,6 +48,8 @@ from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Seconds until a folder made on another machine must be visible.
 _SEEN_AFTER = 60.0
+# From the layer analysis, and layer -> KL of the tuned and the logit lens, to PNG by name.
+Draw = Callable[[LayerAnalysis | None, Mapping[int, LensFigures]], Mapping[str, bytes]]
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
 
@@ -70,11 +74,13 @@ def execute_run(
     progress: Progress | None = None,
     before: Scores | None = None,
     stop_signals: StopSignals | None = None,
+    draw: Draw | None = None,
 ) -> RunResult:
     """Load the model, choose layers, train, score and save.
 
     Args:
         before: the starting model's held-out scores, if another run from the same start has measured them.
+        draw: draws the layer analysis and the lens for the integrations of `report_to`.
         stop_signals: records signals that ask the run to stop.
 
     Raises:
@@ -90,7 +96,7 @@ def execute_run(
         ranks.agree(lambda: stack.enter_context(run_lock(folder)) if ranks.is_main() else None)
         stack.enter_context(explained_faults(folder))
         shown = progress if progress is not None and ranks.is_main() else silent
-        return _execute(prepared, resume, callbacks, shown, before, stop_signals or StopSignals())
+        return _execute(prepared, resume, callbacks, shown, before, stop_signals or StopSignals(), draw)
 
 
 def _wait_for_shared(folder: Path) -> None:
@@ -111,6 +117,7 @@ def _execute(
     progress: Progress,
     before: Scores | None,
     stop_signals: StopSignals,
+    draw: Draw | None,
 ) -> RunResult:
     config, args, folder = prepared.config, prepared.args, prepared.folder
     in_memory = partial(explained_out_of_memory, config, args)
@@ -148,6 +155,10 @@ def _execute(
     trainer.remove_callback(PrinterCallback)
     if (chosen := trainer.layers) is not None:
         ranks.on_main(lambda: write_layers_json(folder / "layers.json", chosen))
+    if draw is not None:
+        lens = folder / LENS_FILE
+        kl = read_lens_figures(lens) if lens.is_file() else {}
+        trainer.add_callback(FigureLog(trainer, partial(draw, chosen, kl)))
     with in_memory("scoring the starting model"):
         start = _StartScores(prepared, trainer, progress, before, resume=resume)
     with in_memory("training"), stop_signals.deferred():

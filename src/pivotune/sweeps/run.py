@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from pivotune.compare.layer_curve import Swept
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.errors import UsageError
 from pivotune.evaluation.cache import CACHE_FOLDER
 from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
+from pivotune.layers.layers_json import read_layers_json
 from pivotune.models.loading import read_config
-from pivotune.results.files import read_entries
+from pivotune.report.figures.reported import reported_figures
+from pivotune.results.files import flatten, read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
 from pivotune.runs.folder import claim_run_folder, find_change, has_trained
 from pivotune.runs.prepare import prepare_run
@@ -82,6 +85,16 @@ class Sweep:
             return same_split and all(own.get(key) == getattr(wanted, key) for key in _MEASURED_WITH)
 
         return tuple(name for name in self.tasks if name not in entries or not is_measured(entries[name]))
+
+
+def swept_runs(sweep: Sweep) -> list[Swept]:
+    """Return every cell with the layers and results that its folder holds so far."""
+    runs = []
+    for cell in sweep.cells:
+        path = cell.folder / "layers.json"
+        layers: Any = read_layers_json(path) if path.is_file() else {}
+        runs.append(Swept(flatten(cell.config.model_dump(mode="json")), layers, read_entries(cell.folder)))
+    return runs
 
 
 def is_started(folder: Path) -> bool:
@@ -259,6 +272,7 @@ class _Work:
             "progress": self.progress,
             "stop_signals": self.stop_signals,
             "before": self.before.get(key),
+            "draw": reported_figures,
         }
         lens, known = cell.folder / LENS_FILE, self.lenses.get(key)
         if known is not None and not lens.exists():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pivotune.objectives.base import LossTerm
 from pivotune.text.files import finite, write_text
 
+logger = logging.getLogger(__name__)
 # Target: the main sequence (English for replayed rows). English: the parallel side. Padding: of both.
 _TOKENS = ("target", "english", "padding")
 
@@ -138,6 +141,43 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_as_line({"step": state.global_step, **logs}))
+
+
+class FigureLog(TrainerCallback):
+    """Send figures to TensorBoard, W&B and Trackio when a training begins; a fault there is a warning.
+
+    Args:
+        trainer: its integrations hold the writers.
+        draw: returns figures as PNG by name.
+    """
+
+    def __init__(self, trainer: Any, draw: Callable[[], Mapping[str, bytes]]) -> None:
+        self._trainer, self._draw = trainer, draw
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        integrations = self._trainer.callback_handler.callbacks
+        # Attributes of the callbacks of Transformers.
+        writers = [one.tb_writer for one in integrations if getattr(one, "tb_writer", None)]
+        modules = [one._wandb for one in integrations if getattr(one, "_wandb", None)]
+        modules += [one._trackio for one in integrations if getattr(one, "_trackio", None)]
+        if not state.is_world_process_zero or state.global_step or not (writers or modules):
+            return
+        try:
+            with TemporaryDirectory() as folder:
+                for name, content in self._draw().items():
+                    path = Path(folder, f"{name.replace('/', '-')}.png")
+                    path.write_bytes(content)
+                    for module in modules:
+                        module.log({name: module.Image(str(path))})
+                    for writer in writers:
+                        import numpy as np
+                        from PIL import Image  # type: ignore[import-not-found]  # comes with tensorboard
+
+                        writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), 0, dataformats="HWC")
+        except Exception as error:  # no picture is worth a training
+            logger.warning("the figures were not reported: %s: %s", type(error).__name__, error)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ import altair as alt
 
 from pivotune.errors import UsageError
 from pivotune.report.page import shown
-from pivotune.text.files import finite, write_bytes, write_text
+from pivotune.text.files import finite, write_bytes
 
 Row = Mapping[str, Any]
+FORMATS = (".png", ".svg", ".pdf")
 
 # Without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "currentColor")
@@ -135,25 +136,26 @@ def save_figure(chart: Any, path: Path | str) -> None:
     Raises:
         UsageError: another suffix, or a file that cannot be written.
     """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: {path.suffix or 'no suffix'} is not allowed; allowed: {', '.join(FORMATS)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, rendered(chart, path.suffix))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def rendered(chart: Any, suffix: str) -> bytes:
+    """Return a chart, or its specification, in one of the `FORMATS`."""
     import vl_convert
 
-    path = Path(path)
     # Without the transparent page behind it, black marks vanish on a dark one.
     spec = {**(chart if isinstance(chart, Mapping) else chart.to_dict()), "background": "white"}
     spec["config"] = {**spec["config"], "background": "white"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".svg":
-            write_text(path, vl_convert.vegalite_to_svg(spec))
-        elif path.suffix in (".png", ".pdf"):
-            is_png = path.suffix == ".png"
-            write_bytes(
-                path, vl_convert.vegalite_to_png(spec, scale=SCALE) if is_png else vl_convert.vegalite_to_pdf(spec)
-            )
-        else:
-            raise UsageError(f"{path}: {path.suffix or 'no suffix'} is not allowed; allowed: .png, .svg, .pdf")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if suffix == ".svg":
+        return vl_convert.vegalite_to_svg(spec).encode()
+    return vl_convert.vegalite_to_png(spec, scale=SCALE) if suffix == ".png" else vl_convert.vegalite_to_pdf(spec)
 
 
 def short_name(name: str) -> str:

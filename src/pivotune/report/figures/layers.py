@@ -116,7 +116,7 @@ def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
     Below them stands the entropy of the layers. TFT is a dashed line of its task's colour.
 
     Args:
-        curve: the result of `pivotune.sweeps.layer_curve.layer_curve`.
+        curve: the result of `pivotune.compare.layer_curve.layer_curve`.
     """
     panels = []
     for metric in dict.fromkeys(one["metric"] for one in curve["series"]):
@@ -154,7 +154,8 @@ def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
                 width=WIDTH, height=90
             )
         )
-    subtitle = f"{_SWEEP_ERRORS[curve['errors']]}; dashed: TFT"
+    compared = any(one["baseline"] is not None for one in curve["series"])
+    subtitle = _SWEEP_ERRORS[curve["errors"]] + ("; dashed: TFT" if compared else "")
     return stacked(panels, f"Score by {curve['term']} layer", subtitle, x="shared")
 
 

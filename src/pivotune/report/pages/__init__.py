@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pivotune.report.page import Section
+from pivotune.report.pages.ablation import ablation
 from pivotune.report.pages.configuration import configuration
 from pivotune.report.pages.data import data
 from pivotune.report.pages.environment import environment
+from pivotune.report.pages.layer_sweep import layer_sweep
 from pivotune.report.pages.layers import layers
 from pivotune.report.pages.reproduction import reproduction
 from pivotune.report.pages.samples import samples
@@ -18,5 +20,5 @@ from pivotune.report.runs import Material
 
 # In the order of the report.
 PAGES: tuple[Callable[[Material], Section | None], ...] = (
-    summary, scores, layers, training, samples, data, configuration, environment, reproduction,
+    summary, scores, ablation, layer_sweep, layers, training, samples, data, configuration, environment, reproduction,
 )  # fmt: skip

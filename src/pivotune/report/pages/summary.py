@@ -163,18 +163,22 @@ def _changes(run: RunParts) -> list[list[Any]]:
 
 
 def _difference_text(cell: Mapping[str, Any]) -> str:
-    found = cell["difference"]
-    text = f"{found['value']:+.3g}"
+    found, digits = cell["difference"], _digits(cell)
+    text = f"{found['value']:+.{digits}f}"
     if found["low"] is not None:
-        text += f" [{found['low']:+.3g}, {found['high']:+.3g}]"
+        text += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
     return text
+
+
+def _digits(cell: Mapping[str, Any]) -> int:
+    return 2 if abs(cell["value"] or 0) >= 10 else 3
 
 
 def _cell(cell: Mapping[str, Any] | None) -> Markup | None:
     if cell is None or cell["value"] is None:
         return None
     spread = cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
-    digits = 2 if abs(cell["value"]) >= 10 else 3
+    digits = _digits(cell)
     value = f"{cell['value']:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
     text = html("<strong>{}</strong>" if cell["best"] else "{}", value)
     if found := cell["difference"]:

@@ -8,10 +8,10 @@ import statistics
 import pytest
 import yaml
 
+from pivotune.compare.layer_curve import layer_curve, swept_term
 from pivotune.evaluation.prepare import EvaluationSettings
-from pivotune.sweeps.layer_curve import layer_curve, swept_term
 from pivotune.sweeps.plan import parse_grid, plan_cells
-from pivotune.sweeps.run import Sweep
+from pivotune.sweeps.run import Sweep, swept_runs
 
 ENTROPY = [5.0, 3.0, 2.0, 2.0, 1.0]
 
@@ -41,6 +41,10 @@ def finish(cell, scores, layers=None):
         (cell.folder / "layers.json").write_text(json.dumps({**analysis, **chosen, **others}))
 
 
+def curve_of(sweep):
+    return layer_curve(swept_runs(sweep), "thinking", sweep.tasks)
+
+
 def layer_of(cell):
     return cell.config.supervision.thinking.layer
 
@@ -49,7 +53,7 @@ def test_one_seed_has_the_interval_over_items(tmp_path):
     sweep = make_sweep(tmp_path, "supervision.thinking.layer=3,2")
     for cell in sweep.cells:
         finish(cell, {"xquad_vi": 10.0 + layer_of(cell), "heldout_vi": 1.0})
-    curve = layer_curve(sweep, "thinking")
+    curve = curve_of(sweep)
     assert (curve["term"], curve["errors"]) == ("thinking", "items")
     assert curve["layers"]["target"]["entropy"] == ENTROPY
     (series,) = curve["series"]
@@ -64,7 +68,7 @@ def test_seeds_give_mean_and_standard_deviation(tmp_path):
     for cell in sweep.cells:
         if (layer_of(cell), cell.seed) not in ((3, 1), (3, 2)):
             finish(cell, {"xquad_vi": values[cell.seed]})
-    curve = layer_curve(sweep, "thinking")
+    curve = curve_of(sweep)
     assert curve["errors"] == "seeds"
     complete, single = curve["series"][0]["points"]
     assert complete == {
@@ -83,7 +87,7 @@ def test_tft_is_the_baseline_of_every_task(tmp_path):
     for cell in sweep.cells:
         base = 0.0 if cell.config.method == "tft" else 10.0
         finish(cell, {"a_vi": base + cell.seed, "b_en": base + 5 + cell.seed})
-    curve = layer_curve(sweep, "thinking")
+    curve = curve_of(sweep)
     assert [(one["label"], one["baseline"]) for one in curve["series"]] == [("a_vi", 0.5), ("b_en", 5.5)]
 
 
@@ -95,10 +99,10 @@ def test_what_else_is_varied_makes_lines_of_its_own_with_their_own_baseline(tmp_
         rate = cell.config.training["learning_rate"]
         finish(cell, {"xquad_vi": 1000 * rate if cell.config.method == "tft" else 50.0 + rate})
     found = {one["label"]: (one["baseline"], [p["value"] for p in one["points"]]) for one in
-             layer_curve(sweep, "thinking")["series"]}  # fmt: skip
+             curve_of(sweep)["series"]}  # fmt: skip
     assert found == {
-        "xquad_vi, learning_rate=1e-4": (pytest.approx(0.1), [50.0001, 50.0001]),
-        "xquad_vi, learning_rate=1e-3": (pytest.approx(1.0), [50.001, 50.001]),
+        "xquad_vi, learning_rate=0.0001": (pytest.approx(0.1), [50.0001, 50.0001]),
+        "xquad_vi, learning_rate=0.001": (pytest.approx(1.0), [50.001, 50.001]),
     }
 
 
@@ -106,19 +110,19 @@ def test_automatic_layers_stand_where_they_were_chosen(tmp_path):
     sweep = make_sweep(tmp_path, "supervision.thinking.layer=2,auto")
     for cell in sweep.cells:
         finish(cell, {"xquad_vi": 1.0}, layers=None if layer_of(cell) == 2 else {"thinking": 3})
-    assert [point["layer"] for point in layer_curve(sweep, "thinking")["series"][0]["points"]] == [2, 3]
+    assert [point["layer"] for point in curve_of(sweep)["series"][0]["points"]] == [2, 3]
 
 
 def test_unfinished_cells_and_undefined_values_are_left_out(tmp_path):
     sweep = make_sweep(tmp_path, "supervision.thinking.layer=1,2,3")
     finish(sweep.cells[0], {"xquad_vi": None})
     finish(sweep.cells[1], {"xquad_vi": 4.0})
-    (series,) = layer_curve(sweep, "thinking")["series"]
+    (series,) = curve_of(sweep)["series"]
     assert [point["layer"] for point in series["points"]] == [2]
 
 
 def test_nothing_finished_is_an_empty_curve(tmp_path):
-    curve = layer_curve(make_sweep(tmp_path, "supervision.thinking.layer=1,2"), "thinking")
+    curve = curve_of(make_sweep(tmp_path, "supervision.thinking.layer=1,2"))
     assert (curve["series"], curve["layers"]) == ([], None)
 
 
@@ -126,7 +130,7 @@ def test_without_tasks_the_held_out_rows_are_drawn(tmp_path):
     sweep = make_sweep(tmp_path, "supervision.thinking.layer=1,2", tasks=())
     for cell in sweep.cells:
         finish(cell, {"heldout_vi": 1.5, "heldout_en": 2.5})
-    assert [one["label"] for one in layer_curve(sweep, "thinking")["series"]] == ["heldout_vi", "heldout_en"]
+    assert [one["label"] for one in curve_of(sweep)["series"]] == ["heldout_vi", "heldout_en"]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +138,18 @@ def test_without_tasks_the_held_out_rows_are_drawn(tmp_path):
     [
         (["supervision.thinking.layer=2,3"], "thinking"),
         (["supervision.conversion.layer=1,2"], "conversion"),
-        (["supervision.conversion.layer=1,2", "supervision.thinking.layer=3"], "thinking"),
+        (["supervision.conversion.layer=1,2", "supervision.thinking.layer=3,4"], "thinking"),
+        (["supervision.conversion.layer=1,2", "supervision.thinking.layer=3"], "conversion"),
+        (["supervision.thinking.layer=2,auto"], "thinking"),
         (["supervision.thinking.weight=0.1,1"], None),
     ],
 )
 def test_the_swept_term(tmp_path, grid, term):
-    assert swept_term(make_sweep(tmp_path, *grid).cells) == term
+    assert swept_term(swept_runs(make_sweep(tmp_path, *grid))) == term
+
+
+def test_layers_that_were_chosen_for_other_seeds_and_languages_are_no_sweep(tmp_path):
+    sweep = make_sweep(tmp_path, "data.language=vi,sw", seeds=[0, 1])
+    for cell in sweep.cells:
+        finish(cell, {"xquad_vi": 1.0}, layers={"thinking": 2 + cell.seed})
+    assert swept_term(swept_runs(sweep)) is None
