@@ -31,7 +31,7 @@ def check(folder, **changes):
          r"lr_scheduler_type: cosine with lr_scheduler_kwargs: .*half"),
         ({"report_to": "wandb"}, r"training\.report_to: wandb: WandbCallback requires wandb to be installed"),
         ({"optim": "sgd", "optim_args": "momentum=much"}, r"training\.optim: sgd with optim_args: momentum=much: .*much"),
-        ({"save_total_limit": 2, "save_strategy": "no"}, r"training\.save_total_limit: 2 has no effect with save_strategy: no"),
+        ({"save_total_limit": 2, "save_strategy": "no"}, "save_total_limit: 2 has no effect with save_strategy: no"),
         ({"optim_args": "momentum=0.9"}, r"optim_args: momentum=0\.9 has no effect with optim: adamw_torch_fused"),
         ({"optim": "sgd", "optim_args": "momentum=0.9, foo=1"}, r"optim_args: foo=1 has no effect with optim: sgd"),
         ({"optim": "adafactor", "adam_beta1": 0.5}, r"training\.adam_beta1: 0\.5 has no effect with optim: adafactor"),

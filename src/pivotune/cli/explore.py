@@ -15,6 +15,7 @@ from pivotune.cli.common import (
     print_lines,
     progress,
     quiet_libraries,
+    stderr,
     stdout,
     write_out,
 )
