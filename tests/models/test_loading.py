@@ -16,7 +16,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from pivotune.errors import UsageError
@@ -444,6 +451,31 @@ def test_gated_hub_model_lists_its_files_but_refuses_them(monkeypatch: pytest.Mo
 def test_hub_model_with_pickled_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_answers(monkeypatch, ["config.json", "pytorch_model.bin", "tokenizer.json"])
     refused(lambda: check_model(HUB_NAME), f"{HUB_NAME}: only safetensors are read")
+
+
+def test_translation_models_on_the_hub_are_read_from_the_converted_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers finds the copy in safetensors, given `use_safetensors` and the main revision of a repository."""
+    hub_answers(monkeypatch, ["config.json", "pytorch_model.bin", "tokenizer.json"])
+    config = AutoConfig.for_model("m2m_100", vocab_size=16)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **options: config)
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **options: Any) -> tuple[str, dict[str, list[str]]]:
+        asked.update(options, name=name)
+        return "the model", {"missing_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", from_pretrained)
+    assert load_model(HUB_NAME, translates=True) == "the model"
+    assert (asked["name"], asked["use_safetensors"], asked.get("revision", "main")) == (HUB_NAME, True, "main")
+    hub_answers(monkeypatch, ["config.json", "tokenizer.json"])
+    locating._names_on_hub.cache_clear()
+    refused(lambda: load_model(HUB_NAME, translates=True), f"{HUB_NAME}: no weights")
+
+
+def test_pickled_translation_models_in_a_folder_are_refused(folder: Path) -> None:
+    AutoConfig.for_model("m2m_100").save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(lambda: load_model(str(folder), translates=True), "a translation model with AutoModelForSeq2SeqLM")
 
 
 # --- options -------------------------------------------------------------------------------------------------------

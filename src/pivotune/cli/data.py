@@ -1,4 +1,4 @@
-"""`pivotune data`: statistics and problems of training data."""
+"""`pivotune data`: problems of training data, and parallel rows from English ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pivotune.cli.common import (
     progress,
     quiet_libraries,
     safe,
+    stderr,
+    stdout,
     write_out,
 )
 from pivotune.cli.options import FoldSystem
@@ -36,12 +38,12 @@ _TEXT_TITLES = {
     "completion_en": "English answer",
 }
 
-app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+app = typer.Typer(help="Make and check training data.", no_args_is_help=True)
 
 
 @app.callback()
 def root() -> None:
-    """Look at training data."""
+    """Make and check training data."""
 
 
 @app.command()
@@ -125,6 +127,60 @@ def check(
         screen.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
     if out is not None:
         screen.print(f"[bold]saved[/]    {safe(out)}", soft_wrap=True)
+
+
+@app.command()
+def translate(
+    data: Annotated[str, typer.Argument(help="English rows: a file or Hub dataset, in any form of a row.")],
+    language: Annotated[str, typer.Option("--to", help="Code of the language to translate into: vi, zh, pt_BR...")],
+    model: Annotated[
+        str, typer.Option(help="Translation model (NLLB, MADLAD-400, M2M100, Marian), or the endpoint's.")
+    ],
+    out: Annotated[Path, typer.Option(help="File of the parallel rows (.jsonl); the same command continues it.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server: http://localhost:8000/v1; key in OPENAI_API_KEY.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time, with --endpoint.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Translate only the first usable rows.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show for each kind of problem.")] = 3,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep the rows with a defect in the file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
+) -> None:
+    """Translate English instruction rows; code, links and line breaks stay, and rows with a defect are left out."""
+    from pivotune.data.check import check_clean_path, report_path
+    from pivotune.text.languages import find_language
+    from pivotune.translate import run
+    from pivotune.translate.translators import EndpointTranslator, check_endpoint, load_translator
+
+    target = find_language(language)
+    if target.code == "en":
+        raise UsageError("--to: en is the language of the rows; name the target language")
+    for path in (out, run.translated_path(out)):
+        check_clean_path(path, data, option="--out")
+    if endpoint is not None:
+        check_endpoint(endpoint)
+    rows = run.read_english(data, limit)
+    settings = {"source": data, "model": model, "language": target.flores}
+    done = 0 if overwrite else run.count_done(out, rows, settings)
+    translator: Any = None
+    if endpoint is not None:
+        translator = EndpointTranslator(endpoint, model, target, parallel)
+    elif done < len(rows):
+        quiet_libraries()
+        with stderr.status(f"Loading {safe(model)}"):
+            translator = load_translator(model, language)
+    run.begin(out, settings, overwrite=overwrite)
+    if done < len(rows):
+        with progress("Translating rows", len(rows)) as advance:
+            run.translate_rows(out, rows, done, translator, translator.rows_per_step, advance)
+    found, written = run.write_result(out, rows, target.code, keep_all=keep_all, examples=show)
+    print_check(stdout, found)
+    earlier = f", {done:,} of them earlier" if done else ""
+    stdout.print(
+        f"[bold]rows[/]     {len(rows):,} translated{earlier}: {safe(run.translated_path(out))}", soft_wrap=True
+    )
+    others = f"the {'flagged ones' if keep_all else 'others'} and why in {report_path(out)}"
+    stdout.print(f"[bold]written[/]  {safe(f'{written:,} rows in {out}; {others}')}", soft_wrap=True)
 
 
 def _write_check(path: Path, found: DataCheck) -> None:

@@ -32,25 +32,32 @@ DTYPES = ("auto", "float32", "bfloat16")
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
-def read_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
+def read_config(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, translates: bool = False
+) -> PretrainedConfig:
     """Read the configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
 
+    Args:
+        translates: read that of an encoder-decoder for translation instead.
+
     Raises:
-        UsageError: as `locate`; a gated repository; an encoder-decoder or another non-causal model.
+        UsageError: as `locate`; a gated repository; another kind of model than asked for.
     """
-    files = locate(name, revision)  # before torch is imported
+    files = locate(name, revision, translates=translates)  # before torch is imported
     from transformers import AutoConfig
 
     if files.is_adapter:
         base, base_revision = base_of(name, files)
         with about_base_of(name):
-            return read_config(base, trust_remote_code=trust_remote_code, revision=base_revision)
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "translates": translates}
+            return read_config(base, revision=base_revision, **options)
     with one_line_errors(name, "configuration"):
         config = AutoConfig.from_pretrained(files.location, trust_remote_code=trust_remote_code, **files.arguments)
-    _check_causal(name, config)
+    _check_kind(name, config, translates)
     if not trust_remote_code:
         _check_no_kernel(name, config)
-    if getattr(config, "tie_word_embeddings", False):
+    # Encoder and decoder of a translation model may have embeddings of their own.
+    if not translates and getattr(config, "tie_word_embeddings", False):
         text = config.get_text_config()
         with one_line_errors(name, "model"):
             # Transformers loads both then, and warns; a saved copy would say that they are one.
@@ -66,7 +73,7 @@ def check_model(name: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, translates: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model (of an adapter without one: of its base), padding on the right.
 
@@ -76,7 +83,7 @@ def load_tokenizer(
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files; as `check_vocabulary`.
     """
-    files = tokenizer_files(name, revision)
+    files = tokenizer_files(name, revision, translates=translates)
     from transformers import AutoTokenizer
 
     with one_line_errors(name, "tokenizer"), _quiet_transformers(files):
@@ -90,9 +97,10 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not locate(name, revision).is_adapter:
+    options: dict[str, Any] = {"revision": revision, "translates": translates}
+    if not locate(name, **options).is_adapter:
         # An adapter may bring an embedding of its own.
-        check_vocabulary(name, tokenizer, read_config(name, trust_remote_code=trust_remote_code, revision=revision))
+        check_vocabulary(name, tokenizer, read_config(name, trust_remote_code=trust_remote_code, **options))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -124,6 +132,7 @@ def load_model(
     revision: str | None = None,
     attn_implementation: str | None = None,
     quantize: Literal["4bit"] | None = None,
+    translates: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode; an adapter as a frozen `PeftModel` on its base.
 
@@ -133,6 +142,7 @@ def load_model(
         revision: branch, tag or commit on the Hub; ignored for folders.
         attn_implementation: Transformers' option of that name (`sdpa`, `eager`, `flash_attention_2`...).
         quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, on CUDA or a CPU.
+        translates: load an encoder-decoder for translation instead.
 
     Raises:
         UsageError: as `check_model`; unknown option values; weights that are damaged, missing or of another shape.
@@ -149,29 +159,31 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if quantize is not None:
         options["quantization_config"] = _quantization_config()
-    return _load(name, revision, options)
+    return _load(name, revision, options, translates)
 
 
-def _load(name: str, revision: str | None, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load(name: str, revision: str | None, options: dict[str, Any], translates: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    files = locate(name, revision)
+    files = locate(name, revision, translates=translates)
     if files.is_adapter:
         from peft import PeftModel
 
         base, base_revision = base_of(name, files)
         with about_base_of(name):
-            model = _load(base, base_revision, options)
+            model = _load(base, base_revision, options, translates)
         with one_line_errors(name, "adapter"):
             return PeftModel.from_pretrained(model, files.location, is_trainable=False, **files.arguments)
-    config = read_config(name, trust_remote_code=options["trust_remote_code"], revision=revision)
+    remote = options["trust_remote_code"]
+    config = read_config(name, trust_remote_code=remote, revision=revision, translates=translates)
     check_index(files, getattr(config, "transformers_weights", None))
     # Mismatched sizes are in the report and refused below, instead of a RuntimeError of many lines.
     options = {**options, **files.arguments, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if Path(files.location).is_dir():
         options["config"] = config  # of which `read_config` may have corrected the tied weights
     with one_line_errors(name, "model"), _quiet_transformers(files):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(files.location, use_safetensors=True, **options)
+        auto: Any = AutoModelForSeq2SeqLM if translates else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(files.location, use_safetensors=True, **options)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{name}: {len(missing)} weights are not in the files, first {missing[0]}")
@@ -194,9 +206,16 @@ def _quantization_config() -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in options.items()})
 
 
-def _check_causal(name: str, config: PretrainedConfig) -> None:
+def _check_kind(name: str, config: PretrainedConfig, translates: bool) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if translates:
+        if not config.is_encoder_decoder:
+            raise UsageError(
+                f"{name}: {config.model_type} is no encoder-decoder; allowed: NLLB, MADLAD-400, M2M100, mBART-50, "
+                "Marian, or a chat model behind --endpoint"
+            )
+        return
     if config.is_encoder_decoder:
         raise UsageError(f"{name}: {config.model_type} is an encoder-decoder; only decoder-only language models work")
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):

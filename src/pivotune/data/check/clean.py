@@ -15,19 +15,19 @@ from pivotune.errors import UsageError
 from pivotune.text.files import write_json, write_pieces
 
 
-def check_clean_path(path: Path, *sources: str | None) -> None:
+def check_clean_path(path: Path, *sources: str | None, option: str = "--write-clean") -> None:
     """Refuse a path that cannot become the file of clean rows.
 
     Raises:
         UsageError: no `.jsonl` file, a missing folder, or one of the files that are read.
     """
     if path.suffix != ".jsonl" or path.is_dir():
-        raise UsageError(f"--write-clean: {path} found; allowed: a file name that ends in .jsonl")
+        raise UsageError(f"{option}: {path} found; allowed: a file name that ends in .jsonl")
     if not path.parent.is_dir():
-        raise UsageError(f"--write-clean: no folder {path.parent}")
+        raise UsageError(f"{option}: no folder {path.parent}")
     written = {path.resolve(), report_path(path).resolve()}
     if any(source is not None and Path(source).resolve() in written for source in sources):
-        raise UsageError(f"--write-clean: {path} would replace the data that is read; name another file")
+        raise UsageError(f"{option}: {path} would replace the data that is read; name another file")
 
 
 def report_path(path: Path) -> Path:
@@ -35,34 +35,35 @@ def report_path(path: Path) -> Path:
     return path.with_suffix(".report.json")
 
 
-def write_clean(path: Path, rows: Rows, check: DataCheck) -> int:
+def write_clean(path: Path, rows: Rows, check: DataCheck, *, keep_all: bool = False) -> int:
     """Write the rows without defects as JSON Lines, and the report; return the number of rows written.
 
     The report names each row that is left out with the kinds of its defects, and counts the rows that could not be used.
+    With `keep_all` rows with defects are written too, and named as `flagged`.
     """
     reasons: dict[int | str, list[str]] = {}
     for problem in check.problems:
         for number in problem.numbers if problem.defect else ():
             reasons.setdefault(number, []).append(problem.name)
-    left_out: list[dict[str, Any]] = []
+    flagged: list[dict[str, Any]] = []
 
     def clean_lines() -> Iterator[bytes]:
         for row in rows:
             number = row_name(row.number, rows.sources)
             if number in reasons:
-                left_out.append({"number": number, "id": row.id, "reasons": reasons[number]})
-            else:
-                yield json.dumps(_record(row), ensure_ascii=False).encode() + b"\n"
+                flagged.append({"number": number, "id": row.id, "reasons": reasons[number]})
+            if keep_all or number not in reasons:
+                yield json.dumps(row_record(row), ensure_ascii=False).encode() + b"\n"
 
     write_pieces(path, clean_lines())
     titles = {problem.name: problem.title for problem in check.problems if problem.defect}
-    written = check.usable - len(left_out)
+    written = check.usable - (0 if keep_all else len(flagged))
     counts = {"source": check.source, "written": written, "unusable": check.skipped, "reasons": titles}
-    write_json(report_path(path), {**counts, "left_out": left_out})
+    write_json(report_path(path), {**counts, "flagged" if keep_all else "left_out": flagged})
     return written
 
 
-def _record(row: Row) -> dict[str, Any]:
+def row_record(row: Row) -> dict[str, Any]:
     """Return the row in a form in which it is read again: both sides as a chat, as Alpaca, or as prompt and completion."""
     record: dict[str, Any] = {"id": row.id} if row.id else {}
     for turn, suffix in zip(row.sides, ("", ENGLISH_SUFFIX), strict=True):

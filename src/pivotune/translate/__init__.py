@@ -1,0 +1,1 @@
+"""Translation of English instruction rows into parallel rows, by a local model or a chat endpoint."""
