@@ -66,7 +66,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "tuned-prompt-et": _arm("tuned", "prompt", **_ET),
     "tuned-prompt-lc": _arm("tuned", "prompt", **_LC),
     "tuned-prompt-balanced": _arm("tuned", "prompt", balance={"mode": "gradient", "every": 10}),
-    "tuned-prompt-et24": _arm("tuned", "prompt", conversion={"signal": "none"}, thinking={"layer": 24}),
+    # Layers of thinking alone, beside 20.
+    **{
+        f"tuned-prompt-et{layer}": _arm("tuned", "prompt", conversion={"signal": "none"}, thinking={"layer": layer})
+        for layer in (8, 14, 24, 28)
+    },
+    "contrastive": _arm("logit", "all", conversion={"signal": "none"}, thinking={"layer": 15, "signal": "contrastive"}),
+    "cka": _arm("logit", "all", conversion={"signal": "none"}, thinking={"layer": 15, "signal": "cka"}),
     "tuned-prompt-11-24": _arm("tuned", "prompt", conversion={"layer": 11}, thinking={"layer": 24}),
     "tuned-prompt-weight-1": _arm("tuned", "prompt", conversion={"layer": 3, "weight": 1.0},
                                   thinking={"layer": 20, "weight": 1.0}),
