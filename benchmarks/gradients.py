@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pivotune.config.settings import SupervisionConfig, TunedLensConfig
+from pivotune.config.supervision import SupervisionConfig, TunedLensConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import side_examples, spread
 from pivotune.data.examples import Encoder, Example, Limits

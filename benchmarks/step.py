@@ -37,7 +37,7 @@ from benchmarks.common import (
     time_row,
 )
 from benchmarks.peers import trl_trainer
-from pivotune.config.settings import NO_SUPERVISION, SupervisionConfig
+from pivotune.config.supervision import NO_SUPERVISION, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError

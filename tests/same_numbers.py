@@ -26,7 +26,7 @@ import yaml
 from conftest import SHARED, build_tiny_model, build_tiny_tokenizer, tiny_rows
 from safetensors.numpy import load_file
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 
 _LAYERS = {"conversion": {"layer": 1}, "thinking": {"layer": 3}}
 _FEATURE = {name: {**section, "signal": "feature", "weight": 0.5} for name, section in _LAYERS.items()}

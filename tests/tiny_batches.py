@@ -9,7 +9,7 @@ import torch
 from conftest import VOCABULARY, build_tiny_model
 from torch import Tensor, nn
 
-from pivotune.config.settings import FeatureConfig, LogitsConfig, SignalConfig, SupervisionConfig
+from pivotune.config.supervision import FeatureConfig, LogitsConfig, SignalConfig, SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Side
 from pivotune.objectives.base import LossTerm

@@ -13,15 +13,8 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_batches import make_side
 from torch import Tensor, nn
 
-from pivotune.config.settings import (
-    EncodingConfig,
-    FaultsConfig,
-    FeatureConfig,
-    LogitsConfig,
-    RunConfig,
-    SignalConfig,
-    merged,
-)
+from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig, merged
+from pivotune.config.supervision import FeatureConfig, LogitsConfig, SignalConfig
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair
 from pivotune.training.arguments import DeepSupervisionConfig

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pivotune.config.settings import Section
+from pivotune.config.supervision import Section
 from pivotune.forward.passes import PassRequest
 from pivotune.methods.base import ExamplePlan
 from pivotune.objectives.base import LossTerm

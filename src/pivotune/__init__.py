@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pivotune.config.settings import SupervisionConfig as SupervisionConfig
+    from pivotune.config.supervision import SupervisionConfig as SupervisionConfig
     from pivotune.errors import UsageError as UsageError
     from pivotune.evaluation.run import evaluate_model as evaluate_model
     from pivotune.layers.measure import analyze_layers as analyze_layers
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DeepSupervisionConfig": "pivotune.training.arguments",
     "DeepSupervisionTrainer": "pivotune.training.trainer",
-    "SupervisionConfig": "pivotune.config.settings",
+    "SupervisionConfig": "pivotune.config.supervision",
     "UsageError": "pivotune.errors",
     "analyze_layers": "pivotune.layers.measure",
     "deep_supervision_terms": "pivotune.objectives.deep_supervision",

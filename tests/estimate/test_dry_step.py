@@ -9,7 +9,7 @@ from tiny_batches import make_examples, signal, supervise
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.estimate import dry_step as module
 from pivotune.estimate.dry_step import dry_step

@@ -6,7 +6,8 @@ from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model
 from peak_bytes import peak
 from tiny_training import make_pairs
 
-from pivotune.config.settings import LoraSettings, TunedLensConfig
+from pivotune.config.settings import LoraSettings
+from pivotune.config.supervision import TunedLensConfig
 from pivotune.explore.grid import GridDifference, LensGrid, lens_grids, lens_states
 from pivotune.lenses.logit import lens_logits
 from pivotune.lenses.tuned import TunedLens

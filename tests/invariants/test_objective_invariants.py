@@ -23,7 +23,7 @@ from tiny_batches import (
 )
 from torch import Tensor, nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import separate_passes, shared_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.base import weighted_total

@@ -5,7 +5,7 @@ import torch
 from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_pairs
 
-from pivotune.config.settings import TunedLensConfig
+from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.datasets import set_apart
 from pivotune.layers.measure import analyze_layers
 from pivotune.layers.reading import TOKENS_PER_ROW, LayerReading, measure_reading

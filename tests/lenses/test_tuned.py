@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model
 
-from pivotune.config.settings import TunedLensConfig
+from pivotune.config.supervision import TunedLensConfig
 from pivotune.errors import UsageError
 from pivotune.lenses import tuned
 from pivotune.lenses.tuned import Text, TunedLens, fit_tuned_lens

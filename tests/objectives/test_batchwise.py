@@ -11,7 +11,7 @@ from conftest import build_tiny_model
 from tiny_batches import collate, gradients, make_batch, make_examples, signal, supervise
 from torch import Tensor
 
-from pivotune.config.settings import CkaConfig, ContrastiveConfig
+from pivotune.config.supervision import CkaConfig, ContrastiveConfig
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
 from pivotune.objectives.cka import linear_cka

@@ -8,7 +8,7 @@ from conftest import NUM_LAYERS, build_tiny_model
 from tiny_batches import gradients, make_batch, make_examples, signal, supervise
 from torch import Tensor
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import Passes, separate_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import Taps, tap

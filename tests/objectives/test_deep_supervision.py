@@ -7,7 +7,7 @@ import torch
 from conftest import NUM_LAYERS, build_tiny_model
 from tiny_batches import collate, make_batch, make_examples, signal, supervise, values
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import Passes, PassRequest, separate_passes
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.deep_supervision import deep_supervision_terms, term_counts

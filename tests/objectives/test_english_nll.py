@@ -6,7 +6,7 @@ from conftest import build_tiny_model
 from tiny_batches import by_hand_logits, gradients, make_batch, make_examples, signal, supervise
 from torch import Tensor, nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.deep_supervision import deep_supervision_terms
 from pivotune.objectives.english_nll import positional_targets

@@ -17,7 +17,7 @@ from tiny_batches import collate, gradients, make_examples, relative_difference,
 from tiny_training import run_config, tiny_trainer
 from torch import nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import deep_supervision_terms

@@ -13,7 +13,7 @@ from tiny_batches import collate, make_examples
 from tiny_training import arguments, assert_same, make_pairs, run_config, step_logs, tiny_trainer, weights
 from torch import nn
 
-from pivotune.config.settings import KeepEnglishConfig, SupervisionConfig
+from pivotune.config.supervision import KeepEnglishConfig, SupervisionConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError

@@ -6,7 +6,7 @@ from conftest import build_tiny_model
 from tiny_batches import gradients, make_batch, signal, supervise
 from tiny_training import tiny_trainer, weights
 
-from pivotune.config.settings import BalanceConfig, SupervisionConfig
+from pivotune.config.supervision import BalanceConfig, SupervisionConfig
 from pivotune.errors import UsageError
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss

@@ -9,7 +9,7 @@ from conftest import build_tiny_model
 from peft import LoraConfig
 from tiny_training import arguments, assert_same, make_pairs, run_settings, tiny_trainer, weights
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError

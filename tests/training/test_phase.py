@@ -9,7 +9,7 @@ from tiny_training import arguments, assert_same, make_pairs, run_config, step_l
 from torch import nn
 
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.datasets import training_examples
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import deep_supervision_terms

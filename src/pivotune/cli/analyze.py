@@ -60,7 +60,7 @@ def analyze(
     quiet_libraries()
     with own_options():
         pairs, others, tokenizer = _encode(model, data, english, rows, template, max_tokens, fold_system)
-    from pivotune.config.settings import TunedLensConfig
+    from pivotune.config.supervision import TunedLensConfig
     from pivotune.layers.layers_json import write_layers_json
     from pivotune.layers.measure import analyze_layers, num_sequences
     from pivotune.models.loading import load_model

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from pivotune.cli.common import print_lines, printable, progress_bar, safe, stderr
 from pivotune.cli.estimate import gibibytes, training_line
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.examples import preview
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pivotune.compare.seed_groups import differing_keys, setting_text, settings_key
 from pivotune.config.registry import BASELINE_METHOD, METHODS
-from pivotune.config.settings import InnerTerm
+from pivotune.config.supervision import InnerTerm
 
 _CONFIDENCE = 1.96  # standard errors on either side: 95 %
 

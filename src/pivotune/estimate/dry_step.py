@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pivotune.config.registry import LENSES
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import Forward, choose_passes
 from pivotune.lenses.base import Lens
 from pivotune.lenses.tuned import TunedLens

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.examples import Example
 from pivotune.models.architecture import find_architecture
 from pivotune.objectives.base import InnerLoss

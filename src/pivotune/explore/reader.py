@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pivotune.config.settings import TunedLensConfig
+from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.examples import Encoder, EncodingReport, Pair, Side
 from pivotune.data.rows import Row
 from pivotune.data.templates import Rendered, Turn, end_of_answer

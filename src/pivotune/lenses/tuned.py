@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pivotune.config.settings import TunedLensConfig
+from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
 from pivotune.forward.passes import PassRequest, choose_passes

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pivotune.config.settings import InnerTerm
+from pivotune.config.supervision import InnerTerm
 from pivotune.forward.passes import Batch, Passes, PassRequest
 from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pivotune.config.settings import ContrastiveConfig
+from pivotune.config.supervision import ContrastiveConfig
 from pivotune.objectives.batchwise import BatchwiseLoss
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pivotune.config.settings import FeatureConfig, SupervisionConfig
+from pivotune.config.supervision import FeatureConfig, SupervisionConfig
 from pivotune.forward.passes import Batch, Passes, PassRequest
 from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pivotune.config.registry import LENSES, OBJECTIVES
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import Batch, PassRequest, RunPasses, choose_passes
 from pivotune.lenses.base import Lens
 from pivotune.models.architecture import find_architecture

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pivotune.config.settings import LogitsConfig
+from pivotune.config.supervision import LogitsConfig
 from pivotune.forward.passes import Batch, Passes, PassRequest
 from pivotune.kernels.cross_entropy import cross_entropies
 from pivotune.lenses.base import Lens

@@ -23,11 +23,9 @@ from pivotune.config.settings import (
     EncodingConfig,
     FaultsConfig,
     RunConfig,
-    Section,
-    SupervisionConfig,
-    check_signals,
     merged,
 )
+from pivotune.config.supervision import Section, SupervisionConfig, check_signals
 from pivotune.config.training_fields import check_training, check_used
 from pivotune.data.examples import Limits
 from pivotune.errors import UsageError
@@ -51,7 +49,7 @@ class DeepSupervisionConfig(TrainingArguments):
     """Arguments of `DeepSupervisionTrainer`: everything of `TrainingArguments`, and the sections of a run configuration.
 
     A section is given as in YAML, `supervision={"thinking": {"layer": 20}, "lens": "logit"}`, and read as a typed object,
-    `args.supervision.thinking.layer`. `pivotune.config.settings` lists keys and defaults.
+    `args.supervision.thinking.layer`. `pivotune.config.settings` and `pivotune.config.supervision` list keys and defaults.
 
     Args:
         method: `deep-supervision`, its control `cross-lingual`, or a baseline: `tft` (target language), `english-only`.

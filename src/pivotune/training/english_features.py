@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pivotune.config.settings import SupervisionConfig
+from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.datasets import ParallelSides, has_parallel
 from pivotune.data.examples import Example, Side

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from pivotune.config.settings import NO_SUPERVISION, BalanceConfig
+from pivotune.config.supervision import NO_SUPERVISION, BalanceConfig
 from pivotune.forward.passes import Batch
 from pivotune.models.architecture import find_architecture, unwrap_model
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss

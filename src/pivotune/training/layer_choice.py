@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import NO_SUPERVISION, KeepEnglishConfig, SupervisionConfig
+from pivotune.config.supervision import NO_SUPERVISION, KeepEnglishConfig, SupervisionConfig
 from pivotune.data.datasets import set_apart
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError

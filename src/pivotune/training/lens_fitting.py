@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from pivotune.config.registry import LENSES, OBJECTIVES
-from pivotune.config.settings import SupervisionConfig, TunedLensConfig
+from pivotune.config.supervision import SupervisionConfig, TunedLensConfig
 from pivotune.data.datasets import spread
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest

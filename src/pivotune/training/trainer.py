@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from pivotune.config.settings import NO_SUPERVISION
+from pivotune.config.supervision import NO_SUPERVISION
 from pivotune.data.collator import DeepSupervisionCollator, ExampleDataset
 from pivotune.data.templates import load_template
 from pivotune.errors import UsageError

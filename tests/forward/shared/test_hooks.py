@@ -21,7 +21,7 @@ from tiny_batches import (
 )
 from torch import Tensor, nn
 
-from pivotune.config.settings import LogitsConfig, SupervisionConfig
+from pivotune.config.supervision import LogitsConfig, SupervisionConfig
 from pivotune.errors import UsageError
 from pivotune.forward import passes as branches
 from pivotune.forward.passes import (
