@@ -152,7 +152,7 @@ def test_a_signal_in_the_preparation_is_told_by_the_exit_code(config, capsys, mo
         (("--signals", "logits", *SWEEP), "--signals goes with --ablation"),
         ((*SWEEP, "--set", "output_dir=x"), "--set output_dir: the cells of a sweep are written below --out"),
         ((*SWEEP, "--batch-size", "0"), "--batch-size: '0' found; allowed: a number from 1, or auto"),
-        (("--ablation", "--signals", "both"), "--signals both: 'both' found; allowed: logits, feature"),
+        (("--ablation", "--signals", "both"), "--signals both: 'both' found; allowed: logits, feature, contrastive, cka"),
         (("--grid", "supervision.thinking.layer"), "--grid supervision.thinking.layer: expected key=value,value such as "
          "supervision.thinking.layer=5,10,15"),
     ],

@@ -46,7 +46,7 @@ def hostile_model(base, tmp_path) -> Path:
 
 def test_hostile_rows_and_names_in_training(hostile_model, tmp_path, capsys):
     rows = [{name: f"{text} {HOSTILE}" for name, text in row.items()} for row in tiny_rows(8)]
-    data = {"train": write_rows(tmp_path / f"{FILE_NAME}.jsonl", rows), "validation": 2, "language": HOSTILE}
+    data = {"train": write_rows(tmp_path / f"{FILE_NAME}.jsonl", rows), "validation": 2, "language": "sw"}
     path = write_yaml(
         tmp_path, model=str(hostile_model), data=data, method="tft", output_dir=str(tmp_path / f"r{FILE_NAME}")
     )
@@ -165,7 +165,7 @@ def rendered(text: str) -> str:
 def test_model_card_of_a_hostile_run():
     settings = {
         "model": f"{HOSTILE}\n# heading\n<img src=x onerror=alert(1)>",
-        "data": {"train": "rows ``` \n```\n<script>alert(1)</script>", "language": f"vi\ntags: [evil]\n---\n{HOSTILE}"},
+        "data": {"train": "rows ``` \n```\n<script>alert(1)</script>", "language": "vi-Latn"},
         "training": {"run_name": "````"},
         "output_dir": "run",
     }

@@ -104,8 +104,9 @@ def test_adapters_name_a_model(name, base, tmp_path, capsys):
 
 def test_languages_are_no_paths(base, rows, tmp_path, outside, capsys):
     data = {"train": str(rows), "validation": 2, "language": "../../outside/model"}
-    assert call(capsys, "train", write_yaml(tmp_path, model=str(base), data=data, method="tft"))[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"outside", "run", "run.yaml", "base", "rows.jsonl"}
+    message = refused(capsys, "train", write_yaml(tmp_path, model=str(base), data=data, method="tft"))
+    assert "data.language: '../../outside/model' is not a language code" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"outside", "run.yaml", "base", "rows.jsonl"}
 
 
 @pytest.mark.parametrize(
