@@ -19,7 +19,7 @@ _NAMES = {"base": "base", "tft": "TFT", "deep-supervision": "deep supervision"}
 def demo(
     language: Annotated[str, typer.Option("--lang", help="ar, de, es, fr, id, ja, pt, sw, vi or zh.")] = "vi",
     out: Annotated[Path, typer.Option(help="Folder for data, runs, results and pictures.")] = Path("demo-run"),
-    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")] = 320,
     signal: Annotated[str, typer.Option(help="logits or feature.")] = "logits",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,

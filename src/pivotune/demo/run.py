@@ -46,9 +46,9 @@ class DemoSettings:
     """
 
     language: str = "vi"
-    rows: int = 512
-    heldout: int = 96
-    answered: int = 48
+    rows: int = 320
+    heldout: int = 64
+    answered: int = 24
     profiled: int = 16
     seed: int = 0
     signal: str = "logits"
