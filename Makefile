@@ -9,7 +9,7 @@ SIDE_BY_SIDE ?= -n 2 --dist worksteal
 .PHONY: help install demo test test-fast test-all faults lint format clean
 
 help:
-	@echo "make demo    install, then train and compare on real facts with a small real model (CPU, 6 to 16 minutes)"
+	@echo "make demo    install, then train and compare on real facts with a small real model (CPU, under 10 minutes)"
 	@echo "make test    install, then run the tests"
 	@echo "make test-all  install, then run the tests and those that are slow by nature"
 	@echo "make faults  kill, stop and damage trainings and say which promises of docs/reliability.md are kept"
