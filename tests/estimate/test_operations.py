@@ -25,6 +25,7 @@ SUPERVISIONS = {
         conversion=signal(kind="logits", layer=1), thinking=signal(kind="logits", layer=3), logits_gradient="prompt"
     ),
     "feature": supervise(conversion=signal(kind="feature", layer=1), thinking=signal(kind="feature", layer=3)),
+    "batchwise": supervise(conversion=signal(kind="contrastive", layer=1), thinking=signal(kind="cka", layer=2)),
     "joint": supervise(thinking=signal(kind="feature", layer=3), english="joint"),
 }
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NUM_LAYERS, VOCABULARY, build_tiny_model
+from tiny_training import make_pairs
 
 from pivotune.config.supervision import TunedLensConfig
 from pivotune.errors import UsageError
@@ -12,6 +13,7 @@ from pivotune.lenses import tuned
 from pivotune.lenses.tuned import Text, TunedLens, fit_tuned_lens
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
+from pivotune.training.lens_fitting import fit_all_layers
 
 CONFIG = TunedLensConfig(states=4000, steps=20)
 LAYERS = [1, 3]
@@ -158,3 +160,11 @@ def test_a_single_long_text_is_enough():
 def test_a_few_tokens_are_refused():
     with pytest.raises(UsageError, match="at least 100 are needed"):
         fit_tuned_lens(build_tiny_model(), texts(2), [1], CONFIG)
+
+
+def test_a_lens_of_every_layer_computes_no_figures(monkeypatch):
+    """They cost more than its regressions, and nobody reads them."""
+    monkeypatch.setattr("pivotune.lenses.tuned._mean_kl", None)
+    assert set(fit_all_layers(build_tiny_model(), make_pairs(30), TunedLensConfig(states=400)).maps) == set(
+        range(NUM_LAYERS)
+    )

@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pivotune import DeepSupervisionConfig, DeepSupervisionTrainer
 from pivotune.data.examples import Example
 from pivotune.errors import UsageError
+from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.resilience.nonfinite import TrainingDivergedError
 
 
@@ -438,3 +439,19 @@ def test_loss_outside_training_counts_its_own_batch(tmp_path):
     assert loss.item() == outputs["loss"].item() == pytest.approx(expected, rel=1e-5)
     # It is no training step, so that no log line may count it.
     assert trainer._window.empty
+
+
+def test_contrastive_negatives_are_those_of_the_accumulation_window(tmp_path):
+    """Not those of the window before, nor of the measurement of gradients before the first step."""
+    trainer = tiny_trainer(
+        tmp_path, conversion_signal="none", thinking_signal="contrastive", gradient_accumulation_steps=2,
+        max_steps=2, learning_rate=1e-12, supervision_schedule="constant",
+    )  # fmt: skip
+    batches = list(trainer.get_train_dataloader())
+    trainer.train()
+    expected = []
+    for window in (batches[:2], batches[2:4]):
+        losses = DeepSupervisionLoss(trainer.supervision)
+        terms = [losses.terms(trainer.model, batch)["thinking"] for batch in window]
+        expected.append(sum(term.sum.item() for term in terms) / sum(int(term.count) for term in terms))
+    assert [line["thinking_loss"] for line in step_logs(trainer)] == pytest.approx(expected, rel=1e-4)

@@ -70,8 +70,6 @@ class BatchwiseLoss(ABC):
         target = pool(passes.main.hidden_states[loss.layer], target_mask, "mean")
         # In distributed training the English pass reads one token where no row has an English side.
         english = pool(passes.english.hidden_states[loss.layer][:, : english_mask.shape[1]], english_mask, "mean")
-        if self.options.english != "joint":
-            english = english.detach()
         (target, english), everywhere, start = of_all_ranks([target, english], rows)
         losses = self.row_losses(loss.name, target, english, everywhere)
         own, total = losses[start : start + len(rows)].sum(), losses.sum()

@@ -127,7 +127,8 @@ def resolve_supervision(
         (name, term), *_ = active.items()
         if chosen.method == "reading":
             parts = re.split("; (?=thinking: )", chosen.reason)
-            chosen = replace(chosen, reason=next(part for part in parts if part.startswith(name)))
+            own = next((part for part in parts if part.startswith(name)), chosen.reason)
+            chosen = replace(chosen, reason=own)
         if term.layer != "auto":
             reason = f"{name} layer {term.layer} was asked for"
             chosen = replace(chosen, **{name: term.layer}, method="explicit", reason=reason)

@@ -71,13 +71,17 @@ def _is_language(code: str, language: Language) -> bool:
 
 @dataclass
 class LocalTranslator:
-    """Translates sentences in batches of similar length, with the beams of the model's generation settings."""
+    """Translates sentences in batches of similar length, with the beams of the model's generation settings.
+
+    Attributes:
+        target: the language's token; None for a model with one target language.
+        joint: text between two sentences.
+    """
 
     model: Any
     tokenizer: Any
     target: LanguageToken | None
     joint: str = " "
-    """Text between two sentences."""
 
     @property
     def rows_per_step(self) -> int:
