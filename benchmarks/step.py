@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay", type=int, default=0, help="how many of the rows are English replay rows")
     parser.add_argument("--layers", type=positive, help="blocks, where the shape's own are too many for the machine")
     parser.add_argument(
-        "--only", type=lambda text: ["tft", *text.split(",")], help="contenders beside tft: shared,prompt"
+        "--only", type=lambda text: ["tft", *text.split(",")], help="contenders beside tft: shared,prompt,thinking alone"
     )
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast over weights of --dtype")
     return parser
@@ -178,6 +178,9 @@ def _supervisions(num_layers: int) -> dict[str, SupervisionConfig]:
         # Random weights have no lens to fit, and a map of the width costs little beside the head.
         "logits": both("logits", gradient="all"),
         "prompt": both("logits", gradient="prompt"),
+        "thinking": SupervisionConfig.model_validate(
+            {"conversion": {"signal": "none"}, "thinking": {"layer": high}, "lens": "logit"}
+        ),
         "positional": both("logits", mode="positional"),
         "feature": both("feature"),
         "frozen": both("feature", english="frozen"),
@@ -199,6 +202,7 @@ def _steps(
         "tft": step("tft", shared_passes),
         "shared": step("logits", shared_passes),
         "prompt": step("prompt", shared_passes),
+        "thinking alone": step("thinking", shared_passes),
         "separate": step("logits", separate_passes),
         "three full-depth calls": step("logits", full_depth_passes),
         "three calls, first writing": lambda: _first_writing(model, batch, supervisions["logits"], options),
@@ -337,6 +341,7 @@ def _time_rows(
         ("3: three calls as first written / shared forward", "three calls, first writing", "shared", at_least(1.6)),
         ("3: three full-depth calls, our losses / shared forward", "three full-depth calls", "shared", at_least(1.6)),
         ("   gradient through the prompt only / all gradients", "prompt", "shared", at_most(1.0)),
+        ("   English thinking alone, gradient through the prompt only / TFT", "thinking alone", "tft", None),
         ("   logits, separate truncated passes / TFT", "separate", "tft", None),
         ("   logits, positional / TFT", "positional", "tft", None),
         ("5: feature, detached / TFT", "feature, detached", "tft", at_most(1.22)),
