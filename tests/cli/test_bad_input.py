@@ -65,7 +65,8 @@ def by_set(name: str, expected: str, *changes: str) -> None:
 
     def spoil(run: Case) -> str:
         run.changes += [change.replace("FOLDER", str(run.folder)) for change in changes]
-        return expected.replace("FOLDER", str(run.folder))
+        keys = ", ".join(change.partition("=")[0] for change in changes)
+        return expected.replace("run.yaml:", f"run.yaml with --set {keys}:").replace("FOLDER", str(run.folder))
 
     CASES[name] = spoil
 

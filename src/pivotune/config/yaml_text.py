@@ -24,8 +24,12 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         UsageError: no such file, broken YAML, unknown key, or a value that is not allowed or has no effect.
     """
-    config = parse_config(apply_changes(_read_yaml(Path(path)), changes), where=str(path))
-    check_training(config.training, where=str(path))
+    where = str(path)
+    if changes:
+        # Without the values, among which may be a token.
+        where += f" with --set {', '.join(change.partition('=')[0].strip() for change in changes)}"
+    config = parse_config(apply_changes(_read_yaml(Path(path)), changes), where=where)
+    check_training(config.training, where=where)
     return config
 
 
