@@ -32,7 +32,7 @@ def kinds(count: int, *, seed: int = 0, language: str | None = "vi", **shares: f
         method="cross-lingual",
         cross_lingual=CrossLingualConfig(**shares),
         seed=seed,
-        data=SimpleNamespace(language=language),
+        data=SimpleNamespace(languages=[language] if language else []),
     )
     found = []
     for row in rewritten([ROW] * count, settings):

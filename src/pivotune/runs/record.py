@@ -40,7 +40,11 @@ def _data_files(data: DataConfig) -> dict[str, Any]:
     files: dict[str, Any] = {"validation": data.validation, "validation_english": data.validation_english}
     if isinstance(data.train, str):
         return {"train": data.train, "english": data.english, **files}
-    entries = {f"train.{place}.{key}": value for place, source in enumerate(data.train) for key, value in source}
+    entries = {
+        f"train.{place}.{key}": getattr(source, key)
+        for place, source in enumerate(data.train)
+        for key in ("path", "english")
+    }
     return {**entries, **files}
 
 
