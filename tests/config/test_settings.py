@@ -60,6 +60,7 @@ def test_every_default():
             "validation_english": None,
             "limit": None,
             "language": None,
+            "language_temperature": 1.0,
             "template": None,
             "turns": "all",
             "fold_system": False,
@@ -146,7 +147,7 @@ def test_several_files_with_weights():
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-FORMS = "a file, a Hub dataset, or a list of them and of {path, english, weight}"
+FORMS = "a file, a Hub dataset, or a list of them and of {path, english, weight, language}"
 
 
 @pytest.mark.parametrize(

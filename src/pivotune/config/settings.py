@@ -40,13 +40,7 @@ class EncodingConfig(Section):
     """Settings of the encoding: the part of `data` that a trainer needs beside its rows."""
 
     # A list names every language of the rows. Rows that name none are of the first.
-    language: (
-        Annotated[
-            Annotated[str, Tag("str")] | Annotated[list[str], Field(min_length=1), Tag(LIST_TAG)],
-            Discriminator(lambda language: LIST_TAG if isinstance(language, list) else "str"),
-        ]
-        | None
-    ) = None
+    language: str | list[str] | None = None
     # The share of a language in an epoch is proportional to rows^(1/temperature).
     language_temperature: float = Field(default=1.0, ge=1, le=1000)
     template: str | None = None  # chat where the tokenizer has one, alpaca otherwise
@@ -74,6 +68,8 @@ class EncodingConfig(Section):
         if not isinstance(value, list):
             return _language_code(value, "data.language")
         codes = [_language_code(code, "data.language") for code in value]
+        if not codes or not all(isinstance(code, str) for code in codes):
+            raise ValueError(f"data.language: {value} is not allowed; allowed: a code, or a list of codes")
         for code in codes:
             if codes.count(code) > 1:
                 raise ValueError(f"data.language: {code} is named twice")
