@@ -183,12 +183,11 @@ def split_validation(
         held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
     else:
         groups = _places_of(languages)
-        for (code, places), part in zip(
-            groups.items(), shared_out(count, list(map(len, groups.values()))), strict=True
-        ):
+        parts = shared_out(count, [len(places) for places in groups.values()])
+        for (code, places), part in zip(groups.items(), parts.tolist(), strict=True):
             # A language keeps a row to train on.
-            count = min(int(part), len(places) - 1)
-            held[places[random.Random(f"validation-{code}-{seed}").sample(range(len(places)), count)]] = True
+            drawn = random.Random(f"validation-{code}-{seed}").sample(range(len(places)), min(part, len(places) - 1))
+            held[places[drawn]] = True
     return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))
 
 
@@ -221,7 +220,7 @@ def balanced_places(languages: np.ndarray, temperature: float, seed: int) -> dic
         languages: the language of each row, texts (rows,).
     """
     groups = _places_of(languages)
-    lengths = np.array(list(map(len, groups.values())))
+    lengths = np.array([len(places) for places in groups.values()])
     counts = shared_out(len(languages), lengths ** (1 / temperature))
     order = np.concatenate(list(groups.values()))
     chosen = weighted_places(lengths.tolist(), (counts / lengths).tolist(), seed)

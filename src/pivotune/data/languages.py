@@ -25,7 +25,7 @@ class RowLanguages(NamedTuple):
 
     Attributes:
         parts: the sources. `Row.language` is the row's code where the rows have several languages, else ''.
-        codes: the language of every row of each source, texts (rows,); '' without one.
+        codes: where the rows have several languages, those of each source, texts (rows,); else nothing.
         language: `data.language`, in which a list names the languages that were found.
         notes: lines about keys and settings that are not used.
     """
@@ -34,11 +34,6 @@ class RowLanguages(NamedTuple):
     codes: list[np.ndarray]
     language: str | list[str] | None
     notes: list[str]
-
-    @property
-    def several(self) -> bool:
-        """Return True where the rows have several languages."""
-        return isinstance(self.language, list) and len(self.language) > 1
 
 
 def assign_languages(parts: Sequence[Rows], of_sources: Sequence[str | None], data: EncodingConfig) -> RowLanguages:
@@ -55,7 +50,8 @@ def assign_languages(parts: Sequence[Rows], of_sources: Sequence[str | None], da
             one of them.
     """
     asked = isinstance(data.language, list) or any(of_sources) or data.language_temperature != 1
-    fallback = next(iter(data.languages), "")
+    # Where all sources are of one language, so is a held-out file.
+    fallback = next(iter(data.languages or (of_sources if len(set(of_sources)) == 1 else ())), None) or ""
     defaults = [of_source or fallback for of_source, _ in zip_longest(of_sources, parts)]
     problem = ""
     if asked or any(any(part.languages) for part in parts):
@@ -63,6 +59,9 @@ def assign_languages(parts: Sequence[Rows], of_sources: Sequence[str | None], da
         problem = next(filter(None, problems), "")
     if problem and asked:
         raise UsageError(problem)
+    names = {name for part in parts for name in part.languages}
+    if not asked and data.languages and len(names) == 1 and not names <= {"", *data.languages}:
+        problem = f"every row names {names.pop()}, and data.language is {data.language}"
     code_of = [
         {name: default if problem else name or default for name in part.languages}
         for part, default in zip(parts, defaults, strict=True)
@@ -74,14 +73,15 @@ def assign_languages(parts: Sequence[Rows], of_sources: Sequence[str | None], da
     notes = [f"the key `{LANGUAGE_KEY}` is not used: {problem}"] if problem else []
     if found and isinstance(data.language, str) and data.language not in found:
         notes.append(f"data.language: {data.language} is not used: every row names another language")
-    assigned, languages = [], []
+    assigned, of_rows = [], []
     for part, codes in zip(parts, code_of, strict=True):
-        languages.append(np.array([codes[name] for name in part.languages], dtype=object)[part.language_of])
+        if len(found) > 1:
+            of_rows.append(np.array([codes[name] for name in part.languages], dtype=object)[part.language_of])
         if len(found) > 1 or any(part.languages):
             kept = codes if len(found) > 1 else {}
             part = replace(part, rows=Mapped(part.rows, partial(_with_language, kept)))
         assigned.append(part)
-    return RowLanguages(assigned, languages, data.language if found in ([], data.languages) else found, notes)
+    return RowLanguages(assigned, of_rows, data.language if found in ([], data.languages) else found, notes)
 
 
 def _with_language(codes: Mapping[str, str], place: int, row: Row) -> Row:

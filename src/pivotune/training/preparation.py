@@ -73,28 +73,28 @@ def load_run_rows(config: RunConfig) -> LoadedRows:
         parts.append(read_rows(data.validation, method, data, english=data.validation_english, heldout=True))
     of_sources = [source.language for source in data.sources]
     found = assign_languages(parts, of_sources, data)
-    parts, languages = found.parts[: len(of_sources)], np.concatenate(found.codes[: len(of_sources)])
+    parts = found.parts[: len(of_sources)]
     rows = concatenate(parts)
+    languages = np.concatenate(found.codes[: len(of_sources)]) if found.codes else None
     lengths, heldout_sources, heldout_skipped = [len(part) for part in parts], rows.sources, Counter()
     if isinstance(data.validation, str):
         kept, held = rows, found.parts[-1]
         heldout_sources, heldout_skipped = held.sources, Counter(held.skipped)
     else:
         # Before conversations are taken apart and rows are repeated: no part or copy of a row is on both sides.
-        kept, held = split_validation(rows, data.validation, seed, languages if found.several else None)
-        languages = languages[kept.indices]
+        kept, held = split_validation(rows, data.validation, seed, languages)
+        languages = None if languages is None else languages[kept.indices]
         lengths = np.diff(np.searchsorted(kept.indices, np.cumsum([0, *lengths]))).tolist()
     weights = [source.weight for source in data.sources]
     notes = [*rows.notes, *found.notes]
-    if len(parts) > 1 or weights != [1] or found.several:
-        places = np.concatenate(weighted_places(lengths, weights, seed))
-        language_notes = []
-        if found.several:
+    if len(parts) > 1 or weights != [1] or languages is not None:
+        places, language_notes = np.concatenate(weighted_places(lengths, weights, seed)), []
+        if languages is not None:
             balanced, language_notes = _balance_languages(languages[places], data, seed)
             places = places[balanced]
         kept = Subset(kept, places)
-        counts = np.bincount(np.searchsorted(np.cumsum(lengths), places, side="right"), minlength=len(parts))
         if len(parts) > 1 or weights != [1]:
+            counts = np.bincount(np.searchsorted(np.cumsum(lengths), places, side="right"), minlength=len(parts))
             for part, length, weight, of_epoch in zip(parts, lengths, weights, counts, strict=True):
                 notes.append(f"{part.source}: {of_epoch} rows an epoch ({length} rows, weight {weight:g})")
         notes += language_notes
@@ -109,14 +109,12 @@ def load_run_rows(config: RunConfig) -> LoadedRows:
 
 def _balance_languages(languages: np.ndarray, data: EncodingConfig, seed: int) -> tuple[np.ndarray, list[str]]:
     """Return the places of the rows of an epoch, in order, and a line about each language."""
-    by_language, temperature = balanced_places(languages, data.language_temperature, seed), data.language_temperature
-    notes = [f"{code}: {len(places)} rows an epoch" for code, places in by_language.items()]
-    if temperature != 1:
-        before = Counter(languages.tolist())
-        notes = [
-            f"{note} ({before[code]} without data.language_temperature {temperature:g})"
-            for note, code in zip(notes, by_language, strict=True)
-        ]
+    before, temperature = Counter(languages.tolist()), data.language_temperature
+    by_language = balanced_places(languages, temperature, seed)
+    end = "" if temperature == 1 else " ({} without data.language_temperature {:g})"
+    notes = [
+        f"{code}: {len(by_language[code])} rows an epoch" + end.format(before[code], temperature) for code in before
+    ]
     return np.sort(np.concatenate(list(by_language.values()))), notes
 
 
@@ -209,7 +207,7 @@ def encode_dataset(
     rows = trained = found.parts[0]
     notes = [*rows.notes, *found.notes]
     if not heldout:
-        if found.several:
+        if found.codes and args.data.language_temperature != 1:
             places, language_notes = _balance_languages(found.codes[0], args.data, cast(int, args.seed))
             trained, notes = Subset(rows, places), [*notes, *language_notes]
         trained, turn_notes = train_turns(trained, args.data)
