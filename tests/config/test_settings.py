@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import RunConfig
+from pivotune.config.settings import DataConfig, RunConfig
 from pivotune.config.yaml_text import apply_changes, dump_config, load_config, parse_config, to_yaml
 from pivotune.errors import UsageError
 from pivotune.methods.base import required_sides
@@ -60,6 +60,7 @@ def test_every_default():
             "validation_english": None,
             "limit": None,
             "language": None,
+            "language_temperature": 1.0,
             "template": None,
             "turns": "all",
             "fold_system": False,
@@ -146,7 +147,30 @@ def test_several_files_with_weights():
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-FORMS = "a file, a Hub dataset, or a list of them and of {path, english, weight}"
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("language=[vi, vn]", "data.language: 'vn' is not a language code; Vietnamese is vi"),
+        ("language=[vi, vi]", "data.language: vi is named twice"),
+        ("language=[vi, eng_Latn]", "data.language: eng_Latn is English, the other side of every row"),
+        ("language=[]", "data.language: [] is not allowed; allowed: a code, or a list of codes"),
+        ("language=[vi, 3]", "data.language: ['vi', 3] is not allowed; allowed: a code, or a list of codes"),
+        ("train=[{path: a, language: vn}]", "data.train: language: 'vn' is not a language code; Vietnamese is vi"),
+        ("language_temperature=0.5", "data.language_temperature: 0.5 is not allowed; allowed: greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_languages_that_are_refused(change, expected):
+    assert message(f"data.{change}") == f"run.yaml: {expected}"
+
+
+def test_languages_are_a_list_or_one_code():
+    data = {"train": [{"path": "a", "language": False}, "b"], "language": ["vi", False]}
+    found = parse_config({"model": "m", "output_dir": "run", "data": data}).data
+    assert (found.languages, found.sources[0].language, found.sources[1].language) == (["vi", "no"], "no", None)
+    assert (DataConfig(train="a", language="vi").languages, DataConfig(train="a").languages) == (["vi"], [])
+
+
+FORMS = "a file, a Hub dataset, or a list of them and of {path, english, weight, language}"
 
 
 @pytest.mark.parametrize(

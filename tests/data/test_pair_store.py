@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pivotune.data.datasets import (
     training_examples,
 )
 from pivotune.data.examples import Example, Pair
-from pivotune.data.pair_store import PairStore, pair_table, store_pairs
+from pivotune.data.pair_store import PairStore, pair_languages, pair_table, pairs_digest, store_pairs
 from pivotune.errors import UsageError
 
 PAIRS = [*make_pairs(7), Pair(make_pairs(1)[0].target, None, 8), Pair(None, make_pairs(1)[0].english, 12)]
@@ -59,6 +60,17 @@ def test_the_table_of_a_store_is_that_of_a_list():
     for name in ("number", "target", "english"):
         assert (stored[name] == listed[name]).all()
     assert stored.dtype.itemsize == 56
+
+
+def test_languages_are_kept_and_count_for_the_digest_only_where_rows_have_one():
+    pairs = [replace(pair, language=code) for pair, code in zip(PAIRS, ("vi", "zh", "", "vi"), strict=False)]
+    store = store_pairs(pairs)
+    assert [pair.language for pair in pickle.loads(pickle.dumps(store))] == ["vi", "zh", "", "vi"]
+    assert pair_languages(store).tolist() == pair_languages(pairs).tolist() == ["vi", "zh", "", "vi"]
+    assert [e.number for e in side_examples(store, "target", "vi")] == [1, 4]
+    assert pairs_digest(store) == pairs_digest(pairs) != pairs_digest(PAIRS[:4])
+    # As before rows had languages: runs that were begun then go on.
+    assert pairs_digest(make_pairs(3)) == "d1f3178934000ab3f01d54a17c983ba2dfa8334e928d5dc8e5000fa236fbe6ce"
 
 
 def test_ids_can_be_given_to_torch_and_changed_without_changing_the_store():

@@ -41,10 +41,10 @@ def test_the_papers_tables():
 
 
 def test_a_run_has_a_language_of_its_own():
-    own = [task.name for task in find_tasks(["qa"], (), "ar")]
+    own = [task.name for task in find_tasks(["qa"], (), ["ar"])]
     assert own[0] == "xquad_ar"
-    assert {"xquad_vi", "xquad_zh"} <= {task.name for task in find_tasks(["paper"], (), "ar")}
-    assert {task.language for task in find_tasks(["paper"], ["vi"], "ar")} == {"vi", "en"}
+    assert {"xquad_vi", "xquad_zh"} <= {task.name for task in find_tasks(["paper"], (), ["ar"])}
+    assert {task.language for task in find_tasks(["paper"], ["vi"], ["ar"])} == {"vi", "en"}
 
 
 def test_alignment_tasks():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ def kinds(count: int, *, seed: int = 0, language: str | None = "vi", **shares: f
         method="cross-lingual",
         cross_lingual=CrossLingualConfig(**shares),
         seed=seed,
-        data=SimpleNamespace(language=language),
+        data=SimpleNamespace(languages=[language] if language else []),
     )
     found = []
     for row in rewritten([ROW] * count, settings):
@@ -57,6 +58,19 @@ def test_every_share():
     assert kinds(80, **shares) == found
     assert kinds(80, seed=1, **shares) != found
     assert set(kinds(40, translations=1.0, english_answers=0.0)) == {"into English", "into Vietnamese"}
+
+
+def test_translations_name_the_language_of_the_row():
+    settings = SimpleNamespace(
+        method="cross-lingual", cross_lingual=CrossLingualConfig(translations=1.0, english_answers=0.0), seed=0,
+        data=EncodingConfig(language=["vi", "zh"]),
+    )  # fmt: skip
+    given = [replace(ROW, language="zh")] * 20 + [ROW] * 20
+    prompts = [row.prompt for row in rewritten(given, settings) if "English" not in row.prompt]
+    assert Counter(prompts[: len(prompts) - prompts[::-1].index("Translate into Chinese:\n\nanswer")]) == {
+        "Translate into Chinese:\n\nanswer": prompts.count("Translate into Chinese:\n\nanswer")
+    }
+    assert set(prompts) == {f"Translate into {name}:\n\nanswer" for name in ("Chinese", "Vietnamese")}
 
 
 def test_translations_need_a_language_that_is_known():

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_config, tiny_rows
 from tiny_training import arguments, make_pairs
@@ -114,6 +115,85 @@ def test_files_are_mixed_by_weight_after_rows_are_held_out(tmp_path):
     assert [row.number for row in even.heldout] == [row.number for row in loaded.heldout]
     few = load_run_rows(a_run(DataConfig(train=[a, c], validation=0, limit=3), "tft"))
     assert [row.number for row in few.train] == [1, 2, 3, 4, 5, 6]
+
+
+def test_draws_of_a_run_with_one_language_are_those_of_earlier_versions(tmp_path):
+    """Rows may name it or not, and their key `language` may mean something else."""
+    other = {**tiny_rows(12)[3], "language": "python"}
+    for label in ({}, {"language": "sw"}):
+        a, b = ([{**row, **label} for row in tiny_rows(count)] for count in (12, 8))
+        paths = [write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b)]
+        one = load_run_rows(a_run(DataConfig(train=paths[0], validation=3, language="sw"), "tft"))
+        assert ([row.number for row in one.train], [row.number for row in one.heldout], one.notes) == (
+            [1, 2, 3, 4, 5, 6, 7, 8, 10], [9, 11, 12], []
+        )  # fmt: skip
+        train = [paths[0], {"path": paths[1], "weight": 1.5}]
+        two = load_run_rows(a_run(DataConfig(train=train, validation=3, language="sw"), "tft"))
+        assert [row.number for row in two.heldout] == [4, 14, 17]
+        assert [row.number for row in two.train] == [
+            1,
+            2,
+            3,
+            5,
+            6,
+            7,
+            8,
+            9,
+            10,
+            11,
+            12,
+            13,
+            15,
+            16,
+            18,
+            19,
+            20,
+            13,
+            19,
+            20,
+        ]
+        assert {one.config.data.language, two.config.data.language} == {"sw"}
+        assert {row.language for row in (*one.train, *two.train, *two.heldout)} == {""}
+    mixed = write(tmp_path / "a.jsonl", [*tiny_rows(3), other, *tiny_rows(12)[4:]])
+    found = load_run_rows(a_run(DataConfig(train=mixed, validation=3, language="sw"), "tft"))
+    assert [row.number for row in found.train] == [row.number for row in one.train]
+    (note,) = found.notes
+    assert note.startswith(f"the key `language` is not used: {mixed}, line 4: language 'python' is unknown")
+
+
+def test_languages_are_balanced_after_rows_are_held_out(tmp_path):
+    a = write(tmp_path / "a.jsonl", tiny_rows(80))
+    b = write(tmp_path / "b.jsonl", [{**row, "language": "vi"} for row in tiny_rows(30)])
+    data = DataConfig(train=[a, {"path": b, "weight": 0.5}], validation=11, language="sw", language_temperature=2)
+    loaded = load_run_rows(a_run(data, "tft"))
+    assert Counter(row.language for row in loaded.heldout) == {"sw": 8, "vi": 3}
+    # 72 rows of sw and a half of 27 rows of vi.
+    total, powers = 72 + 14, np.sqrt([72, 14])
+    expected = dict(zip(("sw", "vi"), np.round(total * powers / powers.sum()).astype(int).tolist(), strict=True))
+    assert Counter(row.language for row in loaded.train) == expected == {"sw": 60, "vi": 26}
+    assert not {row.number for row in loaded.heldout} & {row.number for row in loaded.train}
+    assert len({row.number for row in loaded.train if row.language == "vi"}) == 14, "the half that the weight has drawn"
+    assert loaded.notes == [
+        f"{a}: 60 rows an epoch (72 rows, weight 1)",
+        f"{b}: 26 rows an epoch (27 rows, weight 0.5)",
+        "sw: 60 rows an epoch (72 without data.language_temperature 2)",
+        "vi: 26 rows an epoch (14 without data.language_temperature 2)",
+    ]
+    assert loaded.config.data.language == ["sw", "vi"]
+    again = load_run_rows(a_run(loaded.config.data, "tft"))
+    assert list(again.train) == list(loaded.train)
+    even = load_run_rows(a_run(data.model_copy(update={"language_temperature": 1.0}), "tft"))
+    assert [row.number for row in even.heldout] == [row.number for row in loaded.heldout]
+    assert even.notes[2:] == ["sw: 72 rows an epoch", "vi: 14 rows an epoch"]
+
+
+def test_rows_given_in_python_are_balanced_too(tmp_path):
+    rows = [{**row, "language": "sw" if place % 4 else "vi"} for place, row in enumerate(tiny_rows(40))]
+    args = arguments(tmp_path, data={"language_temperature": 1000})
+    pairs = encode_dataset(rows, args, build_tiny_tokenizer(), tiny_config("llama"))
+    assert Counter(pair.language for pair in pairs) == {"sw": 20, "vi": 20}
+    held = encode_dataset(rows[:2], args, build_tiny_tokenizer(), tiny_config("llama"), heldout=True)
+    assert [pair.language for pair in held] == ["vi", "sw"]
 
 
 def test_one_file_can_weigh_too_and_a_validation_file_stays_whole(tmp_path):

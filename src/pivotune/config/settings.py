@@ -23,15 +23,26 @@ from pivotune.config.messages import LIST_TAG
 from pivotune.config.registry import METHODS
 from pivotune.config.supervision import Section, SupervisionConfig, check_signals
 from pivotune.config.training_ranges import check_ranges
-from pivotune.text.languages import check_language
+from pivotune.text.languages import check_language, is_english
 
 MethodName = Annotated[str, AfterValidator(METHODS.check)]
+
+
+def _language_code(value: Any, option: str) -> Any:
+    """Check a language code; YAML reads the code of Norwegian as false."""
+    value = "no" if value is False else value
+    if isinstance(value, str):
+        check_language(value, option)
+    return value
 
 
 class EncodingConfig(Section):
     """Settings of the encoding: the part of `data` that a trainer needs beside its rows."""
 
-    language: str | None = None
+    # A list names every language of the rows. Rows that name none are of the first.
+    language: str | list[str] | None = None
+    # The share of a language in an epoch is proportional to rows^(1/temperature).
+    language_temperature: float = Field(default=1.0, ge=1, le=1000)
     template: str | None = None  # chat where the tokenizer has one, alpaca otherwise
     turns: Literal["all", "last"] = "all"  # answers of a conversation that are trained
     fold_system: bool = False  # a system message becomes the beginning of the first user text
@@ -46,13 +57,25 @@ class EncodingConfig(Section):
         """Return the template to use with the saved tokenizer: it holds the text of a Jinja file as its chat template."""
         return self.template if self.template in (None, "chat", "alpaca") else "chat"
 
+    @property
+    def languages(self) -> list[str]:
+        """Return the codes of `language`; none where it is not set."""
+        return [self.language] if isinstance(self.language, str) else self.language or []
+
     @field_validator("language", mode="before")
     @classmethod
-    def _check_code(cls, value: Any) -> Any:
-        value = "no" if value is False else value  # YAML reads the code of Norwegian as false
-        if isinstance(value, str):
-            check_language(value, "data.language")
-        return value
+    def _check_codes(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return _language_code(value, "data.language")
+        codes = [_language_code(code, "data.language") for code in value]
+        if not codes or not all(isinstance(code, str) for code in codes):
+            raise ValueError(f"data.language: {value} is not allowed; allowed: a code, or a list of codes")
+        for code in codes:
+            if codes.count(code) > 1:
+                raise ValueError(f"data.language: {code} is named twice")
+            if len(codes) > 1 and is_english(code):
+                raise ValueError(f"data.language: {code} is English, the other side of every row")
+        return codes
 
 
 class DataSource(Section):
@@ -62,6 +85,12 @@ class DataSource(Section):
     english: str | None = None  # one aligned English file beside it
     # Times that a row is seen in an epoch, held-out rows aside: 2 is every row twice, 0.5 a half drawn once by the seed.
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    language: str | None = None  # of rows that name none themselves; `data.language` if absent
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _check_code(cls, value: Any) -> Any:
+        return _language_code(value, "data.train: language")
 
 
 class DataConfig(EncodingConfig):
@@ -95,7 +124,7 @@ class DataConfig(EncodingConfig):
             and all(isinstance(entry, str | Mapping | DataSource) for entry in entries)
         ):
             raise PydanticCustomError(
-                "sources", "a file, a Hub dataset, or a list of them and of {path, english, weight}"
+                "sources", "a file, a Hub dataset, or a list of them and of {path, english, weight, language}"
             )
         return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 

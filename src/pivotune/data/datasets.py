@@ -14,7 +14,7 @@ import numpy as np
 
 from pivotune.data.examples import Example, Pair, Side
 from pivotune.data.lazy import LazySequence, Subset
-from pivotune.data.pair_store import pair_table
+from pivotune.data.pair_store import pair_languages, pair_table
 from pivotune.errors import UsageError
 from pivotune.methods.base import ExamplePlan, Language, Method
 
@@ -133,9 +133,10 @@ def training_examples(
     return PairExamples(pairs, method.plan(replayed))
 
 
-def side_examples(pairs: Sequence[Pair], side: Language) -> PairExamples:
-    """Return the rows that have a side, with that side alone."""
-    rows = np.flatnonzero(pair_table(pairs)[side]["length"] >= 0)
+def side_examples(pairs: Sequence[Pair], side: Language, language: str | None = None) -> PairExamples:
+    """Return the rows that have a side, with that side alone; of one target language if it is given."""
+    chosen = pair_table(pairs)[side]["length"] >= 0
+    rows = np.flatnonzero(chosen if language is None else chosen & (pair_languages(pairs) == language))
     english = np.full(len(rows), side == "english")
     plan = ExamplePlan(rows=rows, english_prompt=english, english_answer=english, parallel=np.zeros_like(english))
     return PairExamples(pairs, plan)
@@ -160,11 +161,14 @@ def replay_indices(num_rows: int, english_ratio: float, seed: int) -> set[int]:
     return set(random.Random(f"english-replay-{seed}").sample(range(num_rows), count))
 
 
-def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[Subset[_T], Subset[_T]]:
+def split_validation(
+    rows: Sequence[_T], size: int | float, seed: int, languages: np.ndarray | None = None
+) -> tuple[Subset[_T], Subset[_T]]:
     """Split rows into (train, validation), both in their original order, without reading them; deterministic in `seed`.
 
     Args:
         size: number of rows, or a share below 1, which is at least one row and at most `LARGEST_SHARE` rows.
+        languages: the language of each row, texts (rows,): each gets its share of the held-out rows. None for one language.
 
     Raises:
         UsageError: no row would be left for training.
@@ -175,7 +179,15 @@ def split_validation(rows: Sequence[_T], size: int | float, seed: int) -> tuple[
             f"data.validation: {count} rows asked for, the data has {len(rows)}; at least one must be left for training"
         )
     held = np.zeros(len(rows), dtype=bool)
-    held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
+    if languages is None:
+        held[random.Random(f"validation-{seed}").sample(range(len(rows)), count)] = True
+    else:
+        groups = _places_of(languages)
+        parts = shared_out(count, [len(places) for places in groups.values()])
+        for (code, places), part in zip(groups.items(), parts.tolist(), strict=True):
+            # A language keeps a row to train on.
+            drawn = random.Random(f"validation-{code}-{seed}").sample(range(len(places)), min(part, len(places) - 1))
+            held[places[drawn]] = True
     return Subset(rows, np.flatnonzero(~held)), Subset(rows, np.flatnonzero(held))
 
 
@@ -196,6 +208,38 @@ def weighted_places(lengths: Sequence[int], weights: Sequence[float], seed: int)
         drawn = sorted(random.Random(f"weight-{source}-{seed}").sample(range(length), count))
         places.append(start + np.concatenate([np.tile(np.arange(length), int(whole)), np.array(drawn, dtype=np.int64)]))
     return places
+
+
+def balanced_places(languages: np.ndarray, temperature: float, seed: int) -> dict[str, np.ndarray]:
+    """Return the places of the rows of an epoch, int64, for each language; as many rows as there are.
+
+    The share of a language is proportional to rows^(1/temperature) (Arivazhagan et al., arXiv 1907.05019). All rows of a
+    language are taken equally often, except for a remainder that `seed` draws.
+
+    Args:
+        languages: the language of each row, texts (rows,).
+    """
+    groups = _places_of(languages)
+    lengths = np.array([len(places) for places in groups.values()])
+    counts = shared_out(len(languages), lengths ** (1 / temperature))
+    order = np.concatenate(list(groups.values()))
+    chosen = weighted_places(lengths.tolist(), (counts / lengths).tolist(), seed)
+    return {code: order[places] for code, places in zip(groups, chosen, strict=True)}
+
+
+def _places_of(languages: np.ndarray) -> dict[str, np.ndarray]:
+    return {code: np.flatnonzero(languages == code) for code in dict.fromkeys(languages.tolist())}
+
+
+def shared_out(total: int, sizes: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Share out `total` rows in proportion to `sizes` by largest remainders, int64 (sizes,); none gets 0 if possible."""
+    exact = total * np.asarray(sizes) / np.sum(sizes)
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    while total >= len(counts) and not counts.all():
+        counts[counts.argmin()] += 1
+        counts[counts.argmax()] -= 1
+    return counts
 
 
 def set_apart(rows: Sequence[_T], count: int, others: int) -> tuple[list[_T], list[_T]]:

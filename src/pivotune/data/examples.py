@@ -67,11 +67,15 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both sides of a row; a side is None where the row has no text for it."""
+    """Both sides of a row; a side is None where the row has no text for it.
+
+    `language` is the code of the target language in a run with several, else ''.
+    """
 
     target: Side | None
     english: Side | None
     number: int = 0
+    language: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +173,15 @@ class Encoder:
                 `on_bad_row="skip"` such rows are left out and counted instead.
         """
         for chunk in _chunks(rows):
-            rendered: list[tuple[int, list[tuple[Turn, Rendered] | None]]] = []
+            rendered: list[tuple[Row, list[tuple[Turn, Rendered] | None]]] = []
             for row in chunk:
                 with self._row_errors(row.number, on_bad_row, source):
                     sides = [(turn, self.render(turn)) if turn.is_whole else None for turn in row.sides]
-                    rendered.append((row.number, sides))
+                    rendered.append((row, sides))
             tokenized = [list(self._tokenize([sides[place] for _, sides in rendered])) for place in (0, 1)]
-            for (number, _), target, english in zip(rendered, *tokenized, strict=True):
-                with self._row_errors(number, on_bad_row, source):
-                    yield self._fit(Pair(target, english, number))
+            for (row, _), target, english in zip(rendered, *tokenized, strict=True):
+                with self._row_errors(row.number, on_bad_row, source):
+                    yield self._fit(Pair(target, english, row.number, row.language))
 
     def encode_prompt(self, turn: Turn) -> list[int]:
         """Return the token ids of the prompt alone, as in training: generation continues them."""

@@ -16,6 +16,7 @@ from pivotune.text.json_text import RepeatedKeyError, parse_json, shown
 MISSING = "is missing"
 EMPTY = "is empty"
 ENGLISH_SUFFIX = "_en"
+LANGUAGE_KEY = "language"
 # Names from the data are cut in messages.
 _LONGEST_NAME = 60
 
@@ -27,7 +28,8 @@ class Row:
     A side (target or English) is either whole or has '' in all its texts. `input` is the second field of an
     Alpaca row, kept apart because the Alpaca template gives it a section of its own. `history` holds the chat
     turns before the last user turn. `number` is the row's 1-based place in its source: the line for JSON Lines,
-    else the row.
+    else the row. `language` is the code of the target language, as the row names it or as a run has assigned it; ''
+    without one.
     """
 
     prompt: str
@@ -40,6 +42,7 @@ class Row:
     history_en: Sequence[Message] = ()
     id: str = ""
     number: int = 0
+    language: str = ""
 
     @property
     def sides(self) -> tuple[Turn, Turn]:
@@ -75,7 +78,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 _CONTEXT = ("input", "system", "history")
 ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
 USED_KEYS = {f"{key}{suffix}" for key in (*(key for form in _FORMS for key in form), *_CONTEXT)
-             for suffix in ("", ENGLISH_SUFFIX)} | {"id"}  # fmt: skip
+             for suffix in ("", ENGLISH_SUFFIX)} | {"id", LANGUAGE_KEY}  # fmt: skip
 # The first that fits counts.
 _KINDS = {
     bool: "a truth value", Number: "a number", str: "text", bytes: "bytes", Mapping: "an object", Iterable: "a list",
@@ -98,7 +101,12 @@ def parse_row(record: Any, *, number: int, need_target: bool, need_english: bool
     if row_id and (fault := _text_fault(row_id)):
         raise RowError("id", fault)
     texts = (target.prompt, target.completion, english.prompt, english.completion)
-    return Row(*texts, target.input, english.input, target.history, english.history, row_id, number)
+    language = record.get(LANGUAGE_KEY)
+    if not isinstance(language, str):
+        language = "" if _is_missing(language) else _kind(language)
+    # No code is as long: a whole text in this column is not kept.
+    language = language.strip()[:_LONGEST_NAME]
+    return Row(*texts, target.input, english.input, target.history, english.history, row_id, number, language)
 
 
 def record_id(record: Any) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ _REASONS = 50
 _OTHER_REASONS = "other reasons"
 _SKIP_HINT = "use data.on_bad_row: skip to leave them out"
 _IDS_SHOWN = 3
+_LANGUAGES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class Rows(LazySequence[Row]):
         sources: the name of each source, in order, with the last row number before it.
         total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
         unused: columns that are not read -> number of rows that have one.
+        languages: the different values of `Row.language`.
+        language_of: places in `languages`, uint16 (rows,).
     """
 
     rows: Sequence[Row]
@@ -56,6 +60,8 @@ class Rows(LazySequence[Row]):
     total: int
     skipped: dict[str, int] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
+    languages: Sequence[str] = ()
+    language_of: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint16))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,6 +176,8 @@ def load_rows(
         outcomes = _join_rows(target, english_source, need_target, need_english, on_bad_row)
     rows: Spool[Row] = Spool()
     skipped: Counter[str] = Counter()
+    languages: dict[str, int] = {}
+    language_of = array("H")
     first_bad: _BadRow | None = None
     for outcome in outcomes:
         if isinstance(outcome, _BadRow):
@@ -178,12 +186,16 @@ def load_rows(
             skipped[outcome.label if is_counted_alone else _OTHER_REASONS] += 1
             continue
         rows.append(outcome)
+        # Of a column of other texts the first ones suffice.
+        name = outcome.language if len(languages) < _LANGUAGES else next(reversed(languages))
+        language_of.append(languages.setdefault(name, len(languages)))
         if len(rows) == limit:
             break
     total = len(rows) + skipped.total()
     if first_bad and (on_bad_row == "error" or not rows):
         raise UsageError(_bad_rows_message(first_bad, skipped, total, needed_by))
-    return Rows(rows, {target.name: 0}, total, dict(skipped), dict(unused))
+    names = (list(languages), np.array(language_of, dtype=np.uint16))
+    return Rows(rows, {target.name: 0}, total, dict(skipped), dict(unused), *names)
 
 
 def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_by: str) -> str:

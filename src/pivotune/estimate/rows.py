@@ -60,7 +60,9 @@ def read_rows(config: RunConfig, *, rows: int | None = None) -> RunRows:
     if tokenizer is None or not all(Path(source.path).is_file() for source in config.data.sources):
         return rows_of(assumed_pairs(args), args, rows=rows, assumed=True)
     if rows is not None:
-        data = config.data.model_copy(update={"limit": 2 * SAMPLE_ROWS})
+        # A sample need not hold rows of every language.
+        sample = {"limit": 2 * SAMPLE_ROWS, "language": None, "language_temperature": 1.0}
+        data = config.data.model_copy(update=sample)
         config = config.model_copy(update={"data": data})
     loaded = load_run_rows(config)
     encoder = build_encoder(args, tokenizer, read_model_config(config))

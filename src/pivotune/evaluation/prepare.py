@@ -93,14 +93,14 @@ def prepare_evaluation(
 
     Args:
         model: run folder, model folder, Hub name or bundled model.
-        tasks, languages: as in `find_tasks`; no languages for the run's own language.
+        tasks, languages: as in `find_tasks`; no languages for the run's own.
     """
     name = str(model)
     _check_settings(settings)
     files = locate(name, settings.revision)
     folder = Path(name).expanduser()
     run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
-    wanted = find_tasks(tasks, languages, run.data.language if run else None)
+    wanted = find_tasks(tasks, languages, run.data.languages if run else ())
     if settings.backend != "hf" and any(task.kind == "alignment" for task in wanted):
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}

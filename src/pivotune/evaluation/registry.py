@@ -42,18 +42,18 @@ def benchmarks() -> dict[str, Benchmark]:
     return {benchmark.name: benchmark for benchmark in known}
 
 
-def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: str | None = None) -> list[Task]:
+def find_tasks(names: Iterable[str], languages: Sequence[str] = (), own: Sequence[str] = ()) -> list[Task]:
     """Return the tasks of these names, in order, each once.
 
     Args:
         names: tasks (`xquad_vi`, `flores_en-vi`), sets (`xquad`), groups (`qa`, `qa_vi`, `paper`, `english`), alignment
             (`alignment_vi`, `alignment_tatoeba_vi`) or any multiple-choice task of lm-evaluation-harness.
         languages: for sets and groups without a language.
-        own: the run's language, in place of empty `languages`; `paper` stays vi, ar and zh.
+        own: the run's languages, in place of empty `languages`; `paper` stays vi, ar and zh.
     """
     tasks: dict[str, Task] = {}
     for name in names:
-        chosen = [own] if own and not languages and name.strip() != "paper" else languages
+        chosen = own if not languages and name.strip() != "paper" else languages
         for task in _expand(name.strip(), chosen):
             tasks.setdefault(task.name, task)
     if not tasks:

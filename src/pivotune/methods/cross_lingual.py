@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,15 @@ class CrossLingual(PlainFineTuning):
         """Draw the rows of each kind by the seed and their number; English replay is drawn independently.
 
         Raises:
-            UsageError: translations without a target language, whose name the prompts need.
+            UsageError: translations without a target language, whose name the prompts need, or into an unknown one.
         """
-        shares = settings.cross_lingual
-        if shares.translations and settings.data.language is None:
+        shares, codes = settings.cross_lingual, settings.data.languages
+        if shares.translations and not codes:
             raise UsageError("cross_lingual.translations: prompts name the language; set data.language")
-        language = find_language(settings.data.language).name if shares.translations else ""
+        for code in codes if shares.translations else ():
+            find_language(code)
         half = shares.translations / 2
-        kinds = (_english_answer, _english_prompt, _translation("English"), _translation(language))
+        kinds = (_english_answer, _english_prompt, _into_english, partial(_from_english, *codes[:1]))
         ends = np.cumsum([shares.english_answers, shares.english_prompts, half, half]) * num_rows
         order = np.random.default_rng(settings.seed).permutation(num_rows)
         kind_of = np.searchsorted(ends.round(), order, side="right")
@@ -52,16 +54,16 @@ def _english_prompt(row: Any) -> Any:
     return replace(row, prompt=row.prompt_en, input=row.input_en, history=row.history_en)
 
 
-def _translation(into: str) -> Callable[[Any], Any]:
-    """Return the task to translate the row's answer, `into` English or another language."""
+def _into_english(row: Any) -> Any:
+    """Return the task to translate the row's answer into English."""
+    prompt = f"Translate into English:\n\n{row.completion}"
+    return replace(row, prompt=prompt, input="", history=(), completion=row.completion_en)
 
-    def rewrite(row: Any) -> Any:
-        source, target = row.completion, row.completion_en
-        if into != "English":
-            source, target = target, source
-        return replace(row, prompt=f"Translate into {into}:\n\n{source}", input="", history=(), completion=target)
 
-    return rewrite
+def _from_english(language: str, row: Any) -> Any:
+    """Return the task to translate the row's English answer into the row's own language, or `language` without one."""
+    name = find_language(row.language or language).name
+    return replace(row, prompt=f"Translate into {name}:\n\n{row.completion_en}", input="", history=())
 
 
 CROSS_LINGUAL = CrossLingual(

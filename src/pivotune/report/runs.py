@@ -63,7 +63,8 @@ class RunParts:
 
     @property
     def language(self) -> str:
-        return str(self.config.get("data.language") or self.layers.get("language") or "")
+        language = self.config.get("data.language") or self.layers.get("language") or ""
+        return ", ".join(map(str, language)) if isinstance(language, list) else str(language)
 
     @property
     def sources(self) -> list[str]:

@@ -277,33 +277,43 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
 
 
 def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
-    """Write `results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
-    config = prepared.config
+    """Write `results.json` with the held-out NLL in every language, and every row's score for paired tests."""
+    config, sources = prepared.config, prepared.validation.sources
     tasks, items = {}, []
     for side, scores in after.items():
-        language = "en" if side == "english" else config.data.language or "target"
-        name = f"heldout_{language}"
-        summary, start = summarize(scores), summarize(before[side])
-        figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
-        tasks[name] = {
-            "metric": "nll",
-            **figure,
-            "benchmark": "heldout",
-            "language": language,
-            "split": "validation",
-            "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},
-            "nll_per_character": summary.nll_per_character,
-            "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
-        }
-        # An item is named by its row's number in the file: other seeds hold out other rows, and only equal rows are paired.
-        sources = prepared.validation.sources
-        rows = [row_name(pair.number, sources) for pair in prepared.validation if getattr(pair, side) is not None]
-        items += [
-            {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
-            for row, score, base in zip(rows, scores, before[side], strict=True)
-        ]
+        pairs = [pair for pair in prepared.validation if getattr(pair, side) is not None]
+        scored = list(zip(pairs, scores, before[side], strict=True))
+        codes = ["en"] if side == "english" else config.data.languages or ["target"]
+        for language in codes:
+            rows = [row for row in scored if len(codes) == 1 or row[0].language == language]
+            if rows:
+                name = f"heldout_{language}"
+                tasks[name] = _heldout_task(language, [row[1] for row in rows], [row[2] for row in rows])
+                # An item is named by its row's number in the file: other seeds hold out other rows, and only equal rows
+                # are paired.
+                items += [
+                    {"task": name, "item": row_name(pair.number, sources), "nll": score.nll, "tokens": score.tokens}
+                    | {"base_nll": base.nll}
+                    for pair, score, base in rows
+                ]
     results = {"model": config.model, "method": config.method, "tasks": tasks}
     # Items first: results without them could not be compared.
     write_items(prepared.folder / "results.items.jsonl.gz", items)
     write_json(prepared.folder / "results.json", results)
     return results
+
+
+def _heldout_task(language: str, scores: Sequence[RowScore], before: Sequence[RowScore]) -> dict[str, Any]:
+    """Return the entry of a language's held-out rows in `results.json`."""
+    summary, start = summarize(scores), summarize(before)
+    figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
+    return {
+        "metric": "nll",
+        **figure,
+        "benchmark": "heldout",
+        "language": language,
+        "split": "validation",
+        "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},
+        "nll_per_character": summary.nll_per_character,
+        "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
+    }

@@ -169,6 +169,9 @@ def find_change(
     compared = None if only is None else tuple(f"{key}." for key in only)
     for key in sorted(before.keys() | now.keys()):
         is_compared = not key.startswith(ignored) if compared is None else f"{key}.".startswith(compared)
+        if key == "data.language" and isinstance(before.get(key), list) and not isinstance(now.get(key), list):
+            # The run has found these languages in its rows.
+            continue
         if is_compared and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
     return None

@@ -44,7 +44,7 @@ def model_card(
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "language": [code for code in (config.data.language, "en") if code],
+        "language": [*config.data.languages, "en"],
     }
     # The Hub accepts names of its own models only.
     if not config.model.startswith("bundled:") and not Path(config.model).exists():
@@ -52,7 +52,7 @@ def model_card(
     metadata["tags"] = ["pivotune", config.method]
     if scores := _hub_results(results):
         metadata["model-index"] = [{"name": name.rpartition("/")[2] or "model", "results": scores}]
-    language = config.data.language or "the target language"
+    language = ", ".join(config.data.languages) or "the target language"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {_text(config.model)} fine-tuned for {_text(language)}\n\n{METHODS[config.method].summary}",

@@ -45,7 +45,8 @@ class PreparedRun:
 
     Attributes:
         skipped, heldout_skipped: rows left out in reading and encoding, by reason.
-        notes: lines about columns and turns that are not used.
+        config: the configuration, with all languages of the rows in `data.language`.
+        notes: lines about weights and languages, and about columns and turns that are not used.
         checkpoint: the checkpoint that a resumed run continues from; None for a new run and where there is none.
     """
 
@@ -86,6 +87,7 @@ def prepare_run(
     tokenizer = load_tokenizer(config.model, **source)
     encoder = build_encoder(args, tokenizer, model_config)
     rows, report = load_run_rows(config), encoder.report
+    config, args.data = rows.config, rows.config.data
     train = encode_rows(rows.train, encoder, on_bad_row=config.data.on_bad_row, sources=rows.sources)
     unfit = report.skipped.copy()
     validation = encode_rows(rows.heldout, encoder, on_bad_row="skip", sources=rows.heldout_sources)
@@ -93,7 +95,8 @@ def prepare_run(
     if not train:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise UsageError(f"{', '.join(rows.sources)}: no row is left to train on ({reasons})")
-    check_evaluation(args, heldout_examples(validation), f"data.validation: {config.data.validation} gives none")
+    heldout = heldout_examples(validation, by_language=True)
+    check_evaluation(args, heldout, f"data.validation: {config.data.validation} gives none")
     build_train_dataset(train, args, model_config)
     if METHODS[config.method].inner_losses:
         check_phase(args.supervision, training_schedule(args, len(train), args.world_size).steps)

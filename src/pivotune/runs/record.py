@@ -40,7 +40,8 @@ def _data_files(data: DataConfig) -> dict[str, Any]:
     files: dict[str, Any] = {"validation": data.validation, "validation_english": data.validation_english}
     if isinstance(data.train, str):
         return {"train": data.train, "english": data.english, **files}
-    entries = {f"train.{place}.{key}": value for place, source in enumerate(data.train) for key, value in source}
+    names = ("path", "english")
+    entries = {f"train.{place}.{key}": getattr(each, key) for place, each in enumerate(data.train) for key in names}
     return {**entries, **files}
 
 

@@ -28,7 +28,7 @@ from pivotune.models.loading import read_config
 from pivotune.report.figures.reported import reported_figures
 from pivotune.results.files import flatten, read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
-from pivotune.runs.folder import claim_run_folder, find_change, has_trained
+from pivotune.runs.folder import claim_run_folder, find_change, has_trained, read_run_config
 from pivotune.runs.prepare import prepare_run
 from pivotune.runs.record import changed_data_file
 from pivotune.sweeps.plan import Cell
@@ -128,14 +128,17 @@ def prepare_sweep(
     # Data are read once for all untrained cells with the same model, method and data.
     untrained = [cell for cell in cells if not is_trained(cell.folder)]
     data_keys = {"model", "revision", "method", "data"}
+    found: dict[str, RunConfig] = {}
     for cell in _distinct(untrained, lambda config: (config.model_dump_json(include=data_keys), config.lora is None)):
         # A damaged checkpoint makes its own cell fail later, not the whole sweep.
-        prepare_run(cell.config, resume=is_started(cell.folder), choose_checkpoint=False)
+        prepared_run = prepare_run(cell.config, resume=is_started(cell.folder), choose_checkpoint=False)
+        found[cell.name] = prepared_run.config
     starts = _distinct(cells, lambda config: (config.model, config.revision, config.data.template))
     bases = {BASE if n == 1 else f"{BASE}-{n}": cell.config for n, cell in enumerate(starts, start=1) if tasks}
     names: tuple[str, ...] = ()
-    for config in bases.values():
-        own = languages or ([config.data.language] if config.data.language else [])
+    for config, cell in zip(bases.values(), starts, strict=False):
+        # Only a run that has read its rows knows all of their languages.
+        own = languages or (found.get(cell.name) or read_run_config(cell.folder)).data.languages
         prepared = prepare_evaluation(config.model, tasks, _of_base(settings, config), own)
         names = tuple(task.task.name for task in prepared.tasks)
     return Sweep(source=source, folder=folder, cells=tuple(cells), tasks=names, bases=bases, settings=settings)

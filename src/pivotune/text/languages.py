@@ -102,6 +102,11 @@ def check_language(code: str, option: str) -> None:
         raise UsageError(f"{option}: {code!r} is not a language code; {_nearest_codes(code)}")
 
 
+def is_english(code: str) -> bool:
+    """Return True for a code of English, with any script or region."""
+    return re.split("[-_]", code.lower())[0] in ("en", "eng")
+
+
 @cache
 def flores_languages() -> tuple[str, ...]:
     """Return `Language.code` of every language of FLORES-200 except English."""

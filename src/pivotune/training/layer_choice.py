@@ -60,7 +60,7 @@ def measure_layers(
                     lens=lens,
                     reading=reading,
                     model_name=model_name,
-                    language=args.data.language,
+                    language=", ".join(args.data.languages) or None,
                     progress=advance,
                 )
 

@@ -16,6 +16,7 @@ from pivotune.config.settings import EncodingConfig, RunConfig
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import (
     PairExamples,
+    balanced_places,
     check_branch_lengths,
     predicted_english_tokens,
     side_examples,
@@ -24,8 +25,9 @@ from pivotune.data.datasets import (
     weighted_places,
 )
 from pivotune.data.examples import Encoder, Pair
+from pivotune.data.languages import assign_languages
 from pivotune.data.lazy import Mapped, Spool, Subset
-from pivotune.data.pair_store import PairStore, store_pairs
+from pivotune.data.pair_store import PairStore, pair_languages, store_pairs
 from pivotune.data.rows import answered_turns
 from pivotune.data.sources import Row, Rows, concatenate, load_rows
 from pivotune.data.templates import Template, Turn, end_of_answer, load_template
@@ -49,7 +51,8 @@ class LoadedRows(NamedTuple):
     Attributes:
         sources, heldout_sources: the sources that the rows' numbers are of, as in `Rows.sources`.
         skipped, heldout_skipped: counts of rows that were left out, by reason.
-        notes: lines about weights, and about columns and turns that are not used.
+        notes: lines about weights and languages, and about columns and turns that are not used.
+        config: the run's configuration, with all languages of the rows in `data.language`.
     """
 
     train: Sequence[Row]
@@ -59,34 +62,60 @@ class LoadedRows(NamedTuple):
     skipped: Counter[str]
     heldout_skipped: Counter[str]
     notes: list[str]
+    config: RunConfig
 
 
 def load_run_rows(config: RunConfig) -> LoadedRows:
     """Return the rows of a run; rows left out of a file before it is split count for training."""
     data, method, seed = config.data, config.method, config.seed
     parts = [read_rows(source.path, method, data, english=source.english, limit=data.limit) for source in data.sources]
+    if isinstance(data.validation, str):
+        parts.append(read_rows(data.validation, method, data, english=data.validation_english, heldout=True))
+    of_sources = [source.language for source in data.sources]
+    found = assign_languages(parts, of_sources, data)
+    parts = found.parts[: len(of_sources)]
     rows = concatenate(parts)
+    languages = np.concatenate(found.codes[: len(of_sources)]) if found.codes else None
     lengths, heldout_sources, heldout_skipped = [len(part) for part in parts], rows.sources, Counter()
     if isinstance(data.validation, str):
-        kept = rows
-        held = read_rows(data.validation, method, data, english=data.validation_english, heldout=True)
+        kept, held = rows, found.parts[-1]
         heldout_sources, heldout_skipped = held.sources, Counter(held.skipped)
     else:
         # Before conversations are taken apart and rows are repeated: no part or copy of a row is on both sides.
-        kept, held = split_validation(rows, data.validation, seed)
+        kept, held = split_validation(rows, data.validation, seed, languages)
+        languages = None if languages is None else languages[kept.indices]
         lengths = np.diff(np.searchsorted(kept.indices, np.cumsum([0, *lengths]))).tolist()
     weights = [source.weight for source in data.sources]
-    notes = rows.notes
-    if len(parts) > 1 or weights != [1]:
-        places = weighted_places(lengths, weights, seed)
-        kept = Subset(kept, np.concatenate(places))
-        for part, length, weight, chosen in zip(parts, lengths, weights, places, strict=True):
-            notes.append(f"{part.source}: {len(chosen)} rows an epoch ({length} rows, weight {weight:g})")
+    notes = [*rows.notes, *found.notes]
+    if len(parts) > 1 or weights != [1] or languages is not None:
+        places, language_notes = np.concatenate(weighted_places(lengths, weights, seed)), []
+        if languages is not None:
+            balanced, language_notes = _balance_languages(languages[places], data, seed)
+            places = places[balanced]
+        kept = Subset(kept, places)
+        if len(parts) > 1 or weights != [1]:
+            counts = np.bincount(np.searchsorted(np.cumsum(lengths), places, side="right"), minlength=len(parts))
+            for part, length, weight, of_epoch in zip(parts, lengths, weights, counts, strict=True):
+                notes.append(f"{part.source}: {of_epoch} rows an epoch ({length} rows, weight {weight:g})")
+        notes += language_notes
     train, turn_notes = train_turns(kept, data)
     notes += turn_notes
+    config = config.model_copy(update={"data": data.model_copy(update={"language": found.language})})
+    skipped = Counter(rows.skipped)
     return LoadedRows(
-        rewritten(train, config), rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes
+        rewritten(train, config), rows.sources, held, heldout_sources, skipped, heldout_skipped, notes, config
     )
+
+
+def _balance_languages(languages: np.ndarray, data: EncodingConfig, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Return the places of the rows of an epoch, in order, and a line about each language."""
+    before, temperature = Counter(languages.tolist()), data.language_temperature
+    by_language = balanced_places(languages, temperature, seed)
+    end = "" if temperature == 1 else " ({} without data.language_temperature {:g})"
+    notes = [
+        f"{code}: {len(by_language[code])} rows an epoch" + end.format(before[code], temperature) for code in before
+    ]
+    return np.sort(np.concatenate(list(by_language.values()))), notes
 
 
 def rewritten(rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig) -> Sequence[Row]:
@@ -174,10 +203,17 @@ def encode_dataset(
     is_list_of_pairs = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Pair)
     if dataset is None or is_list_of_pairs or isinstance(dataset, PairStore):
         return dataset
-    rows = read_rows(dataset, args.method, args.data, heldout=heldout)
+    found = assign_languages([read_rows(dataset, args.method, args.data, heldout=heldout)], [None][heldout:], args.data)
+    rows = trained = found.parts[0]
+    notes = [*rows.notes, *found.notes]
+    if not heldout:
+        if found.codes and args.data.language_temperature != 1:
+            places, language_notes = _balance_languages(found.codes[0], args.data, cast(int, args.seed))
+            trained, notes = Subset(rows, places), [*notes, *language_notes]
+        trained, turn_notes = train_turns(trained, args.data)
+        notes += turn_notes
     encoder = build_encoder(args, tokenizer, model_config)
-    trained, notes = (rows, []) if heldout else train_turns(rows, args.data)
-    for note in [*rows.notes, *notes]:
+    for note in notes:
         logger.warning("%s: %s", rows.source, note)
     trained = trained if heldout else rewritten(trained, args)
     return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, sources=rows.sources)
@@ -220,9 +256,16 @@ def _check_keep_english(args: DeepSupervisionConfig, examples: PairExamples, voc
         raise UsageError("supervision.keep_english: ZeRO-3 cannot share out this loss; train with FSDP2 or ZeRO-2")
 
 
-def heldout_examples(pairs: Sequence[Pair]) -> dict[str, PairExamples]:
-    """Return `target` and `english` rows for evaluation; a language that no row has is left out."""
-    sides = {"target": side_examples(pairs, "target"), "english": side_examples(pairs, "english")}
+def heldout_examples(pairs: Sequence[Pair], *, by_language: bool = False) -> dict[str, PairExamples]:
+    """Return `target` and `english` rows for evaluation; a language that no row has is left out.
+
+    Args:
+        by_language: in place of `target` return the rows of each target language by its code where they have several.
+    """
+    sides = {"target": side_examples(pairs, "target")}
+    if by_language and len(codes := dict.fromkeys(pair_languages(pairs).tolist())) > 1:
+        sides = {code: side_examples(pairs, "target", code) for code in codes}
+    sides["english"] = side_examples(pairs, "english")
     return {name: examples for name, examples in sides.items() if examples}
 
 
@@ -233,7 +276,8 @@ def build_heldout_datasets(
     if dataset is None:
         return None
     pairs = encode_dataset(dataset, args, tokenizer, model_config, heldout=True)
-    return {name: ExampleDataset(examples) for name, examples in heldout_examples(pairs or []).items()}
+    sides = heldout_examples(pairs or [], by_language=True)
+    return {name: ExampleDataset(examples) for name, examples in sides.items()}
 
 
 # What an evaluation measures of every language.
@@ -244,7 +288,7 @@ def check_evaluation(args: DeepSupervisionConfig, sides: Collection[str], found:
     """Refuse evaluations without held-out rows, and a metric that they do not measure.
 
     Args:
-        sides: languages of the held-out rows, `target` and `english`.
+        sides: names of the held-out sets (`heldout_examples`).
         found: ends the message where there are none.
 
     Raises:
@@ -255,7 +299,8 @@ def check_evaluation(args: DeepSupervisionConfig, sides: Collection[str], found:
     if asked is not None and not sides:
         raise UsageError(f"training.{asked} needs held-out rows and {found}")
     metric = args.metric_for_best_model
-    measured = [f"eval_{side}_{name}" for side in sides for name in _METRICS]
+    target = ["target"] if set(sides) - {"english"} else []
+    measured = [f"eval_{side}_{name}" for side in dict.fromkeys([*target, *sides]) for name in _METRICS]
     if asked is not None and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in measured:
         raise UsageError(f"training.metric_for_best_model: {metric} is not measured; allowed: {', '.join(measured)}")
 

@@ -72,7 +72,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         train_dataset: rows in any form of the data contract (a `datasets.Dataset`, a list of dicts, a file name), or
             already encoded `Pair`s.
         eval_dataset: the same, held out. Evaluated in both languages: `eval_target_nll`, `eval_english_nll` (mean
-            negative log-likelihood of the answer per token, in nats) and `..._nll_per_character`.
+            negative log-likelihood of the answer per token, in nats) and `..._nll_per_character`. Where rows name several
+            target languages (`language`), each of them too: `eval_vi_nll`.
         processing_class: the tokenizer; loaded by the model's name if absent.
         peft_config: a `peft` configuration to train adapters in place of the whole model.
         layers: a finished layer analysis; if absent, an `auto` layer is measured on the training rows.
@@ -178,6 +179,7 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             self.add_callback(self._phase)
         self._window = LogWindow(self._losses.names, args.device)
         self._heldout = torch.zeros(3, dtype=torch.float64)
+        self._heldout_totals: dict[str, Tensor] = {}
         inner = {name: int(term.layer) for name, term in self.supervision.active().items()}
         self.balance = GradientBalance(self.supervision.balance, inner)
         self._check_balance()
@@ -323,10 +325,20 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             raise UsageError(
                 "evaluate: FSDP2 shards the model when it is trained; train first, or evaluate in one process"
             )
+        named = isinstance(eval_dataset, dict)
         if not (eval_dataset is None or isinstance(eval_dataset, (str, dict, ExampleDataset))):
             model_config = cast(PreTrainedModel, self.model).config
             eval_dataset = build_heldout_datasets(eval_dataset, self.args, self.processing_class, model_config)
-        return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
+        datasets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict) and not named and (codes := datasets.keys() - {"target", "english"}):
+            # All target languages together.
+            totals = sum(self._heldout_totals[f"{metric_key_prefix}_{code}"] for code in codes)
+            target = _heldout_figures(cast(Tensor, totals), f"{metric_key_prefix}_target")
+            self.log(target)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, target)
+            metrics.update(target)
+        return metrics
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -349,11 +361,16 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         totals = self._heldout
         if self.accelerator.num_processes > 1:
             totals = self._sum_over_ranks(totals.to(self.args.device))
-        nll, tokens, characters = totals.tolist()
-        values = {"loss": nll / tokens, "nll": nll / tokens, "nll_per_character": nll / characters}
+        self._heldout_totals[metric_key_prefix] = totals.clone()
         assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        output.metrics.update(_heldout_figures(totals, metric_key_prefix))
         return output
+
+
+def _heldout_figures(totals: Tensor, prefix: str) -> dict[str, float]:
+    nll, tokens, characters = totals.tolist()
+    values = {"loss": nll / tokens, "nll": nll / tokens, "nll_per_character": nll / characters}
+    return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
 def _log_non_additive(terms: DeepSupervisionLoss) -> None:

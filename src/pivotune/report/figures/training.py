@@ -58,5 +58,5 @@ def training_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> alt.VCon
 
 
 def _label(key: str) -> str:
-    name = key.removeprefix("eval_").removesuffix("_gradient_share").replace("_", " ").strip()
+    name = key.removeprefix("eval_").removesuffix("_gradient_share").removesuffix("_nll").replace("_", " ").strip()
     return _LABELS.get(key) or name or "other"

@@ -27,6 +27,9 @@ def data(material: Material) -> Section | None:
         return Section("Data", blocks)
     for run in (run for run in material.runs if run.sources):
         train, language = " ".join(map(shlex.quote, run.sources)), run.language or "LANGUAGE"
+        if "," in language:
+            # One check is of one language.
+            train, language = "FILE", "LANGUAGE"
         command = f"pivotune data check {train} --lang {language} --out {shlex.quote(str(run.path / DATA_CHECK))}"
         return Section("Data", [Text(f"The training data was not checked. {command} checks it for the next report.")])
     return None

@@ -74,7 +74,10 @@ def _lead(material: Material) -> str:
     if not trained:
         return f"{_count(len(runs), 'model')} without a configuration: nothing is known of how they were trained."
     models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in trained))
-    languages = ", ".join(dict.fromkeys(run.language for run in trained if run.language)) or "an unnamed language"
+    languages = (
+        ", ".join(dict.fromkeys(code for run in trained for code in run.language.split(", ") if code))
+        or "an unnamed language"
+    )
     methods = ", ".join(dict.fromkeys(str(run.config.get("method")) for run in trained))
     return f"{_count(len(trained), 'run')} of {models}, fine-tuned for {languages} with {methods}."
 
