@@ -189,7 +189,7 @@ class FaultsConfig(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     skip_limit: Annotated[int, Field(ge=0)] = 10  # optimizer steps that a run may skip
     # Seconds that a collective of several processes may wait; longer than any pause of a healthy run. 0: a week.
-    hang_timeout: _Weight = 1800.0
+    hang_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1800.0
 
 
 # Settings in place of the defaults above; keys that are given change them.
