@@ -64,7 +64,7 @@ def read_dictionary(path: Path) -> Lexicon:
                     )
                 pairs.append((words[0], words[1]))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: cannot be read: {error}") from error
+        raise UsageError(f"{where}: cannot be read: {getattr(error, 'strerror', error)}") from error
     if not pairs:
         raise UsageError(f"{where}: holds no line; allowed: lines of English word, TAB, word")
     return _lexicon_of(pairs)
