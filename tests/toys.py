@@ -68,7 +68,7 @@ class BothPrompts:
     inner_losses = True
     needs_english = True
 
-    def rewriter(self, num_rows: int, settings: object) -> None:
+    def rewriter(self, rows: object, settings: object) -> None:
         return None
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:

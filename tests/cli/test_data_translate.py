@@ -84,7 +84,7 @@ def test_a_local_model(rows, tmp_path, capsys, family):
      (["--out", "FOLDER/pairs.csv"], "sw", "--out: FOLDER/pairs.csv found; allowed: a file name that ends in .jsonl"),
      (["--out", "FOLDER/no/pairs.jsonl"], "sw", "--out: no folder FOLDER/no"),
      (["--out", "FOLDER/alpaca.jsonl"], "sw", "--out: FOLDER/alpaca.jsonl would replace the data that is read"),
-     (["--out", "FOLDER/taken.jsonl"], "sw", "--out: FOLDER/taken.jsonl exists and is no translation begun by this"),
+     (["--out", "FOLDER/taken.jsonl"], "sw", "--out: FOLDER/taken.jsonl exists and was not begun by this command"),
      ([], "sw", "FOLDER/decoder: llama is no encoder-decoder; allowed: NLLB, MADLAD-400, M2M100, mBART-50, Marian"),
      (["--parallel", "0"], "sw", "Invalid value for '--parallel'")],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import yaml
 
 from pivotune.cli.init import render
 from pivotune.cli.main import main
@@ -40,7 +41,7 @@ def test_what_is_printed_says_what_was_asked_for(method, tmp_path, capsys):
     assert main(["init", *words]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    ratio = 0 if method == "english-only" else 0.25
+    ratio = 0.25 if METHODS[method].replay else 0
     assert read(captured.out, tmp_path) == parse_config(
         {
             "model": "runs/base",
@@ -99,10 +100,23 @@ def test_only_deep_supervision_prints_its_section():
         assert "\nsupervision:" not in render(method, model="m", data="d", language="vi")
 
 
+@pytest.mark.parametrize("method", ["cross-lingual", "sdrrl"])
+def test_the_commented_section_of_a_method_holds_its_defaults(method, tmp_path):
+    text = render(method, model="m", data="d", language="vi")
+    name = method.replace("-", "_")
+    section = re.search(rf"^# {name}:.*\n(?:#  .*\n)+", text, re.MULTILINE)
+    assert section
+    active = text.replace(section[0], re.sub(r"^# ?", "", section[0], flags=re.MULTILINE))
+    assert set(yaml.safe_load(active)[name]) == set(type(getattr(read(active, tmp_path), name)).model_fields)
+    found, default = (getattr(read(each, tmp_path), name).model_dump() for each in (active, text))
+    assert found == pytest.approx(default, abs=1e-3) if method == "cross-lingual" else found == default
+
+
 def test_unknown_method(capsys):
     assert main(["init", "--method", "dft"]) == 2
     expected = (
-        "pivotune: error: --method: 'dft' is not allowed; allowed: english-only, tft, deep-supervision, cross-lingual\n"
+        "pivotune: error: --method: 'dft' is not allowed; allowed: english-only, tft, deep-supervision, cross-lingual, "
+        "sdrrl\n"
     )
     assert capsys.readouterr() == ("", expected)
 

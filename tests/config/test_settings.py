@@ -14,8 +14,8 @@ from pivotune.methods.base import required_sides
 
 SMALLEST = {"model": "m", "data": {"train": "pairs.jsonl"}, "output_dir": "runs/vi"}
 ROOT_KEYS = (
-    "model, preset, method, data, supervision, cross_lingual, training, faults, ema, interpolate, lora, quantize, dtype, "
-    "revision, trust_remote_code, output_dir, seed"
+    "model, preset, method, data, supervision, cross_lingual, sdrrl, training, faults, ema, interpolate, lora, quantize, "
+    "dtype, revision, trust_remote_code, output_dir, seed"
 )
 
 
@@ -88,6 +88,16 @@ def test_every_default():
         },
         "training": {},
         "cross_lingual": {"english_answers": 1 / 3, "english_prompts": 0.0, "translations": 0.0},
+        "sdrrl": {
+            "target_target": 1.0,
+            "target_english": 1.0,
+            "english_target": 1.0,
+            "english_english": 1.0,
+            "translation": 1.0,
+            "completion": 1.0,
+            "name_language": True,
+            "code_switching": {"share": 0.5, "probability": 0.3, "dictionary": None},
+        },
         "faults": {"nonfinite": "stop", "skip_limit": 10, "hang_timeout": 1800.0},
         "ema": None,
         "interpolate": 1.0,
@@ -212,7 +222,7 @@ def test_missing_keys(key):
 
 
 CHOICES = [
-    ("method", "dft", "'english-only', 'tft', 'deep-supervision' or 'cross-lingual'"),
+    ("method", "dft", "'english-only', 'tft', 'deep-supervision', 'cross-lingual' or 'sdrrl'"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("quantize", "8bit", "'4bit'"),
     ("data.on_bad_row", "ignore", "'error' or 'skip'"),

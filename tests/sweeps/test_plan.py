@@ -60,6 +60,15 @@ def test_shares_of_cross_lingual_rows_belong_to_that_method(config):
     ]
 
 
+def test_weights_of_sdrrl_belong_to_that_method(config):
+    assert names(plan(config, "method=tft,sdrrl", "sdrrl.completion=0,1", "data.english_ratio=0,0.5")) == [
+        "method=tft,english_ratio=0,seed=7",
+        "method=tft,english_ratio=0.5,seed=7",
+        "method=sdrrl,sdrrl.completion=0,seed=7",
+        "method=sdrrl,sdrrl.completion=1,seed=7",
+    ]
+
+
 def test_seed_of_the_configuration_where_none_is_given(config):
     (cell,) = plan(config, "method=tft")
     assert (cell.name, cell.seed) == ("method=tft,seed=7", 7)

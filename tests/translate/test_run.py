@@ -11,7 +11,8 @@ from conftest import tiny_rows
 import pivotune.translate.run as run
 from pivotune.data.sources import load_rows
 from pivotune.errors import UsageError
-from pivotune.translate.run import begin, count_done, read_english, translate_rows, translated_path, write_result
+from pivotune.translate.run import is_translation_of, read_english, translate_rows, write_result
+from pivotune.translate.steps import StepFile
 
 SETTINGS = {"source": "rows.jsonl", "model": "m", "language": "swh_Latn"}
 # English line -> Swahili line of the tiny rows.
@@ -33,12 +34,24 @@ def swahili(lines):
     return [SWAHILI.get(line, f"Tafsiri ya {line}") for line in lines]
 
 
+def steps_of(out: Path, **settings: str) -> StepFile:
+    return StepFile(out, "translated", SETTINGS | settings)
+
+
+def translated_path(out: Path) -> Path:
+    return steps_of(out).path
+
+
+def count_done(out: Path, rows, **settings: str) -> int:
+    return steps_of(out, **settings).count_done(rows, is_translation_of)
+
+
 def translate(out: Path, rows, translator=swahili, rows_per_step=4) -> list[int]:
     """Go on with a translation; return the progress."""
     shown: list[int] = []
-    done = count_done(out, rows, SETTINGS)
-    begin(out, SETTINGS, overwrite=False)
-    translate_rows(out, rows, done, translator, rows_per_step, shown.append)
+    done = count_done(out, rows)
+    steps_of(out).begin(overwrite=False)
+    translate_rows(steps_of(out), rows, done, translator, rows_per_step, shown.append)
     return shown
 
 
@@ -73,7 +86,7 @@ def test_every_form_keeps_its_english_byte_for_byte(tmp_path):
     assert [turn["content"] for turn in chat["messages"]] == ["<Be kind.", "<Hi", "<Hello", "<Bye", "<Goodbye"]
     assert [turn["content"] for turn in system["messages"]] == ["<Be short.", "<Add\n\n<1 and 2", "3"]
     # All forms are recognized as translated.
-    assert count_done(out, source, SETTINGS) == 4
+    assert count_done(out, source) == 4
 
 
 def test_english_columns_win_over_the_other_language(tmp_path):
@@ -113,7 +126,7 @@ def test_a_larger_limit_goes_on(tmp_path):
     out, source = tmp_path / "pairs.jsonl", write(tmp_path / "rows.jsonl", english_rows(10))
     translate(out, read_english(source, 6))
     assert translate(out, read_english(source, None)) == [6, 10]
-    assert count_done(out, read_english(source, 3), SETTINGS) == 3
+    assert count_done(out, read_english(source, 3)) == 3
 
 
 def test_repeated_lines_are_translated_once_over_all_steps(tmp_path):
@@ -143,24 +156,24 @@ def test_other_settings_are_refused(tmp_path, change, message):
     out, rows = tmp_path / "pairs.jsonl", read_english(write(tmp_path / "rows.jsonl", english_rows(4)), None)
     translate(out, rows)
     with pytest.raises(UsageError, match=message):
-        count_done(out, rows, SETTINGS | change)
+        count_done(out, rows, **change)
 
 
 def test_changed_rows_and_foreign_files_are_refused(tmp_path):
     out, english = tmp_path / "pairs.jsonl", english_rows(4)
     out.write_text("mine")
     rows = read_english(write(tmp_path / "rows.jsonl", english), None)
-    with pytest.raises(UsageError, match=r"pairs.jsonl exists and is no translation begun by this command"):
-        count_done(out, rows, SETTINGS)
+    with pytest.raises(UsageError, match=r"pairs.jsonl exists and was not begun by this command"):
+        count_done(out, rows)
     assert out.read_text() == "mine"
-    begin(out, SETTINGS, overwrite=True)
+    steps_of(out).begin(overwrite=True)
     translate(out, rows)
     english[2]["completion"] += "!"
-    with pytest.raises(UsageError, match=r"translated.jsonl, row 3 does not translate row 3 of the data"):
-        count_done(out, read_english(write(tmp_path / "rows.jsonl", english), None), SETTINGS)
+    with pytest.raises(UsageError, match=r"translated.jsonl, line 3 was not made from row 3 of the data"):
+        count_done(out, read_english(write(tmp_path / "rows.jsonl", english), None))
     translated_path(out).with_suffix(".json").write_text("{")
     with pytest.raises(UsageError, match=r"pairs.translated.json: cannot be read"):
-        count_done(out, rows, SETTINGS)
+        count_done(out, rows)
 
 
 def test_rows_with_defects_are_left_out_and_named_by_their_line(tmp_path):
@@ -169,7 +182,7 @@ def test_rows_with_defects_are_left_out_and_named_by_their_line(tmp_path):
     bad = {rows[5]["completion"]: "<p>Ni <b>nne</b>, namba ya 4.</p>", rows[9]["prompt"]: rows[9]["prompt"]}
     out, source = tmp_path / "pairs.jsonl", read_english(write(tmp_path / "rows.jsonl", rows), None)
     translate(out, source, lambda lines: [bad.get(line) or SWAHILI[line] for line in lines])
-    found, written = write_result(out, source, "sw", keep_all=False, examples=1)
+    found, written = write_result(steps_of(out), source, "sw", keep_all=False, examples=1)
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert report["left_out"] == [
         {"number": 6, "id": "sw-4", "reasons": ["left_in_english"]},
@@ -178,7 +191,7 @@ def test_rows_with_defects_are_left_out_and_named_by_their_line(tmp_path):
     assert report["unusable"] == {"`prompt` is empty": 1}
     assert (written, found.total, len(load_rows(out))) == (28, 31, 28)
     assert len(records(translated_path(out))) == 30
-    _, written = write_result(out, source, "sw", keep_all=True, examples=1)
+    _, written = write_result(steps_of(out), source, "sw", keep_all=True, examples=1)
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert (written, len(load_rows(out)), len(report["flagged"])) == (30, 30, 2)
     assert "left_out" not in report

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pivotune.data.check import DataCheck
+    from pivotune.data.sources import Rows
+    from pivotune.translate.steps import StepFile
 
 _EXCERPT_CHARACTERS = 160
 # In the order in which the texts of a row are shown.
@@ -150,18 +152,19 @@ def translate(
     from pivotune.data.check import check_clean_path, report_path
     from pivotune.text.languages import find_language
     from pivotune.translate import run
+    from pivotune.translate.steps import StepFile
     from pivotune.translate.translators import EndpointTranslator, check_endpoint, load_translator
 
     target = find_language(language)
     if target.code == "en":
         raise UsageError("--to: en is the language of the rows; name the target language")
-    for path in (out, run.translated_path(out)):
+    steps = StepFile(out, "translated", {"source": data, "model": model, "language": target.flores})
+    for path in (out, steps.path):
         check_clean_path(path, data, option="--out")
     if endpoint is not None:
         check_endpoint(endpoint)
     rows = run.read_english(data, limit)
-    settings = {"source": data, "model": model, "language": target.flores}
-    done = 0 if overwrite else run.count_done(out, rows, settings)
+    done = 0 if overwrite else steps.count_done(rows, run.is_translation_of)
     translator: Any = None
     if endpoint is not None:
         translator = EndpointTranslator(endpoint, model, target, parallel)
@@ -169,18 +172,76 @@ def translate(
         quiet_libraries()
         with stderr.status(f"Loading {safe(model)}"):
             translator = load_translator(model, language)
-    run.begin(out, settings, overwrite=overwrite)
+    steps.begin(overwrite=overwrite)
     if done < len(rows):
         with progress("Translating rows", len(rows)) as advance:
-            run.translate_rows(out, rows, done, translator, translator.rows_per_step, advance)
-    found, written = run.write_result(out, rows, target.code, keep_all=keep_all, examples=show)
+            run.translate_rows(steps, rows, done, translator, translator.rows_per_step, advance)
+    found, written = run.write_result(steps, rows, target.code, keep_all=keep_all, examples=show)
     print_check(stdout, found)
-    earlier = f", {done:,} of them earlier" if done else ""
-    stdout.print(
-        f"[bold]rows[/]     {len(rows):,} translated{earlier}: {safe(run.translated_path(out))}", soft_wrap=True
-    )
+    _print_rows_done(steps, rows, done)
     others = f"the {'flagged ones' if keep_all else 'others'} and why in {report_path(out)}"
     stdout.print(f"[bold]written[/]  {safe(f'{written:,} rows in {out}; {others}')}", soft_wrap=True)
+
+
+@app.command("self-answers")
+def self_answers(
+    data: Annotated[str, typer.Argument(help="English or parallel rows: a file or Hub dataset, in any form of a row.")],
+    model: Annotated[str, typer.Option(help="Model that answers: Hub name, folder, run folder or bundled model.")],
+    out: Annotated[Path, typer.Option(help="File of the rows (.jsonl); the same command continues it.")],
+    template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers that are longer are left out.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first usable rows.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
+) -> None:
+    """Replace the English answers by the model's own greedy ones, for `method: sdrrl`; cut or empty ones are left out."""
+    from pivotune.data.check import check_clean_path, report_path
+    from pivotune.translate.steps import StepFile
+
+    steps = StepFile(
+        out, "answered", {"source": data, "model": model, "template": template, "max_new_tokens": max_new_tokens}
+    )
+    for path in (out, steps.path):
+        check_clean_path(path, data, option="--out")
+    check_inputs([model], [data])
+    from pivotune.cli.chat import load_on_device, prepare_encoder
+    from pivotune.models.loading import read_config
+    from pivotune.training.preparation import context_length
+    from pivotune.translate import self_answers as answers
+    from pivotune.translate.run import load_english
+
+    quiet_libraries()
+    with own_options():
+        encoder = prepare_encoder(model, template, None)
+    context = context_length(read_config(model))
+    if context is not None and max_new_tokens >= context:
+        raise UsageError(f"--max-new-tokens: {max_new_tokens} found; the model reads {context} tokens, prompt included")
+    rows = load_english(data, limit, "data self-answers")
+    has_target = any(row.prompt for row in rows)
+    done = 0 if overwrite else steps.count_done(rows, answers.is_answer_to)
+    loaded = load_on_device(model) if done < len(rows) else None
+    steps.begin(overwrite=overwrite)
+    if loaded is not None:
+        answerer = answers.Answerer(loaded, encoder, context, max_new_tokens, batch_size)
+        with progress("Answering rows", len(rows)) as advance:
+            steps.append(rows, done, answerer, 4 * batch_size, advance)
+    written, left_out = answers.write_answered(steps, rows, has_target=has_target)
+    for reason, count in (*rows.skipped.items(), *((answers.REASONS[name], left_out[name]) for name in left_out)):
+        stdout.print(f"left out: {count:,} rows: {safe(reason)}", soft_wrap=True)
+    for note in rows.notes:
+        stdout.print(f"[bold yellow]note[/]     {safe(note)}", soft_wrap=True)
+    if has_target:
+        note = "the target answers are kept, and are no translations of these: train with sdrrl.translation: 0"
+        stdout.print(f"[bold yellow]note[/]     {note}", soft_wrap=True)
+    _print_rows_done(steps, rows, done)
+    line = f"{written:,} rows in {out}; the others and why in {report_path(out)}"
+    stdout.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
+
+
+def _print_rows_done(steps: StepFile, rows: Rows, earlier: int) -> None:
+    """Print the number of rows that have their record in the file of the steps."""
+    note = f", {earlier:,} of them earlier" if earlier else ""
+    stdout.print(f"[bold]rows[/]     {len(rows):,} {steps.made}{note}: {safe(steps.path)}", soft_wrap=True)
 
 
 def _write_check(path: Path, found: DataCheck) -> None:

@@ -14,7 +14,7 @@ _HEAD = """\
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
 preset: recommended                   # or paper: unweighted inner losses through the logit lens, no English rows;
                                       # keys behind a # below show what it gives, and change it without the #
-method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | deep-supervision
+method: {method}                 # {methods}
 
 data:
   train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
@@ -41,12 +41,26 @@ supervision:
   feature: {pooling: mean, span: query, english: detached} # mean | last; query | query+answer; detached | joint | frozen
 """
 
-_CROSS_LINGUAL = """
+# Sections of methods, by the method's name.
+_SECTIONS = {
+    "cross-lingual": """
 # cross_lingual:                      # shares of the rows; the others have prompt and answer in the target language
 #   english_answers: 0.333            # target prompt, English answer
 #   english_prompts: 0                # English prompt, target answer
 #   translations: 0                   # of the answer, half of them into English
-"""
+""",
+    "sdrrl": """
+# sdrrl:                              # weights of the kinds of rows, relative to their sum
+#   target_target: 1                  # question and answer in the target language
+#   target_english: 1                 # question in the target language, English answer
+#   english_target: 1
+#   english_english: 1
+#   translation: 1                    # of the answer, half of them into English
+#   completion: 1                     # of the target answer, from its first half
+#   name_language: true               # the question asks for the answer's language where that is the other one
+#   code_switching: {share: 0.5, probability: 0.3} # share of the questions; of their words; dictionary: words.tsv
+""",
+}
 
 _TAIL = """
 training:                             # fields of transformers.TrainingArguments
@@ -70,7 +84,7 @@ seed: 0
 
 def init(
     method: Annotated[
-        str, typer.Option(help="deep-supervision, cross-lingual, tft or english-only.")
+        str, typer.Option(help="deep-supervision, cross-lingual, sdrrl, tft or english-only.")
     ] = "deep-supervision",
     model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",
@@ -96,7 +110,8 @@ def render(method: str, *, model: str, data: str, language: str) -> str:
         return to_yaml(value).removesuffix("...\n").strip()
 
     ratio = "# english_ratio: 0.25" if METHODS[method].replay else "english_ratio: 0"
-    head = _HEAD.format(model=scalar(model), method=method, data=scalar(data), language=scalar(language), ratio=ratio)
+    texts = {"model": scalar(model), "data": scalar(data), "language": scalar(language), "methods": " | ".join(METHODS)}
+    head = _HEAD.format(method=method, ratio=ratio, **texts)
     tail = _TAIL.replace("runs/{run}", scalar(f"runs/{language}-{method}"))
-    own = _SUPERVISION if METHODS[method].inner_losses else _CROSS_LINGUAL if method == "cross-lingual" else ""
+    own = _SUPERVISION if METHODS[method].inner_losses else _SECTIONS.get(method, "")
     return head + own + tail

@@ -155,6 +155,53 @@ class CrossLingualConfig(Section):
         return self
 
 
+class CodeSwitchingConfig(Section):
+    """Prompts of `method: sdrrl` in which words are replaced by their counterparts in the other language."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the rows with a question and its answer
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.3  # for each word that has a counterpart
+    dictionary: str | None = None  # file of `English word, TAB, target word`; None: aligned in the prompts of the rows
+
+    @model_validator(mode="after")
+    def _dictionary_is_used(self) -> CodeSwitchingConfig:
+        if self.dictionary is not None and not self.share:
+            raise ValueError("sdrrl.code_switching: share: 0 does not use the dictionary; leave one of them out")
+        return self
+
+
+_Weight = Annotated[float, Field(ge=0, le=1000)]
+
+
+class SdrrlConfig(Section):
+    """Weights of the kinds of rows of `method: sdrrl`, relative to their sum."""
+
+    # Question and answer: target_english is a question in the target language with its English answer.
+    target_target: _Weight = 1.0
+    target_english: _Weight = 1.0
+    english_target: _Weight = 1.0
+    english_english: _Weight = 1.0
+    translation: _Weight = 1.0  # of the answer, half of them into English
+    completion: _Weight = 1.0  # of the target answer from its first half
+    name_language: bool = True  # the prompt asks for the answer's language where it has another
+    code_switching: CodeSwitchingConfig = CodeSwitchingConfig()
+
+    @property
+    def shares(self) -> list[float]:
+        """Return the shares of the kinds in the order above, which add up to 1."""
+        total = sum(self._weights())
+        return [weight / total for weight in self._weights()]
+
+    def _weights(self) -> list[float]:
+        names = ("target_target", "target_english", "english_target", "english_english", "translation", "completion")
+        return [getattr(self, name) for name in names]
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> SdrrlConfig:
+        if not any(self._weights()):
+            raise ValueError("sdrrl: all weights are 0; allowed: at least one above 0")
+        return self
+
+
 class LoraSettings(Section):
     """Low-rank adapters in place of full fine-tuning."""
 
@@ -209,6 +256,7 @@ class RunConfig(Section):
     data: DataConfig
     supervision: SupervisionConfig = SupervisionConfig()
     cross_lingual: CrossLingualConfig = CrossLingualConfig()
+    sdrrl: SdrrlConfig = SdrrlConfig()
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -55,10 +55,11 @@ class Method(Protocol):
     inner_losses: bool
     needs_english: bool
 
-    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any] | None:
+    def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any] | None:
         """Return a function from a row's place and the row to the row that is trained; None for the rows as they are.
 
         Args:
+            rows: all rows to train on (`pivotune.data.rows.Row`).
             settings: the run's configuration, or the trainer's arguments.
         """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class PlainFineTuning:
     inner_losses: bool = False
     needs_english: bool = False
 
-    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any] | None:
+    def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any] | None:
         return None
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:

@@ -6,7 +6,7 @@ does not beat it, it adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from pivotune.text.languages import find_language
 class CrossLingual(PlainFineTuning):
     """TFT with shares of other rows (`cross_lingual` in the settings); the number of rows stays the same."""
 
-    def rewriter(self, num_rows: int, settings: Any) -> Callable[[int, Any], Any]:
+    def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any]:
         """Draw the rows of each kind by the seed and their number; English replay is drawn independently.
 
         Raises:
@@ -34,10 +34,9 @@ class CrossLingual(PlainFineTuning):
         for code in codes if shares.translations else ():
             find_language(code)
         half = shares.translations / 2
-        kinds = (_english_answer, _english_prompt, _into_english, partial(_from_english, *codes[:1]))
-        ends = np.cumsum([shares.english_answers, shares.english_prompts, half, half]) * num_rows
-        order = np.random.default_rng(settings.seed).permutation(num_rows)
-        kind_of = np.searchsorted(ends.round(), order, side="right")
+        kinds = (english_answer, english_prompt, into_english, partial(from_english, *codes[:1]))
+        drawn = [shares.english_answers, shares.english_prompts, half, half]
+        kind_of = draw_kinds(drawn, len(rows), np.random.default_rng(settings.seed))
 
         def rewrite(place: int, row: Any) -> Any:
             kind = int(kind_of[place])
@@ -46,21 +45,29 @@ class CrossLingual(PlainFineTuning):
         return rewrite
 
 
-def _english_answer(row: Any) -> Any:
+def draw_kinds(shares: Sequence[float], num_rows: int, generator: np.random.Generator) -> np.ndarray:
+    """Return the kind of every row, int64 (rows,): exact shares, in random places; `len(shares)` for the rest."""
+    ends = np.cumsum(shares) * num_rows
+    return np.searchsorted(ends.round(), generator.permutation(num_rows), side="right")
+
+
+def english_answer(row: Any) -> Any:
+    """Return the row with its English answer."""
     return replace(row, completion=row.completion_en)
 
 
-def _english_prompt(row: Any) -> Any:
+def english_prompt(row: Any) -> Any:
+    """Return the row with its English prompt, input and earlier turns."""
     return replace(row, prompt=row.prompt_en, input=row.input_en, history=row.history_en)
 
 
-def _into_english(row: Any) -> Any:
+def into_english(row: Any) -> Any:
     """Return the task to translate the row's answer into English."""
     prompt = f"Translate into English:\n\n{row.completion}"
     return replace(row, prompt=prompt, input="", history=(), completion=row.completion_en)
 
 
-def _from_english(language: str, row: Any) -> Any:
+def from_english(language: str, row: Any) -> Any:
     """Return the task to translate the row's English answer into the row's own language, or `language` without one."""
     name = find_language(row.language or language).name
     return replace(row, prompt=f"Translate into {name}:\n\n{row.completion_en}", input="", history=())

@@ -138,7 +138,8 @@ def _data_line(config: RunConfig) -> str:
     """Return the rows that were trained on, by name; a local path's folders are nobody else's concern."""
     paths = [source.path for source in config.data.sources]
     names = ", ".join(_text(Path(path).name if Path(path).suffix else path) for path in paths)
-    replay = f"; {config.data.english_ratio:.0%} of the rows are their English" if config.data.english_ratio else ""
+    replayed = config.data.english_ratio if METHODS[config.method].replay else 0
+    replay = f"; {replayed:.0%} of the rows are their English" if replayed else ""
     return f"Trained on {names}{replay}."
 
 

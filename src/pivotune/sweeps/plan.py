@@ -161,8 +161,9 @@ def _load(path: Path, changes: Sequence[str], options: Sequence[Option]) -> RunC
 
 def _is_unused(key: str, config: RunConfig) -> bool:
     method = METHODS[config.method]
-    if key.startswith("cross_lingual"):
-        return config.method != "cross-lingual"
+    owner = key.partition(".")[0].replace("_", "-")  # the method whose section holds the key
+    if owner in METHODS:
+        return config.method != owner
     if not method.inner_losses:
         if method.replay and key.startswith("supervision.keep_english"):
             return False

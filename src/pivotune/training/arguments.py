@@ -23,6 +23,7 @@ from pivotune.config.settings import (
     EncodingConfig,
     FaultsConfig,
     RunConfig,
+    SdrrlConfig,
     merged,
 )
 from pivotune.config.supervision import Section, SupervisionConfig, check_signals
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
     DataSection: TypeAlias = EncodingConfig
     FaultsSection: TypeAlias = FaultsConfig
     CrossLingualSection: TypeAlias = CrossLingualConfig
+    SdrrlSection: TypeAlias = SdrrlConfig
 else:
     # `HfArgumentParser` takes a section as JSON; the constructor takes a mapping or a typed section, too.
-    SupervisionSection = DataSection = FaultsSection = CrossLingualSection = dict | str | None
+    SupervisionSection = DataSection = FaultsSection = CrossLingualSection = SdrrlSection = dict | str | None
 
 
 @dataclass
@@ -52,11 +54,13 @@ class DeepSupervisionConfig(TrainingArguments):
     `args.supervision.thinking.layer`. `pivotune.config.settings` and `pivotune.config.supervision` list keys and defaults.
 
     Args:
-        method: `deep-supervision`, its control `cross-lingual`, or a baseline: `tft` (target language), `english-only`.
+        method: `deep-supervision`, its control `cross-lingual`, `sdrrl` (self-distillation from the model's English
+            answers), or a baseline: `tft` (target language), `english-only`.
         preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
         cross_lingual: shares of the rows of `method: cross-lingual`.
+        sdrrl: weights of the kinds of rows of `method: sdrrl`, and code switching.
         faults: treatment of non-finite losses, and the time limit of collectives.
         ema: decay of an exponential moving average of the trained weights, which replaces them at the end; None for none.
         interpolate: share A of the trained weights at the end, which become A x trained + (1 - A) x starting weights.
@@ -69,15 +73,14 @@ class DeepSupervisionConfig(TrainingArguments):
         UsageError: an unknown key, or a value that is not allowed.
     """
 
-    method: str = field(
-        default="deep-supervision", metadata={"help": "deep-supervision, cross-lingual, tft or english-only"}
-    )
+    method: str = field(default="deep-supervision", metadata={"help": ", ".join(METHODS)})
     preset: str = field(default="recommended", metadata={"help": "recommended or paper"})
     supervision: SupervisionSection = field(default_factory=SupervisionConfig, metadata={"help": "section, as JSON"})
     data: DataSection = field(default_factory=EncodingConfig, metadata={"help": "section, as JSON"})
     cross_lingual: CrossLingualSection = field(
         default_factory=CrossLingualConfig, metadata={"help": "section, as JSON"}
     )
+    sdrrl: SdrrlSection = field(default_factory=SdrrlConfig, metadata={"help": "section, as JSON"})
     faults: FaultsSection = field(default_factory=FaultsConfig, metadata={"help": "section, as JSON"})
     ema: float | None = field(
         default=None, metadata={"help": "decay of a moving average of the weights, which is saved"}
@@ -176,6 +179,7 @@ _SECTIONS = {
     "supervision": SupervisionConfig,
     "data": EncodingConfig,
     "cross_lingual": CrossLingualConfig,
+    "sdrrl": SdrrlConfig,
     "faults": FaultsConfig,
 }
 # Schedules that lower the learning rate when the metric gets no better.

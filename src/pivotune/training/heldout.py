@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +84,13 @@ def score_answers(
     return [found[index] for index in range(len(examples))]
 
 
-@torch.no_grad()
+class Answer(NamedTuple):
+    """A generated answer without special tokens, stripped, and whether it ended before the limit."""
+
+    text: str
+    ended: bool
+
+
 def greedy_answers(
     model: Any,
     tokenizer: Any,
@@ -95,14 +102,43 @@ def greedy_answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return greedy answers to the prompts of these rows, stripped, in the order given."""
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [example.main.ids[: example.main.answer] for example in examples],
+        end_ids=end_token_ids(model, tokenizer),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        autocast=autocast,
+        progress=progress,
+    )
+    return [answer.text for answer in answers]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    autocast: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Return greedy answers to tokenized prompts, in the order given; batches hold prompts of similar length.
+
+    Args:
+        end_ids: tokens that end an answer.
+    """
     device = next(model.parameters()).device
-    answers = [""] * len(examples)
-    order = sorted(range(len(examples)), key=lambda index: examples[index].main.answer)
+    answers = [Answer("", False)] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            prompts = [examples[index].main.ids[: examples[index].main.answer] for index in indices]
-            inputs = _pad_left(prompts, tokenizer.pad_token_id, device)
+            inputs = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 output = model.generate(
                     **inputs,
@@ -110,11 +146,13 @@ def greedy_answers(
                     do_sample=False,
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=end_token_ids(model, tokenizer),
+                    eos_token_id=list(end_ids),
                 )
             new = output[:, inputs["input_ids"].shape[1] :]
-            for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[index] = text.strip()
+            ended = torch.isin(new, torch.tensor(end_ids, device=device)).any(dim=1).tolist()
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for index, text, has_ended in zip(indices, texts, ended, strict=True):
+                answers[index] = Answer(text.strip(), has_ended)
             if progress:
                 progress(start + len(indices))
     return answers
@@ -158,7 +196,7 @@ def _batches(
         yield done, indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+def _pad_left(prompts: Sequence[np.ndarray], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     shape = (len(prompts), max(len(prompt) for prompt in prompts))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)

@@ -120,7 +120,7 @@ def _balance_languages(languages: np.ndarray, data: EncodingConfig, seed: int) -
 
 def rewritten(rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig) -> Sequence[Row]:
     """Return the rows that the method makes of those to train on."""
-    rewrite = METHODS[settings.method].rewriter(len(rows), settings)
+    rewrite = METHODS[settings.method].rewriter(rows, settings)
     return rows if rewrite is None else Mapped(rows, rewrite)
 
 

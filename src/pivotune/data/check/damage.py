@@ -18,9 +18,10 @@ from pivotune.data.check.characters import (
     invisible_characters,
     wrong_encoding,
 )
-from pivotune.data.check.language import ENGLISH_WORDS, LINK, Text, is_unspaced
+from pivotune.data.check.language import ENGLISH_WORDS, LINK, Text
 from pivotune.data.rows import Row
 from pivotune.data.templates import Turn
+from pivotune.text.words import is_unspaced
 
 _TAG_NAMES = (
     "a|article|b|bdo|big|blockquote|body|br|button|center|cite|code|dd|del|div|dl|dt|em|font|footer|form|g|h[1-6]|head|header|"

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pivotune.data.rows import Row
+from pivotune.text.words import WORD, is_unspaced
 
 # A text with this share of symbols is code, which has no language.
 CODE_SYMBOLS, CODE_SHARE = frozenset("{}[]()<>=;_\\|+*/#$&@"), 0.08
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-# Letters with their combining marks, which `\w` leaves out, and without digits and punctuation.
-_SPACED = (
-    "A-Za-zªµºÀ-ÖØ-öø-\u02ff\u0300-\u037d\u037f-\u0386\u0388-\u0589\u0591-\u05f2\u0610-\u061a\u0620-\u065f\u066e-\u06d3"
-    "\u06d5-\u06ef\u06fa-\u06ff\u0710-\u07bf\u0900-\u0963\u0971-\u0dff\u0f00-\u0fff\u10a0-\u135f\u1380-\u177f"
-    "\u1800-\u1fff\u2c00-\u2dff\ua4d0-\uabff\uac00-\ud7a3\ufb00-\ufd3d\ufd50-\ufdfb\ufe70-\ufefc"
-)
-_WORD = re.compile(f"[{_UNSPACED}]+|[{_SPACED}]+")
 # Addresses, from their scheme, `www` or top-level domain on; translators put spaces into them.
 LINK = re.compile(r"(?:(?:https?:|www\.)\s?/*|\.\w{2,4}/)\S*")
 # A copied sentence has kept one of these; a translated list of names has not.
@@ -62,7 +55,7 @@ class Text:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.words: list[str] = _WORD.findall(text.lower())
+        self.words: list[str] = WORD.findall(text.lower())
 
     def terms(self) -> set[str]:
         """Return the words, and pairs of neighbouring characters where words are not spaced."""
@@ -74,11 +67,6 @@ class Text:
         """Return True if symbols of programs are a large share of the text, or it has a fenced block."""
         symbols = sum(map(self.text.count, CODE_SYMBOLS))
         return symbols >= CODE_SHARE * len(self.text) or "```" in self.text
-
-
-def is_unspaced(word: str) -> bool:
-    """Return True for a word of `Text.words` in a script that writes no spaces between words."""
-    return word[0] >= "\u0e00" and re.match(f"[{_UNSPACED}]", word) is not None
 
 
 def side_texts(row: Row) -> tuple[list[Text], list[Text]]:
