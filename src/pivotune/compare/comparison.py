@@ -31,7 +31,8 @@ from pivotune.results.metrics import Metric, MetricResult, item_vectors, statist
 ENGLISH = "en"
 PRIMARY, ALL = "primary", "all"
 _TOLERANCE = 1e-6  # figures and items that disagree by more than rounding were not written together
-_EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template"}  # a difference in one explains different prompts
+# A difference in one explains different prompts.
+_EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template", "pivot"}
 _LONGEST_CONDITION = 60
 _MOST_NAMES = 4  # in a warning
 

@@ -68,6 +68,7 @@ METHODS: Registry[Any] = Registry(
         "tft": "pivotune.methods.baselines:TFT",
         "deep-supervision": "pivotune.methods.deep_supervision:DEEP_SUPERVISION",
         "cross-lingual": "pivotune.methods.cross_lingual:CROSS_LINGUAL",
+        "plug": "pivotune.methods.plug:PLUG",
     },
     # The paper's name: plain supervised fine-tuning on the English rows.
     aliases={"sft": "english-only"},

@@ -282,13 +282,16 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
     tasks, items = {}, []
     for side, scores in after.items():
         language = "en" if side == "english" else config.data.language or "target"
-        name = f"heldout_{language}"
+        # Answers of two parts are other texts than those of other methods: no column of `compare` holds both.
+        two_parts = side == "target" and METHODS[config.method].pivot_marker is not None
+        benchmark = "heldout_pivot" if two_parts else "heldout"
+        name = f"{benchmark}_{language}"
         summary, start = summarize(scores), summarize(before[side])
         figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
         tasks[name] = {
             "metric": "nll",
             **figure,
-            "benchmark": "heldout",
+            "benchmark": benchmark,
             "language": language,
             "split": "validation",
             "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},

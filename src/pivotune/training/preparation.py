@@ -84,13 +84,16 @@ def load_run_rows(config: RunConfig) -> LoadedRows:
             notes.append(f"{part.source}: {len(chosen)} rows an epoch ({length} rows, weight {weight:g})")
     train, turn_notes = train_turns(kept, data)
     notes += turn_notes
-    return LoadedRows(
-        rewritten(train, config), rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes
-    )
+    train, held = rewritten(train, config), rewritten(held, config, heldout=True)
+    return LoadedRows(train, rows.sources, held, heldout_sources, Counter(rows.skipped), heldout_skipped, notes)
 
 
-def rewritten(rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig) -> Sequence[Row]:
-    """Return the rows that the method makes of those to train on."""
+def rewritten(
+    rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig, *, heldout: bool = False
+) -> Sequence[Row]:
+    """Return the rows that the method makes of those to train on; of held-out rows only answers of two parts."""
+    if heldout and METHODS[settings.method].pivot_marker is None:
+        return rows
     rewrite = METHODS[settings.method].rewriter(len(rows), settings)
     return rows if rewrite is None else Mapped(rows, rewrite)
 
@@ -179,7 +182,7 @@ def encode_dataset(
     trained, notes = (rows, []) if heldout else train_turns(rows, args.data)
     for note in [*rows.notes, *notes]:
         logger.warning("%s: %s", rows.source, note)
-    trained = trained if heldout else rewritten(trained, args)
+    trained = rewritten(trained, args, heldout=heldout)
     return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, sources=rows.sources)
 
 
