@@ -14,7 +14,7 @@ _HEAD = """\
 model: {model}   # Hub name, folder, or bundled:smollm2-135m-instruct
 preset: recommended                   # or paper: unweighted inner losses through the logit lens, no English rows;
                                       # keys behind a # below show what it gives, and change it without the #
-method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | deep-supervision
+method: {method}                 # english-only | tft (translated fine-tuning) | cross-lingual | plug | deep-supervision
 
 data:
   train: {data}                  # rows with prompt, completion, prompt_en, completion_en (or Alpaca, or messages)
@@ -70,7 +70,7 @@ seed: 0
 
 def init(
     method: Annotated[
-        str, typer.Option(help="deep-supervision, cross-lingual, tft or english-only.")
+        str, typer.Option(help="deep-supervision, cross-lingual, plug, tft or english-only.")
     ] = "deep-supervision",
     model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",

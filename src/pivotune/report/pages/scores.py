@@ -40,7 +40,7 @@ def scores(material: Material) -> Section | None:
         blocks.append(Figure("price-in-english", price_figure(cells, baseline).to_dict(), caption))
     if answers := material.cells("in_language", "empty_answers", "no_marker"):
         caption = (
-            "Answers in the language that was asked for, answers without any text, and English parts without a marker."
+            "Answers in the language that was asked for, answers without any text, and English parts without marker."
         )
         blocks.append(Figure("answer-language", answer_language_figure(answers).to_dict(), caption))
     others = [cell for cell in material.comparison["cells"] if cell["metric"] != material.primary[cell["task"]]]
