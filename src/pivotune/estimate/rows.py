@@ -74,6 +74,9 @@ def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int | N
     """Return the rows of a run from its encoded rows, or from a sample of them."""
     ratio = args.data.english_ratio
     examples = training_examples(pairs, METHODS[args.method], english_ratio=ratio, seed=args.seed)
+    if args.data.token_budget is not None:
+        fitting = max(1, int(args.data.token_budget / examples.main_lengths.mean()))
+        rows = fitting if rows is None else min(rows, fitting)
     return RunRows(examples=examples, rows=rows, assumed=assumed)
 
 

@@ -39,7 +39,7 @@ from pivotune.training.distributed import ranks
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.layer_choice import measure_layers
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
-from pivotune.training.metrics import FigureLog, MetricsFile
+from pivotune.training.metrics import FigureLog, MetricsFile, trained_totals
 from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress, silent
 from pivotune.training.resilience.faults import explained_faults
@@ -176,7 +176,8 @@ def _execute(
         trainer.accelerator.free_memory()
     with in_memory("scoring the trained model"):
         after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
-    results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
+    trained_counts = trained_totals(trainer.state.log_history)
+    results = ranks.on_main(partial(_write_results, prepared, start.scores, after, trained_counts))
     result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
     trained = gathered_model(trainer, partial(_load_starting_model, config, adapters=True))
 
@@ -276,8 +277,12 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
     return scores
 
 
-def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
-    """Write `results.json` with the held-out NLL in both languages, and every row's score for paired tests."""
+def _write_results(prepared: PreparedRun, before: Scores, after: Scores, trained: Mapping[str, int]) -> dict[str, Any]:
+    """Write `results.json` with the held-out NLL in both languages, and every row's score for paired tests.
+
+    Args:
+        trained: rows and tokens of the whole training, as in `trained_totals`.
+    """
     config = prepared.config
     tasks, items = {}, []
     for side, scores in after.items():
@@ -305,7 +310,7 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
             {"task": name, "item": row, "nll": score.nll, "tokens": score.tokens, "base_nll": base.nll}
             for row, score, base in zip(rows, scores, before[side], strict=True)
         ]
-    results = {"model": config.model, "method": config.method, "tasks": tasks}
+    results = {"model": config.model, "method": config.method, "trained": trained, "tasks": tasks}
     # Items first: results without them could not be compared.
     write_items(prepared.folder / "results.items.jsonl.gz", items)
     write_json(prepared.folder / "results.json", results)

@@ -200,13 +200,17 @@ def build_train_dataset(
     """
     if pairs is None:
         return None
-    examples = training_examples(
-        pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=cast(int, args.seed)
-    )
+    examples = run_examples(pairs, args)
     check_branch_lengths(examples, context_length(model_config))
     if METHODS[args.method].replay and args.supervision.keep_english.kl:
         _check_keep_english(args, examples, model_config.get_text_config().vocab_size)
     return ExampleDataset(examples)
+
+
+def run_examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> PairExamples:
+    """Return the training examples of an epoch; raise as `training_examples`."""
+    options: Any = {"english_ratio": args.data.english_ratio, "token_budget": args.data.token_budget}
+    return training_examples(pairs, METHODS[args.method], seed=cast(int, args.seed), **options)
 
 
 def _check_keep_english(args: DeepSupervisionConfig, examples: PairExamples, vocab_size: int) -> None:
