@@ -138,10 +138,10 @@ def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
     for task in prepared.tasks:
         size = len(task.requests) or len(task.pairs or ())
         line = f"{task.task.name}: {size} items ({task.split}) from {', '.join(task.origin[:2])}"
-        if task.marker:
-            line += f"; an English answer first, then {task.marker.strip()}"
         if len(task.origin) > 2:
             line += f" and {len(task.origin) - 2} more"
+        if task.marker:
+            line += f"; an English answer first, then {task.marker.strip()}"
         print_lines(out, line, *(f"  left out: {count} items: {reason}" for reason, count in task.left_out.items()))
         if task.truncated:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
