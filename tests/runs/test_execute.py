@@ -367,14 +367,14 @@ def test_counts_do_not_depend_on_the_log(tmp_path, logging):
 def test_every_method_trains_within_one_token_budget(tmp_path):
     found = {}
     for method in ("tft", "plug", "deep-supervision"):
-        changes = {"data": data(tmp_path, token_budget=400), "output_dir": str(tmp_path / method)}
+        changes = {"data": data(tmp_path, token_budget=250), "output_dir": str(tmp_path / method)}
         training = {key: value for key, value in TRAINING.items() if key != "max_steps"} | {"num_train_epochs": 2}
         prepared = prepare_run(run_config(tmp_path, method=method, training=training, **changes))
-        note = re.fullmatch(r"data\.token_budget 400: (\d+) rows an epoch with (\d+) tokens", prepared.notes[-1])
+        note = re.fullmatch(r"data\.token_budget 250: (\d+) rows an epoch with (\d+) tokens", prepared.notes[-1])
         trained = execute_run(prepared).results["trained"]
         assert (trained["rows"], trained["tokens"]) == (2 * int(note[1]), 2 * int(note[2]))
         found[method] = trained
-        assert 400 - 90 < int(note[2]) <= 400
+        assert 250 - 90 < int(note[2]) <= 250
     # The same rows; answers of two parts are longer, so that fewer fit.
     assert found["tft"]["rows"] == found["deep-supervision"]["rows"] > found["plug"]["rows"]
     tasks = json.loads((tmp_path / "plug" / "results.json").read_text())["tasks"]
