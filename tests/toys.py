@@ -67,6 +67,7 @@ class BothPrompts:
     replay = False
     inner_losses = True
     needs_english = True
+    pivot_marker = None
 
     def rewriter(self, rows: object, settings: object) -> None:
         return None

@@ -209,6 +209,16 @@ def test_text_is_streamed_as_it_comes():
     assert len(pieces) > 2
 
 
+def test_later_prompts_follow_the_last_part_of_an_answer():
+    """As in training, whose earlier turns are in the target language alone."""
+    one = chatter(["It is one.\n\n[Swahili]\nNi moja.", "Ndiyo."], marker="\n\n[Swahili]\n", max_new_tokens=16)
+    assert one.answer("Moja?") == "It is one.\n\n[Swahili]\nNi moja."
+    one.answer("Mbili?")
+    assert one.model.asked[1]["text"] == (
+        "<|user|>\nMoja?<|end|>\n<|assistant|>\nNi moja.<|end|>\n<|user|>\nMbili?<|end|>\n<|assistant|>\n"
+    )
+
+
 def test_templates_say_whether_they_take_earlier_turns(tmp_path):
     tokenizer = build_tiny_tokenizer()
     path = tmp_path / "plain.jinja"

@@ -354,6 +354,18 @@ def test_conditions_that_only_some_know_are_not_compared(tmp_path):
     assert compare(tmp_path).warnings == []
 
 
+@pytest.mark.parametrize(
+    ("tokens", "warned"), [((1000, 1050), False), ((1000, 1051), True), ((1000, None), False), ((None, None), False)]
+)
+def test_other_token_budgets_are_named(tmp_path, tokens, warned):
+    for name, count in zip("ab", tokens, strict=True):
+        run(tmp_path / name, config={"name": name})
+        if count is not None:
+            change_results(tmp_path / name, lambda content, count=count: content.update(trained={"tokens": count}))
+    line = "trained tokens differ by more than 5 % between runs: 1,000 in a; 1,051 in b; data.token_budget makes them equal"
+    assert compare(tmp_path).warnings == [line] * warned
+
+
 def test_tasks_of_other_weights_are_named(tmp_path):
     """A run that was trained on after its first evaluation, or a checkpoint evaluated into its folder."""
     for name in ("a", "b"):

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from math import floor
 from types import SimpleNamespace
 
@@ -510,6 +510,26 @@ def test_replay_is_the_same_for_every_method(pairs):
     )
     assert tft == deep
     assert sum(tft) == 10
+
+
+def test_a_token_budget_takes_the_same_rows_first_for_every_method(pairs):
+    """And replays the same ones of them: a larger budget, or a method with shorter rows, adds rows to the smaller one."""
+    chosen = {}
+    for method in METHODS:
+        for budget in (200, 400):
+            options = {"english_ratio": 0.25, "seed": 3}
+            whole = training_examples(pairs, METHODS[method], **options)
+            examples = training_examples(pairs, METHODS[method], token_budget=budget, **options)
+            tokens, longest = examples.main_lengths.sum(), whole.main_lengths.max()
+            assert budget - longest < tokens <= budget
+            numbers = [example.number for example in examples]
+            assert numbers == sorted(numbers), "in the order of the file"
+            replayed = {example.number for example in whole if example.english_answer}
+            assert {example.number for example in examples if example.english_answer} == replayed & set(numbers)
+            chosen[method, budget] = set(numbers)
+    by_size = sorted(chosen.values(), key=len)
+    assert all(small <= large for small, large in pairwise(by_size))
+    assert len(by_size[0]) < len(by_size[-1])
 
 
 def test_replay_indices_are_an_exact_share():

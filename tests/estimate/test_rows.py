@@ -8,7 +8,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from pivotune.config.registry import METHODS
 from pivotune.data.collator import ExampleDataset
 from pivotune.data.datasets import training_examples
-from pivotune.estimate.rows import assumed_pairs, largest_batch, num_tokens, training_schedule
+from pivotune.estimate.rows import assumed_pairs, largest_batch, num_tokens, rows_of, training_schedule
 from pivotune.training.batching import order_of, train_sampler
 
 
@@ -48,6 +48,14 @@ def test_the_largest_batch_is_that_of_the_sampler(tmp_path):
     batches = [[examples[row] for row in order[start : start + 4]] for start in range(0, 48, 4)]
     batch = largest_batch(examples, args, rows=48, processes=1)
     assert sum(map(num_tokens, batch)) == max(sum(map(num_tokens, item)) for item in batches)
+
+
+def test_a_token_budget_is_counted_in_rows(tmp_path):
+    pairs = make_pairs(40)
+    args = arguments(tmp_path, method="tft", english_ratio=0.0, token_budget=120)
+    mean = training_examples(pairs, METHODS["tft"]).main_lengths.mean()
+    assert rows_of(pairs, args, rows=None).rows == rows_of(pairs, args, rows=40).rows == int(120 / mean) < 40
+    assert rows_of(pairs, args, rows=3).rows == 3
 
 
 def test_assumed_rows_keep_the_limits(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tiny_training import QUIET, assert_same, run_config, run_settings, save_tin
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from pivotune.config.registry import METHODS
 from pivotune.config.yaml_text import parse_config
+from pivotune.data.datasets import training_examples
 from pivotune.data.examples import Side
 from pivotune.data.pair_store import store_pairs
 from pivotune.errors import UsageError
@@ -339,6 +342,54 @@ def test_metrics_have_every_term(finished):
     assert [line["step"] for line in held] == [2, 4]
     # The last evaluation on the way is the one that the results report.
     assert held[-1]["eval_target_nll"] == pytest.approx(result.results["tasks"]["heldout_sw"]["value"], rel=1e-5)
+
+
+def test_results_count_what_was_trained(finished):
+    """Four steps of four rows: 16 rows, each once, are one epoch of all rows."""
+    prepared, result = finished
+    rows = training_examples(prepared.train, METHODS["deep-supervision"], english_ratio=0.25, seed=0)
+    answers = sum(example.main.num_answer_tokens for example in rows)
+    english = sum(len(example.parallel.ids) for example in rows if example.parallel)
+    expected = {"rows": 16, "tokens": int(rows.main_lengths.sum()), "answer_tokens": answers, "english_tokens": english}
+    assert result.results["trained"] == expected
+    line = (
+        f"16 rows in all epochs with {expected['tokens']:,} tokens, {answers:,} of them in answers; {english:,} tokens"
+    )
+    assert line in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("logging", [{"logging_strategy": "no"}, {"logging_steps": 3}])
+def test_counts_do_not_depend_on_the_log(tmp_path, logging):
+    training = {**{key: value for key, value in TRAINING.items() if key != "logging_steps"}, **logging}
+    assert go(tmp_path, method="tft", training=training).results["trained"]["rows"] == 16
+
+
+def test_every_method_trains_within_one_token_budget(tmp_path):
+    found = {}
+    for method in ("tft", "plug", "deep-supervision"):
+        changes = {"data": data(tmp_path, token_budget=250), "output_dir": str(tmp_path / method)}
+        training = {key: value for key, value in TRAINING.items() if key != "max_steps"} | {"num_train_epochs": 2}
+        prepared = prepare_run(run_config(tmp_path, method=method, training=training, **changes))
+        note = re.fullmatch(r"data\.token_budget 250: (\d+) rows an epoch with (\d+) tokens", prepared.notes[-1])
+        trained = execute_run(prepared).results["trained"]
+        assert (trained["rows"], trained["tokens"]) == (2 * int(note[1]), 2 * int(note[2]))
+        found[method] = trained
+        assert 250 - 90 < int(note[2]) <= 250
+    # The same rows; answers of two parts are longer, so that fewer fit.
+    assert found["tft"]["rows"] == found["deep-supervision"]["rows"] > found["plug"]["rows"]
+    tasks = json.loads((tmp_path / "plug" / "results.json").read_text())["tasks"]
+    assert set(tasks) == {"heldout_pivot_sw", "heldout_en"}
+    # All rows of English prompt and answer are the same rows as elsewhere.
+    assert tasks["heldout_en"]["n"] == 4
+
+
+@pytest.mark.parametrize("budget", [5, 10_000_000])
+def test_a_token_budget_that_rows_cannot_fill_is_refused(tmp_path, budget):
+    message = mistake(tmp_path, method="tft", data=data(tmp_path, token_budget=budget))
+    assert re.fullmatch(
+        rf"data\.token_budget: {budget} tokens an epoch; allowed: \d+ \(the first row drawn\) to \d+ \(all 16 rows\)",
+        message,
+    )
 
 
 def test_layers_are_those_trained_with(finished):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     template: Annotated[str | None, typer.Option(help="chat, alpaca or a Jinja file; default: the run's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or part of one (method plug).")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt on stdout.")] = False,
@@ -44,10 +44,11 @@ def chat(
     check_inputs(names)
     quiet_libraries()
     # Every mistake is found before the first weights are read.
-    chatters = [
-        Chatter(name, prepare_encoder(name, template, system), None, max_new_tokens, temperature, seed, system)
-        for name in names
-    ]
+    chatters = []
+    for name in names:
+        encoder, markers = prepare_encoder(name, template, system), _markers_of(name)
+        limit = 2 * max_new_tokens if markers else max_new_tokens
+        chatters.append(Chatter(name, encoder, None, limit, temperature, seed, system, markers))
     session = _Session(
         [replace(chatter, model=load_on_device(chatter.name)) for chatter in chatters], console(as_json), as_json
     )
@@ -63,7 +64,8 @@ def chat(
 class Chatter:
     """One model in conversation: greedy at temperature 0, else sampled with a seed, without top-k and top-p.
 
-    A template without earlier turns starts anew with every prompt.
+    A template without earlier turns starts anew with every prompt. Where answers have two parts with one of `markers`
+    between them, later prompts follow the second part alone, as in training.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Chatter:
     temperature: float = 0.0
     seed: int = 0
     system: str | None = None
+    markers: Sequence[str] = ()
     turns: list[Mapping[str, str]] = field(default_factory=list)
     dropped: int = 0
 
@@ -109,7 +112,8 @@ class Chatter:
         text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
         # Templates refuse an empty answer in the history.
         if text and takes_history(self.encoder):
-            self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            last = min((part for m in self.markers if (part := text.rpartition(m)[2])), key=len, default=text)
+            self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": last}]
         return text
 
     def _prompt_ids(self, prompt: str) -> list[int]:
@@ -146,6 +150,18 @@ class Chatter:
 
         tokenizer = self.encoder.tokenizer
         return sorted({*end_token_ids(self.model, tokenizer), end_of_answer(self.encoder.template, tokenizer)})
+
+
+def _markers_of(name: str) -> list[str]:
+    """Return the texts between the two parts of a run's answers, by language; none for other models and methods."""
+    from pivotune.config.registry import METHODS
+    from pivotune.methods.base import marker_in
+    from pivotune.runs.folder import read_run_config
+
+    folder = Path(name).expanduser()
+    run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
+    marker = METHODS[run.method].pivot_marker if run else None
+    return [marker_in(marker, code) for code in run.data.languages] if run and marker else []
 
 
 def takes_history(encoder: Encoder) -> bool:

@@ -48,6 +48,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Draw the --limit items at random with this seed.")] = None,
     batch_size: options.BatchSize = "auto",
     template: Annotated[str | None, typer.Option(help="chat, alpaca, Jinja file, none; default: the run's.")] = None,
+    pivot: Annotated[str | None, typer.Option(help="plug: English answer first; none; default: the run's.")] = None,
     split: options.Split = None,
     pairs: Annotated[Path | None, typer.Option(help="Your own parallel text, for pairs_vi and alignment_vi.")] = None,
     english: Annotated[Path | None, typer.Option(help="English side of --pairs, if it is a file of its own.")] = None,
@@ -89,6 +90,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size_option(batch_size),
         template=template,
+        pivot=pivot,
         backend=backend,
         dtype=dtype,
         cache=None if no_cache else cache or results_paths(folder)[0].parent / CACHE_FOLDER,
@@ -138,6 +140,8 @@ def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
         line = f"{task.task.name}: {size} items ({task.split}) from {', '.join(task.origin[:2])}"
         if len(task.origin) > 2:
             line += f" and {len(task.origin) - 2} more"
+        if task.marker:
+            line += f"; an English answer first, then {task.marker.strip()}"
         print_lines(out, line, *(f"  left out: {count} items: {reason}" for reason, count in task.left_out.items()))
         if task.truncated:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
@@ -150,7 +154,8 @@ def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
     asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
     if asked is not None:
         gold = asked.likelihoods[asked.item.gold or 0].continuation
-        shown = Text.assemble((printable(asked.context.text), "cyan"), (printable(gold), "green"))
+        parts = ((asked.context.text, "cyan"), ("..." * bool(asked.pivot) + asked.marker, "dim"), (gold, "green"))
+        shown = Text.assemble(*((printable(text), style) for text, style in parts))
         out.print("first prompt, and its [green]gold answer[/]:")
         out.print(shown, soft_wrap=True)
 
@@ -176,6 +181,8 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
         notes = [f"{task['truncated']} prompts cut"] if task.get("truncated") else []
         if empty := metrics.get("empty_answers", {}).get("value"):
             notes.append(f"{empty:.0f}% empty")
+        if unmarked := metrics.get("no_marker", {}).get("value"):
+            notes.append(f"{unmarked:.0f}% without the marker of the second part")
         # Only of the answers that are long enough for language identification, hence with their number.
         language = metrics.get("in_language")
         in_language = f"{language['value']:.0f}% of {language['n']}" if language else ""

@@ -84,7 +84,7 @@ seed: 0
 
 def init(
     method: Annotated[
-        str, typer.Option(help="deep-supervision, cross-lingual, sdrrl, tft or english-only.")
+        str, typer.Option(help="deep-supervision, cross-lingual, sdrrl, plug, tft or english-only.")
     ] = "deep-supervision",
     model: Annotated[str, typer.Option(help="Hub name, folder or bundled model.")] = _DEFAULT_MODEL,
     data: Annotated[str, typer.Option(help="Training rows.")] = "pairs.jsonl",

@@ -13,6 +13,7 @@ from pivotune.cli.estimate import gibibytes, training_line
 from pivotune.config.registry import METHODS
 from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.examples import preview
+from pivotune.runs.model_card import trained_line
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def describe_result(out: Console, result: RunResult, supervision: SupervisionCon
         figures = read_lens_figures(lens).items()
         found = [f"{one.kl:.2f} at layer {layer} (logit lens {one.logit_kl:.2f})" for layer, one in figures]
         out.print(f"[bold]lens[/]     KL from the output in nats: {', '.join(found)}", soft_wrap=True)
+    if trained := trained_line(result.results):
+        out.print(f"[bold]trained[/]  {trained}", soft_wrap=True)
     if result.results["tasks"]:
         table = Table("held-out rows", "n", "NLL per token before", "after", "NLL per character before", "after")
         for name, task in result.results["tasks"].items():

@@ -31,8 +31,10 @@ from pivotune.results.metrics import Metric, MetricResult, item_vectors, statist
 ENGLISH = "en"
 PRIMARY, ALL = "primary", "all"
 _TOLERANCE = 1e-6  # figures and items that disagree by more than rounding were not written together
-_EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template"}  # a difference in one explains different prompts
+# A difference in one explains different prompts.
+_EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template", "pivot"}
 _LONGEST_CONDITION = 60
+_EQUAL_BUDGETS = 1.05  # trained tokens of one run for each of another
 _MOST_NAMES = 4  # in a warning
 
 
@@ -134,6 +136,7 @@ def compare_groups(
     for test, adjusted in zip(tests, holm([test.p for test in tests]), strict=True):
         test.adjusted_p = adjusted
     lines = [*warnings, *_with_tasks(found), *_condition_warnings(groups, dict.fromkeys(c.task for c in columns))]
+    lines += _budget_warning(groups)
     notes = _notes(columns, measurements, groups[baseline].label, resamples, seed)
     return Comparison(groups, columns, table, baseline, list(dict.fromkeys(lines)), notes, resamples, seed)
 
@@ -286,6 +289,16 @@ def _condition_warnings(groups: Groups, tasks: Iterable[str]) -> list[str]:
             verb = "the prompts differ" if key == "prompt_hash" else f"{key} differs"
             found[f"{verb} between runs: {values}"].append(task)
     return _with_tasks(found)
+
+
+def _budget_warning(groups: Groups) -> list[str]:
+    """Return one line if the runs were trained on different numbers of tokens."""
+    tokens = {group.label: [run.results.trained_tokens or 0 for run in group.runs] for group in groups}
+    counted = [count for counts in tokens.values() for count in counts if count]
+    if not counted or max(counted) <= _EQUAL_BUDGETS * min(counted):
+        return []
+    found = "; ".join(f"{max(counts):,} in {label}" for label, counts in tokens.items() if any(counts))
+    return [f"trained tokens differ by more than 5 % between runs: {found}; data.token_budget makes them equal"]
 
 
 def _condition_text(value: Any) -> str:

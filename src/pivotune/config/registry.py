@@ -69,6 +69,7 @@ METHODS: Registry[Any] = Registry(
         "deep-supervision": "pivotune.methods.deep_supervision:DEEP_SUPERVISION",
         "cross-lingual": "pivotune.methods.cross_lingual:CROSS_LINGUAL",
         "sdrrl": "pivotune.methods.sdrrl:SDRRL",
+        "plug": "pivotune.methods.plug:PLUG",
     },
     # The paper's name: plain supervised fine-tuning on the English rows.
     aliases={"sft": "english-only"},

@@ -50,6 +50,8 @@ class EncodingConfig(Section):
     english_ratio: float = Field(default=0.25, ge=0, lt=1)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_completion_tokens: int = Field(default=256, ge=1)
+    # Tokens of the rows of an epoch: rows are taken in an order drawn by the seed until it is full; None for all rows.
+    token_budget: Annotated[int, Field(ge=1)] | None = None
     on_bad_row: Literal["error", "skip"] = "error"
 
     @property

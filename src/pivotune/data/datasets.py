@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import accumulate
 from typing import TypeVar
 
@@ -120,17 +121,38 @@ def predicted_english_tokens(examples: Sequence[Example]) -> np.ndarray:
 
 
 def training_examples(
-    pairs: Sequence[Pair], method: Method, *, english_ratio: float = 0.0, seed: int = 0
+    pairs: Sequence[Pair],
+    method: Method,
+    *,
+    english_ratio: float = 0.0,
+    seed: int = 0,
+    token_budget: int | None = None,
 ) -> PairExamples:
     """Return the training examples of a method, in the order of `pairs`.
 
     English replay: `round(english_ratio * len(pairs))` rows, drawn by `seed` and the number of rows only, are trained on
     their English prompt and answer with L_TFT alone; the number of rows stays the same, so that budgets stay equal.
+
+    With a `token_budget` the examples are taken in an order drawn by `seed`, the same for every method, as long as their
+    tokens (`main_lengths`) fit into it.
+
+    Raises:
+        UsageError: the budget is smaller than the first example, or larger than all.
     """
     replayed = np.zeros(len(pairs), dtype=bool)
     if method.replay:
         replayed[list(replay_indices(len(pairs), english_ratio, seed))] = True
-    return PairExamples(pairs, method.plan(replayed))
+    plan = method.plan(replayed)
+    examples = PairExamples(pairs, plan)
+    if token_budget is None:
+        return examples
+    order = random.Random(f"token-budget-{seed}").sample(range(len(examples)), len(examples))
+    tokens = np.cumsum(examples.main_lengths[order], dtype=np.int64)
+    if not tokens[0] <= token_budget <= tokens[-1]:
+        allowed = f"{tokens[0]} (the first row drawn) to {tokens[-1]} (all {len(tokens)} rows)"
+        raise UsageError(f"data.token_budget: {token_budget} tokens an epoch; allowed: {allowed}")
+    kept = sorted(order[: np.searchsorted(tokens, token_budget, side="right")])
+    return PairExamples(pairs, ExamplePlan(**{field.name: getattr(plan, field.name)[kept] for field in fields(plan)}))
 
 
 def side_examples(pairs: Sequence[Pair], side: Language, language: str | None = None) -> PairExamples:

@@ -30,6 +30,7 @@ from pivotune.training.distributed.strategies import (
 )
 from pivotune.training.layer_choice import assumed_supervision
 from pivotune.training.phase import check_phase
+from pivotune.training.preparation import run_examples
 
 logger = logging.getLogger(__name__)
 # Full sharding is tried over up to this many devices.
@@ -212,11 +213,11 @@ def startup_estimate(config: RunConfig, args: DeepSupervisionConfig, train: Sequ
         target = Target(device=device.kind, processes=args.world_size, strategy=strategy_of(args))
         model = meta_model(config, read_model_config(config))
         size = measure_model(model, optimizer=optimizer_name(args), quantized=config.quantize is not None)
-        peak = None
+        peak, num_rows = None, len(run_examples(train, args))
         if size.total >= _LEAST_PARAMETERS:
-            rows = rows_of(spread(train, _STARTUP_ROWS), args, rows=len(train))
+            rows = rows_of(spread(train, _STARTUP_ROWS), args, rows=num_rows)
             peak = estimate_strategies(config, [target], rows)[0].memory.peak
-        schedule = training_schedule(args, len(train), args.world_size)
+        schedule = training_schedule(args, num_rows, args.world_size)
         return Startup(size=size, target=target, schedule=schedule, device=device, peak=peak)
     except Exception as error:
         logger.debug("no estimate of this run: %s", error)

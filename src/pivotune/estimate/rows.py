@@ -76,18 +76,25 @@ def rows_of(pairs: Sequence[Pair], args: DeepSupervisionConfig, *, rows: int | N
     """Return the rows of a run from its encoded rows, or from a sample of them."""
     ratio = args.data.english_ratio
     examples = training_examples(pairs, METHODS[args.method], english_ratio=ratio, seed=args.seed)
+    if args.data.token_budget is not None:
+        fitting = max(1, int(args.data.token_budget / examples.main_lengths.mean()))
+        rows = fitting if rows is None else min(rows, fitting)
     return RunRows(examples=examples, rows=rows, assumed=assumed)
 
 
 def assumed_pairs(args: DeepSupervisionConfig) -> list[Pair]:
     """Return rows of typical length, and one row at the token limits, for runs without data or tokenizer."""
-    longest = (args.data.max_prompt_tokens, args.data.max_completion_tokens)
+    limits = args.limits(None)
+    longest = (limits.prompt, limits.completion)
 
     def side(query: int, answer: int) -> Side:
-        query, answer = min(query, longest[0]), min(answer, longest[1])
+        query, answer = min(query, limits.prompt), min(answer, limits.completion)
         return Side(ids=np.ones(query + answer, dtype=np.int32), query=(0, query), answer=query, characters=answer)
 
-    typical = Pair(target=side(*TYPICAL_TOKENS["target"]), english=side(*TYPICAL_TOKENS["english"]))
+    (query, answer), english = TYPICAL_TOKENS["target"], TYPICAL_TOKENS["english"]
+    if METHODS[args.method].pivot_marker is not None:
+        answer += english[1]
+    typical = Pair(target=side(query, answer), english=side(*english))
     # One in a hundred reaches the limits.
     return [Pair(target=side(*longest), english=side(*longest)), *[typical] * 99]
 

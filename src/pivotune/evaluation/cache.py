@@ -50,6 +50,11 @@ class Measurement:
     content_hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pivot(Generation):
+    """Request for the English part of an answer, up to the marker in `stop`; the answer ends with it if it is reached."""
+
+
 Question = Likelihood | Generation
 Request = Question | Measurement
 

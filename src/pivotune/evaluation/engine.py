@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from pivotune.evaluation.cache import Answer, Generation, Likelihood, LogProbability, Question, Request
+from pivotune.evaluation.cache import Answer, Generation, Likelihood, LogProbability, Pivot, Question, Request
 from pivotune.evaluation.prompts import Prompter
 from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.kernels.cross_entropy import score_labels
@@ -105,7 +105,8 @@ class Engine:
         for request, text in zip(requests, self.lm.generate_until(instances, disable_tqdm=True), strict=True):
             text = text.lstrip()
             end = min((text.index(string) for string in stop if string in text), default=len(text))
-            answers[request] = text[:end]
+            kept = len(stop[0]) if isinstance(request, Pivot) else 0
+            answers[request] = text[: end + kept]
         return answers
 
     def _length(self, request: Question) -> int:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pivotune.config.registry import METHODS
 from pivotune.data.templates import end_of_answer, load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.prompts import ItemRequests, Prompter, item_requests
@@ -16,11 +17,13 @@ from pivotune.evaluation.registry import find_tasks
 from pivotune.evaluation.tasks.base import Task
 from pivotune.evaluation.tasks.tables import MissingDataError, Source
 from pivotune.evaluation.tasks.translation import SentencePair
+from pivotune.methods.base import marker_in
 from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
 from pivotune.models.locating import locate
 from pivotune.runs.folder import read_run_config
 
 BACKENDS = ("hf", "vllm")
+NO_PIVOT = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,8 @@ class EvaluationSettings:
         limit: items of each task; None for all.
         seed: draws the `limit` items at random; None takes the first ones, as lm-evaluation-harness does.
         template: `chat`, `alpaca`, a Jinja file, `none` for plain text, or None for the run's own.
+        pivot: method with answers of two parts, whose English part is generated before the answer; `none` for plain
+            answers, or None for the run's own method.
         cache: folder for answers, so that an interrupted evaluation continues; None keeps none.
         pairs: the user's own parallel text, and its English side in a separate file.
         comet: COMET checkpoint; None uses the default one if this machine has it.
@@ -46,6 +51,7 @@ class EvaluationSettings:
     seed: int | None = None
     batch_size: int | Literal["auto"] = "auto"
     template: str | None = None
+    pivot: str | None = None
     backend: str = "hf"
     dtype: str = "auto"
     cache: Path | None = None
@@ -72,15 +78,26 @@ class PreparedTask:
     def truncated(self) -> int:
         return sum(asked.context.truncated for asked in self.requests)
 
+    @property
+    def marker(self) -> str:
+        """Return the text between English part and answer; '' where the answer is asked for at once."""
+        return next((asked.marker for asked in self.requests if asked.marker), "")
+
 
 @dataclass
 class PreparedEvaluation:
-    """A checked evaluation; no weights are loaded yet. `missing` has one message per task without data."""
+    """A checked evaluation; no weights are loaded yet.
+
+    Attributes:
+        pivot: name of the method whose answers have two parts; `none` for plain answers.
+        missing: one message per task without data.
+    """
 
     model: str
     method: str | None
     settings: EvaluationSettings
     prompter: Prompter
+    pivot: str
     end_token_ids: list[int]
     tasks: list[PreparedTask]
     missing: list[str]
@@ -121,14 +138,31 @@ def prepare_evaluation(
     if template is not None:
         end_token_ids = [end_of_answer(template, tokenizer)]
     prompter = Prompter(tokenizer, template, context_length(model_config))
-    found = _read_tasks(wanted, settings, prompter)
-    return PreparedEvaluation(name, run.method if run else None, settings, prompter, end_token_ids, *found)
+    pivot = settings.pivot or (run.method if run else NO_PIVOT)
+    pivot = pivot if pivot in pivot_methods() else NO_PIVOT
+    found = _read_tasks(wanted, settings, prompter, pivot)
+    return PreparedEvaluation(name, run.method if run else None, settings, prompter, pivot, end_token_ids, *found)
+
+
+def pivot_methods() -> list[str]:
+    """Return the names of the methods whose answers have two parts."""
+    return [name for name in METHODS if METHODS[name].pivot_marker is not None]
+
+
+def _marker_of(task: Task, pivot: str) -> str:
+    """Return the marker of a task's answers; '' for English, unknown languages, and translation, which has no pivot."""
+    if pivot == NO_PIVOT or task.kind not in ("answer", "choice") or task.language in ("en", "und"):
+        return ""
+    return marker_in(METHODS[pivot].pivot_marker, task.language)
 
 
 def _check_settings(settings: EvaluationSettings) -> None:
-    for name, allowed in (("backend", BACKENDS), ("dtype", DTYPES)):
+    choices = {"backend": BACKENDS, "dtype": DTYPES, "pivot": (None, NO_PIVOT, *pivot_methods())}
+    for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
-            raise UsageError(f"--{name}: {getattr(settings, name)!r} found; allowed: {', '.join(allowed)}")
+            raise UsageError(
+                f"--{name}: {getattr(settings, name)!r} found; allowed: {', '.join(filter(None, allowed))}"
+            )
     if find_spec("lm_eval") is None:
         raise UsageError("evaluation needs lm-evaluation-harness: pip install 'pivotune[eval]'")
     if settings.backend == "vllm" and find_spec("vllm") is None:
@@ -153,7 +187,7 @@ def _check_settings(settings: EvaluationSettings) -> None:
 
 
 def _read_tasks(
-    wanted: Sequence[Task], settings: EvaluationSettings, prompter: Prompter
+    wanted: Sequence[Task], settings: EvaluationSettings, prompter: Prompter, pivot: str
 ) -> tuple[list[PreparedTask], list[str]]:
     """Return the tasks with their data, and a message for every task without data."""
     source = Source(settings.data_dir, settings.split, settings.pairs)
@@ -169,7 +203,8 @@ def _read_tasks(
             raise UsageError(f"{task.name}: {', '.join(data.origin)} holds no items")
         content: dict[str, Any] = {"pairs": items}
         if task.kind != "alignment":
-            content = {"requests": [item_requests(task, item, prompter, settings.max_new_tokens) for item in items]}
+            more = (prompter, settings.max_new_tokens, _marker_of(task, pivot))
+            content = {"requests": [item_requests(task, item, *more) for item in items]}
         prepared.append(PreparedTask(task, data.split, data.origin, left_out=data.left_out, **content))
     if missing and (not settings.skip_missing or not prepared):
         hint = "; --skip-missing evaluates the others" if prepared else ""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from pivotune.data.control_tokens import ControlTokens
 from pivotune.data.templates import Template, Turn, begin_ids
 from pivotune.errors import UsageError
-from pivotune.evaluation.cache import Generation, Likelihood, Question
+from pivotune.evaluation.cache import Generation, Likelihood, Pivot, Question
 from pivotune.evaluation.tasks.base import Item, Task
 
 _ANSWER = "answer"
+# Limit of the English part of an answer, as `data.max_completion_tokens` has it for training.
+_PIVOT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,28 +127,49 @@ class Prompter:
 
 @dataclass(frozen=True, slots=True)
 class ItemRequests:
-    """Requests of one item: the likelihoods of gold answer or choices, and the generated answer."""
+    """Requests of one item: the likelihoods of gold answer or choices, and the generated answer.
+
+    Attributes:
+        pivot: request for the English part of an answer of two parts, which comes before all others; None without one.
+        marker: text between the two parts.
+    """
 
     item: Item
     context: Context
     likelihoods: tuple[Likelihood, ...]
     generation: Generation | None = None
+    pivot: Pivot | None = None
+    marker: str = ""
 
     @property
     def all(self) -> tuple[Question, ...]:
         return self.likelihoods if self.generation is None else (*self.likelihoods, self.generation)
 
+    def behind(self, english: str) -> ItemRequests:
+        """Return the requests behind the model's own answer to `pivot`; a missing marker is added."""
+        text = f"{self.context.text}{english.removesuffix(self.marker.strip()).rstrip()}{self.marker}"
+        generation = self.generation and replace(self.generation, context=text)
+        likelihoods = tuple(replace(request, context=text) for request in self.likelihoods)
+        return replace(self, likelihoods=likelihoods, generation=generation)
 
-def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: int | None = None) -> ItemRequests:
-    """Return the requests of one item under the run's template."""
+
+def item_requests(
+    task: Task, item: Item, prompter: Prompter, max_new_tokens: int | None = None, marker: str = ""
+) -> ItemRequests:
+    """Return the requests of one item under the run's template; with a `marker` for an answer of two parts."""
     # Text between context and answer: the task's, or the template's spaces there.
     delimiter = item.delimiter if prompter.template is None else prompter.lead[1]
     texts = item.choices if task.kind == "choice" else (item.gold_answer,)
-    continuations = [f"{delimiter}{prompter.as_text(text)}" for text in texts]
+    # An item without a prompt (XNLI) has no question to answer in English first.
+    marker = marker if item.query else ""
+    pivot_tokens = max_new_tokens or _PIVOT_TOKENS
+    continuations = [f"{'' if marker else delimiter}{prompter.as_text(text)}" for text in texts]
     max_new_tokens = max_new_tokens or task.max_new_tokens
     reserve = max(len(prompter.encode_pair("\n", text)[1]) for text in continuations)
     if task.kind != "choice":
         reserve = max(reserve, max_new_tokens)
+    if marker:
+        reserve += pivot_tokens + len(prompter.encode_pair("\n", marker)[1])
     if not item.query and prompter.max_length is not None and reserve >= prompter.max_length:
         # No part of the prompt can be cut: the continuations themselves lose their beginning, as in the harness.
         context = Context(prompter.context("", 0).text, truncated=True)
@@ -157,4 +180,8 @@ def item_requests(task: Task, item: Item, prompter: Prompter, max_new_tokens: in
             raise UsageError(f"{task.name}, item {item.id}: {error}") from error
     likelihoods = tuple(Likelihood(context.text, text) for text in continuations)
     generation = None if task.kind == "choice" else Generation(context.text, max_new_tokens, tuple(task.stop))
-    return ItemRequests(item, context, likelihoods, generation)
+    if not marker:
+        return ItemRequests(item, context, likelihoods, generation)
+    pivot = Pivot(context.text, pivot_tokens, (marker.strip(),))
+    context = replace(context, text=f"{context.text}{delimiter}")
+    return ItemRequests(item, context, likelihoods, generation, pivot, marker)

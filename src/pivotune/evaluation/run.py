@@ -17,6 +17,7 @@ from pivotune.evaluation.cache import (
     AnswerCache,
     LogProbability,
     Measurement,
+    Question,
     Request,
     installed_versions,
     model_fingerprint,
@@ -25,7 +26,13 @@ from pivotune.evaluation.engine import Engine, transformers_engine, vllm_engine
 from pivotune.evaluation.metrics.alignment import measure_alignment
 from pivotune.evaluation.metrics.answers import in_language
 from pivotune.evaluation.metrics.comet import CometUnavailableError, comet_scores
-from pivotune.evaluation.prepare import EvaluationSettings, PreparedEvaluation, PreparedTask, prepare_evaluation
+from pivotune.evaluation.prepare import (
+    NO_PIVOT,
+    EvaluationSettings,
+    PreparedEvaluation,
+    PreparedTask,
+    prepare_evaluation,
+)
 from pivotune.evaluation.prompts import ItemRequests
 from pivotune.evaluation.tasks.base import Task
 from pivotune.models.adapters import merge_adapters
@@ -48,8 +55,10 @@ ANSWER_METRICS = (
     Metric("answer_characters", "mean", ("answer_characters",), higher_is_better=None),
     Metric("empty_answers", "mean", ("empty",), 100.0, higher_is_better=False),
 )
+# Answers of two parts whose English part ended without the marker.
+PIVOT_METRICS = (Metric("no_marker", "mean", ("no_marker",), 100.0, higher_is_better=False),)
 COMET = Metric("comet", "mean", ("comet",), 100.0)
-_WRITTEN_SETTINGS = ("limit", "seed", "split", "template", "max_new_tokens", "backend", "dtype")
+_WRITTEN_SETTINGS = ("limit", "seed", "split", "max_new_tokens", "backend", "dtype")
 _DETAIL_CHARACTERS = 64  # longest detail of a choice in the items file (a subject, not the question itself)
 _QUESTION_CHARACTERS = (
     400  # of a query's end, where the question stands; a passage before it is the same for many items
@@ -133,7 +142,7 @@ class Evaluator:
         else:
             records = self._answer_items(definition, task.requests)
             by_kind = CHOICE_METRICS if definition.kind == "choice" else ANSWER_METRICS
-            metrics = [*definition.metrics, *GOLD_METRICS, *by_kind]
+            metrics = [*definition.metrics, *GOLD_METRICS, *by_kind, *PIVOT_METRICS]
             prompts = [[a.item.id, a.context.text, [r.continuation for r in a.likelihoods]] for a in task.requests]
             more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
             if definition.kind == "translation":
@@ -143,6 +152,10 @@ class Evaluator:
                 except CometUnavailableError as error:
                     more["comet"] = f"left out: {error}"
         written = {name: getattr(settings, name) for name in _WRITTEN_SETTINGS}
+        written |= {
+            "template": self._prepared.prompter.name,
+            "pivot": self._prepared.pivot if task.marker else NO_PIVOT,
+        }
         entry = {
             **_figures(metrics, records),
             # The origin of the figures, for readers and for `compare`, which warns about differences.
@@ -154,7 +167,7 @@ class Evaluator:
             "truncated": task.truncated,
             "model_fingerprint": self._fingerprint,
             "versions": self._versions,
-            "settings": written | {"template": self._prepared.prompter.name},
+            "settings": written,
             **more,
         }
         return entry, records
@@ -175,22 +188,32 @@ class Evaluator:
         return transformers_engine(self.model, prompter, batch_size=size, end_token_ids=ends)
 
     def _answer_items(self, task: Task, items: Sequence[ItemRequests]) -> list[dict[str, Any]]:
-        """Answer the requests that are not in the cache, and score all items.
+        """Answer all requests and score all items; English parts first, because the other requests stand behind them."""
+        self._answer(f"{task.name}, English part", [asked.pivot for asked in items if asked.pivot is not None])
+        as_text = self._prepared.prompter.as_text
+        items = [
+            asked if asked.pivot is None else asked.behind(as_text(str(self._cache.get(asked.pivot))))
+            for asked in items
+        ]
+        self._answer(task.name, [request for asked in items for request in asked.all])
+        return [score_item(task, asked, self._cache.get) for asked in items]
+
+    def _answer(self, title: str, requests: Sequence[Question]) -> None:
+        """Answer the requests that are not in the cache.
 
         Batches are made of all requests, so that resuming changes none of them.
         """
-        requests = list(dict.fromkeys(request for asked in items for request in asked.all))
+        requests = list(dict.fromkeys(requests))
         done = sum(self._cache.get(request) is not None for request in requests)
         if done < len(requests):
             engine = self.engine
-            with self._progress(task.name, len(requests)) as advance:
+            with self._progress(title, len(requests)) as advance:
                 advance(done)
                 for batch in engine.batches(requests):
                     if any(self._cache.get(request) is None for request in batch):
                         self._cache.add(engine.answer(batch))
                         done += len(batch)
                         advance(min(done, len(requests)))
-        return [score_item(task, asked, self._cache.get) for asked in items]
 
     def _measure_alignment(self, task: PreparedTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the records of the sentence pairs, and the entry's further keys."""
@@ -240,6 +263,9 @@ def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], A
     query = item.query
     record["question"] = query if len(query) <= _QUESTION_CHARACTERS else f"…{query[-_QUESTION_CHARACTERS:]}"
     record["gold"] = item.gold_answer
+    if asked.pivot is not None:
+        english = cast(str, answer_to(asked.pivot))
+        record |= {"english_part": english, "no_marker": int(not english.endswith(asked.pivot.stop))}
     if asked.context.truncated:
         record["truncated"] = True
     return record

@@ -8,6 +8,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from pivotune.errors import UsageError
+from pivotune.text.languages import find_language
+
 Language = Literal["target", "english"]
 
 
@@ -46,6 +49,9 @@ class Method(Protocol):
         replay: whether `data.english_ratio` turns a share of the rows into English ones.
         inner_losses: whether `supervision` applies.
         needs_english: whether every training row must have its English side.
+        pivot_marker: the text between the English part of an answer and the target's part, with `{language}` for the
+            target's name; None where answers have one part. Held-out rows are rewritten too, and evaluation generates the
+            English part before it asks for the answer.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Method(Protocol):
     replay: bool
     inner_losses: bool
     needs_english: bool
+    pivot_marker: str | None
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any] | None:
         """Return a function from a row's place and the row to the row that is trained; None for the rows as they are.
@@ -69,12 +76,25 @@ class Method(Protocol):
         ...
 
 
+def check_named(codes: Sequence[str], what: str) -> None:
+    """Refuse texts that name their language, where it is not set or has no known name; `what` begins the message."""
+    if not codes:
+        raise UsageError(f"{what} name the language; set data.language")
+    for code in codes:
+        find_language(code)
+
+
+def marker_in(pivot_marker: str | None, language: str) -> str:
+    """Return a method's `pivot_marker` with the name of a language; '' where answers have one part."""
+    return "" if pivot_marker is None else pivot_marker.format(language=find_language(language).name)
+
+
 def required_sides(method: Method, english_ratio: float, *, heldout: bool = False) -> RequiredSides:
-    """Return the sides that rows need: for held-out rows the main language alone."""
+    """Return the sides that rows need: for held-out rows the main language, and English where answers begin with it."""
     replay = f"data.english_ratio {english_ratio:g} (0 for none)"
     trained = method.needs_english or (method.replay and english_ratio > 0)
     return RequiredSides(
         target=method.main_language == "target",
-        english=method.main_language == "english" or (trained and not heldout),
+        english=method.main_language == "english" or (trained and (not heldout or method.pivot_marker is not None)),
         needed_by=f"method {method.name}" if method.needs_english else replay,
     )

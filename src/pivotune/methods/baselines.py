@@ -21,6 +21,7 @@ class PlainFineTuning:
     replay: bool
     inner_losses: bool = False
     needs_english: bool = False
+    pivot_marker: str | None = None
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any] | None:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pivotune.errors import UsageError
+from pivotune.methods.base import check_named
 from pivotune.methods.baselines import PlainFineTuning
 from pivotune.text.languages import find_language
 
@@ -29,10 +29,8 @@ class CrossLingual(PlainFineTuning):
             UsageError: translations without a target language, whose name the prompts need, or into an unknown one.
         """
         shares, codes = settings.cross_lingual, settings.data.languages
-        if shares.translations and not codes:
-            raise UsageError("cross_lingual.translations: prompts name the language; set data.language")
-        for code in codes if shares.translations else ():
-            find_language(code)
+        if shares.translations:
+            check_named(codes, "cross_lingual.translations: prompts")
         half = shares.translations / 2
         kinds = (english_answer, english_prompt, into_english, partial(from_english, *codes[:1]))
         drawn = [shares.english_answers, shares.english_prompts, half, half]

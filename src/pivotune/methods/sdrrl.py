@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from pivotune.errors import UsageError
+from pivotune.methods.base import check_named
 from pivotune.methods.baselines import PlainFineTuning
 from pivotune.methods.cross_lingual import draw_kinds, english_answer, english_prompt, from_english, into_english
-from pivotune.methods.word_alignment import align_words, read_dictionary
+from pivotune.methods.word_alignment import Lexicon, align_words, read_dictionary
 from pivotune.text.languages import find_language
 from pivotune.text.words import WORD, is_unspaced
 
@@ -44,24 +45,18 @@ class Sdrrl(PlainFineTuning):
             "name_language": own.name_language and own.english_target,
         }
         if key := next(filter(named_by.get, named_by), None):
-            if not codes:
-                raise UsageError(f"sdrrl.{key}: prompts name the language; set data.language")
-            for code in codes:
-                find_language(code)
+            check_named(codes, f"sdrrl.{key}: prompts")
         generator = np.random.default_rng(settings.seed)
         *combined, half, completed = own.shares
         kind_of = draw_kinds([*combined, half / 2, half / 2, completed], len(rows), generator)
         tasks = (into_english, partial(from_english, *codes[:1]), complete_answer)
         switched = draw_kinds([switching.share], len(rows), generator) == 0
         switched &= kind_of < len(_COMBINATIONS)
-        switchers: list[WordSwitcher] = []
-        if switched.any():
-            file = switching.dictionary
-            lexicon = align_words(rows) if file is None else read_dictionary(Path(file).expanduser())
-            # By whether the prompt is English.
-            switchers = [
-                WordSwitcher(words, switching.probability) for words in (lexicon.to_english, lexicon.to_target)
-            ]
+        # By the row's language, and by whether its prompt is English.
+        switchers: dict[tuple[str, bool], WordSwitcher] = {}
+        for code, lexicon in (_lexicons(rows, codes, switching.dictionary) if switched.any() else {}).items():
+            for english, words in enumerate((lexicon.to_english, lexicon.to_target)):
+                switchers[code, bool(english)] = WordSwitcher(words, switching.probability)
 
         def rewrite(place: int, row: Any) -> Any:
             kind = int(kind_of[place])
@@ -71,7 +66,10 @@ class Sdrrl(PlainFineTuning):
             row = english_prompt(row) if prompt_is_english else row
             row = english_answer(row) if answer_is_english else row
             if switched[place]:
-                switcher, words = switchers[prompt_is_english], np.random.default_rng([settings.seed, place])
+                switcher, words = (
+                    switchers[row.language, prompt_is_english],
+                    np.random.default_rng([settings.seed, place]),
+                )
                 row = replace(row, prompt=switcher.switch(row.prompt, words), input=switcher.switch(row.input, words))
             if own.name_language and prompt_is_english != answer_is_english:
                 name = "English" if answer_is_english else find_language(row.language or codes[0]).name
@@ -79,6 +77,18 @@ class Sdrrl(PlainFineTuning):
             return row
 
         return rewrite
+
+
+def _lexicons(rows: Sequence[Any], codes: Sequence[str], dictionary: str | None) -> dict[str, Lexicon]:
+    """Return the words and their counterparts in each language of the rows (`Row.language`)."""
+    if dictionary is not None:
+        if len(codes) > 1:
+            raise UsageError(
+                f"sdrrl.code_switching.dictionary: it has one language, and the rows have {', '.join(codes)}; leave it out"
+            )
+        return {"": read_dictionary(Path(dictionary).expanduser())}
+    languages = np.array([row.language for row in rows] if len(codes) > 1 else [""] * len(rows))
+    return {code: align_words(rows, np.flatnonzero(languages == code)) for code in np.unique(languages).tolist()}
 
 
 class WordSwitcher:

@@ -70,8 +70,8 @@ def read_dictionary(path: Path) -> Lexicon:
     return _lexicon_of(pairs)
 
 
-def align_words(rows: Sequence[Any]) -> Lexicon:
-    """Learn the lexicon of `prompt_en` and `prompt` of the rows.
+def align_words(rows: Sequence[Any], chosen: np.ndarray | None = None) -> Lexicon:
+    """Learn the lexicon of `prompt_en` and `prompt` of the rows, or of the rows at the `chosen` places, int (rows,).
 
     Above 10,000 rows, as many spread over the data are read, and of each prompt the first 32 words.
 
@@ -83,8 +83,9 @@ def align_words(rows: Sequence[Any]) -> Lexicon:
     # For each pair of words in the same row: their numbers, and the places of both tokens in the data.
     found: list[np.ndarray] = []
     places = np.zeros((2, 1), dtype=np.int32)
-    for place in range(0, len(rows), math.ceil(len(rows) / _ROWS)):
-        row = rows[place]
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    for place in chosen[:: math.ceil(len(chosen) / _ROWS)]:
+        row = rows[int(place)]
         english, target = (
             np.array([ids.setdefault(word, len(ids)) for word in WORD.findall(text.lower())[:_WORDS]], dtype=np.int32)
             for ids, text in ((english_ids, row.prompt_en), (target_ids, row.prompt))
@@ -109,7 +110,7 @@ def align_words(rows: Sequence[Any]) -> Lexicon:
     pairs = [(words_en[of_english[place]], words[of_target[place]]) for place in np.flatnonzero(sure)]
     lexicon = _lexicon_of((english, target) for english, target in pairs if english != target)
     if not lexicon.to_target:
-        raise UsageError(f"sdrrl.code_switching: the prompts of {len(rows)} rows give no pair of words; {advice}")
+        raise UsageError(f"sdrrl.code_switching: the prompts of {len(chosen)} rows give no pair of words; {advice}")
     return lexicon
 
 

@@ -50,6 +50,7 @@ class RunResults:
 
     Attributes:
         items: task -> item id -> numbers, without texts; tasks with unusable items are missing.
+        trained_tokens: tokens of the rows of the whole training; None where they were not counted.
         problems: one line for each reason why items are not used.
     """
 
@@ -59,6 +60,7 @@ class RunResults:
     tasks: Mapping[str, TaskResult]
     items: Mapping[str, Items]
     problems: list[str] = field(default_factory=list)
+    trained_tokens: int | None = None
 
 
 def results_paths(target: Path) -> tuple[Path, Path]:
@@ -82,7 +84,10 @@ def read_results(target: Path) -> RunResults:
     problems: list[str] = []
     items = _read_items(items_path, problems) if tasks else {}
     model, method = content.get("model"), content.get("method")
-    return RunResults(path, str(model or ""), None if method is None else str(method), tasks, items, problems)
+    trained = content.get("trained")
+    tokens = trained.get("tokens") if isinstance(trained, dict) else None
+    counted = tokens if isinstance(tokens, int) else None
+    return RunResults(path, str(model or ""), None if method is None else str(method), tasks, items, problems, counted)
 
 
 def check_target(target: Path, model: str) -> None:

@@ -39,7 +39,7 @@ from pivotune.training.distributed import ranks
 from pivotune.training.heldout import RowScore, score_answers, summarize
 from pivotune.training.layer_choice import measure_layers
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
-from pivotune.training.metrics import FigureLog, MetricsFile
+from pivotune.training.metrics import FigureLog, MetricsFile, trained_totals
 from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress, silent
 from pivotune.training.resilience.faults import explained_faults
@@ -176,7 +176,8 @@ def _execute(
         trainer.accelerator.free_memory()
     with in_memory("scoring the trained model"):
         after = _score(prepared, trainer.model_wrapped, progress, "Scoring the trained model")
-    results = ranks.on_main(partial(_write_results, prepared, start.scores, after))
+    trained_counts = trained_totals(trainer.state.log_history)
+    results = ranks.on_main(partial(_write_results, prepared, start.scores, after, trained_counts))
     result = RunResult(folder, trainer.layers, results, trainer.model, start.scores, trainer.state.log_history)
     trained = gathered_model(trainer, partial(_load_starting_model, config, adapters=True))
 
@@ -276,19 +277,27 @@ def _score(prepared: PreparedRun, model: Any, progress: Progress, title: str) ->
     return scores
 
 
-def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict[str, Any]:
-    """Write `results.json` with the held-out NLL in every language, and every row's score for paired tests."""
+def _write_results(prepared: PreparedRun, before: Scores, after: Scores, trained: Mapping[str, int]) -> dict[str, Any]:
+    """Write `results.json` with the held-out NLL in every language, and every row's score for paired tests.
+
+    Args:
+        trained: rows and tokens of the whole training, as in `trained_totals`.
+    """
     config, sources = prepared.config, prepared.validation.sources
     tasks, items = {}, []
     for side, scores in after.items():
         pairs = [pair for pair in prepared.validation if getattr(pair, side) is not None]
         scored = list(zip(pairs, scores, before[side], strict=True))
         codes = ["en"] if side == "english" else config.data.languages or ["target"]
+        # Answers of two parts are other texts than those of other methods: no column of `compare` holds both.
+        two_parts = side == "target" and METHODS[config.method].pivot_marker is not None
+        benchmark = "heldout_pivot" if two_parts else "heldout"
         for language in codes:
             rows = [row for row in scored if len(codes) == 1 or row[0].language == language]
             if rows:
-                name = f"heldout_{language}"
-                tasks[name] = _heldout_task(language, [row[1] for row in rows], [row[2] for row in rows])
+                name = f"{benchmark}_{language}"
+                figures = [row[1] for row in rows], [row[2] for row in rows]
+                tasks[name] = _heldout_task(benchmark, language, *figures)
                 # An item is named by its row's number in the file: other seeds hold out other rows, and only equal rows
                 # are paired.
                 items += [
@@ -296,21 +305,23 @@ def _write_results(prepared: PreparedRun, before: Scores, after: Scores) -> dict
                     | {"base_nll": base.nll}
                     for pair, score, base in rows
                 ]
-    results = {"model": config.model, "method": config.method, "tasks": tasks}
+    results = {"model": config.model, "method": config.method, "trained": trained, "tasks": tasks}
     # Items first: results without them could not be compared.
     write_items(prepared.folder / "results.items.jsonl.gz", items)
     write_json(prepared.folder / "results.json", results)
     return results
 
 
-def _heldout_task(language: str, scores: Sequence[RowScore], before: Sequence[RowScore]) -> dict[str, Any]:
+def _heldout_task(
+    benchmark: str, language: str, scores: Sequence[RowScore], before: Sequence[RowScore]
+) -> dict[str, Any]:
     """Return the entry of a language's held-out rows in `results.json`."""
     summary, start = summarize(scores), summarize(before)
     figure = {"value": summary.nll, "stderr": summary.stderr, "n": summary.rows, "higher_is_better": False}
     return {
         "metric": "nll",
         **figure,
-        "benchmark": "heldout",
+        "benchmark": benchmark,
         "language": language,
         "split": "validation",
         "metrics": {"nll": {**figure, "form": "ratio", "fields": ["nll", "tokens"], "scale": 1.0}},

@@ -68,7 +68,7 @@ def model_card(
             else f" of {layers['num_layers']} ({_text(layers['reason'])})"
         )
         parts.append(f"## Layers\n\n{named.capitalize()}{how}.")
-    parts.append(f"## Data\n\n{_data_line(config)}")
+    parts.append("\n\n".join(filter(None, ("## Data", _data_line(config), trained_line(results)))))
     parts += filter(None, (_results_table(results), _benchmark_table(results)))
     if figure:
         parts.append(f"![Loss terms and held-out likelihood over the steps of training]({figure})")
@@ -81,6 +81,20 @@ def model_card(
         "Made with Pivotune. `metrics.jsonl` holds every logged step, `environment.json` the versions.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def trained_line(results: dict[str, Any]) -> str:
+    """Return the rows and tokens of the whole training; '' where they were not counted."""
+    trained = results.get("trained")
+    if not trained:
+        return ""
+    english = (
+        f"; {trained['english_tokens']:,} tokens of English sides beside them" if trained["english_tokens"] else ""
+    )
+    return (
+        f"{trained['rows']:,} rows in all epochs with {trained['tokens']:,} tokens, {trained['answer_tokens']:,} of them "
+        f"in answers{english}."
+    )
 
 
 def _results_table(results: dict[str, Any]) -> str:

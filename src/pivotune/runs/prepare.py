@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
+from pivotune.data.collator import ExampleDataset
 from pivotune.data.examples import EncodingReport
 from pivotune.data.pair_store import PairStore
 from pivotune.errors import UsageError
@@ -97,9 +98,12 @@ def prepare_run(
         raise UsageError(f"{', '.join(rows.sources)}: no row is left to train on ({reasons})")
     heldout = heldout_examples(validation, by_language=True)
     check_evaluation(args, heldout, f"data.validation: {config.data.validation} gives none")
-    build_train_dataset(train, args, model_config)
+    dataset = cast(ExampleDataset, build_train_dataset(train, args, model_config))
+    if (budget := config.data.token_budget) is not None:
+        tokens = dataset.lengths.sum()
+        rows.notes.append(f"data.token_budget {budget:,}: {len(dataset):,} rows an epoch with {tokens:,} tokens")
     if METHODS[config.method].inner_losses:
-        check_phase(args.supervision, training_schedule(args, len(train), args.world_size).steps)
+        check_phase(args.supervision, training_schedule(args, len(dataset), args.world_size).steps)
         check_lens_rows(args.supervision, train)
     if config.lora is not None:
         check_adapters(config.lora, model_config, trust_remote_code=config.trust_remote_code)

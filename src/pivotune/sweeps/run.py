@@ -270,7 +270,8 @@ class _Work:
         prepared = prepare_run(config, resume=resume)
         # Every setting that the starting model's held-out scores depend on.
         same = config.model_dump(include={"model", "revision", "data", "seed", "dtype", "quantize", "lora"})
-        key = json.dumps([same, METHODS[config.method].main_language, config.training.get("bf16")])
+        method = METHODS[config.method]
+        key = json.dumps([same, method.main_language, method.pivot_marker, config.training.get("bf16")])
         shared: dict[str, Any] = {
             "progress": self.progress,
             "stop_signals": self.stop_signals,

@@ -164,8 +164,13 @@ class DeepSupervisionConfig(TrainingArguments):
         return {**super().to_dict(), **{name: getattr(self, name).model_dump(mode="json") for name in _SECTIONS}}
 
     def limits(self, context: int | None) -> Limits:
-        """Return the token limits of one side for a model that reads `context` tokens."""
-        return Limits(prompt=self.data.max_prompt_tokens, completion=self.data.max_completion_tokens, context=context)
+        """Return the token limits of one side for a model that reads `context` tokens.
+
+        An answer of two parts (`Method.pivot_marker`) may have twice as many tokens: the target's part comes last.
+        """
+        parts = 1 if METHODS[self.method].pivot_marker is None else 2
+        completion = parts * self.data.max_completion_tokens
+        return Limits(prompt=self.data.max_prompt_tokens, completion=completion, context=context)
 
 
 # Settings of a run beside its sections, declared once.

@@ -20,6 +20,9 @@ from pivotune.text.files import finite, write_text
 logger = logging.getLogger(__name__)
 # Target: the main sequence (English for replayed rows). English: the parallel side. Padding: of both.
 _TOKENS = ("target", "english", "padding")
+# Counts of a training, in each log line since the line before: rows, their tokens, their answers' tokens, and tokens of the
+# parallel side.
+_TRAINED = ("rows", "tokens", "answer_tokens", "english_tokens")
 
 
 class LogWindow:
@@ -42,7 +45,8 @@ class LogWindow:
 
     def clear(self) -> None:
         self._sums = torch.zeros(len(self._names), device=self._device)
-        self._counts = torch.zeros(len(self._names) + len(_TOKENS), dtype=torch.long, device=self._device)
+        # Items of the terms, tokens, rows.
+        self._counts = torch.zeros(len(self._names) + len(_TOKENS) + 1, dtype=torch.long, device=self._device)
         self._empty = True
         self._started = time.perf_counter()
 
@@ -70,7 +74,7 @@ class LogWindow:
             counts: True on one rank, which takes over the sums of all.
         """
         self.clear()
-        if counts and len(state["sums"]) == len(self._sums):
+        if counts and len(state["counts"]) == len(self._counts):
             self._sums += torch.tensor(state["sums"], device=self._device)
             self._counts += torch.tensor(state["counts"], device=self._device)
         self._empty, self._started = state["empty"], time.perf_counter() - state["seconds"]
@@ -89,19 +93,24 @@ class LogWindow:
         zero = torch.zeros((), device=self._device)
         found = [terms.get(name, LossTerm(zero, zero)) for name in self._names]
         self._sums += torch.stack([term.sum.detach().float() for term in found])
-        self._counts += torch.stack([*(term.count.long() for term in found), *token_counts(batch)])
+        # A rank without a row reads a blank one.
+        rows = batch["attention_mask"].any(dim=1).sum()
+        self._counts += torch.stack([*(term.count.long() for term in found), *token_counts(batch), rows])
         self._empty = False
 
     def metrics(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return `<term>_loss`, `<side>_tokens_per_second` and `padding_share`, over all ranks."""
+        """Return `<term>_loss`, `<side>_tokens_per_second`, `padding_share` and `trained_<count>`, over all ranks."""
         sums, counts = sum_over_ranks(self._sums).tolist(), sum_over_ranks(self._counts).tolist()
         # Read the clock after the sums: the device runs behind the program.
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        tokens = dict(zip(_TOKENS, counts[len(self._names) :], strict=True))
+        items, (*sides, rows) = counts[: len(self._names)], counts[len(self._names) :]
+        tokens = dict(zip(_TOKENS, sides, strict=True))
+        trained = (rows, tokens["target"], items[self._names.index("tft")], tokens["english"])
         return {
             **{f"{name}_loss": total / n for name, total, n in zip(self._names, sums, counts, strict=False) if n},
             **{f"{side}_tokens_per_second": count / elapsed for side, count in tokens.items()},
             "padding_share": tokens["padding"] / max(sum(tokens.values()), 1),
+            **{f"trained_{name}": count for name, count in zip(_TRAINED, trained, strict=True)},
         }
 
 
@@ -110,6 +119,11 @@ def token_counts(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     target, english = batch["attention_mask"], batch["english_attention_mask"]
     tokens = target.sum(), english.sum()
     return *tokens, target.numel() + english.numel() - tokens[0] - tokens[1]
+
+
+def trained_totals(log_history: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the counts of a whole training from its log lines; a resumed one has those of its checkpoint."""
+    return {name: sum(int(line.get(f"trained_{name}", 0)) for line in log_history) for name in _TRAINED}
 
 
 class MetricsFile(TrainerCallback):

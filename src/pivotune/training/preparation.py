@@ -101,10 +101,9 @@ def load_run_rows(config: RunConfig) -> LoadedRows:
     train, turn_notes = train_turns(kept, data)
     notes += turn_notes
     config = config.model_copy(update={"data": data.model_copy(update={"language": found.language})})
+    train, held = rewritten(train, config), rewritten(held, config, heldout=True)
     skipped = Counter(rows.skipped)
-    return LoadedRows(
-        rewritten(train, config), rows.sources, held, heldout_sources, skipped, heldout_skipped, notes, config
-    )
+    return LoadedRows(train, rows.sources, held, heldout_sources, skipped, heldout_skipped, notes, config)
 
 
 def _balance_languages(languages: np.ndarray, data: EncodingConfig, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -118,8 +117,12 @@ def _balance_languages(languages: np.ndarray, data: EncodingConfig, seed: int) -
     return np.sort(np.concatenate(list(by_language.values()))), notes
 
 
-def rewritten(rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig) -> Sequence[Row]:
-    """Return the rows that the method makes of those to train on."""
+def rewritten(
+    rows: Sequence[Row], settings: RunConfig | DeepSupervisionConfig, *, heldout: bool = False
+) -> Sequence[Row]:
+    """Return the rows that the method makes of those to train on; of held-out rows only answers of two parts."""
+    if heldout and METHODS[settings.method].pivot_marker is None:
+        return rows
     rewrite = METHODS[settings.method].rewriter(rows, settings)
     return rows if rewrite is None else Mapped(rows, rewrite)
 
@@ -215,7 +218,7 @@ def encode_dataset(
     encoder = build_encoder(args, tokenizer, model_config)
     for note in notes:
         logger.warning("%s: %s", rows.source, note)
-    trained = trained if heldout else rewritten(trained, args)
+    trained = rewritten(trained, args, heldout=heldout)
     return encode_rows(trained, encoder, on_bad_row=args.data.on_bad_row, sources=rows.sources)
 
 
@@ -233,13 +236,17 @@ def build_train_dataset(
     """
     if pairs is None:
         return None
-    examples = training_examples(
-        pairs, METHODS[args.method], english_ratio=args.data.english_ratio, seed=cast(int, args.seed)
-    )
+    examples = run_examples(pairs, args)
     check_branch_lengths(examples, context_length(model_config))
     if METHODS[args.method].replay and args.supervision.keep_english.kl:
         _check_keep_english(args, examples, model_config.get_text_config().vocab_size)
     return ExampleDataset(examples)
+
+
+def run_examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> PairExamples:
+    """Return the training examples of an epoch; raise as `training_examples`."""
+    options: Any = {"english_ratio": args.data.english_ratio, "token_budget": args.data.token_budget}
+    return training_examples(pairs, METHODS[args.method], seed=cast(int, args.seed), **options)
 
 
 def _check_keep_english(args: DeepSupervisionConfig, examples: PairExamples, vocab_size: int) -> None:

@@ -297,16 +297,19 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last log line, the schedule's factor, speed and padding."""
-        if not self._window.empty and "loss" in logs:
-            logs.update(self._window.metrics(self._sum_over_ranks))
-            if self.supervision.active():
+        ends = "train_runtime" in logs
+        if not self._window.empty and ("loss" in logs or ends):
+            figures = self._window.metrics(self._sum_over_ranks)
+            # The last line of a training holds the counts of steps without a log line.
+            logs.update({name: value for name, value in figures.items() if not ends or name.startswith("trained_")})
+            if "loss" in logs and self.supervision.active():
                 # The log line of step n reports the factor and the learning rate that step n used.
                 step = max(self.state.global_step - 1, 0)
                 logs.update(self.balance.take_figures())
                 logs["supervision_factor"] = self._phase.factor(step, self.state.max_steps)
                 if (rate := self._phase.learning_rate(step)) is not None:
                     logs["learning_rate"] = rate
-        if "loss" in logs or "train_runtime" in logs:
+        if "loss" in logs or ends:
             # After the last line of a run the sums belong to no later run.
             self._window.clear()
         super().log(logs, start_time)

@@ -105,6 +105,7 @@ def price_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
 def answer_language_figure(cells: Cells) -> alt.VConcatChart:
     """Return the share of answers in the asked-for language, and of empty ones, by task and run."""
     labels = {"in_language": "answers in the asked-for language (%)", "empty_answers": "empty answers (%)"}
+    labels |= {"no_marker": "English parts without the marker of the second part (%)"}
     panels = []
     for metric, label in labels.items():
         rows = [_score_row(cell) for cell in cells if cell["metric"] == metric and cell["value"] is not None]

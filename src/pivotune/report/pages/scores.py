@@ -38,8 +38,10 @@ def scores(material: Material) -> Section | None:
             "lines is better in both."
         )
         blocks.append(Figure("price-in-english", price_figure(cells, baseline).to_dict(), caption))
-    if answers := material.cells("in_language", "empty_answers"):
-        caption = "Answers in the language that was asked for, and answers without any text."
+    if answers := material.cells("in_language", "empty_answers", "no_marker"):
+        caption = (
+            "Answers in the language that was asked for, answers without any text, and English parts without marker."
+        )
         blocks.append(Figure("answer-language", answer_language_figure(answers).to_dict(), caption))
     others = [cell for cell in material.comparison["cells"] if cell["metric"] != material.primary[cell["task"]]]
     if others:

@@ -98,9 +98,11 @@ def _trained(runs: Sequence[RunParts]) -> Table:
                 ", ".join(f"{k} = {run.layers[term]}" for k, term in used.items()) + f" of {run.layers['num_layers']}"
             )
         steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=None)
+        tokens = sum(count for line in run.metrics if isinstance(count := line.get("trained_tokens"), int))
         values = (config.get("model"), config.get("method"), ", ".join(run.sources), run.language, config.get("seed"))
-        rows.append([run.name, *(None if value in (None, "") else str(value) for value in values), steps, layers])
-    titles = ["run", "starting model", "method", "training rows", "language", "seed", "steps", "layers"]
+        texts = [None if value in (None, "") else str(value) for value in values]
+        rows.append([run.name, *texts, steps, f"{tokens:,}" if tokens else None, layers])
+    titles = ["run", "starting model", "method", "training rows", "language", "seed", "steps", "tokens", "layers"]
     return Table(titles, rows, "What was trained on what")
 
 
