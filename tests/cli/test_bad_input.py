@@ -165,7 +165,7 @@ by_set("unknown_key", "FOLDER/run.yaml: unknown key supervision.thinking.layr; d
        "supervision.thinking.layr=3")  # fmt: skip
 by_set("unknown_method",
        "FOLDER/run.yaml: method: 'dft' is not allowed; allowed: 'english-only', 'tft', 'deep-supervision', "
-       "'cross-lingual' or 'sdrrl'",
+       "'cross-lingual', 'sdrrl' or 'plug'",
        "method=dft")  # fmt: skip
 by_set("unknown_signal",
        "FOLDER/run.yaml: supervision.conversion.signal: 'logit' is not allowed; "

@@ -116,7 +116,7 @@ def test_unknown_method(capsys):
     assert main(["init", "--method", "dft"]) == 2
     expected = (
         "pivotune: error: --method: 'dft' is not allowed; allowed: english-only, tft, deep-supervision, cross-lingual, "
-        "sdrrl\n"
+        "sdrrl, plug\n"
     )
     assert capsys.readouterr() == ("", expected)
 

@@ -67,6 +67,7 @@ def test_every_default():
             "english_ratio": 0.25,
             "max_prompt_tokens": 256,
             "max_completion_tokens": 256,
+            "token_budget": None,
             "on_bad_row": "error",
         },
         "supervision": {
@@ -222,7 +223,7 @@ def test_missing_keys(key):
 
 
 CHOICES = [
-    ("method", "dft", "'english-only', 'tft', 'deep-supervision', 'cross-lingual' or 'sdrrl'"),
+    ("method", "dft", "'english-only', 'tft', 'deep-supervision', 'cross-lingual', 'sdrrl' or 'plug'"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("quantize", "8bit", "'4bit'"),
     ("data.on_bad_row", "ignore", "'error' or 'skip'"),

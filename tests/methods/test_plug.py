@@ -9,11 +9,12 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 
 from pivotune.config.registry import METHODS
 from pivotune.data.datasets import training_examples
+from pivotune.data.rows import Row
 from pivotune.errors import UsageError
 from pivotune.estimate.rows import TYPICAL_TOKENS, assumed_pairs
 from pivotune.methods.base import marker_in, required_sides
 from pivotune.training.arguments import DeepSupervisionConfig
-from pivotune.training.preparation import encode_dataset
+from pivotune.training.preparation import encode_dataset, rewritten
 
 PLUG = METHODS["plug"]
 MODEL_CONFIG = build_tiny_model().config
@@ -63,11 +64,17 @@ def test_held_out_rows_need_english_too():
 
 @pytest.mark.parametrize(
     ("language", "message"),
-    [(None, "method plug: answers name their language; set data.language"), ("xyz", "language 'xyz' is unknown")],
+    [(None, "method plug: answers name the language; set data.language"), ("xyz", "language 'xyz' is unknown")],
 )
 def test_a_language_with_a_name_is_needed(tmp_path, language, message):
     with pytest.raises(UsageError, match=message):
         encode_dataset(tiny_rows(4), arguments(tmp_path, language=language), build_tiny_tokenizer(), MODEL_CONFIG)
+
+
+def test_the_marker_names_the_language_of_the_row(tmp_path):
+    rows = [Row("a", "b", "c", "d", language=code) for code in ("sw", "", "vi")]
+    found = rewritten(rows, arguments(tmp_path, language=["vi", "sw"]))
+    assert [row.completion for row in found] == ["d\n\n[Swahili]\nb", *["d\n\n[Vietnamese]\nb"] * 2]
 
 
 def test_the_marker_names_the_language():

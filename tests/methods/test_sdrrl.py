@@ -10,7 +10,7 @@ from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 
 from pivotune.cli.main import main
 from pivotune.config.registry import METHODS
-from pivotune.config.settings import SdrrlConfig
+from pivotune.config.settings import EncodingConfig, SdrrlConfig
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.datasets import training_examples
 from pivotune.data.rows import Row
@@ -36,7 +36,7 @@ KINDS = {
 def rows_of(count: int, *, seed: int = 0, language: str | None = "sw", row: Row = ROW, **own) -> list[Row]:
     own = {"code_switching": {"share": 0}, **own}
     settings = SimpleNamespace(
-        method="sdrrl", sdrrl=SdrrlConfig(**own), seed=seed, data=SimpleNamespace(language=language)
+        method="sdrrl", sdrrl=SdrrlConfig(**own), seed=seed, data=EncodingConfig(language=language)
     )
     return list(rewritten([row] * count, settings))
 
@@ -116,6 +116,25 @@ def test_share_and_probability_of_code_switching(dictionary):
     assert 240 < replaced < 360
     again = rows_of(400, code_switching={"share": 1, "probability": 0.25, "dictionary": dictionary}, **weights)
     assert again == words
+
+
+def test_several_languages_have_names_and_words_of_their_own(dictionary):
+    swahili = Row("Nne ni namba", "Ndiyo", "Four is a number", "Yes", language="sw")
+    german = Row("Vier sind nett", "Ja", "Four is a number", "Yes", language="de")
+    settings = SimpleNamespace(
+        method="sdrrl",
+        sdrrl=SdrrlConfig(**only("english_target"), code_switching={"share": 1, "probability": 1}),
+        seed=0,
+        data=EncodingConfig(language=["sw", "de"]),
+    )
+    words = {"sw": ("Nne", "ni", "namba"), "de": ("Vier", "sind", "nett")}
+    other = [Row(f"{words[code][0]} {code}x", "Ndiyo", "Four only", "Yes", language=code) for code in ("sw", "de")]
+    rows = list(rewritten([swahili, german, *other] * 8, settings))
+    assert {row.prompt for row in rows[::4]} == {"Nne is a number\n\nAnswer in Swahili."}
+    assert {row.prompt for row in rows[1::4]} == {"Vier is a number\n\nAnswer in German."}
+    settings.sdrrl = SdrrlConfig(code_switching={"dictionary": dictionary})
+    with pytest.raises(UsageError, match=r"dictionary: it has one language, and the rows have sw, de; leave it out"):
+        rewritten(rows, settings)
 
 
 def test_words_of_a_script_without_spaces_are_the_longest_known_ones():
