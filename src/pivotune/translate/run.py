@@ -1,14 +1,15 @@
 """Translate the rows of a source: English rows in, translated rows appended to a file, the good ones written at the end.
 
 Beside `pairs.jsonl` lie `pairs.translated.jsonl`, all rows as they were translated, with `pairs.translated.json`, their
-source, model and language, and `pairs.report.json`, the rows left out. A stopped translation goes on behind its last row.
+source, model and language, `pairs.scores.jsonl`, scores of filters, and `pairs.report.json`, the rows left out. A stopped
+translation goes on behind its last row.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from pivotune.data.check import DataCheck, check_rows, report_path, row_record, write_clean
+from pivotune.data.formats import row_name
 from pivotune.data.lazy import Mapped, Subset
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
 from pivotune.text.files import write_json
+from pivotune.translate.filters import RowFilter
 from pivotune.translate.segments import Translate, translate_texts
 
 # Rows that show under which keys a source has its English.
@@ -33,6 +36,11 @@ _KNOWN_LINES = 200_000
 def translated_path(out: Path) -> Path:
     """Return the place of all translated rows: `pairs.translated.jsonl` for `pairs.jsonl`."""
     return out.with_suffix(".translated.jsonl")
+
+
+def scores_path(out: Path) -> Path:
+    """Return the place of the scores of filters: `pairs.scores.jsonl` for `pairs.jsonl`."""
+    return out.with_suffix(".scores.jsonl")
 
 
 def read_english(source: str, limit: int | None) -> Rows:
@@ -53,7 +61,7 @@ def _english_row(row: Row, has_english: bool) -> Row:
     return replace(english, id=row.id, number=row.number)
 
 
-def count_done(out: Path, rows: Rows, settings: dict[str, str]) -> int:
+def count_done(out: Path, rows: Rows, settings: Mapping[str, str | None]) -> int:
     """Return the number of rows that are translated already; a last line that was cut off by a kill is removed.
 
     Raises:
@@ -89,9 +97,10 @@ def count_done(out: Path, rows: Rows, settings: dict[str, str]) -> int:
     return min(len(translated), len(rows))
 
 
-def begin(out: Path, settings: dict[str, str], *, overwrite: bool) -> None:
+def begin(out: Path, settings: Mapping[str, str | None], *, overwrite: bool) -> None:
     """Write the settings; the files of an earlier translation are removed or kept."""
-    for path in (out, report_path(out), translated_path(out)) if overwrite else ():
+    files = (out, report_path(out), translated_path(out), scores_path(out))
+    for path in files if overwrite else ():
         path.unlink(missing_ok=True)
     write_json(translated_path(out).with_suffix(".json"), settings)
 
@@ -133,10 +142,20 @@ def _with_target(row: Row, texts: list[str]) -> Row:
     return replace(row, prompt=prompt, completion=completion, input=input_text, history=history)
 
 
-def write_result(out: Path, rows: Rows, language: str, *, keep_all: bool, examples: int) -> tuple[DataCheck, int]:
-    """Check all translated rows, write those without defects (or all) and the report; return the check and their number."""
+def translated_rows(out: Path, rows: Rows) -> Rows:
+    """Return the translations of `rows`, with the numbers of these."""
     translated = Subset(load_rows(translated_path(out)), np.arange(len(rows)))
-    numbered = Mapped(translated, lambda place, row: replace(row, number=rows[place].number))
-    pairs = replace(rows, rows=numbered)
+    return replace(rows, rows=Mapped(translated, lambda place, row: replace(row, number=rows[place].number)))
+
+
+def write_result(
+    out: Path, pairs: Rows, language: str, *, keep_all: bool, examples: int, filters: Sequence[RowFilter] = ()
+) -> tuple[DataCheck, int]:
+    """Check all translated rows, write those without defects (or all) and the report; return the check and their number."""
     found = check_rows(pairs, language=language, examples=examples)
-    return found, write_clean(out, pairs, found, keep_all=keep_all)
+    details: dict[int | str, dict[str, float]] = {}
+    for each in filters:
+        found = each.flag(found, pairs, examples)
+        for place in each.low():
+            details.setdefault(row_name(pairs[place].number, pairs.sources), {})[each.name] = each.scores[place]
+    return found, write_clean(out, pairs, found, keep_all=keep_all, details=details)
