@@ -154,10 +154,11 @@ def _transformers_generator(model: Any, tokenizer: Any, context: int, ends: set[
         limit = min(longest, context - inputs["input_ids"].shape[1])
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=limit, **options)
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        whole = [not ends.isdisjoint(answer) for answer in answers]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text if is_whole else "" for text, is_whole in zip(texts, whole, strict=True)]
+        texts = []
+        for answer in output[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((place for place, token in enumerate(answer) if token in ends), 0)
+            texts.append(tokenizer.decode(answer[:end], skip_special_tokens=True))
+        return texts
 
     def characters(prompt: Prompt) -> int:
         return 4 * len(prompt.ids)  # of a token in English
