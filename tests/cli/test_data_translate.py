@@ -84,14 +84,14 @@ def test_a_local_model(rows, tmp_path, capsys, family):
 def test_filters_leave_rows_out_and_go_on_after_a_kill(rows, tmp_path, capsys, monkeypatch):
     """One answer means something else: the model in the other direction finds it. A kill keeps all that is done."""
     english = {swahili: text for text, swahili in SWAHILI.items()}
-    wrong = SWAHILI["It is five, number 4."]
-    killed: list[int] = []
+    wrong = tiny_rows(5)[4]["completion"]
+    seen: list[str] = []
 
     def translate_back(self, texts):
-        if len(killed) == 1:
-            killed.append(1)
+        is_killed = tiny_rows(30)[20]["prompt"] in texts and len(seen) == 32
+        if is_killed:
             raise KeyboardInterrupt
-        killed.append(1)
+        seen.extend(texts)
         return ["Bread is baked of flour and water in an oven." if text == wrong else english[text] for text in texts]
 
     monkeypatch.setattr(LocalTranslator, "__call__", translate_back)
@@ -104,10 +104,11 @@ def test_filters_leave_rows_out_and_go_on_after_a_kill(rows, tmp_path, capsys, m
     with serve(lambda text: SWAHILI[text]) as server:
         assert main(command(rows, "--endpoint", server.url, *options)) == 130
     assert len(load_rows(tmp_path / "pairs.translated.jsonl")) == 30
-    assert len((tmp_path / "pairs.scores.jsonl").read_text().split()) > 16
+    assert len((tmp_path / "pairs.scores.jsonl").read_text().splitlines()) == 1 + 16
+    seen.append("a new process")
     capsys.readouterr()
     assert main(command(rows, "--endpoint", server.url, *options)) == 0  # which nobody asks any more
-    assert len(killed) == 3
+    assert len(seen) == 32 + 1 + 28
     printed = " ".join(capsys.readouterr().out.split())
     assert "row 5 sw-4: " in printed
     assert "note chrF++ of the back-translation: median 100, 5 % of the rows below 100" in printed
