@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,7 +183,7 @@ def embed(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray
     """Return unit vectors, float32 (width,): the mean of the last hidden states over the tokens of each text."""
     import torch
 
-    def run(batch: Sequence[str]) -> Iterable[np.ndarray]:
+    def run(batch: Sequence[str]) -> list[np.ndarray]:
         limit = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", _LONGEST_TEXT))
         options = {"padding": True, "truncation": True, "max_length": min(limit, _LONGEST_TEXT)}
         inputs = tokenizer(list(batch), return_tensors="pt", **options).to(encoder.device)
@@ -191,9 +191,9 @@ def embed(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray
         with torch.inference_mode():
             states = encoder(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state.float()
         sums = (states * mask.unsqueeze(-1)).sum(dim=1)
-        return torch.nn.functional.normalize(sums, dim=-1).cpu().numpy()
+        return list(torch.nn.functional.normalize(sums, dim=-1).cpu().numpy())
 
-    return run_in_batches(texts, lambda batch: list(run(batch)), encoder.device.type)
+    return run_in_batches(texts, run, encoder.device.type)
 
 
 def _load_encoder(name: str, location: str, arguments: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """Translate the rows of a source: English rows in, translated rows appended to a file, the good ones written at the end.
 
 Beside `pairs.jsonl` lie `pairs.translated.jsonl`, all rows as they were translated, with `pairs.translated.json`, their
-source, model and language, `pairs.scores.jsonl`, scores of filters, and `pairs.report.json`, the rows left out. A stopped
-translation goes on behind its last row.
+settings, `pairs.scores.jsonl`, scores of filters, and `pairs.report.json`, the rows left out. A stopped translation goes
+on behind its last row.
 """
 
 from __future__ import annotations
