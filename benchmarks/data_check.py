@@ -92,6 +92,15 @@ def input_of(value: str) -> Damage:
     return damage
 
 
+def another_digit(text: str, generator: random.Random) -> str:
+    """Change a digit of a number of two digits or more."""
+    places = [place for match in re.finditer(r"\d{2,}", text) for place in range(*match.span())]
+    if not places:
+        return text
+    place = generator.choice(places)
+    return f"{text[:place]}{(int(text[place]) + generator.randint(1, 9)) % 10}{text[place + 1 :]}"
+
+
 DAMAGE: dict[str, Damage] = {
     "HTML paragraph around the answer": in_answer(lambda text, _: f"<p>{text}</p>"),
     "HTML tags inside": in_answer(inserted("<br>", "<b>", "</div>", "<br />", '<span class="x">')),
@@ -129,6 +138,7 @@ DAMAGE: dict[str, Damage] = {
         lambda text, generator: text[: int(len(text) * generator.uniform(0.2, 0.85))].rstrip()
     ),
     "cut after a sentence, at most 75 % kept": in_long_answer(cut_at_sentence),
+    "a digit changed": in_answer(another_digit),
     "answer left in English (sentences; tasks that do not name a language)": lambda row, _: (
         replace(row, completion=row.completion_en)
         if re.search(r"\w+(?:\W+\w+){5}[.!?]$", row.completion_en)

@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_runs import write_jsonl
 from conftest import build_tiny_model, build_tiny_tokenizer, tiny_rows
 from tiny_translators import save_tiny_translator, serve
+from transformers import AutoConfig, AutoModel
 
-import pivotune.translate.translators as translators
+import pivotune.translate.chat as chat
+import pivotune.translate.filters as filters
 from pivotune.cli.main import main
 from pivotune.data.sources import load_rows
+from pivotune.translate.translators import LocalTranslator
 
 KEY = "sk-0123456789abcdefghijklmnop"
 SWAHILI = {row[f"{key}_en"]: row[key] for row in tiny_rows(40) for key in ("prompt", "completion")}
@@ -30,7 +34,7 @@ def rows(tmp_path) -> Path:
 def environment(monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(translators.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
 
 
 def command(rows: Path, *options: str, model: str = "chat", to: str = "sw") -> list[str]:
@@ -77,6 +81,58 @@ def test_a_local_model(rows, tmp_path, capsys, family):
     assert (tmp_path / "pairs.jsonl").read_bytes() == (tmp_path / "pairs.translated.jsonl").read_bytes()
 
 
+def test_filters_leave_rows_out_and_go_on_after_a_kill(rows, tmp_path, capsys, monkeypatch):
+    """One answer means something else: the model in the other direction finds it. A kill keeps all that is done."""
+    english = {swahili: text for text, swahili in SWAHILI.items()}
+    wrong = tiny_rows(5)[4]["completion"]
+    seen: list[str] = []
+
+    def translate_back(self, texts):
+        is_killed = tiny_rows(30)[20]["prompt"] in texts and len(seen) == 32
+        if is_killed:
+            raise KeyboardInterrupt
+        seen.extend(texts)
+        return ["Bread is baked of flour and water in an oven." if text == wrong else english[text] for text in texts]
+
+    monkeypatch.setattr(LocalTranslator, "__call__", translate_back)
+    monkeypatch.setattr(filters, "embed", lambda encoder, tokenizer, texts: [np.array([1.0, 0.0]) for _ in texts])
+    model, encoder = str(save_tiny_translator(tmp_path / "model", "nllb")), tmp_path / "encoder"
+    build_tiny_tokenizer().save_pretrained(encoder)
+    AutoModel.from_config(AutoConfig.for_model("bert", hidden_size=4, num_attention_heads=1, num_hidden_layers=1,
+                                               intermediate_size=4, vocab_size=384)).save_pretrained(encoder)  # fmt: skip
+    options = ["--back-translation", model, "--similarity", str(encoder)]
+    with serve(lambda text: SWAHILI[text]) as server:
+        assert main(command(rows, "--endpoint", server.url, *options)) == 130
+    assert len(load_rows(tmp_path / "pairs.translated.jsonl")) == 30
+    assert len((tmp_path / "pairs.scores.jsonl").read_text().splitlines()) == 1 + 16
+    seen.append("a new process")
+    capsys.readouterr()
+    assert main(command(rows, "--endpoint", server.url, *options)) == 0  # which nobody asks any more
+    assert len(seen) == 32 + 1 + 28
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "row 5 sw-4: " in printed
+    assert "note chrF++ of the back-translation: median 100, 5 % of the rows below 100" in printed
+    assert "note similarity of the embeddings: median 1, 5 % of the rows below 1" in printed
+    report = json.loads((tmp_path / "pairs.report.json").read_text())
+    (left_out,) = report["left_out"]
+    assert (left_out["number"], left_out["id"], left_out["reasons"]) == (5, "sw-4", ["back_translation"])
+    assert left_out["back_translation"] < 30
+    assert report["reasons"] == {"back_translation": "chrF++ of the back-translation below 30"}
+    assert len(load_rows(tmp_path / "pairs.jsonl")) == 29
+    assert main(command(rows, "--endpoint", server.url, *options, "--min-chrf", "5", "--min-similarity", "1")) == 0
+    assert len(load_rows(tmp_path / "pairs.jsonl")) == 30
+
+
+def test_a_chat_model_on_this_machine(rows, tmp_path):
+    """Answers of a random model do not end: all lines stay English and are left out."""
+    model = tmp_path / "chat"
+    build_tiny_model(max_position_embeddings=1024).save_pretrained(model)
+    build_tiny_tokenizer().save_pretrained(model)
+    assert main(command(rows, "--limit", "2", model=str(model))) == 0
+    report = json.loads((tmp_path / "pairs.report.json").read_text())
+    assert [row["reasons"] for row in report["left_out"]] == [["untranslated"]] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "to", "message"),
     [([], "xx", "language 'xx' is unknown; nearest: xh"), ([], "en", "--to: en is the language of the rows"),
@@ -85,12 +141,24 @@ def test_a_local_model(rows, tmp_path, capsys, family):
      (["--out", "FOLDER/no/pairs.jsonl"], "sw", "--out: no folder FOLDER/no"),
      (["--out", "FOLDER/alpaca.jsonl"], "sw", "--out: FOLDER/alpaca.jsonl would replace the data that is read"),
      (["--out", "FOLDER/taken.jsonl"], "sw", "--out: FOLDER/taken.jsonl exists and was not begun by this command"),
-     ([], "sw", "FOLDER/decoder: llama is no encoder-decoder; allowed: NLLB, MADLAD-400, M2M100, mBART-50, Marian"),
+     ([], "sw", "FOLDER/decoder: neither an encoder-decoder nor a chat model (its tokenizer has no chat template)"),
+     (["--model", "FOLDER/pickled"], "sw", "FOLDER/pickled: only safetensors are read and the weights are a pickle (pyt"),
+     (["--engine", "vllm"], "sw", "--engine: vllm is not installed: pip install vllm, or use --engine hf"),
+     (["--tokenizer", "FOLDER/decoder"], "sw", "--tokenizer: goes with a model that was converted for CTranslate2"),
+     (["--endpoint", "http://localhost:1/v1", "--revision", "main"], "sw", "--revision: is for a local model; leave it"),
+     (["--min-chrf", "20"], "sw", "--min-chrf: needs --back-translation"),
+     (["--min-similarity", "0.8"], "sw", "--min-similarity: needs --similarity"),
+     (["--min-chrf", "101"], "sw", "Invalid value for '--min-chrf'"),
+     (["--endpoint", "http://localhost:1/v1", "--back-translation", "FOLDER/pickled"], "sw", "FOLDER/pickled: only safe"),
+     (["--endpoint", "http://localhost:1/v1", "--similarity", "FOLDER/decoder"], "sw", "FOLDER/decoder is no encoder;"),
      (["--parallel", "0"], "sw", "Invalid value for '--parallel'")],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_write_nothing(rows, tmp_path, capsys, options, to, message):
     build_tiny_model().save_pretrained(tmp_path / "decoder")
-    build_tiny_tokenizer().save_pretrained(tmp_path / "decoder")
+    build_tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "decoder")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "taken.jsonl").write_text("mine")
     capsys.readouterr()
     before = sorted(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import pytest
 from data.test_check import names_of, numbers_of, parallel_rows, with_row
 
 from pivotune.data.check import check_rows
-from pivotune.data.check.damage import find_damage
+from pivotune.data.check.damage import find_damage, lost_number
 from pivotune.data.check.language import side_texts
 from pivotune.data.rows import Row
 
@@ -203,3 +203,38 @@ def test_a_missing_list_item_is_a_cut():
     check = check_rows(with_row(rows, 9, completion=marker, completion_en=english), language="sw")
     (finding,) = next(problem for problem in check.problems if problem.name == "cut_answer").examples
     assert "open bracket, list item or comma" in finding.note
+
+
+@pytest.mark.parametrize(
+    ("english", "target", "lost"),
+    [("In 1922 it was 1,234.5 km.", "Năm 1922 là 1.234,5 km.", ""),
+     ("On 12/25/2021 at 10:45 PM", "25-12-2021 lúc 22:45", ""),
+     ("200,000 of 6.9 million", "690万中的20万", ""),
+     ("It has 12,345 people", "有1万2345人", ""),
+     ("Zip codes 60629,60632", "60629、60632", ""),
+     ("There are 25 books", "هناك ٢٥ كتابا", ""),
+     ("In the 1950s", "20 世纪 50 年代", ""),
+     ("3 of 10 or 400", "ba phần mười, bốn trăm", ""),
+     ("In 1922 it was so.", "Năm 1932 là vậy.", "answer: no 1922"),
+     ("About 47,384 of them", "Khoảng 47.385 cái", "answer: no 47,384"),
+     ("5.2 on average", "Trung bình 4,4", "answer: no 5.2"),
+     ("It cost 120 dollars and 15 cents", "Giá 120 đô la", "answer: no 15")],
+)  # fmt: skip
+def test_lost_numbers(english, target, lost):
+    row = Row("Câu hỏi", target, "Question", english)
+    assert lost_number(*side_texts(row)) == lost
+
+
+def test_rows_with_lost_numbers_are_found():
+    rows = parallel_rows("sw", 100)
+    row = rows[9]
+    whole = {"completion": f"{row.completion} Namba 1922.", "completion_en": f"{row.completion_en} Number 1922."}
+    assert "lost_number" not in names_of(check_rows(with_row(rows, 9, **whole), language="sw"))
+    lost = {**whole, "completion": f"{row.completion} Namba 1932."}
+    check = check_rows(with_row(rows, 9, **lost), language="sw")
+    assert numbers_of(check, "lost_number") == [9]
+    (problem,) = (problem for problem in check.problems if problem.name == "lost_number")
+    assert (problem.defect, problem.examples[0].note) == (True, "answer: no 1922")
+    # Another defect explains it.
+    check = check_rows(with_row(rows, 9, **{**lost, "completion": "nan"}), language="sw")
+    assert "lost_number" not in names_of(check)

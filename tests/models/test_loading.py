@@ -453,11 +453,10 @@ def test_hub_model_with_pickled_weights(monkeypatch: pytest.MonkeyPatch) -> None
     refused(lambda: check_model(HUB_NAME), f"{HUB_NAME}: only safetensors are read")
 
 
-def test_translation_models_on_the_hub_are_read_from_the_converted_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers finds the copy in safetensors, given `use_safetensors` and the main revision of a repository."""
+def test_pickled_translation_models_on_the_hub_need_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLLB's main branch holds a pickle; the pull request of the Hub's conversion bot holds safetensors as well."""
     hub_answers(monkeypatch, ["config.json", "pytorch_model.bin", "tokenizer.json"])
-    config = AutoConfig.for_model("m2m_100", vocab_size=16)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **options: config)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **options: AutoConfig.for_model("m2m_100"))
     asked: dict[str, Any] = {}
 
     def from_pretrained(name: str, **options: Any) -> tuple[str, dict[str, list[str]]]:
@@ -465,11 +464,14 @@ def test_translation_models_on_the_hub_are_read_from_the_converted_copy(monkeypa
         return "the model", {"missing_keys": [], "mismatched_keys": []}
 
     monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", from_pretrained)
-    assert load_model(HUB_NAME, translates=True) == "the model"
-    assert (asked["name"], asked["use_safetensors"], asked.get("revision", "main")) == (HUB_NAME, True, "main")
-    hub_answers(monkeypatch, ["config.json", "tokenizer.json"])
-    locating._names_on_hub.cache_clear()
-    refused(lambda: load_model(HUB_NAME, translates=True), f"{HUB_NAME}: no weights")
+    hint = "name a revision that has safetensors \\(such as refs/pr/N\\), or convert them"
+    with pytest.raises(UsageError, match=f"the weights are a pickle \\(pytorch_model.bin\\); {hint}") as caught:
+        load_model(HUB_NAME, translates=True)
+    assert "\n" not in str(caught.value)
+    assert not asked
+    hub_answers(monkeypatch, ["config.json", "pytorch_model.bin", "model.safetensors", "tokenizer.json"])
+    assert load_model(HUB_NAME, translates=True, revision="refs/pr/2") == "the model"
+    assert (asked["name"], asked["use_safetensors"], asked["revision"]) == (HUB_NAME, True, "refs/pr/2")
 
 
 def test_pickled_translation_models_in_a_folder_are_refused(folder: Path) -> None:

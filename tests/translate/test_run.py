@@ -11,7 +11,13 @@ from conftest import tiny_rows
 import pivotune.translate.run as run
 from pivotune.data.sources import load_rows
 from pivotune.errors import UsageError
-from pivotune.translate.run import is_translation_of, read_english, translate_rows, write_result
+from pivotune.translate.run import (
+    is_translation_of,
+    read_english,
+    translate_rows,
+    translated_rows,
+    write_result,
+)
 from pivotune.translate.steps import StepFile
 
 SETTINGS = {"source": "rows.jsonl", "model": "m", "language": "swh_Latn"}
@@ -182,7 +188,7 @@ def test_rows_with_defects_are_left_out_and_named_by_their_line(tmp_path):
     bad = {rows[5]["completion"]: "<p>Ni <b>nne</b>, namba ya 4.</p>", rows[9]["prompt"]: rows[9]["prompt"]}
     out, source = tmp_path / "pairs.jsonl", read_english(write(tmp_path / "rows.jsonl", rows), None)
     translate(out, source, lambda lines: [bad.get(line) or SWAHILI[line] for line in lines])
-    found, written = write_result(steps_of(out), source, "sw", keep_all=False, examples=1)
+    found, written = write_result(out, translated_rows(steps_of(out), source), "sw", keep_all=False, examples=1)
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert report["left_out"] == [
         {"number": 6, "id": "sw-4", "reasons": ["left_in_english"]},
@@ -191,7 +197,7 @@ def test_rows_with_defects_are_left_out_and_named_by_their_line(tmp_path):
     assert report["unusable"] == {"`prompt` is empty": 1}
     assert (written, found.total, len(load_rows(out))) == (28, 31, 28)
     assert len(records(translated_path(out))) == 30
-    _, written = write_result(steps_of(out), source, "sw", keep_all=True, examples=1)
+    _, written = write_result(out, translated_rows(steps_of(out), source), "sw", keep_all=True, examples=1)
     report = json.loads(out.with_suffix(".report.json").read_text())
     assert (written, len(load_rows(out)), len(report["flagged"])) == (30, 30, 2)
     assert "left_out" not in report

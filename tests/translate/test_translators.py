@@ -1,25 +1,21 @@
-"""Language tokens of each family, batches and sentences of local models, and requests to an endpoint."""
+"""Language tokens of each family, sentences, and converted models."""
 
 from __future__ import annotations
 
-import time
+import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_translators import FAMILIES, save_tiny_translator, serve
+from tiny_translators import FAMILIES, save_tiny_translator
 
-import pivotune.translate.translators as translators
+import pivotune.translate.batches as batches
+import pivotune.translate.chat as chat
 from pivotune.errors import UsageError
-from pivotune.text.languages import find_language
-from pivotune.translate.translators import (
-    EndpointTranslator,
-    check_endpoint,
-    find_language_token,
-    load_translator,
-)
-
-KEY = "key-0123456789-secret"
+from pivotune.translate.translators import find_language_token, prepare_translator
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +23,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     names = {"marian-pair": {"source_lang": "en", "target_lang": "sw"}}
     base = tmp_path_factory.mktemp("translators")
     return {family: save_tiny_translator(base / family, family, **names.get(family, {})) for family in FAMILIES}
-
-
-@pytest.fixture
-def key(monkeypatch) -> str:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return KEY
-
-
-# ---- local models ----
 
 
 @pytest.mark.parametrize(
@@ -58,7 +43,7 @@ def test_tokens_of_mbart():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_reads_the_tokens_of_its_family(folders, family, monkeypatch):
-    translator = load_translator(str(folders[family]), "sw")
+    translator = prepare_translator(str(folders[family]), "sw")()
     model, tokenizer = translator.model, translator.tokenizer
     calls = []
     generate = model.generate
@@ -78,7 +63,7 @@ def test_the_model_reads_the_tokens_of_its_family(folders, family, monkeypatch):
 
 def test_forced_token_begins_the_translation(folders):
     """The model of the test above, greedy: generation starts with the target's token."""
-    translator = load_translator(str(folders["nllb"]), "sw")
+    translator = prepare_translator(str(folders["nllb"]), "sw")()
     inputs = translator.tokenizer(["Hello"], return_tensors="pt")
     wanted = translator.tokenizer.convert_tokens_to_ids("swh_Latn")
     output = translator.model.generate(inputs["input_ids"], forced_bos_token_id=wanted, max_new_tokens=20, num_beams=1)
@@ -88,46 +73,44 @@ def test_forced_token_begins_the_translation(folders):
 
 
 def test_sentences_are_translated_once_in_batches_of_similar_length(folders, monkeypatch):
-    translator = load_translator(str(folders["nllb"]), "sw")
-    batches = []
+    translator = prepare_translator(str(folders["nllb"]), "sw")()
+    sizes = []
     monkeypatch.setattr(
         translator,
         "_generate",
-        lambda texts: batches.append(texts) or [f"<{text}>" if text != "Gone." else " " for text in texts],
+        lambda texts, first: sizes.append(texts) or [f"<{text}>" if text != "Gone." else " " for text in texts],
     )
-    monkeypatch.setitem(translators._BATCH, "cpu", (40, 64))
+    monkeypatch.setitem(batches._LIMITS, "cpu", (40, 64))
     texts = ["Dr. No saw it at 3.5 km. Really? (Yes.) Gone.", "Really?", f"{'word ' * 150}end."]
     found = translator(texts)
     assert found[0] == "<Dr. No saw it at 3.5 km.> <Really?> <(Yes.)> Gone."
     assert found[1] == "<Really?>"
     assert found[2].replace(">", "").replace("<", "") == texts[2]
-    sentences = [text for batch in batches for text in batch]
+    sentences = [text for batch in sizes for text in batch]
     assert len(sentences) == len(set(sentences)) == 6
     assert max(map(len, sentences)) <= 600
-    assert [len(max(batch, key=len)) for batch in batches] == sorted(
-        (len(max(b, key=len)) for b in batches), reverse=True
-    )
-    assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= 40 for batch in batches)
+    assert [len(max(batch, key=len)) for batch in sizes] == sorted((len(max(b, key=len)) for b in sizes), reverse=True)
+    assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= 40 for batch in sizes)
     translator.joint = ""
     assert translator(["Hi. Bye."]) == ["<Hi.><Bye.>"]
 
 
 def test_chinese_sentences_are_joined_without_a_space(folders):
-    assert load_translator(str(folders["nllb"]), "zh").joint == ""
-    assert load_translator(str(folders["nllb"]), "vi").joint == " "
+    assert prepare_translator(str(folders["nllb"]), "zh")().joint == ""
+    assert prepare_translator(str(folders["nllb"]), "vi")().joint == " "
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved(folders, monkeypatch):
-    translator = load_translator(str(folders["nllb"]), "sw")
+    translator = prepare_translator(str(folders["nllb"]), "sw")()
     sizes = []
 
-    def generate(texts):
+    def generate(texts, first):
         sizes.append(len(texts))
         if len(texts) > 2:
             raise torch.cuda.OutOfMemoryError
         return list(texts)
 
-    monkeypatch.setattr(translator, "_generate_batch", generate)
+    monkeypatch.setattr(translator, "_generate", generate)
     assert translator(["a", "b", "c", "d", "e"]) == ["a", "b", "c", "d", "e"]
     assert sizes == [5, 2, 3, 1, 2]
 
@@ -138,113 +121,117 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(folders, monkeypatch):
      ("marian-pair", "vi", "translates into sw and has no token of Vietnamese")],
 )  # fmt: skip
 def test_languages_that_the_model_lacks(folders, family, wanted, message, monkeypatch):
-    monkeypatch.setattr(translators, "load_model", None)
+    monkeypatch.setattr(chat, "load_model", None)
     with pytest.raises(UsageError, match=message):
-        load_translator(str(folders[family]), wanted)
+        prepare_translator(str(folders[family]), wanted)
 
 
 def test_another_source_than_english(tmp_path):
     folder = save_tiny_translator(tmp_path, "marian", source_lang="de", target_lang="sw")
     with pytest.raises(UsageError, match="translates from de, not from English"):
-        load_translator(str(folder), "sw")
+        prepare_translator(str(folder), "sw")()
 
 
-# ---- endpoints ----
+# ---- other directions ----
 
 
-def endpoint(url: str) -> EndpointTranslator:
-    return EndpointTranslator(url, "my-model", find_language("vi"), parallel=2)
+def test_the_same_model_translates_back(folders):
+    """Source and target are exchanged; an English-only pair is refused."""
+    back = prepare_translator(str(folders["nllb"]), "en", "sw")()
+    assert (back.tokenizer.src_lang, back.target.token, back.joint) == ("swh_Latn", "eng_Latn", " ")
+    assert prepare_translator(str(folders["madlad"]), "en", "sw")().target.token == "<2en>"
+    with pytest.raises(UsageError, match="marian-pair: translates from en, not from Swahili"):
+        prepare_translator(str(folders["marian-pair"]), "en", "sw")
+    with pytest.raises(UsageError, match="nllb: its tokenizer has no token of French, the source language"):
+        prepare_translator(str(folders["nllb"]), "en", "fr")
 
 
-def test_requests(key):
-    with serve(lambda text: f"<think>Hm,\nyes.</think>\n{text.upper()}") as server:
-        assert endpoint(server.url + "/")(["one", "two", "three"]) == ["\nONE", "\nTWO", "\nTHREE"]
-    path, headers, body = server.requests[0]
-    assert path == "/v1/chat/completions"
-    assert headers["Authorization"] == f"Bearer {KEY}"
-    assert (body["model"], body["temperature"]) == ("my-model", 0)
-    assert "from English into Vietnamese" in body["messages"][0]["content"]
-    assert sorted(body["messages"][1]["content"] for _, _, body in server.requests) == ["one", "three", "two"]
+def test_a_group_of_languages_is_accepted_as_source(tmp_path):
+    folder = save_tiny_translator(tmp_path, "marian-pair", source_lang="mul", target_lang="en")
+    assert prepare_translator(str(folder), "en", "sw")().target is None
 
 
-def test_no_key_no_header(key, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with serve(str) as server:
-        endpoint(server.url)(["one"])
-    assert "Authorization" not in server.requests[0][1]
+def test_sentences_of_other_languages(folders, monkeypatch):
+    """Full stops of East Asia need no space, and letters beyond ASCII may begin a sentence."""
+    translator = prepare_translator(str(folders["nllb"]), "en", "zh")()
+    monkeypatch.setattr(translator, "_generate", lambda texts, first: [f"<{text}>" for text in texts])
+    assert translator(["他说：“好。”他走了。再见！"]) == ["<他说：“好。”他走了。> <再见！>"]
+    assert translator(["Một. Đây là hai. ba"]) == ["<Một.> <Đây là hai. ba>"]
 
 
-def test_a_cut_answer_and_no_answer_are_none(key):
-    cut = b'{"choices": [{"message": {"content": "Xin ch"}, "finish_reason": "length"}]}'
-    none = b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'
-    with serve(lambda text: cut if text == "cut" else none) as server:
-        assert endpoint(server.url)(["cut", "none"]) == ["", ""]
+# ---- CTranslate2 ----
 
 
-@pytest.mark.parametrize("fault", [500, 429, b"no JSON", b'{"choices": []}', b"[]"])
-def test_a_temporary_fault_is_tried_three_times(key, fault):
-    faults = iter([fault, fault])
-    with serve(lambda text: next(faults, "Xin chào")) as server:
-        assert endpoint(server.url)(["Hello"]) == ["Xin chào"]
-    assert len(server.requests) == 3
-    with serve(lambda text: fault) as server, pytest.raises(UsageError, match="failed 3 times: ") as caught:
-        endpoint(server.url)(["Hello"])
-    assert len(server.requests) == 3
-    assert "translated rows are kept" in str(caught.value)
-    assert KEY not in str(caught.value)
+class StandIn:
+    """`ctranslate2.Translator`: each translation is its prefix and the reversed words, with an end token."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        if not Path(folder, "model.bin").read_bytes():
+            raise RuntimeError("File model.bin is incomplete")
+        self.device, self.calls = device, []
+
+    def translate_batch(self, source, target_prefix=None, max_decoding_length=256):
+        self.calls.append((source, target_prefix, max_decoding_length))
+        prefixes = target_prefix or [[]] * len(source)
+        return [
+            SimpleNamespace(hypotheses=[[*prefix, *[token for token in text if token[0] not in "<_"][::-1], "</s>"]])
+            for text, prefix in zip(source, prefixes, strict=True)
+        ]
 
 
-def test_a_refused_request_is_not_repeated(key):
-    refused = pytest.raises(UsageError, match=r"HTTP 404 Not Found: .*no such model for .*redacted")
-    with serve(lambda text: 404) as server, refused as caught:
-        endpoint(server.url)(["Hello"])
-    assert len(server.requests) == 1
-    assert KEY not in str(caught.value)
+@pytest.fixture
+def ctranslate2(monkeypatch):
+    module = ModuleType("ctranslate2")
+    module.__spec__ = ModuleSpec("ctranslate2", None)
+    module.Translator, module.get_cuda_device_count = StandIn, lambda: 0
+    monkeypatch.setitem(sys.modules, "ctranslate2", module)
 
 
-def test_the_key_is_not_sent_on_to_another_server(key):
-    refused = pytest.raises(UsageError, match="failed 3 times: HTTP 500")
-    with serve(str) as other, serve(lambda text: 302, other.url) as server, refused:
-        endpoint(server.url)(["Hello"])
-    assert len(server.requests) == len(other.requests) == 3
-    assert all("Authorization" in headers for _, headers, _ in server.requests)
-    assert not any("Authorization" in headers for _, headers, _ in other.requests)
+def save_converted(folder: Path, family: str, tokenizer: Path | None) -> Path:
+    """Write the files of a model that was converted for CTranslate2, with a copy of the tokenizer or without."""
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(b"weights")
+    (folder / "config.json").write_text('{"add_source_eos": false, "bos_token": "<s>", "layer_norm_epsilon": null}')
+    (folder / "shared_vocabulary.json").write_text("[]")
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copy(tokenizer / name, folder)
+    return folder
 
 
-def test_nobody_listens(key):
-    with serve(str) as server:
-        pass
-    with pytest.raises(UsageError, match="failed 3 times: ConnectionRefusedError"):
-        endpoint(server.url)(["Hello"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_converted_model(folders, tmp_path, ctranslate2, beside):
+    folder = save_converted(tmp_path / "ct2", "nllb", folders["nllb"] if beside else None)
+    options = {} if beside else {"tokenizer": str(folders["nllb"])}
+    translator = prepare_translator(str(folder), "sw", **options)()
+    assert translator(["ab", "c"]) == ["ba", "c"]
+    ((source, prefixes, longest),) = translator.model.calls
+    expected = [
+        translator.tokenizer.convert_ids_to_tokens(translator.tokenizer(text)["input_ids"]) for text in ("c", "ab")
+    ]
+    assert sorted(source) == sorted(expected)
+    assert prefixes == [["swh_Latn"]] * 2
+    assert longest == 3 * max(map(len, expected)) + 32
+    assert translator.tokenizer.src_lang == "eng_Latn"
 
 
-def test_a_server_that_does_not_answer(key, monkeypatch):
-    import threading
-
-    monkeypatch.setattr(translators, "_TIMEOUT_SECONDS", 0.05)
-    release = threading.Event()
-    with serve(lambda text: "late" if release.wait(5) else "") as server:
-        with pytest.raises(UsageError, match="failed 3 times: TimeoutError"):
-            endpoint(server.url)(["Hello"])
-        release.set()
+def test_a_converted_model_with_a_token_before_the_text(folders, tmp_path, ctranslate2):
+    translator = prepare_translator(str(save_converted(tmp_path / "ct2", "madlad", folders["madlad"])), "sw")()
+    translator(["ab"])
+    ((source, prefixes, _),) = translator.model.calls
+    assert (source[0][0], prefixes) == ("<2sw>", None)
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["localhost:8000/v1", "file:///etc/passwd", "http://", "http://[::1", "http://a b/v1", "http://host:port/v1", ""],
-)
-def test_addresses_that_are_none(url):
-    with pytest.raises(UsageError, match=r"--endpoint: .* found; allowed: an address such as http://localhost:8000/v1"):
-        check_endpoint(url)
-
-
-def test_secrets_in_addresses_and_broken_keys_are_not_shown(monkeypatch):
-    for url in (f"http://me:{KEY}@host/v1", f"http://host/v1?key={KEY}"):
-        with pytest.raises(UsageError, match="the key comes from OPENAI_API_KEY") as caught:
-            check_endpoint(url)
-        assert KEY not in str(caught.value)
-    for key in (f"{KEY}\n{KEY}", f"{KEY}ä"):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(UsageError, match="OPENAI_API_KEY: holds characters that no HTTP header may have") as caught:
-            check_endpoint("http://host/v1")
-        assert KEY not in str(caught.value)
+def test_mistakes_with_converted_models(folders, tmp_path, ctranslate2, monkeypatch):
+    folder = save_converted(tmp_path / "ct2", "nllb", None)
+    with pytest.raises(UsageError, match=r"ct2: the tokenizer cannot be loaded: "):
+        prepare_translator(str(folder), "sw")
+    with pytest.raises(UsageError, match=r"--engine: vllm runs chat models, and .*ct2 is an encoder-decoder"):
+        prepare_translator(str(folder), "sw", engine="vllm")
+    with pytest.raises(UsageError, match=r"--tokenizer: goes with a model .*nllb has no model.bin"):
+        prepare_translator(str(folders["nllb"]), "sw", tokenizer=str(folders["nllb"]))
+    (folder / "model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"ct2: the model cannot be loaded: File model.bin is incomplete"):
+        prepare_translator(str(folder), "sw", tokenizer=str(folders["nllb"]))()
+    monkeypatch.delitem(sys.modules, "ctranslate2")
+    with pytest.raises(UsageError, match=r"CTranslate2, which is not installed: pip install ctranslate2"):
+        prepare_translator(str(folder), "sw")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,13 +137,30 @@ def translate(
     data: Annotated[str, typer.Argument(help="English rows: a file or Hub dataset, in any form of a row.")],
     language: Annotated[str, typer.Option("--to", help="Code of the language to translate into: vi, zh, pt_BR...")],
     model: Annotated[
-        str, typer.Option(help="Translation model (NLLB, MADLAD-400, M2M100, Marian), or the endpoint's.")
+        str, typer.Option(help="NLLB, MADLAD-400, M2M100, mBART-50, Marian or a chat model; or the endpoint's model.")
     ],
     out: Annotated[Path, typer.Option(help="File of the parallel rows (.jsonl); the same command continues it.")],
     endpoint: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server: http://localhost:8000/v1; key in OPENAI_API_KEY.")
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time, with --endpoint.")] = 8,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model: refs/pr/N.")] = None,
+    engine: Annotated[str, typer.Option(help="Of a local chat model: hf (Transformers) or vllm.")] = "hf",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of a CTranslate2 model: folder or Hub name; default: the model's folder.")
+    ] = None,
+    back_translation: Annotated[
+        str | None, typer.Option(help="Model that translates back into English; chrF++ against the English text.")
+    ] = None,
+    min_chrf: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Leave out rows below; default: 30.", show_default=False)
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="Multilingual sentence encoder; cosine of both sides of a row.")
+    ] = None,
+    min_similarity: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Leave out rows below; default: 0.7.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Translate only the first usable rows.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to show for each kind of problem.")] = 3,
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep the rows with a defect in the file.")] = False,
@@ -152,31 +170,61 @@ def translate(
     from pivotune.data.check import check_clean_path, report_path
     from pivotune.text.languages import find_language
     from pivotune.translate import run
+    from pivotune.translate.chat import EndpointTranslator, check_endpoint, check_engine
+    from pivotune.translate.filters import RowFilter, back_translation_filter, similarity_filter
     from pivotune.translate.steps import StepFile
-    from pivotune.translate.translators import EndpointTranslator, check_endpoint, load_translator
+    from pivotune.translate.translators import prepare_translator
 
     target = find_language(language)
     if target.code == "en":
         raise UsageError("--to: en is the language of the rows; name the target language")
-    steps = StepFile(out, "translated", {"source": data, "model": model, "language": target.flores})
-    for path in (out, steps.path):
+    scores = out.with_suffix(".scores.jsonl")
+    settings = {"source": data, "model": model, "revision": revision, "language": target.flores}
+    steps = StepFile(out, "translated", settings, (scores,))
+    for path in (out, steps.path, scores):
         check_clean_path(path, data, option="--out")
+    check_engine(engine)
+    if min_chrf is not None and back_translation is None:
+        raise UsageError("--min-chrf: needs --back-translation")
+    if min_similarity is not None and similarity is None:
+        raise UsageError("--min-similarity: needs --similarity")
+    local = {"revision": revision, "tokenizer": tokenizer, "engine": engine}
     if endpoint is not None:
         check_endpoint(endpoint)
+        for option, given in (("--revision", revision), ("--tokenizer", tokenizer), ("--engine", engine != "hf")):
+            if given:
+                raise UsageError(f"{option}: is for a local model; leave it out with --endpoint")
     rows = run.read_english(data, limit)
     done = 0 if overwrite else steps.count_done(rows, run.is_translation_of)
-    translator: Any = None
-    if endpoint is not None:
-        translator = EndpointTranslator(endpoint, model, target, parallel)
-    elif done < len(rows):
+    if endpoint is None or back_translation or similarity:
         quiet_libraries()
+    # All mistakes are found before the first row is translated.
+    prepared: Any = None
+    if endpoint is not None:
+        prepared = partial(EndpointTranslator, endpoint, model, target, parallel)
+    elif done < len(rows):
+        prepared = prepare_translator(model, language, **local)
+    filters: list[RowFilter] = []
+    if back_translation is not None:
+        of_model = {**local, "engine": "hf"} if back_translation == model and endpoint is None else {}
+        back = prepare_translator(back_translation, "en", language, **of_model)
+        filters.append(back_translation_filter(back_translation, back, 30 if min_chrf is None else min_chrf))
+    if similarity is not None:
+        filters.append(similarity_filter(similarity, 0.7 if min_similarity is None else min_similarity))
+    translator: Any = None
+    if done < len(rows):
         with stderr.status(f"Loading {safe(model)}"):
-            translator = load_translator(model, language)
+            translator = prepared()
     steps.begin(overwrite=overwrite)
     if done < len(rows):
         with progress("Translating rows", len(rows)) as advance:
             run.translate_rows(steps, rows, done, translator, translator.rows_per_step, advance)
-    found, written = run.write_result(steps, rows, target.code, keep_all=keep_all, examples=show)
+    del translator  # its memory is for the filters' models
+    pairs = run.translated_rows(steps, rows)
+    for each in filters:
+        with progress(f"Scoring {each.name}", len(rows)) as advance:
+            each.score(scores, pairs, advance)
+    found, written = run.write_result(out, pairs, target.code, keep_all=keep_all, examples=show, filters=filters)
     print_check(stdout, found)
     _print_rows_done(steps, rows, done)
     others = f"the {'flagged ones' if keep_all else 'others'} and why in {report_path(out)}"

@@ -38,12 +38,12 @@ def read_config(
     """Read the configuration of a causal language model; of an adapter, that of its base model. Loads no weights.
 
     Args:
-        translates: read that of an encoder-decoder for translation instead.
+        translates: accept an encoder-decoder too.
 
     Raises:
         UsageError: as `locate`; a gated repository; another kind of model than asked for.
     """
-    files = locate(name, revision, translates=translates)  # before torch is imported
+    files = locate(name, revision)  # before torch is imported
     from transformers import AutoConfig
 
     if files.is_adapter:
@@ -57,7 +57,7 @@ def read_config(
     if not trust_remote_code:
         _check_no_kernel(name, config)
     # Encoder and decoder of a translation model may have embeddings of their own.
-    if not translates and getattr(config, "tie_word_embeddings", False):
+    if not config.is_encoder_decoder and getattr(config, "tie_word_embeddings", False):
         text = config.get_text_config()
         with one_line_errors(name, "model"):
             # Transformers loads both then, and warns; a saved copy would say that they are one.
@@ -83,7 +83,7 @@ def load_tokenizer(
     Raises:
         UsageError: as `check_model`; no end-of-text token; unreadable tokenizer files; as `check_vocabulary`.
     """
-    files = tokenizer_files(name, revision, translates=translates)
+    files = tokenizer_files(name, revision)
     from transformers import AutoTokenizer
 
     with one_line_errors(name, "tokenizer"), _quiet_transformers(files):
@@ -97,10 +97,10 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options: dict[str, Any] = {"revision": revision, "translates": translates}
-    if not locate(name, **options).is_adapter:
+    if not locate(name, revision).is_adapter:
         # An adapter may bring an embedding of its own.
-        check_vocabulary(name, tokenizer, read_config(name, trust_remote_code=trust_remote_code, **options))
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "translates": translates}
+        check_vocabulary(name, tokenizer, read_config(name, revision=revision, **options))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -142,7 +142,7 @@ def load_model(
         revision: branch, tag or commit on the Hub; ignored for folders.
         attn_implementation: Transformers' option of that name (`sdpa`, `eager`, `flash_attention_2`...).
         quantize: `4bit` loads NF4 weights (QLoRA, Dettmers et al. 2023) through bitsandbytes, on CUDA or a CPU.
-        translates: load an encoder-decoder for translation instead.
+        translates: accept an encoder-decoder too.
 
     Raises:
         UsageError: as `check_model`; unknown option values; weights that are damaged, missing or of another shape.
@@ -165,7 +165,7 @@ def load_model(
 def _load(name: str, revision: str | None, options: dict[str, Any], translates: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    files = locate(name, revision, translates=translates)
+    files = locate(name, revision)
     if files.is_adapter:
         from peft import PeftModel
 
@@ -182,7 +182,7 @@ def _load(name: str, revision: str | None, options: dict[str, Any], translates: 
     if Path(files.location).is_dir():
         options["config"] = config  # of which `read_config` may have corrected the tied weights
     with one_line_errors(name, "model"), _quiet_transformers(files):
-        auto: Any = AutoModelForSeq2SeqLM if translates else AutoModelForCausalLM
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded: Any = auto.from_pretrained(files.location, use_safetensors=True, **options)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -209,12 +209,7 @@ def _quantization_config() -> Any:
 def _check_kind(name: str, config: PretrainedConfig, translates: bool) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if translates:
-        if not config.is_encoder_decoder:
-            raise UsageError(
-                f"{name}: {config.model_type} is no encoder-decoder; allowed: NLLB, MADLAD-400, M2M100, mBART-50, "
-                "Marian, or a chat model behind --endpoint"
-            )
+    if translates and config.is_encoder_decoder:
         return
     if config.is_encoder_decoder:
         raise UsageError(f"{name}: {config.model_type} is an encoder-decoder; only decoder-only language models work")

@@ -74,12 +74,8 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def locate(name: str, revision: str | None, *, translates: bool = False) -> ModelFiles:
+def locate(name: str, revision: str | None) -> ModelFiles:
     """Find a model's files, looking a Hub name up; of an adapter its own files, not its base model's.
-
-    Args:
-        translates: accept a Hub model whose weights are a pickle, as of most translation models. Loaded with
-            `use_safetensors`, Transformers then takes the copy in safetensors that the Hub's own bot has made, or makes.
 
     Raises:
         UsageError: as `resolve_model`; Hub name or revision not found, no configuration or no safetensors.
@@ -93,25 +89,23 @@ def locate(name: str, revision: str | None, *, translates: bool = False) -> Mode
         # Out of reach: reading only the cache saves the Hub client's retries, half a minute for each file.
         names = _names_in_hub_cache(location, revision)
         arguments["local_files_only"] = True
-    elif translates and "pytorch_model.bin" in names:
-        names |= {_WEIGHTS[0]}
     _check_files(location, names)
     return ModelFiles(location, names, arguments)
 
 
-def tokenizer_files(name: str, revision: str | None, *, translates: bool = False) -> ModelFiles:
+def tokenizer_files(name: str, revision: str | None) -> ModelFiles:
     """Find a model's tokenizer; of an adapter without one, its base model's.
 
     Raises:
         UsageError: as `locate`; no tokenizer beside the model.
     """
-    files = locate(name, revision, translates=translates)
+    files = locate(name, revision)
     if files.has_tokenizer:
         return files
     if files.is_adapter:
         base, base_revision = base_of(name, files)
         with about_base_of(name):
-            return tokenizer_files(base, base_revision, translates=translates)
+            return tokenizer_files(base, base_revision)
     raise UsageError(f"{name}: no tokenizer beside the model; looked for {', '.join(sorted(_TOKENIZER_FILES))}")
 
 
@@ -185,9 +179,11 @@ def _check_files(location: str, names: frozenset[str]) -> None:
     if not names.isdisjoint(wanted):
         return
     if pickles := sorted(name for name in names - {"training_args.bin"} if name.endswith(_PICKLE_SUFFIXES)):
+        # The Hub's conversion bot offers the weights in safetensors as a pull request of many such models.
+        on_hub = "" if Path(location).is_dir() else "name a revision that has safetensors (such as refs/pr/N), or "
         raise UsageError(
-            f"{location}: only safetensors are read and the weights are a pickle ({pickles[0]}); convert them with "
-            "transformers (a translation model with AutoModelForSeq2SeqLM): "
+            f"{location}: only safetensors are read and the weights are a pickle ({pickles[0]}); {on_hub}convert them "
+            "with transformers (a translation model with AutoModelForSeq2SeqLM): "
             f"AutoModelForCausalLM.from_pretrained({location!r}).save_pretrained('new-folder')"
         )
     raise UsageError(f"{location}: no weights; looked for {' or '.join(wanted)}")

@@ -138,7 +138,7 @@ def generate_answers(
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            inputs = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
+            inputs = pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 output = model.generate(
                     **inputs,
@@ -196,11 +196,12 @@ def _batches(
         yield done, indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _pad_left(prompts: Sequence[np.ndarray], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+def pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask` of a batch of prompts (token ids), both (prompts, longest)."""
     shape = (len(prompts), max(len(prompt) for prompt in prompts))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     for index, prompt in enumerate(prompts):
-        input_ids[index, -len(prompt) :] = torch.from_numpy(prompt).long()
+        input_ids[index, -len(prompt) :] = torch.as_tensor(prompt)
         attention_mask[index, -len(prompt) :] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}

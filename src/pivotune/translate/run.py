@@ -1,22 +1,26 @@
 """Translate the rows of a source: English rows in, translated rows appended to a file, the good ones written at the end.
 
 Beside `pairs.jsonl` lie `pairs.translated.jsonl`, all rows as they were translated, with `pairs.translated.json`, their
-source, model and language, and `pairs.report.json`, the rows left out. A stopped translation goes on behind its last row.
+settings, `pairs.scores.jsonl`, scores of filters, and `pairs.report.json`, the rows left out. A stopped translation goes
+on behind its last row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pivotune.data.check import DataCheck, check_rows, row_record, write_clean
+from pivotune.data.formats import row_name
 from pivotune.data.lazy import Mapped, Subset
 from pivotune.data.rows import ENGLISH_SUFFIX, Row
 from pivotune.data.sources import Rows, load_rows
+from pivotune.translate.filters import RowFilter
 from pivotune.translate.segments import Translate, translate_texts
 from pivotune.translate.steps import StepFile
 
@@ -98,10 +102,20 @@ def _with_target(row: Row, texts: list[str]) -> Row:
     return replace(row, prompt=prompt, completion=completion, input=input_text, history=history)
 
 
-def write_result(steps: StepFile, rows: Rows, language: str, *, keep_all: bool, examples: int) -> tuple[DataCheck, int]:
-    """Check all translated rows, write those without defects (or all) and the report; return the check and their number."""
+def translated_rows(steps: StepFile, rows: Rows) -> Rows:
+    """Return the translations of `rows`, with the numbers of these."""
     translated = Subset(load_rows(steps.path), np.arange(len(rows)))
-    numbered = Mapped(translated, lambda place, row: replace(row, number=rows[place].number))
-    pairs = replace(rows, rows=numbered)
+    return replace(rows, rows=Mapped(translated, lambda place, row: replace(row, number=rows[place].number)))
+
+
+def write_result(
+    out: Path, pairs: Rows, language: str, *, keep_all: bool, examples: int, filters: Sequence[RowFilter] = ()
+) -> tuple[DataCheck, int]:
+    """Check all translated rows, write those without defects (or all) and the report; return the check and their number."""
     found = check_rows(pairs, language=language, examples=examples)
-    return found, write_clean(steps.out, pairs, found, keep_all=keep_all)
+    details: dict[int | str, dict[str, float]] = {}
+    for each in filters:
+        found = each.flag(found, pairs, examples)
+        for place in each.low():
+            details.setdefault(row_name(pairs[place].number, pairs.sources), {})[each.name] = each.scores[place]
+    return found, write_clean(out, pairs, found, keep_all=keep_all, details=details)

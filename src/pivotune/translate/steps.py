@@ -29,11 +29,13 @@ class StepFile:
         out: file of the result.
         made: what was done with a row, in the file's name.
         settings: a continued file must have the same.
+        beside: further files made from the records, which a new beginning removes too.
     """
 
     out: Path
     made: str
     settings: Mapping[str, Any]
+    beside: Sequence[Path] = ()
 
     @property
     def path(self) -> Path:
@@ -76,7 +78,7 @@ class StepFile:
 
     def begin(self, *, overwrite: bool) -> None:
         """Write the settings; the files of an earlier command are removed or kept."""
-        for path in (self.out, report_path(self.out), self.path) if overwrite else ():
+        for path in (self.out, report_path(self.out), self.path, *self.beside) if overwrite else ():
             path.unlink(missing_ok=True)
         write_json(self.path.with_suffix(".json"), self.settings)
 

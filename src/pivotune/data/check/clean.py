@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,18 @@ def report_path(path: Path) -> Path:
     return path.with_suffix(".report.json")
 
 
-def write_clean(path: Path, rows: Rows, check: DataCheck, *, keep_all: bool = False) -> int:
+def write_clean(
+    path: Path,
+    rows: Rows,
+    check: DataCheck,
+    *,
+    keep_all: bool = False,
+    details: Mapping[int | str, Mapping[str, Any]] | None = None,
+) -> int:
     """Write the rows without defects as JSON Lines, and the report; return the number of rows written.
 
     The report names each row that is left out with the kinds of its defects, and counts the rows that could not be used.
-    With `keep_all` rows with defects are written too, and named as `flagged`.
+    With `keep_all` rows with defects are written too, and named as `flagged`. `details` by row number go into the report.
     """
     reasons: dict[int | str, list[str]] = {}
     for problem in check.problems:
@@ -51,7 +58,8 @@ def write_clean(path: Path, rows: Rows, check: DataCheck, *, keep_all: bool = Fa
         for row in rows:
             number = row_name(row.number, rows.sources)
             if number in reasons:
-                flagged.append({"number": number, "id": row.id, "reasons": reasons[number]})
+                entry = {"number": number, "id": row.id, "reasons": reasons[number]}
+                flagged.append({**entry, **(details or {}).get(number, {})})
             if keep_all or number not in reasons:
                 yield json.dumps(row_record(row), ensure_ascii=False).encode() + b"\n"
 

@@ -19,6 +19,7 @@ from pivotune.data.check.characters import (
     wrong_encoding,
 )
 from pivotune.data.check.language import ENGLISH_WORDS, LINK, Text
+from pivotune.data.check.shifts import NUMBER
 from pivotune.data.rows import Row
 from pivotune.data.templates import Turn
 from pivotune.text.words import is_unspaced
@@ -86,6 +87,8 @@ LEFT_WORDS, LEFT_SHARE, LEFT_COMMON, LEFT_SENTENCE = 12, 0.6, 2, 6
 _ASKS_FOR_ENGLISH = re.compile(
     r"english|translat|(?<!job )\btitle|cipher|decrypt|decod|spell|grammar|capitali[sz]|punctuat|google search", re.I
 )
+# Between the parts of one number: 1万2345.
+_MYRIAD = re.compile(r"(?<=\d)[万萬亿億만억]\s?(?=\d)")
 _PROGRAM = re.compile(r"\w\([\w ]*[,)=]|[=!]=|\bSELECT\b|^\s*(?:def|for|if|while|import|return)\b.*[:;]$", re.M)
 
 
@@ -267,3 +270,27 @@ def left_in_english(target: Sequence[Text], english: Sequence[Text]) -> str:
         if len(words) >= LEFT_SENTENCE and tuple(words) in known_sentences and not ENGLISH_WORDS.isdisjoint(words):
             return f"the answer: {' '.join(words)[:60]}"
     return ""
+
+
+def lost_number(target: Sequence[Text], english: Sequence[Text]) -> str:
+    """Find a number of the English side that the target side lacks.
+
+    Separators, powers of ten (200,000 is 20万) and the script of the digits may differ. Numbers of one significant digit
+    may be words, and decades (1950s) may be counted from the century.
+    """
+    for name, text, other in zip(("prompt", "answer"), target, english, strict=True):
+        numbers = [match for match in NUMBER.finditer(other.text) if not other.text.startswith("s", match.end())]
+        wanted = {digits: match.group() for match in numbers if len(digits := _significant(match.group())) > 1}
+        if not wanted:
+            continue
+        found = NUMBER.findall(_MYRIAD.sub("", text.text))
+        known, parts = set(map(_significant, found)), set(re.findall(r"\d+", " ".join(found)))
+        for digits, number in wanted.items():
+            # A list of numbers without spaces, or a time, may have other separators.
+            if digits not in known and not parts.issuperset(re.findall(r"\d+", number)):
+                return f"{name}: no {number}"
+    return ""
+
+
+def _significant(number: str) -> str:
+    return "".join(str(int(digit)) for digit in number if digit.isdecimal()).strip("0")

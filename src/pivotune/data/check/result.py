@@ -159,6 +159,7 @@ _KINDS = {
     "duplicate_rows": ("exact duplicate of an earlier row", True, "leave them out: they may end up in both splits"),
     "left_in_english": ("answer, or part of it, left in English", True, _TRANSLATE),
     "cut_answer": ("answer cut short", True, "translate the whole answer, with a higher limit of new tokens"),
+    "lost_number": ("a number of the English side is missing", True, "correct the number, or translate again"),
     "wrong_encoding": ("characters of a wrong encoding", True, "read the source again with its own encoding"),
     "html_tags": ("HTML tags on one side", True, "remove the tags before translating"),
     "html_escapes": ("HTML escapes", True, "unescape them (&lt; &quot; &#39;)"),

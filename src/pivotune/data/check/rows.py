@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from pivotune.data.check.cuts import CutTable
-from pivotune.data.check.damage import find_damage
+from pivotune.data.check.damage import find_damage, lost_number
 from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, side_texts
 from pivotune.data.check.lexicon import Strange, TermTable, stranger_pairs
 from pivotune.data.check.result import DEFECTS, Findings, Shift
@@ -53,6 +53,7 @@ class RowCheck:
         self.terms = TermTable(num_rows)
         self.traces = TraceTable()
         self.cuts = CutTable()
+        self.lost_numbers = array("q")
         # The rows' places in their sources.
         self._numbers = array("q")
 
@@ -93,6 +94,8 @@ class RowCheck:
             self.terms.append(target, english)
         self.traces.append(side_trace(target), side_trace(english))
         self.cuts.append(row.completion, row.completion_en)
+        if lost_number(target, english):
+            self.lost_numbers.append(index)
 
     def check_repeats(self) -> None:
         """Flag exact duplicates; among the others, earlier prompts with another answer and earlier English sides."""
@@ -161,10 +164,18 @@ def check_pairs(rows: Sequence[Row], checked: RowCheck, found: Findings) -> list
     for index, note in checked.cuts.cut_answers(explained).items():
         found.add("cut_answer", index, note)
     explained |= found.flagged(["cut_answer"], len(rows))
+    for index in checked.lost_numbers:
+        if not explained[index]:
+            found.add("lost_number", index, partial(_lost_number, rows, index))
+    explained |= found.flagged(["lost_number"], len(rows))
     for index in np.flatnonzero(unusual & ~explained).tolist():
         factor = outliers[index]
         found.add("length_ratio", index, f"target {factor:.2g} times as long as usual", abs(math.log(factor)))
     return [Shift(checked.name(part[0]), checked.name(part[-1]), by, len(part)) for part, by in shifts]
+
+
+def _lost_number(rows: Sequence[Row], index: int) -> str:
+    return lost_number(*side_texts(rows[index]))
 
 
 def _why_misaligned(rows: Sequence[Row], index: int, strange: Strange | None, unusual_length: bool) -> str:

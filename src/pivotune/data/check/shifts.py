@@ -16,7 +16,7 @@ from pivotune.data.check.language import Text
 
 # Added to both lengths: a word more or less is no outlier in a short text.
 RATIO_CHARACTERS = 20
-_NUMBER = re.compile(r"\d+(?:[.,\u066b\u066c'\u2019\u00a0\u202f]\d+)*")
+NUMBER = re.compile(r"\d+(?:[.,\u066b\u066c'\u2019\u00a0\u202f]\d+)*")
 # Bounded to a line and to a local part: else a text of millions of line ends, or of one word, takes hours.
 _LIST_ITEM = re.compile(r"^[^\S\n]*(?:\d+[.)\u3001\uff0e]|[-*\u2022])[^\S\n]*", re.MULTILINE)
 _LINK = re.compile(r"(?:https?://|www\.)[^\s)>\u3002\uff0c]+|[\w.]{1,64}@[\w.]+\w")
@@ -104,7 +104,7 @@ def side_trace(texts: Sequence[Text]) -> SideTrace:
     return SideTrace(
         prompt=len(prompt),
         answer=len(answer),
-        numbers=frozenset(int(re.sub(r"\D", "", number)[:18]) for number in _NUMBER.findall(content)),
+        numbers=frozenset(int(re.sub(r"\D", "", number)[:18]) for number in NUMBER.findall(content)),
         items=items,
         fixed=frozenset(_LINK.findall(whole) + _CODE.findall(whole)),
         question=prompt.rstrip().endswith(_QUESTION),
