@@ -66,6 +66,7 @@ def test_every_default():
             "english_ratio": 0.25,
             "max_prompt_tokens": 256,
             "max_completion_tokens": 256,
+            "token_budget": None,
             "on_bad_row": "error",
         },
         "supervision": {
@@ -188,7 +189,7 @@ def test_missing_keys(key):
 
 
 CHOICES = [
-    ("method", "dft", "'english-only', 'tft', 'deep-supervision' or 'cross-lingual'"),
+    ("method", "dft", "'english-only', 'tft', 'deep-supervision', 'cross-lingual' or 'plug'"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("quantize", "8bit", "'4bit'"),
     ("data.on_bad_row", "ignore", "'error' or 'skip'"),
