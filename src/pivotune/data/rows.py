@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral, Number
+from operator import attrgetter
 from typing import Any
 
 from pivotune.data.templates import Message, Turn
@@ -51,6 +52,13 @@ class Row:
             Turn(self.prompt, self.completion, self.input, self.history),
             Turn(self.prompt_en, self.completion_en, self.input_en, self.history_en),
         )
+
+    def __reduce__(self) -> tuple:
+        """Pickle as a call: the methods of a dataclass with slots list its fields anew for every row."""
+        return Row, _VALUES(self)
+
+
+_VALUES = attrgetter(*Row.__dataclass_fields__)
 
 
 class RowError(Exception):
