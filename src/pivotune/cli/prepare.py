@@ -99,7 +99,7 @@ def prepare(
     lines.append(f"         dataset card: {safe(paths['card'])}")
     if target.code == "en":
         lines.append(f"[bold]next[/]     pivotune data translate {safe(out)} --to LANGUAGE --model MODEL --out PAIRS")
-    elif not (prepared.are_sentences and task == "translate"):  # prompts are in two languages
+    elif prepared.has_english and not (prepared.are_sentences and task == "translate"):  # its prompts are in English
         lines.append(f"[bold]next[/]     pivotune data check {safe(out)} --lang {target.code}")
     for line in lines:
         stdout.print(line, soft_wrap=True)

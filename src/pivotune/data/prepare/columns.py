@@ -65,6 +65,7 @@ class Layout:
         if self.sentence is None:
             return {self.renamed.get(name, name): value for name, value in values.items()}
         values |= _translations(values)
+        values.pop("translation", None)
         texts = {}
         for name, suffix in ((self.sentence, ""), (self.english, ENGLISH_SUFFIX)):
             if name is not None:

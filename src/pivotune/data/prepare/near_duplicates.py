@@ -129,7 +129,7 @@ def _band_hashes(minima: np.ndarray, size: int) -> np.ndarray:
 
 
 def _equal_neighbours(band: np.ndarray) -> np.ndarray:
-    """Return pairs of rows with an equal band, as `earlier * rows + later`: each with the last one and the first one before."""
+    """Return pairs of rows with an equal band, as `earlier * rows + later`: each with the last and first one before."""
     order = np.argsort(band, kind="stable")
     is_first = np.concatenate([[True], band[order[1:]] != band[order[:-1]]])
     firsts = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))

@@ -1,8 +1,8 @@
 """Overlap of rows with evaluation sets: runs of words that an item and a row share.
 
 A text of an item overlaps a row if they share 13 words in a row (Brown et al. 2020, appendix C, GPT-3's rule), in scripts
-without spaces 20 characters. A shorter text must occur in the row as a whole, and is compared from 8 words (GPT-3's smallest
-N) or 12 characters on. Case, punctuation and digits do not count.
+without spaces 20 characters. A shorter text must occur in the row as a whole, and is compared from 8 words (GPT-3's
+smallest N) or 12 characters on. Case, punctuation and digits do not count.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ from pivotune.text.files import write_json, write_pieces, write_text
 from pivotune.text.languages import Language
 
 REASONS = {
-    "too_short": "too short to be cut into prompt and answer",
+    "too_short": "is too short to be cut into prompt and answer",
     "overlap": "shares text with an evaluation set",
-    "near_duplicate": "near-duplicate of an earlier row",
+    "near_duplicate": "is a near-duplicate of an earlier row",
 }
 # Shows progress: takes a title and a total.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -135,6 +135,8 @@ def prepare_rows(
         if first.setdefault(int(groups[place]), place) != place:
             left_out[place], duplicate_of[place] = ["near_duplicate"], first[int(groups[place])]
             kept[place] = False
+    if not kept.any():
+        raise UsageError(f"{rows.source}: no row is left; the first {REASONS[left_out[0][0]]}")
     held_out = _hold_out(rows, kept, pairs, settings)
     training, validation = (np.flatnonzero(kept & (held_out == part)) for part in (False, True))
     return Prepared(settings, rows, are_sentences, has_english, training, validation, left_out, duplicate_of, overlap)
