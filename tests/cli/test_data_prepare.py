@@ -152,6 +152,7 @@ def test_hostile_and_broken_tmx(folder, capsys, document, problem):
     [
         ("h.tsv", "id\tEnglish\tVietnamese\n7\tThe \"house\" is big.\tNgôi \"nhà\" lớn.\n", ()),
         ("n.tsv", "7\tNgôi \"nhà\" lớn.\t9\tThe \"house\" is big.\n", ()),
+        ("s.tsv", "Source\tTarget\nThe \"house\" is big.\tNgôi \"nhà\" lớn.\n", ()),
         ("vie.txt", "The \"house\" is big.\tNgôi \"nhà\" lớn.\tCC-BY 2.0 Attribution: tatoeba.org #3 (CK)\n", ()),
         ("o.tsv", "a\tsource\ttarget\nz\tNgôi \"nhà\" lớn.\tThe \"house\" is big.\n", ("--columns", "source,target")),
         ("c.csv", "target,source\n\"Ngôi \"\"nhà\"\" lớn.\",\"The \"\"house\"\" is big.\"\n", ()),
@@ -196,7 +197,7 @@ def test_moses_lines(folder, capsys):
         (("a.vi", "--english", "b.en"), "a.vi has 2 rows, b.en has 1"),
         (("bad.vi", "--english", "a.vi"), "bad.vi, line 2: not UTF-8 (byte 0xe9)"),
         (("a.vi",), "a.vi: holds sentences (column text) without English; give --english FILE"),
-        (("none.tmx",), "none.tmx: no such file"),
+        (("none.tmx", "--against", "xquad_vi", "--eval-data", "."), "none.tmx: no such file"),
         (("a.jsonl", "--english", "a.vi"), "a.vi: holds sentences, but a.jsonl holds rows"),
         (("a.vi", "--english", "a.vi", "--task", "x"), "--task: 'x' found; allowed: continue, translate"),
         (("a.vi", "--english", "a.vi", "--columns", "x,y"), "--columns: a.vi has no column 'x'; it has 'text'"),

@@ -48,6 +48,7 @@ def prepare(
 ) -> None:
     """Make rows from known instruction sets and parallel corpora: near-duplicates out, split, with a dataset card."""
     from pivotune.data.check import check_clean_path
+    from pivotune.data.hub import parse_hub_name
     from pivotune.data.prepare.run import PrepareSettings, prepare_rows, write_prepared, written_paths
     from pivotune.data.prepare.tasks import TASKS
     from pivotune.text.languages import find_language
@@ -67,6 +68,8 @@ def prepare(
         check_clean_path(path, source, english, option="--out")
     for path in paths.values():
         check_out(path, path.suffix, overwrite=overwrite)
+    for name in filter(None, (source, english)):
+        parse_hub_name(name)  # refuses a missing file, before sets are read
     tasks = evaluation_texts(against, eval_data, target.code)
     settings = PrepareSettings(
         source=source,

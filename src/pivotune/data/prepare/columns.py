@@ -30,6 +30,9 @@ INSTRUCTION_SETS: Sequence[Mapping[str, str]] = (
     {"input": "prompt", "output": "completion"},  # MURI-IT
 )
 _SENTENCE = ("text", "sentence")
+_HEADER = frozenset(
+    (*_SENTENCE, "source", "target", "src", "tgt", "sentence1", "sentence2", "source_text", "target_text")
+)
 _LANGUAGE = ("language_code", "language", "lang")
 _SAMPLE = 200
 # Share of the commonest English words: about 40 % in English prose, under 3 % in other languages.
@@ -127,7 +130,7 @@ def _find_layout(
         if known.keys() <= set(names):
             twins = {f"{name}{ENGLISH_SUFFIX}": f"{key}{ENGLISH_SUFFIX}" for name, key in known.items()}
             return Layout({**known, **twins}, has_english=not twins.keys().isdisjoint(names))
-    target, english = sentence_columns(names, language)
+    target, english = (_column_of(names, wanted) for wanted in (language, ENGLISH))
     single = next((name for name in _SENTENCE if name in names), None)
     if beside_english:
         return Layout(sentence=target or single)
@@ -136,13 +139,14 @@ def _find_layout(
     return Layout(sentence=target or single, english=english, has_english=english is not None)
 
 
-def sentence_columns(names: Sequence[str], language: Language) -> tuple[str | None, str | None]:
-    """Return the columns that name the language and English: `vi`, `Vietnamese`, `sentence_vie_Latn`, `vi_text`."""
-    target, english = (_column_of(names, wanted) for wanted in (language, ENGLISH))
-    return target, english
+def is_header(cells: Sequence[str], language: Language) -> bool:
+    """Return True if a table's first line names its columns: the language and English, or words such as `source`."""
+    named = all(_column_of(cells, wanted) for wanted in (language, ENGLISH))
+    return named or not _HEADER.isdisjoint(map(str.casefold, cells))
 
 
 def _column_of(names: Sequence[str], language: Language) -> str | None:
+    """Return the column that names the language: `vi`, `Vietnamese`, `sentence_vie_Latn`, `vi_text`."""
     parts = {name: re.split(r"[^A-Za-z0-9]+", name) for name in names}
     ways = (
         lambda name: name,

@@ -19,7 +19,7 @@ import numpy as np
 from pivotune.data.check import report_path, row_record
 from pivotune.data.lazy import Subset
 from pivotune.data.prepare.card import dataset_card
-from pivotune.data.prepare.columns import ENGLISH, adapt, has_rows, sentence_columns
+from pivotune.data.prepare.columns import ENGLISH, adapt, has_rows, is_header
 from pivotune.data.prepare.corpora import open_corpus
 from pivotune.data.prepare.near_duplicates import connected_groups, equal_pairs, near_duplicates, shingle_length
 from pivotune.data.prepare.overlap import Overlap, find_overlap
@@ -151,7 +151,7 @@ def _read(settings: PrepareSettings) -> tuple[Rows, bool, bool]:
         corpus = open_corpus(
             source,
             beside_english=beside,
-            is_header=lambda cells: column in cells or all(sentence_columns(cells, language)),
+            is_header=lambda cells: column in cells or is_header(cells, language),
             has_rows=lambda cells: has_rows(cells) or has_rows(cells, "_en"),
         )
         return adapt(corpus, of, column, english_column, beside_english=beside)
