@@ -19,6 +19,7 @@ from pivotune.cli.common import (
     safe,
     write_out,
 )
+from pivotune.cli.data_prepare import Against, EvalData, evaluation_texts, print_overlap
 from pivotune.cli.options import FoldSystem
 from pivotune.errors import UsageError
 
@@ -55,6 +56,8 @@ def check(
         Path | None, typer.Option(help="Also write the result as a page (.html) or as JSON (.json).")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
+    against: Against = "",
+    eval_data: EvalData = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all row numbers.")] = False,
 ) -> None:
     """Check parallel rows: lengths, damaged text, cut answers, repeated and untranslated rows, misaligned pairs."""
@@ -75,6 +78,7 @@ def check(
     if out is not None:
         check_out(out, ".html", ".json", overwrite=overwrite)
     check_inputs([model] if model else [], [*data, english])
+    tasks = evaluation_texts(against, eval_data, language)
     encoder = None
     if model is not None:
         from pivotune.data.examples import Encoder, Limits
@@ -91,6 +95,12 @@ def check(
     rows = concatenate([load_rows(source, **options) for source in data])
     with progress("Checking rows", len(rows)) as advance:
         found = check_rows(rows, language=language, encoder=encoder, examples=show, progress=advance)
+    overlap = {}
+    if tasks:
+        from pivotune.data.prepare.overlap import find_overlap
+
+        with progress("Comparing with evaluation sets", len(rows)) as advance:
+            overlap = find_overlap(rows, tasks, advance)
     written = write_clean(clean, rows, found) if clean else 0
     if out is not None:
         _write_check(out, found)
@@ -102,10 +112,12 @@ def check(
 
         shown = preview(encoder.tokenizer, example) if encoder and example else None
         segments = shown and [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
-        print_json({**found.to_dict(), "example": segments})
+        reports = {"overlap": {name: one.to_dict(rows) for name, one in overlap.items()}} if tasks else {}
+        print_json({**found.to_dict(), **reports, "example": segments})
         return
     screen = console(as_json)
     print_check(screen, found)
+    print_overlap(screen, overlap)
     if encoder and example:
         from pivotune.cli.training_display import print_example
 

@@ -40,7 +40,7 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
     Raises:
         UsageError: the file is missing, a folder, empty, of unknown type, unreadable, not UTF-8 or malformed.
     """
-    with _reading(path):
+    with reading(path):
         reader = _READERS.get(file_type(path))
         if reader is None:
             raise UsageError(f"{path}: unknown file type; allowed: {describe_file_types()}")
@@ -52,7 +52,7 @@ def read_file(path: Path, *, keep_bad: bool = False) -> NumberedRecords:
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 text file, plain or gzipped, with their ends; errors as `read_file`."""
-    with _reading(path):
+    with reading(path):
         yield from text_lines(path)
 
 
@@ -101,7 +101,7 @@ def missing_file_error(path: Path) -> UsageError:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Refuse what is no file, and turn the errors of reading and decompressing into one line."""
     if not path.exists():
         raise missing_file_error(path)

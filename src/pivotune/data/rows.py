@@ -78,14 +78,14 @@ class RowError(Exception):
 
 # Keys of one side in each form. The first complete form of a side is read, so that `prompt`/`completion` win over the
 # columns they were made from. An Alpaca row may also have `input`.
-_FORMS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
+FORMS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 # Further texts of a side: Alpaca's second field, and the turns before in LLaMA-Factory's form of it.
 _CONTEXT = ("input", "system", "history")
-ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in _FORMS for key in form), f"input{ENGLISH_SUFFIX}")
-USED_KEYS = {f"{key}{suffix}" for key in (*(key for form in _FORMS for key in form), *_CONTEXT)
+ENGLISH_KEYS = (*(f"{key}{ENGLISH_SUFFIX}" for form in FORMS for key in form), f"input{ENGLISH_SUFFIX}")
+USED_KEYS = {f"{key}{suffix}" for key in (*(key for form in FORMS for key in form), *_CONTEXT)
              for suffix in ("", ENGLISH_SUFFIX)} | {"id", LANGUAGE_KEY}  # fmt: skip
 # The first that fits counts.
 _KINDS = {
@@ -131,7 +131,7 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
     try:
         form = _find_form(record, suffix)
         if form is None:
-            likely = _find_form(record, "") or _FORMS[0]
+            likely = _find_form(record, "") or FORMS[0]
             # For a user whose columns have other names.
             names = [
                 f"`{name[:_LONGEST_NAME]}...`" if len(name) > _LONGEST_NAME else f"`{name}`"
@@ -185,7 +185,7 @@ def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
 
 def _find_form(record: Mapping[str, Any], suffix: str) -> tuple[str, ...] | None:
     for enough in (all, any):
-        for form in _FORMS:
+        for form in FORMS:
             if enough(not _is_missing(record.get(key + suffix)) for key in form):
                 return form
     return None

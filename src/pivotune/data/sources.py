@@ -5,7 +5,7 @@ A source is one of
 - a Hub dataset: `owner/name`, `owner/name:split`, `owner/name/config` or `owner/name/config:split`. A split may be a slice
   (`train[:1000]`); without one `train` is read, or the only split. A name that looks like a file here is a file, and
   `hub:` in front (`hub:owner/name`) always means the Hub;
-- in Python, a `datasets.Dataset`, a list of dicts, or any iterable of mappings.
+- in Python, a `datasets.Dataset`, a list of dicts, any iterable of mappings, or a `Source` that was opened before.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, Row
 from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
-
-RowSource = str | os.PathLike[str] | Iterable[Any]
 
 _OBJECTS = "a file, a Hub dataset name, a datasets.Dataset or a list of dicts"
 # Skipped rows are counted by reason up to this many reasons, then together: a reason can quote a text of its row.
@@ -116,7 +114,7 @@ class _Concatenation(LazySequence[Row]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """Numbered records with the source's `name`, and the word for a number: 'line' or 'row'."""
 
     name: str
@@ -128,6 +126,9 @@ class _Source:
 
     def bad_row(self, number: int, problem: RowError, label_end: str = "") -> _BadRow:
         return _BadRow(self.place(number), problem, f"{problem}{label_end}")
+
+
+RowSource = str | os.PathLike[str] | Source | Iterable[Any]
 
 
 class _BadRow(NamedTuple):
@@ -166,13 +167,13 @@ def load_rows(
             source without any usable row is always refused).
     """
     unused: Counter[str] = Counter()
-    target = _open_source(source, keep_bad=on_bad_row == "skip", unused=unused)
+    target = open_source(source, keep_bad=on_bad_row == "skip", unused=unused)
     outcomes: Iterator[Row | _BadRow]
     if english is None:
         parsed = ((number, _parse(record, number, need_target, need_english)) for number, record in target.records)
         outcomes = (row if isinstance(row, Row) else target.bad_row(number, row) for number, row in parsed)
     else:
-        english_source = _open_source(english, keep_bad=on_bad_row == "skip", unused=unused)
+        english_source = open_source(english, keep_bad=on_bad_row == "skip", unused=unused)
         outcomes = _join_rows(target, english_source, need_target, need_english, on_bad_row)
     rows: Spool[Row] = Spool()
     skipped: Counter[str] = Counter()
@@ -228,12 +229,15 @@ def check_source(source: str) -> None:
         UsageError: the file is missing, a folder, empty, of unknown type or unreadable.
     """
     if parse_hub_name(source) is None:
-        next(_open_source(source, keep_bad=True).records, None)
+        next(open_source(source, keep_bad=True).records, None)
 
 
-def _open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | None = None) -> _Source:
+def open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | None = None) -> Source:
+    """Return the numbered records of a source; errors as `load_rows`."""
     name, unit = "the given rows", "row"
-    if isinstance(source, str) and (hub_name := parse_hub_name(source)):
+    if isinstance(source, Source):
+        name, unit, records = source.name, source.unit, source.records
+    elif isinstance(source, str) and (hub_name := parse_hub_name(source)):
         name, records = source, read_hub(hub_name)
     elif isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
@@ -246,7 +250,7 @@ def _open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | No
     else:
         raise UsageError(f"data: found {type(source).__name__}; allowed: {_OBJECTS}")
     records = _refuse_empty(name, records)
-    return _Source(name, unit, records if unused is None else _count_unused(records, unused))
+    return Source(name, unit, records if unused is None else _count_unused(records, unused))
 
 
 def _count_unused(records: NumberedRecords, unused: Counter[str]) -> NumberedRecords:
@@ -277,7 +281,7 @@ class _Entry(NamedTuple):
 class _Entries(Spool[_Entry]):
     """The records of one source on disk; memory grows by 24 bytes a record: its place and a digest of its id."""
 
-    def __init__(self, source: _Source, needed: bool, english: _Source | None = None) -> None:
+    def __init__(self, source: Source, needed: bool, english: Source | None = None) -> None:
         super().__init__()
         self.source = source
         all_have_ids, digests = True, bytearray()
@@ -298,7 +302,7 @@ class _Entries(Spool[_Entry]):
 
 
 def _join_rows(
-    target: _Source, english: _Source, need_target: bool, need_english: bool, on_bad_row: str
+    target: Source, english: Source, need_target: bool, need_english: bool, on_bad_row: str
 ) -> Iterator[Row | _BadRow]:
     """Join two aligned sources, in the order of the target source.
 
@@ -350,13 +354,13 @@ def _join_by_id(targets: _Entries, englishes: _Entries, on_bad_row: str) -> Iter
         yield _lone(englishes[place], englishes.source, targets.source)
 
 
-def _lone(entry: _Entry, source: _Source, other: _Source) -> _BadRow:
+def _lone(entry: _Entry, source: Source, other: Source) -> _BadRow:
     # Joined by id, a record lacks its id only where it could not be read.
     unread = entry.outcome if isinstance(entry.outcome, RowError) and not entry.id else None
     return source.bad_row(entry.number, unread or RowError("id", f"is not in {other.name}"))
 
 
-def _merge(target: _Entry, english: _Entry, source: _Source, english_source: _Source) -> Row | _BadRow:
+def _merge(target: _Entry, english: _Entry, source: Source, english_source: Source) -> Row | _BadRow:
     row, other = target.outcome, english.outcome
     if isinstance(row, RowError):
         return source.bad_row(target.number, row)

@@ -11,7 +11,7 @@ import csv
 import difflib
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 from pivotune.errors import UsageError
@@ -86,6 +86,17 @@ def find_language(code: str) -> Language:
             f"language {code!r} is unknown: {language.name} is {language.flores} here; {_nearest_codes(code)}"
         )
     return language
+
+
+@lru_cache(maxsize=4096)
+def known_language(text: str) -> Language | None:
+    """Return the language of a code or an English name (`vie`, `Vietnamese`, `Standard Arabic`); None for other text."""
+    try:
+        return find_language(text)
+    except UsageError:
+        names = {language.name.casefold(): language for language in _languages()}
+        name = text.strip().casefold()
+        return names.get(name) or names.get(name.split()[-1] if name else "")
 
 
 def check_language(code: str, option: str) -> None:
