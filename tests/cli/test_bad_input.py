@@ -163,8 +163,8 @@ def answer_cut_to_nothing(run: Case) -> str:
 by_set("unknown_key", "FOLDER/run.yaml: unknown key supervision.thinking.layr; did you mean supervision.thinking.layer?",
        "supervision.thinking.layr=3")  # fmt: skip
 by_set("unknown_method",
-       "FOLDER/run.yaml: method: 'dft' is not allowed; allowed: 'english-only', 'tft', 'deep-supervision' or "
-       "'cross-lingual'",
+       "FOLDER/run.yaml: method: 'dft' is not allowed; allowed: 'english-only', 'tft', 'deep-supervision', "
+       "'cross-lingual' or 'plug'",
        "method=dft")  # fmt: skip
 by_set("unknown_signal",
        "FOLDER/run.yaml: supervision.conversion.signal: 'logit' is not allowed; "

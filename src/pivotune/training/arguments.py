@@ -52,7 +52,7 @@ class DeepSupervisionConfig(TrainingArguments):
     `args.supervision.thinking.layer`. `pivotune.config.settings` and `pivotune.config.supervision` list keys and defaults.
 
     Args:
-        method: `deep-supervision`, its control `cross-lingual`, or a baseline: `tft` (target language), `english-only`.
+        method: `deep-supervision`, its control `cross-lingual`, `plug`, or a baseline: `tft` (target language), `english-only`.
         preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
@@ -70,7 +70,7 @@ class DeepSupervisionConfig(TrainingArguments):
     """
 
     method: str = field(
-        default="deep-supervision", metadata={"help": "deep-supervision, cross-lingual, tft or english-only"}
+        default="deep-supervision", metadata={"help": "deep-supervision, cross-lingual, plug, tft or english-only"}
     )
     preset: str = field(default="recommended", metadata={"help": "recommended or paper"})
     supervision: SupervisionSection = field(default_factory=SupervisionConfig, metadata={"help": "section, as JSON"})
