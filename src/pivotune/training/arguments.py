@@ -52,7 +52,7 @@ class DeepSupervisionConfig(TrainingArguments):
     `args.supervision.thinking.layer`. `pivotune.config.settings` and `pivotune.config.supervision` list keys and defaults.
 
     Args:
-        method: `deep-supervision`, its control `cross-lingual`, `plug`, or a baseline: `tft` (target language), `english-only`.
+        method: `deep-supervision`, `cross-lingual` (its control), `plug`, `tft` (target language) or `english-only`.
         preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
