@@ -182,7 +182,7 @@ def _show(out: Console, tasks: dict[str, Any], folder: Path) -> None:
         if empty := metrics.get("empty_answers", {}).get("value"):
             notes.append(f"{empty:.0f}% empty")
         if unmarked := metrics.get("no_marker", {}).get("value"):
-            notes.append(f"{unmarked:.0f}% without the marker of the second part")
+            notes.append(f"{unmarked:.0f}% no marker")
         # Only of the answers that are long enough for language identification, hence with their number.
         language = metrics.get("in_language")
         in_language = f"{language['value']:.0f}% of {language['n']}" if language else ""

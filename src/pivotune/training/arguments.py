@@ -55,7 +55,7 @@ class DeepSupervisionConfig(TrainingArguments):
 
     Args:
         method: `deep-supervision`, its control `cross-lingual`, `sdrrl` (self-distillation from the model's English
-            answers), or a baseline: `tft` (target language), `english-only`.
+            answers), `plug` (an English answer first), or a baseline: `tft` (target language), `english-only`.
         preset: `recommended`, the defaults, or `paper`; what the sections give changes it.
         supervision: the inner losses: signal, layer and weight of `conversion` and `thinking`, schedule, lens, options.
         data: how rows become tokens: language, template, English share, token limits, treatment of bad rows.
