@@ -119,7 +119,7 @@ def greedy_answers(
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     end_ids: Sequence[int],
     max_new_tokens: int,
@@ -138,7 +138,7 @@ def generate_answers(
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            inputs = pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
+            inputs = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 output = model.generate(
                     **inputs,
@@ -196,8 +196,7 @@ def _batches(
         yield done, indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask` of a batch of prompts (token ids), both (prompts, longest)."""
+def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     shape = (len(prompts), max(len(prompt) for prompt in prompts))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)

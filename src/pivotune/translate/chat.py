@@ -141,24 +141,15 @@ def load_on_device(name: str, revision: str | None) -> Any:
 
 
 def _transformers_generator(model: Any, tokenizer: Any, context: int, ends: set[int]) -> Generate:
-    import torch
+    from pivotune.training.heldout import end_token_ids, generate_answers
 
-    from pivotune.training.heldout import end_token_ids, pad_left
-
-    ends = ends.union(end_token_ids(model, tokenizer))
+    end_ids = sorted(ends.union(end_token_ids(model, tokenizer)))
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
-        inputs = pad_left([prompt.ids for prompt in prompts], tokenizer.pad_token_id, model.device)
-        options = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends), "do_sample": False}
-        longest = max(prompt.max_new_tokens for prompt in prompts)
-        limit = min(longest, context - inputs["input_ids"].shape[1])
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=limit, **options)
-        texts = []
-        for answer in output[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((place for place, token in enumerate(answer) if token in ends), 0)
-            texts.append(tokenizer.decode(answer[:end], skip_special_tokens=True))
-        return texts
+        ids = [prompt.ids for prompt in prompts]
+        limit = min(max(prompt.max_new_tokens for prompt in prompts), context - max(map(len, ids)))
+        options = {"end_ids": end_ids, "max_new_tokens": limit, "batch_size": len(ids)}
+        return [answer.text if answer.ended else "" for answer in generate_answers(model, tokenizer, ids, **options)]
 
     def characters(prompt: Prompt) -> int:
         return 4 * len(prompt.ids)  # of a token in English
