@@ -95,7 +95,8 @@ def test_batches_equal_single_prompts(folder, monkeypatch):
     texts = ["One", "Which number is three?", "Asante sana, tafadhali. " * 4, "Zz"]
     translator.generate = chat._transformers_generator(model, tokenizer, translator.context, ends)
     ends |= {tokenizer.eos_token_id}
-    expected = [tokenizer.decode(greedy(model, translator._prompt(t), ends), skip_special_tokens=True) for t in texts]
+    answers = [greedy(model, translator._prompt(text), ends) for text in texts]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     assert translator(texts) == expected
     assert len(set(expected) - {""}) == 3
     translator.generate = chat._transformers_generator(model, tokenizer, translator.context, set())

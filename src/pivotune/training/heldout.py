@@ -148,11 +148,10 @@ def generate_answers(
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=list(end_ids),
                 )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            ended = torch.isin(new, torch.tensor(end_ids, device=device)).any(dim=1).tolist()
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-            for index, text, has_ended in zip(indices, texts, ended, strict=True):
-                answers[index] = Answer(text.strip(), has_ended)
+            for index, tokens in zip(indices, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
+                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                answers[index] = Answer(text.strip(), end is not None)
             if progress:
                 progress(start + len(indices))
     return answers
