@@ -102,7 +102,7 @@ def test_greedy_answers_end_at_either_end_of_text():
                           eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :].tolist()  # fmt: skip
     stop = free[2]
     model.generation_config.eos_token_id = [stop]
-    expected = tokenizer.decode(free[: free.index(stop) + 1], skip_special_tokens=True).strip()
+    expected = tokenizer.decode(free[: free.index(stop)], skip_special_tokens=True).strip()
     assert greedy_answers(model, tokenizer, EXAMPLES[:1], max_new_tokens=6) == [expected]
     model.generation_config.eos_token_id = 2
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)

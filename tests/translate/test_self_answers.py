@@ -55,7 +55,8 @@ def alone(make: Answerer, prompt: str) -> tuple[str, bool]:
     ends = end_token_ids(model, tokenizer)
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
                             eos_token_id=ends, pad_token_id=0)[0, ids.shape[1] :].tolist()  # fmt: skip
-    return tokenizer.decode(output, skip_special_tokens=True).strip(), output[-1] in ends
+    ended = output[-1] in ends
+    return tokenizer.decode(output[:-1] if ended else output, skip_special_tokens=True).strip(), ended
 
 
 def test_answers_are_those_of_each_prompt_alone_and_cut_ones_are_left_out(tmp_path):
