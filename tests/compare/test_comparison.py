@@ -310,7 +310,7 @@ def test_nll_of_other_tokens_is_not_compared(tmp_path):
         write_run(tmp_path / name, {"t_vi": items}, metrics=(NLL,), config={"name": name})
     comparison = compare(tmp_path)
     assert comparison.table[1][0].difference is None  # type: ignore[union-attr]
-    assert "item 0 has 10 and 14 gold_tokens: other rows or another tokenizer" in comparison.warnings[0]
+    assert "item 0 has 10 and 14 gold_tokens: other rows, token limits or another tokenizer" in comparison.warnings[0]
 
 
 def test_seeds_that_lack_a_task_are_named(tmp_path):

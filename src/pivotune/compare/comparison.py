@@ -246,7 +246,7 @@ def _difference(column: Column, ours: Measurement, theirs: Measurement, resample
             counts: set[Any] = {sample.items[item].get(per) for sample in everyone} - {None}
             if len(counts) > 1:
                 found = " and ".join(map(str, sorted(counts)))
-                raise UsageError(f"item {item} has {found} {per}: other rows or another tokenizer")
+                raise UsageError(f"item {item} has {found} {per}: other rows, token limits or another tokenizer")
     return difference(metric, *samples, resamples=resamples, seed=seed)
 
 
