@@ -211,7 +211,11 @@ def test_text_is_streamed_as_it_comes():
 
 def test_later_prompts_follow_the_last_part_of_an_answer():
     """As in training, whose earlier turns are in the target language alone."""
-    one = chatter(["It is one.\n\n[Swahili]\nNi moja.", "Ndiyo."], marker="\n\n[Swahili]\n", max_new_tokens=16)
+    one = chatter(
+        ["It is one.\n\n[Swahili]\nNi moja.", "Ndiyo."],
+        markers=["\n\n[Vietnamese]\n", "\n\n[Swahili]\n"],
+        max_new_tokens=16,
+    )
     assert one.answer("Moja?") == "It is one.\n\n[Swahili]\nNi moja."
     one.answer("Mbili?")
     assert one.model.asked[1]["text"] == (

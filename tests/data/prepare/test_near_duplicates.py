@@ -16,12 +16,13 @@ from pivotune.data.rows import Row
 from pivotune.text.languages import find_language
 
 
-def naive_similarity(one: str, other: str, length: int) -> float:
-    sets = []
-    for text in (one, other):
-        plain = re.sub(r"\s+", " ", text.lower())
-        sets.append({plain[place : place + length] for place in range(len(plain) - length + 1)})
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+def naive_shingles(text: str) -> set[str]:
+    plain = re.sub(r"\s+", " ", text.lower())
+    return {plain[place : place + 5] for place in range(len(plain) - 4)}
+
+
+def naive_similarity(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +43,18 @@ def texts() -> list[str]:
 
 def test_shingles_have_the_similarity_of_the_definition(texts):
     for one, other in pairwise(texts[:20]):
-        expected = naive_similarity(one, other, 5)
+        expected = naive_similarity(naive_shingles(one), naive_shingles(other))
         assert similarity(shingles(one, 5), shingles(other, 5)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
 def test_the_first_kept_row_is_found_as_by_comparing_all(texts, threshold):
     rows = [Row(text, "x", "", "") for text in texts]
+    sets = [naive_shingles(f"{text}\nx") for text in texts]
     expected: dict[int, int] = {}
-    for place, text in enumerate(texts):
+    for place, own in enumerate(sets):
         kept = (other for other in range(place) if other not in expected)
-        same = (other for other in kept if naive_similarity(f"{text}\nx", f"{texts[other]}\nx", 5) >= threshold)
+        same = (other for other in kept if naive_similarity(own, sets[other]) >= threshold)
         if (first := next(same, None)) is not None:
             expected[place] = first
     assert near_duplicates(rows, range(len(rows)), threshold, 5) == expected
