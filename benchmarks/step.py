@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay", type=int, default=0, help="how many of the rows are English replay rows")
     parser.add_argument("--layers", type=positive, help="blocks, where the shape's own are too many for the machine")
     parser.add_argument(
-        "--only", type=lambda text: ["tft", *text.split(",")], help="contenders beside tft: shared,prompt,thinking alone"
+        "--only",
+        type=lambda text: ["tft", *text.split(",")],
+        help="contenders beside tft: shared,prompt,thinking alone",
     )
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast over weights of --dtype")
     return parser
