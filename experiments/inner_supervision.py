@@ -74,6 +74,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "contrastive": _arm("logit", "all", conversion={"signal": "none"}, thinking={"layer": 15, "signal": "contrastive"}),
     "cka": _arm("logit", "all", conversion={"signal": "none"}, thinking={"layer": 15, "signal": "cka"}),
     "tuned-prompt-11-24": _arm("tuned", "prompt", conversion={"layer": 11}, thinking={"layer": 24}),
+    "tuned-prompt-et-both": _arm("tuned", "prompt", **_ET, tuned={"text": "both"}),
+    "tuned-prompt-et-branches": _arm("tuned", "prompt", **_ET, tuned={"text": "branches"}),
     "tuned-prompt-weight-1": _arm("tuned", "prompt", conversion={"layer": 3, "weight": 1.0},
                                   thinking={"layer": 20, "weight": 1.0}),
 }  # fmt: skip

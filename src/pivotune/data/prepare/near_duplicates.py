@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import cast
 from zlib import crc32
 
 from datasketch import MinHash, MinHashLSH
@@ -51,7 +52,7 @@ def near_duplicates(
         minima, hashes = MinHash(_PERMUTATIONS, hashfunc=int), [crc32(shingle.encode()) for shingle in own]
         for start in range(0, len(hashes), _SHINGLES_PER_STEP):
             minima.update_batch(hashes[start : start + _SHINGLES_PER_STEP])
-        for other in sorted(kept.query(minima)):
+        for other in sorted(cast(list[int], kept.query(minima))):
             if similarity(own, shingles(row_text(rows[other]), length)) >= threshold:
                 found[place] = other
                 break
