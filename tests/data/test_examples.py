@@ -527,6 +527,8 @@ def test_a_token_budget_takes_the_same_rows_first_for_every_method(pairs):
             replayed = {example.number for example in whole if example.english_answer}
             assert {example.number for example in examples if example.english_answer} == replayed & set(numbers)
             chosen[method, budget] = set(numbers)
+            exact = training_examples(pairs, METHODS[method], token_budget=int(tokens), **options)
+            assert [example.number for example in exact] == numbers, "a budget may be used up to its last token"
     by_size = sorted(chosen.values(), key=len)
     assert all(small <= large for small, large in pairwise(by_size))
     assert len(by_size[0]) < len(by_size[-1])
