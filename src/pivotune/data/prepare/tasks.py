@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
-from pivotune.data.check.language import is_unspaced
 from pivotune.data.rows import Row
 from pivotune.text.languages import Language
+from pivotune.text.words import is_unspaced
 
 # A sentence or clause ends here; ASCII marks stand inside numbers and names too.
 _CLAUSE_END = re.compile(r"[.!?;:,…،؟؛।։](?=\s)|[。！？；：，、]")
