@@ -274,8 +274,15 @@ def test_the_real_model_learns_the_facts(smollm2, tmp_path, monkeypatch):
 
     # The other tests of this file put a tiny model in its place for as long as the file runs.
     monkeypatch.setattr(demo_module, "MODEL", smollm2)
+    as_it_is = demo_module.demo_config
 
-    settings = DemoSettings(language="vi", rows=48, heldout=8, answered=2, profiled=2)
+    def rough_lens(*arguments):
+        config = as_it_is(*arguments)
+        tuned = config.supervision.tuned.model_copy(update={"states": 600, "steps": 2})
+        return config.model_copy(update={"supervision": config.supervision.model_copy(update={"tuned": tuned})})
+
+    monkeypatch.setattr(demo_module, "demo_config", rough_lens)
+    settings = DemoSettings(language="vi", rows=32, heldout=6, answered=2, profiled=2)
     shown = []
     results = run_demo(
         tmp_path / "out", settings, progress=progress, callback=TrainingProgress, on_prepared=shown.append

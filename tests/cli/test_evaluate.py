@@ -199,14 +199,14 @@ def test_killed_in_the_middle_and_started_again(model, data, tmp_path):
     """`kill -9` while answers are coming in; the second start asks only for the rest and ends with the same bytes."""
     options = ["--tasks", "xquad_de,xquad_en", "--data-dir", data, "--batch-size", "1", "--max-new-tokens", "8"]
 
-    def run(out: Path, *program: str) -> int:
-        words = ["evaluate", model, *options, "--out", out]
-        return subprocess.run([sys.executable, *program, *map(str, words)], capture_output=True).returncode
+    def words(out: Path) -> list[str]:
+        return [str(word) for word in ("evaluate", model, *options, "--out", out)]
 
-    assert run(tmp_path / "whole", "-m", "pivotune") == 0
-    assert run(tmp_path / "parts", "-c", _KILLED) == -signal.SIGKILL
+    assert main(words(tmp_path / "whole")) == 0
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *words(tmp_path / "parts")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert count_answers(tmp_path / "parts" / "evaluation-cache") == 50
-    assert run(tmp_path / "parts", "-m", "pivotune") == 0
+    assert main(words(tmp_path / "parts")) == 0
     # Every answer once: what was kept was not computed again.
     expected = count_answers(tmp_path / "whole" / "evaluation-cache")
     assert count_answers(tmp_path / "parts" / "evaluation-cache") == expected > 50

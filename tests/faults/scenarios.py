@@ -168,14 +168,14 @@ def whole_with_worker(shop: Workshop) -> Path:
 
 @scenario("kill -9 at any moment", "resumed until finished, 30 runs end bit for bit as the one that nobody killed")
 def _kill(shop: Workshop) -> None:
-    kill_at_random(shop, 30)
+    kill_at_random(shop, 30 // shop.every)
 
 
 @scenario("kill -9 before each change of a file", "resumed, the run ends so, whichever of its files came next")
 def _kill_at_files(shop: Workshop) -> None:
     changes = changes_of_files(shop)
     check(len(changes) > STEPS, f"only {len(changes)} changes of files were seen")
-    for number, change in enumerate(changes):
+    for number, change in list(enumerate(changes))[:: shop.every]:
         # The checkpoint in the middle has the files of the first and the last one.
         if "/.saving/checkpoint-4/" not in change:
             check_killed_at_file(shop, number, "", change)

@@ -29,10 +29,14 @@ TRAINING = {
 
 
 class Workshop:
-    """Runs of one configuration, each in its own output folder."""
+    """Runs of one configuration, each in its own output folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Attributes:
+        every: of the many repetitions of one fault every nth is tried.
+    """
+
+    def __init__(self, folder: Path, *, every: int = 1) -> None:
+        self.folder, self.every = folder, every
         self.marker = folder / "marker"
         self.settings = run_settings(server().shared, training=TRAINING)
         # Rows of its own: a scenario changes them.
