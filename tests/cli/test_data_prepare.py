@@ -197,6 +197,10 @@ def test_moses_lines(folder, capsys):
         (("a.vi", "--english", "b.en"), "a.vi has 2 rows, b.en has 1"),
         (("bad.vi", "--english", "a.vi"), "bad.vi, line 2: not UTF-8 (byte 0xe9)"),
         (("a.vi",), "a.vi: holds sentences (column text) without English; give --english FILE"),
+        (
+            ("none.tmx",),
+            "(allowed: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .tmx, each also with .gz; or a Hub dataset",
+        ),
         (("none.tmx", "--against", "xquad_vi", "--eval-data", "."), "none.tmx: no such file"),
         (("a.jsonl", "--english", "a.vi"), "a.vi: holds sentences, but a.jsonl holds rows"),
         (("a.vi", "--english", "a.vi", "--task", "x"), "--task: 'x' found; allowed: continue, translate"),

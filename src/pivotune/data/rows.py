@@ -142,10 +142,9 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
         earlier = _earlier_turns(record, suffix)
         if len(form) == 1:
             turn = _parse_chat(record[form[0] + suffix], form[0] + suffix)
-        elif all(_is_list(record.get(key + suffix)) for key in form):
+        elif all(isinstance(_plain(record.get(key + suffix)), list | tuple) for key in form):
             # TRL's conversational form: the last turns are those to train on.
-            key = form[0] + suffix
-            turn = _parse_chat([message for part in form for message in list(record[part + suffix])], key)
+            turn = _parse_chat([message for part in form for message in record[part + suffix]], form[0] + suffix)
         else:
             prompt, completion = (_text(record, key + suffix) for key in form)
             key = f"input{suffix}"
@@ -160,8 +159,9 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
         return Turn("")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or hasattr(value, "tolist")
+def _plain(value: Any) -> Any:
+    """Return an array as a list."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
@@ -174,9 +174,7 @@ def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
     value = record.get(key)
     if _is_missing(value) or value == "":
         return turns
-    value = _parse_list(value, key)
-    for pair in value:
-        pair = pair.tolist() if hasattr(pair, "tolist") else pair
+    for pair in map(_plain, _parse_list(value, key)):
         if not (isinstance(pair, list | tuple) and len(pair) == 2) or any(map(_text_fault, pair)):
             raise RowError(key, "is not a list of [question, answer]")
         turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -235,8 +233,7 @@ def _parse_list(value: Any, key: str) -> list[Any]:
             if re.match(r"\s*\[\s*[{\[(]\s*'", value):
                 raise RowError(key, "is a Python literal, not JSON", " (write it with json.dumps)") from None
             raise RowError(key, "is text, not a list of messages") from None
-    elif hasattr(value, "tolist"):
-        value = value.tolist()
+    value = _plain(value)
     if not isinstance(value, list | tuple):
         raise RowError(key, f"is {_kind(value)}, not a list of messages")
     return list(value)
@@ -244,8 +241,8 @@ def _parse_list(value: Any, key: str) -> list[Any]:
 
 def _parse_chat(value: Any, key: str) -> Turn:
     """Read a list of messages."""
-    value = _parse_list(value, key)
-    messages = [message for item in value if (message := _read_message(item, key)) is not None]
+    read = (_read_message(item, key) for item in _parse_list(value, key))
+    messages = [message for message in read if message is not None]
     if not messages:
         raise RowError(key, EMPTY)
     if messages[-1]["role"] != "assistant":
@@ -276,7 +273,7 @@ def _read_message(item: Any, key: str) -> Message | None:
 
 def _joined_parts(content: Any, key: str) -> Any:
     """Return the text of content that is a list of parts, `[{"type": "text", "text": ...}]`; other content as it is."""
-    content = content.tolist() if hasattr(content, "tolist") else content
+    content = _plain(content)
     if not isinstance(content, list | tuple):
         return content
     for part in content:
@@ -296,8 +293,7 @@ def answered_turns(row: Row) -> list[Row]:
     roles, english = (
         [turn["role"] for turn in side if turn["role"] != "system"] for side in (row.history, row.history_en)
     )
-    both = bool(row.prompt and row.prompt_en)
-    if both and roles != english:
+    if row.prompt and row.prompt_en and roles != english:
         return [row]
     found = []
     sides = [_split_before_answers(history) for history in (row.history, row.history_en)]

@@ -58,6 +58,17 @@ class Turn:
         """Return Alpaca's two fields as one message."""
         return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
 
+    @property
+    def texts(self) -> list[str]:
+        """Prompt, answer, input and the texts of the turns before, for `with_texts`."""
+        return [self.prompt, self.completion, self.input, *(message["content"] for message in self.history)]
+
+    def with_texts(self, texts: Sequence[str]) -> Turn:
+        """Return the turn with other texts in the order of `texts`."""
+        prompt, completion, text, *contents = texts
+        history = tuple({**message, "content": new} for message, new in zip(self.history, contents, strict=True))
+        return Turn(prompt, completion, text, history)
+
     def with_system_folded(self) -> Turn:
         """Return the turn with its system message before the first user text, for templates that refuse the role."""
         if not self.history or self.history[0]["role"] != "system":

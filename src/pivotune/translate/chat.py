@@ -151,10 +151,8 @@ def _transformers_generator(model: Any, tokenizer: Any, context: int, ends: set[
         options = {"end_ids": end_ids, "max_new_tokens": limit, "batch_size": len(ids)}
         return [answer.text if answer.ended else "" for answer in generate_answers(model, tokenizer, ids, **options)]
 
-    def characters(prompt: Prompt) -> int:
-        return 4 * len(prompt.ids)  # of a token in English
-
-    return lambda prompts: run_in_batches(prompts, generate, model.device.type, characters)
+    # A token in English has four characters.
+    return lambda prompts: run_in_batches(prompts, generate, model.device.type, lambda prompt: 4 * len(prompt.ids))
 
 
 def _vllm_generator(location: str, revision: str | None, context: int, ends: list[int]) -> Generate:

@@ -52,8 +52,7 @@ def _english_alone(rows: Rows, english: int) -> Rows:
 
     def alone(place: int, row: Row) -> Row:
         side = row.sides[english]
-        found = Row("", "", side.prompt, side.completion, "", side.input, (), side.history)
-        return replace(found, id=row.id, number=row.number)
+        return Row("", "", side.prompt, side.completion, "", side.input, (), side.history, row.id, row.number)
 
     return replace(rows, rows=Mapped(rows.rows, alone))
 
@@ -81,25 +80,18 @@ def translate_rows(
     def translated(step: list[Row]) -> list[dict[str, Any]]:
         if len(known) > _KNOWN_LINES:
             known.clear()
-        texts = [_texts(row) for row in step]
+        texts = [row.sides[1].texts for row in step]
         found = iter(translate_texts([text for one in texts for text in one], translate, known))
         return [
-            row_record(_with_target(row, list(islice(found, len(english)))))
-            for row, english in zip(step, texts, strict=True)
+            row_record(_with_target(row, list(islice(found, len(one))))) for row, one in zip(step, texts, strict=True)
         ]
 
     steps.append(rows, done, translated, rows_per_step, progress)
 
 
-def _texts(row: Row) -> list[str]:
-    """Return the English texts of a row in a fixed order."""
-    return [row.prompt_en, row.completion_en, row.input_en, *(turn["content"] for turn in row.history_en)]
-
-
 def _with_target(row: Row, texts: list[str]) -> Row:
-    prompt, completion, input_text, *turns = texts
-    history = tuple({**turn, "content": text} for turn, text in zip(row.history_en, turns, strict=True))
-    return replace(row, prompt=prompt, completion=completion, input=input_text, history=history)
+    turn = row.sides[1].with_texts(texts)
+    return replace(row, prompt=turn.prompt, completion=turn.completion, input=turn.input, history=turn.history)
 
 
 def translated_rows(steps: StepFile, rows: Rows) -> Rows:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pivotune.data.check import report_path
 from pivotune.data.formats import read_file
@@ -99,9 +99,13 @@ class StepFile:
         progress(done)
         with self.path.open("ab") as file:
             while step := list(islice(remaining, rows_per_step)):
-                for record in make(step):
-                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                append_records(file, make(step))
                 done += len(step)
                 progress(done)
+
+
+def append_records(file: BinaryIO, records: Iterable[Record]) -> None:
+    """Append JSON Lines that neither a kill nor a power failure loses."""
+    file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    file.flush()
+    os.fsync(file.fileno())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
 from pivotune.data.formats import file_type, is_data_file_name, read_lines, reading
-from pivotune.data.rows import RowError
+from pivotune.data.prepare.columns import Layout, adapt, has_rows, is_header
+from pivotune.data.rows import ENGLISH_SUFFIX, RowError
 from pivotune.data.sources import Source, open_source
 from pivotune.data.text_files import NumberedRecords, open_file
 from pivotune.errors import UsageError
+from pivotune.text.languages import Language
 
 # Elements of TMX 1.4b whose content is the markup of the document, not text.
 _TMX_CODES = frozenset(("bpt", "ept", "ph", "it", "ut"))
@@ -20,52 +21,46 @@ _BYTES_PER_READ = 2**16
 
 
 def open_corpus(
-    source: str,
-    *,
-    beside_english: bool,
-    is_header: Callable[[Sequence[str]], bool],
-    has_rows: Callable[[Sequence[str]], bool],
-) -> Source:
-    """Open a data file, a Hub dataset, or a parallel corpus.
+    source: str, language: Language, column: str | None, english_column: str | None, *, beside_english: bool
+) -> tuple[Source, Layout]:
+    """Open a data file, a Hub dataset, or a parallel corpus; arguments and result as `adapt`.
 
     A line is `{"text": sentence}`, a TMX unit `{"translation": {language: sentence}}`, as in parallel sets on the Hub.
-    Columns of a table without a header are named `1`, `2`...
-
-    Args:
-        beside_english: the English side is another source, so that a text file holds sentences, with tabs or without.
-        is_header: returns True for the cells of a first line that names the columns of sentences.
-        has_rows: returns True for the header of a `.tsv` file with rows, which has CSV's quotes; others are split at tabs.
+    Columns of a table without a header are named `1`, `2`... With `beside_english` a line is one sentence, even with tabs.
 
     Raises:
         UsageError: as `load_rows`; XML that is broken or declares entities.
     """
     path = Path(source).expanduser()
     kind = file_type(path)
-    if not path.is_file() or (is_data_file_name(path) and kind != ".tsv"):
-        return open_source(source, keep_bad=True)
-    if kind == ".tmx":
-        return Source(str(path), "unit", _read_tmx(path))
-    first = next(read_lines(path), "")
-    if kind == ".tsv" and has_rows(_cells(first)):
-        return open_source(source, keep_bad=True)
-    is_table = kind == ".tsv" or ("\t" in first and not beside_english)
-    return Source(str(path), "line", _read_table(path, is_header) if is_table else _read_sentences(path))
-
-
-def _read_sentences(path: Path) -> NumberedRecords:
-    for number, line in enumerate(read_lines(path), start=1):
-        yield number, {"text": line} if line.strip() else RowError("", "is a blank line")
+    is_corpus = path.is_file() and (kind == ".tsv" or not is_data_file_name(path))
+    first = next(read_lines(path), "") if is_corpus and kind != ".tmx" else ""
+    # A table of rows has CSV's quotes; others are split at tabs.
+    has_quotes = kind == ".tsv" and any(has_rows(_cells(first), suffix) for suffix in ("", ENGLISH_SUFFIX))
+    if not is_corpus or has_quotes:
+        corpus = open_source(source, keep_bad=True)
+    elif kind == ".tmx":
+        corpus = Source(str(path), "unit", _read_tmx(path))
+    elif kind == ".tsv" or ("\t" in first and not beside_english):
+        corpus = Source(str(path), "line", _read_table(path, language, column))
+    else:
+        lines = enumerate(read_lines(path), start=1)
+        blank = RowError("", "is a blank line")
+        corpus = Source(
+            str(path), "line", ((number, {"text": line} if line.strip() else blank) for number, line in lines)
+        )
+    return adapt(corpus, language, column, english_column, beside_english=beside_english)
 
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.rstrip("\r\n").split("\t")]
 
 
-def _read_table(path: Path, is_header: Callable[[Sequence[str]], bool]) -> NumberedRecords:
+def _read_table(path: Path, language: Language, column: str | None) -> NumberedRecords:
     lines = enumerate(map(_cells, read_lines(path)), start=1)
     first = next(lines)
     names = first[1]
-    if not is_header(names):
+    if column not in names and not is_header(names, language):
         names, lines = [str(place) for place, _ in enumerate(names, start=1)], chain([first], lines)
     for number, cells in lines:
         if len(cells) == len(names):
