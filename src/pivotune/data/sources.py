@@ -249,25 +249,21 @@ def open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | Non
         records = enumerate(source, start=1)
     else:
         raise UsageError(f"data: found {type(source).__name__}; allowed: {_OBJECTS}")
-    records = _refuse_empty(name, records)
-    return Source(name, unit, records if unused is None else _count_unused(records, unused))
+    return Source(name, unit, _checked(name, records, unused))
 
 
-def _count_unused(records: NumberedRecords, unused: Counter[str]) -> NumberedRecords:
+def _checked(name: str, records: NumberedRecords, unused: Counter[str] | None) -> NumberedRecords:
+    """Refuse a source without records, and count the columns that are not read."""
+    is_empty = True
     for number, record in records:
-        if isinstance(record, Mapping):
+        is_empty = False
+        if unused is not None and isinstance(record, Mapping):
             # As many names as reasons: a file may have its data in the names.
             filled = (str(key) for key in record.keys() - USED_KEYS if record[key] not in (None, ""))
             unused.update(key for key in filled if key in unused or len(unused) < _REASONS)
         yield number, record
-
-
-def _refuse_empty(name: str, records: NumberedRecords) -> NumberedRecords:
-    first = next(records, None)
-    if first is None:
+    if is_empty:
         raise UsageError(f"{name}: holds no rows")
-    yield first
-    yield from records
 
 
 class _Entry(NamedTuple):

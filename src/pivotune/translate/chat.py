@@ -122,15 +122,15 @@ def prepare_chat(
         if engine == "vllm":
             generate, device = _vllm_generator(files.location, revision, context, sorted(ends)), "cuda"
         else:
-            model = load_on_device(name, revision)
+            model = load_for_translation(name, revision)
             generate, device = _transformers_generator(model, tokenizer, context, ends), model.device.type
         return ChatTranslator(encoder, system, context, generate, device)
 
     return load
 
 
-def load_on_device(name: str, revision: str | None) -> Any:
-    """Load a model for translation onto the GPU, in bfloat16, or the CPU."""
+def load_for_translation(name: str, revision: str | None) -> Any:
+    """Load a model onto the GPU, in bfloat16, or the CPU."""
     import torch
 
     on_gpu = torch.cuda.is_available()

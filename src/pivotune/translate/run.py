@@ -8,7 +8,7 @@ on behind its last row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,13 @@ def translate_rows(
     def translated(step: list[Row]) -> list[dict[str, Any]]:
         if len(known) > _KNOWN_LINES:
             known.clear()
-        texts = [row.sides[1].texts for row in step]
-        found = iter(translate_texts([text for one in texts for text in one], translate, known))
-        return [
-            row_record(_with_target(row, list(islice(found, len(one))))) for row, one in zip(step, texts, strict=True)
-        ]
+        english = [row.sides[1] for row in step]
+        found = iter(translate_texts([text for turn in english for text in turn.texts], translate, known))
+        turns = [turn.with_texts(list(islice(found, len(turn.texts)))) for turn in english]
+        # The fields of a turn have the names of a row's target side.
+        return [row_record(replace(row, **asdict(turn))) for row, turn in zip(step, turns, strict=True)]
 
     steps.append(rows, done, translated, rows_per_step, progress)
-
-
-def _with_target(row: Row, texts: list[str]) -> Row:
-    turn = row.sides[1].with_texts(texts)
-    return replace(row, prompt=turn.prompt, completion=turn.completion, input=turn.input, history=turn.history)
 
 
 def translated_rows(steps: StepFile, rows: Rows) -> Rows:

@@ -15,7 +15,7 @@ from pivotune.data.formats import read_file
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
-from pivotune.text.files import write_json
+from pivotune.text.files import json_line, write_json
 
 Record = Mapping[str, Any]
 
@@ -106,6 +106,6 @@ class StepFile:
 
 def append_records(file: BinaryIO, records: Iterable[Record]) -> None:
     """Append JSON Lines that neither a kill nor a power failure loses."""
-    file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    file.writelines(map(json_line, records))
     file.flush()
     os.fsync(file.fileno())

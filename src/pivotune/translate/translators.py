@@ -14,7 +14,7 @@ from pivotune.models.loading import load_tokenizer, read_config
 from pivotune.models.locating import one_line_errors
 from pivotune.text.languages import find_language, known_language
 from pivotune.translate.batches import rows_per_step, run_in_batches
-from pivotune.translate.chat import ChatTranslator, load_on_device, prepare_chat
+from pivotune.translate.chat import ChatTranslator, load_for_translation, prepare_chat
 
 # Tokens of NLLB (`vie_Latn`), mBART-50 (`vi_VN`) and M2M100 (`__vi__`), which begin the translation, and of MADLAD-400
 # (`<2vi>`) and Marian (`>>vie<<`), which begin the English text.
@@ -167,11 +167,12 @@ def prepare_translator(
 
         with one_line_errors(tokenizer or name, "tokenizer"):
             loaded = AutoTokenizer.from_pretrained(tokenizer or Path(name).expanduser())
-        parts = loaded, *_prepare_languages(name, loaded, wanted, source)
-        return lambda: ConvertedTranslator(_load_converted(name), *parts)
-    loaded = load_tokenizer(name, revision=revision, translates=True)
+    else:
+        loaded = load_tokenizer(name, revision=revision, translates=True)
     parts = loaded, *_prepare_languages(name, loaded, wanted, source)
-    return lambda: LocalTranslator(load_on_device(name, revision), *parts)
+    if converted:
+        return lambda: ConvertedTranslator(_load_converted(name), *parts)
+    return lambda: LocalTranslator(load_for_translation(name, revision), *parts)
 
 
 def _load_converted(name: str) -> Any:

@@ -243,7 +243,7 @@ def _is_copy(target: Text, english: Text) -> bool:
     return 2 * shared >= COPY_SIMILARITY * (len(target.words) + len(english.words)) and not english.is_code()
 
 
-def first_places(hashes: np.ndarray) -> np.ndarray:
+def first_places(hashes: np.ndarray | array) -> np.ndarray:
     """Return for each row the first place with the same hash, int64 (rows,)."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse]

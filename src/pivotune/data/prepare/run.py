@@ -21,8 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from pivotune.data.check import report_path, row_record
 from pivotune.data.check.run import first_places
 from pivotune.data.lazy import Subset
-from pivotune.data.prepare.columns import ENGLISH
-from pivotune.data.prepare.corpora import open_corpus
+from pivotune.data.prepare.corpora import ENGLISH, open_corpus
 from pivotune.data.prepare.near_duplicates import near_duplicates, shingle_length
 from pivotune.data.prepare.overlap import Overlap, find_overlap
 from pivotune.data.prepare.tasks import TASKS
