@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from numbers import Integral, Number
 from operator import attrgetter
 from typing import Any
@@ -172,7 +172,7 @@ def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
         turns.append({"role": "system", "content": _text(record, key)})
     key = f"history{suffix}"
     value = record.get(key)
-    if _is_missing(value) or value == "":
+    if is_empty(value):
         return turns
     for pair in map(_plain, _parse_list(value, key)):
         if not (isinstance(pair, list | tuple) and len(pair) == 2) or any(map(_text_fault, pair)):
@@ -214,6 +214,11 @@ def _text_fault(value: Any) -> str:
 def _is_missing(value: Any) -> bool:
     """Return True for None and for NaN, which pandas writes in place of None."""
     return value is None or (isinstance(value, float) and value != value)
+
+
+def is_empty(value: Any) -> bool:
+    """Return True for a missing value and for a text, list or array without content; arrays have no truth value."""
+    return _is_missing(value) or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _kind(value: Any) -> str:
@@ -295,16 +300,16 @@ def answered_turns(row: Row) -> list[Row]:
     )
     if row.prompt and row.prompt_en and roles != english:
         return [row]
-    found = []
     sides = [_split_before_answers(history) for history in (row.history, row.history_en)]
-    for place in range(max(map(len, sides))):
-        target, parallel = (side[place] if side else ((), "", "") for side in sides)
-        found.append(
-            replace(
-                row, history=target[0], prompt=target[1], completion=target[2], input="",
-                history_en=parallel[0], prompt_en=parallel[1], completion_en=parallel[2], input_en="",
-            )
-        )  # fmt: skip
+    found = [
+        replace(
+            row, history=before, prompt=prompt, completion=completion, input="",
+            history_en=before_en, prompt_en=prompt_en, completion_en=completion_en, input_en="",
+        )
+        for (before, prompt, completion), (before_en, prompt_en, completion_en) in zip_longest(
+            *sides, fillvalue=((), "", "")
+        )
+    ]  # fmt: skip
     return [*found, row]
 
 

@@ -21,7 +21,6 @@ _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswe
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
-
 _ALPACA_RESPONSE = "\n\n### Response:"
 
 # A Jinja file's text as a chat template. Transformers trims white space around blocks; "+" keeps the file's own.

@@ -90,11 +90,7 @@ class StepFile:
         rows_per_step: int,
         progress: Callable[[int], None],
     ) -> None:
-        """Append the records that `make` returns for the rows behind the first `done` ones.
-
-        Args:
-            progress: called with the number of rows done so far.
-        """
+        """Append the records that `make` returns for the rows behind the first `done` ones."""
         remaining = islice(iter(rows), done, None)
         progress(done)
         with self.path.open("ab") as file:

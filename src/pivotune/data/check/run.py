@@ -152,9 +152,6 @@ class RowCheck:
     """Checks one row after the other, and keeps of each row the traces that the comparison of rows needs.
 
     That is some tens of bytes a row, and the words of at most `LEXICON_COMPARED` rows spread over the data.
-
-    Args:
-        sources: the sources of the rows, as in `Rows.sources`.
     """
 
     def __init__(self, language: str, found: Findings, num_rows: int, sources: Mapping[str, int]) -> None:

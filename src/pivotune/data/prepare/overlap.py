@@ -56,7 +56,6 @@ def find_overlap(
 
     Args:
         tasks: texts of every item of each task.
-        progress: called with the number of rows done so far.
     """
     found = {name: Overlap(len(items)) for name, items in tasks.items()}
     owners: list[tuple[str, int]] = []
