@@ -16,7 +16,7 @@ import numpy as np
 
 from pivotune.data.check.cuts import CutTable
 from pivotune.data.check.damage import find_damage, lost_number
-from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, base_language, side_texts
+from pivotune.data.check.language import ENGLISH_WORDS, Detector, Text, side_texts
 from pivotune.data.check.lexicon import Strange, TermTable, stranger_pairs
 from pivotune.data.check.result import DEFECTS, TEXTS, DataCheck, Findings, Histogram, Lengths, Shift
 from pivotune.data.check.shifts import RATIO_CHARACTERS, TraceTable, disagreements, find_shifts, side_trace
@@ -26,6 +26,7 @@ from pivotune.data.lazy import Subset
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
+from pivotune.text.languages import is_english
 
 # A copy may lose or change a word or two; translations share far fewer, even into related languages.
 COPY_SIMILARITY = 0.8
@@ -66,7 +67,7 @@ def check_rows(
     Raises:
         UsageError: no rows, a row that lacks a text, or English as the target language.
     """
-    if base_language(language) == "en":
+    if is_english(language):
         raise UsageError(
             f"language: {language} is English, which is the other side of every row; name the target language"
         )
