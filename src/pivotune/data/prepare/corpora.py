@@ -91,7 +91,13 @@ class Layout:
 
 
 def open_corpus(
-    source: str, language: Language, column: str | None, english_column: str | None, *, beside_english: bool
+    source: str,
+    language: Language,
+    column: str | None,
+    english_column: str | None,
+    *,
+    beside_english: bool,
+    is_english: bool = False,
 ) -> tuple[Source, Layout]:
     """Open a data file, a Hub dataset, or a parallel corpus; return the records that `parse_row` reads, and their columns.
 
@@ -101,6 +107,7 @@ def open_corpus(
     Args:
         column, english_column: columns of sentences that the user named.
         beside_english: the English side comes from another source, or the rows are English alone.
+        is_english: this is the English side of rows in `language`.
 
     Raises:
         UsageError: as `load_rows`; XML that is broken or declares entities.
@@ -123,7 +130,7 @@ def open_corpus(
         corpus = Source(
             str(path), "line", ((number, {"text": line} if line.strip() else blank) for number, line in lines)
         )
-    return _adapt(corpus, language, column, english_column, beside_english=beside_english)
+    return _adapt(corpus, ENGLISH if is_english else language, column, english_column, beside_english=beside_english)
 
 
 def _adapt(

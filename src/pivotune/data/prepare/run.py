@@ -157,7 +157,9 @@ def _read(settings: PrepareSettings) -> tuple[Rows, bool, bool]:
         rows = load_rows(source, need_english=layout.has_english and not is_english, **options)
         return rows, layout.sentence is not None, layout.has_english
     source, layout = open_corpus(settings.source, language, column, None, beside_english=True)
-    english, english_layout = open_corpus(settings.english, ENGLISH, english_column, None, beside_english=True)
+    english, english_layout = open_corpus(
+        settings.english, language, english_column, None, beside_english=True, is_english=True
+    )
     if bool(layout.sentence) != bool(english_layout.sentence):
         sentences, others = (settings.source, settings.english)[:: 1 if layout.sentence else -1]
         raise UsageError(f"{sentences}: holds sentences, but {others} holds rows; give two files of the same form")
