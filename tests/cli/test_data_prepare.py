@@ -176,6 +176,13 @@ def test_parallel_sets_of_the_hub_and_flores_plus(folder):
     assert [sides(row) for row in joined] == [("Về nhà.", "Go home."), ("Đi chợ.", "Go shopping.")]
 
 
+def test_a_sentence_that_ends_in_a_language_is_no_header(folder):
+    Path("a.tsv").write_text("1\tTôi học tiếng Anh\n2\tTôi đi chợ\n", encoding="utf-8")
+    Path("b.tsv").write_text("1\tI am learning English\n2\tI go shopping\n", encoding="utf-8")
+    joined = prepared("a.tsv", "--english", "b.tsv", "--columns", "2,2")
+    assert [sides(row)[1] for row in joined] == ["I am learning English", "I go shopping"]
+
+
 def test_moses_lines(folder, capsys):
     Path("a.vi").write_text("Tôi về nhà.\n\nĐi.\nTôi đi chợ.\n", encoding="utf-8")
     Path("a.en").write_text("I go home.\nAn extra.\nGo.\nI go shopping.\n", encoding="utf-8")
@@ -197,6 +204,10 @@ def test_moses_lines(folder, capsys):
         (("a.vi", "--english", "b.en"), "a.vi has 2 rows, b.en has 1"),
         (("bad.vi", "--english", "a.vi"), "bad.vi, line 2: not UTF-8 (byte 0xe9)"),
         (("a.vi",), "a.vi: holds sentences (column text) without English; give --english FILE"),
+        (
+            ("none.tmx",),
+            "(allowed: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .tmx, each also with .gz; or a Hub dataset",
+        ),
         (("none.tmx", "--against", "xquad_vi", "--eval-data", "."), "none.tmx: no such file"),
         (("a.jsonl", "--english", "a.vi"), "a.vi: holds sentences, but a.jsonl holds rows"),
         (("a.vi", "--english", "a.vi", "--task", "x"), "--task: 'x' found; allowed: continue, translate"),

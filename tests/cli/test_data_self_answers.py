@@ -68,8 +68,17 @@ def test_mistakes_are_one_line_and_write_nothing(folder, capsys, options, messag
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_result_without_rows_is_an_error_and_keeps_the_answers(folder, capsys):
+    assert main(command(folder, "--limit", "1")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    reason = "no row was kept (1 left out: the answer does not end within the token limit); all answers are in "
+    assert f"{reason}{folder / 'self.answered.jsonl'}" in error
+    assert len((folder / "self.answered.jsonl").read_text().splitlines()) == 1
+    assert not (folder / "self.jsonl").exists()
+
+
 def test_another_model_is_refused(folder, capsys):
-    assert main(command(folder, "--limit", "1")) == 0
+    assert main(command(folder, "--limit", "4")) == 0
     (folder / "model").rename(folder / "other")
     assert main(command(folder, "--model", str(folder / "other"))) == 2
     assert f"was begun with model {str(folder / 'model')!r}, found {str(folder / 'other')!r}" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from conftest import build_tiny_tokenizer
 
-from pivotune.data.check import DataCheck, base_language, check_rows
+from pivotune.data.check import DataCheck, check_rows
+from pivotune.data.check.language import base_language
 from pivotune.data.examples import Encoder, Limits
 from pivotune.data.rows import Row
 from pivotune.data.sources import load_rows

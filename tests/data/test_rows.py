@@ -81,6 +81,13 @@ def test_chat_as_json_text_array_or_tuple(wrap):
     assert parse({"messages": wrap(TURNS)}, need_english=False).history == tuple(TURNS[:3])
 
 
+@pytest.mark.parametrize("wrap", [list, np.array])
+def test_history_as_list_or_array(wrap):
+    row = parse({**ALPACA, "history": wrap([["Habari?", "Nzuri."], ["Jina?", "Asha."]])}, need_english=False)
+    assert [turn["content"] for turn in row.history] == ["Habari?", "Nzuri.", "Jina?", "Asha."]
+    assert parse({**ALPACA, "history": wrap([])}, need_english=False).history == ()
+
+
 @pytest.mark.parametrize("blank", ["", " ", None])
 def test_blank_system_turn_is_left_out(blank):
     turns = [{"role": "system", "content": blank}, *TURNS_EN]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 from pivotune.data.formats import read_file, row_name, source_of
@@ -166,6 +167,15 @@ class TestSeveralSources:
         assert rows.notes == ["columns that are not used: 'topic' (in 7 rows)"]
         assert rows.source == f"{first}, {second}, {csv}"
         assert concatenate(parts[:1]) is parts[0]
+
+
+def test_columns_of_arrays():
+    """As pandas reads lists from Parquet: an array has no truth value."""
+    row = {**pairs(1)[0], "scores": np.array([0, 1]), "nothing": np.array([])}
+    assert load_rows([row]).unused == {"scores": 1}
+    chat = np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], dtype=object)
+    with pytest.raises(UsageError, match="has `messages_en` already"):
+        load_rows([{"messages": chat, "messages_en": chat}], english=[{"messages": chat}])
 
 
 class TestBadRows:

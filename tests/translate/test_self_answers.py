@@ -137,6 +137,20 @@ def test_a_kill_loses_and_doubles_nothing(tmp_path, cut):
     assert answer(steps, rows, None) == 12  # nothing is left to do
 
 
+def test_an_empty_result_is_refused_and_the_answers_stay(tmp_path):
+    rows, steps = load(tmp_path, ENGLISH[:3]), StepFile(tmp_path / "self.jsonl", "answered", {})
+    reasons = iter(("cut_answer", "cut_answer", "empty_answer"))
+    answer(steps, rows, lambda step: [{**record, "left_out": next(reasons)} for record in said("I")(step)])
+    with pytest.raises(UsageError) as caught:
+        write_answered(steps, rows, has_target=False)
+    assert str(caught.value) == (
+        f"{rows.source}: no row was kept (2 left out: the answer does not end within the token limit; 1 left out: the "
+        f"answer is empty); all answers are in {steps.path}"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "self.answered.json", "self.answered.jsonl"}
+    assert answer(steps, rows, None) == 3
+
+
 def test_other_questions_are_refused(tmp_path):
     rows, steps = load(tmp_path, ENGLISH), StepFile(tmp_path / "self.jsonl", "answered", {})
     answer(steps, rows, said("I say"))

@@ -9,16 +9,6 @@ from pivotune.cli.data_prepare import prepare
 from pivotune.cli.data_translate import self_answers, translate
 
 app = typer.Typer(help="Make and check training data.", no_args_is_help=True)
-
-
-app.command()(prepare)
-
-
-@app.callback()
-def root() -> None:
-    """Make and check training data."""
-
-
 app.command()(prepare)
 app.command()(translate)
 app.command("self-answers")(self_answers)

@@ -66,12 +66,12 @@ def check(
             raise UsageError(f"{option}: needs --model, whose tokenizer it is for")
     if english is not None and len(data) > 1:
         raise UsageError(f"--english: belongs to one data file, found {len(data)}; check them one by one")
-    from pivotune.data.check import base_language, check_clean_path, check_rows, report_path, write_clean
+    from pivotune.data.check import check_clean_path, check_rows, report_path, write_clean
     from pivotune.data.sources import concatenate, load_rows
-    from pivotune.text.languages import check_language
+    from pivotune.text.languages import check_language, is_english
 
     check_language(language, "--lang")
-    if base_language(language) == "en":
+    if is_english(language):
         raise UsageError(f"--lang: {language} is English, the other side of every row; name the target language")
     if clean is not None:
         check_clean_path(clean, *data, english)

@@ -68,7 +68,7 @@ def prepare(
     for path in paths.values():
         check_out(path, path.suffix, overwrite=overwrite)
     for name in filter(None, (source, english)):
-        parse_hub_name(name)  # refuses a missing file, before sets are read
+        parse_hub_name(name, ".tmx")  # refuses a missing file, before sets are read
     tasks = evaluation_texts(against, eval_data, target.code)
     settings = PrepareSettings(
         source=source,

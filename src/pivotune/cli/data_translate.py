@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivotune.cli.common import (
-    check_inputs,
-    own_options,
-    progress,
-    quiet_libraries,
-    safe,
-    stderr,
-    stdout,
-)
+from pivotune.cli.common import check_inputs, own_options, progress, quiet_libraries, safe, stderr, stdout
 from pivotune.cli.data_check import print_check
 from pivotune.errors import UsageError
 
@@ -137,9 +129,8 @@ def self_answers(
     from pivotune.data.check import check_clean_path, report_path
     from pivotune.translate.steps import StepFile
 
-    steps = StepFile(
-        out, "answered", {"source": data, "model": model, "template": template, "max_new_tokens": max_new_tokens}
-    )
+    settings = {"source": data, "model": model, "template": template, "max_new_tokens": max_new_tokens}
+    steps = StepFile(out, "answered", settings)
     for path in (out, steps.path):
         check_clean_path(path, data, option="--out")
     check_inputs([model], [data])

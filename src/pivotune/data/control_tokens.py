@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -31,16 +30,14 @@ class ControlTokens:
         self._stand_ins = {name: chr(_FIRST_STAND_IN + place) * len(name) for place, name in enumerate(names)}
         self._hidden = {stand_in: name for name, stand_in in self._stand_ins.items()}
         self._name, self._any = (_one_of(table) for table in (self._stand_ins, self._hidden))
-        self._swapped = _one_of({**self._stand_ins, **self._hidden})
+        self._swaps = {**self._stand_ins, **self._hidden}
+        self._swapped = _one_of(self._swaps)
 
     def hide(self, turn: Turn) -> Turn:
         """Return the turn with stand-ins for the control tokens that its texts spell out."""
-        texts = (turn.prompt, turn.completion, turn.input, *(message["content"] for message in turn.history))
-        if not any(map(self._name.search, texts)):
+        if not any(map(self._name.search, turn.texts)):
             return turn
-        prompt, completion, text, *contents = (self._name.sub(self._stand_in, text) for text in texts)
-        history = [{**message, "content": new} for message, new in zip(turn.history, contents, strict=True)]
-        return replace(turn, prompt=prompt, completion=completion, input=text, history=history)
+        return turn.with_texts([self._name.sub(lambda match: self._stand_ins[match[0]], text) for text in turn.texts])
 
     def are_hidden(self, text: str) -> bool:
         """Return True for rendered text with stand-ins."""
@@ -48,14 +45,9 @@ class ControlTokens:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids and offsets of rendered text with stand-ins."""
-        names = {**self._stand_ins, **self._hidden}
-        encoding = self._renamed.encode(
-            self._swapped.sub(lambda match: names[match.group()], text), add_special_tokens=False
-        )
+        swapped = self._swapped.sub(lambda match: self._swaps[match[0]], text)
+        encoding = self._renamed.encode(swapped, add_special_tokens=False)
         return encoding.ids, encoding.offsets
-
-    def _stand_in(self, match: re.Match[str]) -> str:
-        return self._stand_ins[match.group()]
 
     @cached_property
     def _renamed(self) -> Any:

@@ -121,12 +121,7 @@ def predicted_english_tokens(examples: Sequence[Example]) -> np.ndarray:
 
 
 def training_examples(
-    pairs: Sequence[Pair],
-    method: Method,
-    *,
-    english_ratio: float = 0.0,
-    seed: int = 0,
-    token_budget: int | None = None,
+    pairs: Sequence[Pair], method: Method, *, english_ratio: float = 0.0, seed: int = 0, token_budget: int | None = None
 ) -> PairExamples:
     """Return the training examples of a method, in the order of `pairs`.
 

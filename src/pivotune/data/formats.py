@@ -87,8 +87,8 @@ def row_name(number: int, sources: Mapping[str, int]) -> int | str:
     return number if len(sources) < 2 else "{}:{}".format(*source_of(number, sources))
 
 
-def describe_file_types() -> str:
-    return f"{', '.join(_READERS)}, each also with .gz"
+def describe_file_types(*more: str) -> str:
+    return f"{', '.join((*_READERS, *more))}, each also with .gz"
 
 
 def missing_file_error(path: Path) -> UsageError:

@@ -26,8 +26,11 @@ class HubName(NamedTuple):
         return self.path + (f"/{self.config}" if self.config else "") + (f":{self.split}" if self.split else "")
 
 
-def parse_hub_name(source: str) -> HubName | None:
+def parse_hub_name(source: str, *more_types: str) -> HubName | None:
     """Return the parts of a Hub name, or None for the name of a file here.
+
+    Args:
+        more_types: endings that the caller reads beside those of `formats.py`, for the message.
 
     Raises:
         UsageError: it is neither a Hub name nor a data file.
@@ -41,7 +44,7 @@ def parse_hub_name(source: str) -> HubName | None:
         return HubName(**match.groupdict())
     if is_marked:
         raise UsageError(f"{source}: not a Hub dataset; allowed: hub:owner/name[/config][:split]")
-    allowed = f"allowed: {describe_file_types()}; or a Hub dataset as hub:owner/name[:split]"
+    allowed = f"allowed: {describe_file_types(*more_types)}; or a Hub dataset as hub:owner/name[:split]"
     raise UsageError(f"{missing_file_error(path)} ({allowed})")
 
 

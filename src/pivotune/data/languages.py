@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from pivotune.config.settings import EncodingConfig
 from pivotune.data.formats import numbered_by
 from pivotune.data.lazy import Mapped
-from pivotune.data.rows import LANGUAGE_KEY, Row
+from pivotune.data.rows import LANGUAGE_KEY
 from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
 from pivotune.text.languages import check_language, find_language, is_english
@@ -79,13 +78,11 @@ def assign_languages(parts: Sequence[Rows], of_sources: Sequence[str | None], da
             of_rows.append(np.array([codes[name] for name in part.languages], dtype=object)[part.language_of])
         if len(found) > 1 or any(part.languages):
             kept = codes if len(found) > 1 else {}
-            part = replace(part, rows=Mapped(part.rows, partial(_with_language, kept)))
+            # `kept` as a default: each part has its own.
+            named = Mapped(part.rows, lambda _, row, kept=kept: replace(row, language=kept.get(row.language, "")))
+            part = replace(part, rows=named)
         assigned.append(part)
     return RowLanguages(assigned, of_rows, data.language if found in ([], data.languages) else found, notes)
-
-
-def _with_language(codes: Mapping[str, str], place: int, row: Row) -> Row:
-    return replace(row, language=codes.get(row.language, ""))
 
 
 def _problem(part: Rows, default: str, data: EncodingConfig, asked: bool) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from numbers import Integral, Number
 from operator import attrgetter
 from typing import Any
@@ -142,10 +142,9 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
         earlier = _earlier_turns(record, suffix)
         if len(form) == 1:
             turn = _parse_chat(record[form[0] + suffix], form[0] + suffix)
-        elif all(_is_list(record.get(key + suffix)) for key in form):
+        elif all(isinstance(_plain(record.get(key + suffix)), list | tuple) for key in form):
             # TRL's conversational form: the last turns are those to train on.
-            key = form[0] + suffix
-            turn = _parse_chat([message for part in form for message in list(record[part + suffix])], key)
+            turn = _parse_chat([message for part in form for message in record[part + suffix]], form[0] + suffix)
         else:
             prompt, completion = (_text(record, key + suffix) for key in form)
             key = f"input{suffix}"
@@ -160,8 +159,9 @@ def _parse_side(record: Mapping[str, Any], suffix: str, *, needed: bool) -> Turn
         return Turn("")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or hasattr(value, "tolist")
+def _plain(value: Any) -> Any:
+    """Return an array as a list."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
@@ -172,11 +172,9 @@ def _earlier_turns(record: Mapping[str, Any], suffix: str) -> list[Message]:
         turns.append({"role": "system", "content": _text(record, key)})
     key = f"history{suffix}"
     value = record.get(key)
-    if _is_missing(value) or value == "":
+    if is_empty(value):
         return turns
-    value = _parse_list(value, key)
-    for pair in value:
-        pair = pair.tolist() if hasattr(pair, "tolist") else pair
+    for pair in map(_plain, _parse_list(value, key)):
         if not (isinstance(pair, list | tuple) and len(pair) == 2) or any(map(_text_fault, pair)):
             raise RowError(key, "is not a list of [question, answer]")
         turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -218,6 +216,11 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def is_empty(value: Any) -> bool:
+    """Return True for a missing value and for a text, list or array without content; arrays have no truth value."""
+    return _is_missing(value) or (hasattr(value, "__len__") and len(value) == 0)
+
+
 def _kind(value: Any) -> str:
     return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)
 
@@ -235,8 +238,7 @@ def _parse_list(value: Any, key: str) -> list[Any]:
             if re.match(r"\s*\[\s*[{\[(]\s*'", value):
                 raise RowError(key, "is a Python literal, not JSON", " (write it with json.dumps)") from None
             raise RowError(key, "is text, not a list of messages") from None
-    elif hasattr(value, "tolist"):
-        value = value.tolist()
+    value = _plain(value)
     if not isinstance(value, list | tuple):
         raise RowError(key, f"is {_kind(value)}, not a list of messages")
     return list(value)
@@ -244,8 +246,8 @@ def _parse_list(value: Any, key: str) -> list[Any]:
 
 def _parse_chat(value: Any, key: str) -> Turn:
     """Read a list of messages."""
-    value = _parse_list(value, key)
-    messages = [message for item in value if (message := _read_message(item, key)) is not None]
+    read = (_read_message(item, key) for item in _parse_list(value, key))
+    messages = [message for message in read if message is not None]
     if not messages:
         raise RowError(key, EMPTY)
     if messages[-1]["role"] != "assistant":
@@ -276,7 +278,7 @@ def _read_message(item: Any, key: str) -> Message | None:
 
 def _joined_parts(content: Any, key: str) -> Any:
     """Return the text of content that is a list of parts, `[{"type": "text", "text": ...}]`; other content as it is."""
-    content = content.tolist() if hasattr(content, "tolist") else content
+    content = _plain(content)
     if not isinstance(content, list | tuple):
         return content
     for part in content:
@@ -296,19 +298,18 @@ def answered_turns(row: Row) -> list[Row]:
     roles, english = (
         [turn["role"] for turn in side if turn["role"] != "system"] for side in (row.history, row.history_en)
     )
-    both = bool(row.prompt and row.prompt_en)
-    if both and roles != english:
+    if row.prompt and row.prompt_en and roles != english:
         return [row]
-    found = []
     sides = [_split_before_answers(history) for history in (row.history, row.history_en)]
-    for place in range(max(map(len, sides))):
-        target, parallel = (side[place] if side else ((), "", "") for side in sides)
-        found.append(
-            replace(
-                row, history=target[0], prompt=target[1], completion=target[2], input="",
-                history_en=parallel[0], prompt_en=parallel[1], completion_en=parallel[2], input_en="",
-            )
-        )  # fmt: skip
+    found = [
+        replace(
+            row, history=before, prompt=prompt, completion=completion, input="",
+            history_en=before_en, prompt_en=prompt_en, completion_en=completion_en, input_en="",
+        )
+        for (before, prompt, completion), (before_en, prompt_en, completion_en) in zip_longest(
+            *sides, fillvalue=((), "", "")
+        )
+    ]  # fmt: skip
     return [*found, row]
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from pivotune.data.formats import numbered_by, read_file
 from pivotune.data.hub import parse_hub_name, read_hub
 from pivotune.data.lazy import LazySequence, Spool
-from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, RowError, parse_row, record_id
+from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, RowError, is_empty, parse_row, record_id
 from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
@@ -249,25 +249,21 @@ def open_source(source: RowSource, *, keep_bad: bool, unused: Counter[str] | Non
         records = enumerate(source, start=1)
     else:
         raise UsageError(f"data: found {type(source).__name__}; allowed: {_OBJECTS}")
-    records = _refuse_empty(name, records)
-    return Source(name, unit, records if unused is None else _count_unused(records, unused))
+    return Source(name, unit, _checked(name, records, unused))
 
 
-def _count_unused(records: NumberedRecords, unused: Counter[str]) -> NumberedRecords:
+def _checked(name: str, records: NumberedRecords, unused: Counter[str] | None) -> NumberedRecords:
+    """Refuse a source without records, and count the columns that are not read."""
+    has_rows = False
     for number, record in records:
-        if isinstance(record, Mapping):
+        has_rows = True
+        if unused is not None and isinstance(record, Mapping):
             # As many names as reasons: a file may have its data in the names.
-            filled = (str(key) for key in record.keys() - USED_KEYS if record[key] not in (None, ""))
+            filled = (str(key) for key in record.keys() - USED_KEYS if not is_empty(record[key]))
             unused.update(key for key in filled if key in unused or len(unused) < _REASONS)
         yield number, record
-
-
-def _refuse_empty(name: str, records: NumberedRecords) -> NumberedRecords:
-    first = next(records, None)
-    if first is None:
+    if not has_rows:
         raise UsageError(f"{name}: holds no rows")
-    yield first
-    yield from records
 
 
 class _Entry(NamedTuple):
@@ -286,7 +282,8 @@ class _Entries(Spool[_Entry]):
         self.source = source
         all_have_ids, digests = True, bytearray()
         for number, record in source.records:
-            if english and isinstance(record, Mapping) and (key := next(filter(record.get, ENGLISH_KEYS), None)):
+            filled = (key for key in ENGLISH_KEYS if isinstance(record, Mapping) and not is_empty(record.get(key)))
+            if english and (key := next(filled, None)):
                 raise UsageError(
                     f"{source.place(number)}: has `{key}` already, but the English side is to come from {english.name}; "
                     "keep one of the two"

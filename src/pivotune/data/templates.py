@@ -21,7 +21,6 @@ _QUERY, _INPUT, _ANSWER = "\u241aquery\u241a", "\u241ainput\u241a", "\u241aanswe
 
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
-
 _ALPACA_RESPONSE = "\n\n### Response:"
 
 # A Jinja file's text as a chat template. Transformers trims white space around blocks; "+" keeps the file's own.
@@ -57,6 +56,17 @@ class Turn:
     def user_text(self) -> str:
         """Return Alpaca's two fields as one message."""
         return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt, answer, input and the texts of the turns before, for `with_texts`."""
+        return [self.prompt, self.completion, self.input, *(message["content"] for message in self.history)]
+
+    def with_texts(self, texts: Sequence[str]) -> Turn:
+        """Return the turn with other texts in the order of `texts`."""
+        prompt, completion, text, *contents = texts
+        history = tuple({**message, "content": new} for message, new in zip(self.history, contents, strict=True))
+        return Turn(prompt, completion, text, history)
 
     def with_system_folded(self) -> Turn:
         """Return the turn with its system message before the first user text, for templates that refuse the role."""

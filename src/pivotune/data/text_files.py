@@ -25,8 +25,8 @@ _BYTES_PER_READ = 2**20
 _LONGEST_FIRST_LINE = 2**22
 # The first line of a list of rows that goes on in the next line.
 _LIST_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
-_SPACES = " \t\n\r"
-_AFTER_VALUE = frozenset(",:]}" + _SPACES)
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_AFTER_VALUE = frozenset(",:]} \t\n\r")
 
 # A `RowError` with its `error` takes the place of a record that cannot be read, where the next one of the file can.
 NumberedRecords = Iterator[tuple[int, Any]]
@@ -173,12 +173,9 @@ class _Window:
     def next_character(self) -> str:
         """Skip white space and return the next character without taking it; '' at the end."""
         while True:
-            while self._place < len(self._text):
-                if (character := self._text[self._place]) not in _SPACES:
-                    return character
-                self._place += 1
-            if self._ended:
-                return ""
+            self._place = _BLANKS.match(self._text, self._place).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._ended or self._place < len(self._text):
+                return self._text[self._place : self._place + 1]
             self._read(_BYTES_PER_READ)
 
     def take(self, character: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,8 +39,9 @@ class RequiredSides:
     needed_by: str
 
 
-class Method(Protocol):
-    """A way to train on parallel rows; registered in `pivotune.config.registry.METHODS`.
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Fine-tuning on parallel rows; registered in `pivotune.config.registry.METHODS`. Subclasses rewrite the rows.
 
     Attributes:
         name: value of `method` in YAML.
@@ -58,9 +59,9 @@ class Method(Protocol):
     summary: str
     main_language: Language
     replay: bool
-    inner_losses: bool
-    needs_english: bool
-    pivot_marker: str | None
+    inner_losses: bool = False
+    needs_english: bool = False
+    pivot_marker: str | None = None
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any] | None:
         """Return a function from a row's place and the row to the row that is trained; None for the rows as they are.
@@ -69,11 +70,17 @@ class Method(Protocol):
             rows: all rows to train on (`pivotune.data.rows.Row`).
             settings: the run's configuration, or the trainer's arguments.
         """
-        ...
+        return None
 
     def plan(self, replayed: np.ndarray) -> ExamplePlan:
-        """Return the training examples of all rows; `replayed` (rows,) bool marks rows replayed in English."""
-        ...
+        """Return the training examples: one a row, in the main language, or in English where `replayed` (rows,) is True."""
+        english = replayed | (self.main_language == "english")
+        return ExamplePlan(
+            rows=np.arange(len(replayed)),
+            english_prompt=english,
+            english_answer=english,
+            parallel=np.full(len(replayed), self.inner_losses) & ~english,
+        )
 
 
 def check_named(codes: Sequence[str], what: str) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from pivotune.methods.base import check_named
-from pivotune.methods.baselines import PlainFineTuning
+from pivotune.methods.base import Method, check_named
 from pivotune.text.languages import find_language
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossLingual(PlainFineTuning):
+class CrossLingual(Method):
     """TFT with shares of other rows (`cross_lingual` in the settings); the number of rows stays the same."""
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any]:

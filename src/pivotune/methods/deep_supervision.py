@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pivotune.methods.baselines import PlainFineTuning
+from pivotune.methods.base import Method
 
-DEEP_SUPERVISION = PlainFineTuning(
+DEEP_SUPERVISION = Method(
     name="deep-supervision",
     summary="Deep supervision fine-tuning: the answer's cross-entropy in the target language, and losses at "
     "inner layers that use the parallel English text ([arXiv 2503.01275](https://arxiv.org/abs/2503.01275)).",

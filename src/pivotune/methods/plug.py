@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pivotune.methods.base import check_named, marker_in
-from pivotune.methods.baselines import PlainFineTuning
+from pivotune.methods.base import Method, check_named, marker_in
 
 
 @dataclass(frozen=True, kw_only=True)
-class PivotAnswers(PlainFineTuning):
+class PivotAnswers(Method):
     """TFT on answers of two parts; rows replayed in English keep one part."""
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any]:

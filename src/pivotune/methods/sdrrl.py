@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from pivotune.errors import UsageError
-from pivotune.methods.base import check_named
-from pivotune.methods.baselines import PlainFineTuning
+from pivotune.methods.base import Method, check_named
 from pivotune.methods.cross_lingual import draw_kinds, english_answer, english_prompt, from_english, into_english
 from pivotune.methods.word_alignment import Lexicon, align_words, read_dictionary
 from pivotune.text.languages import find_language
@@ -29,7 +28,7 @@ _COMBINATIONS = ((False, False), (False, True), (True, False), (True, True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sdrrl(PlainFineTuning):
+class Sdrrl(Method):
     """Rows of six kinds (`sdrrl` in the settings); the number of rows stays the same."""
 
     def rewriter(self, rows: Sequence[Any], settings: Any) -> Callable[[int, Any], Any]:
@@ -40,10 +39,7 @@ class Sdrrl(PlainFineTuning):
         """
         own, codes = settings.sdrrl, settings.data.languages
         switching = own.code_switching
-        named_by = {
-            "translation": own.translation,
-            "name_language": own.name_language and own.english_target,
-        }
+        named_by = {"translation": own.translation, "name_language": own.name_language and own.english_target}
         if key := next(filter(named_by.get, named_by), None):
             check_named(codes, f"sdrrl.{key}: prompts")
         generator = np.random.default_rng(settings.seed)
@@ -136,17 +132,14 @@ def complete_answer(row: Any) -> Any:
     An answer of one word is trained after its question.
     """
     text = row.completion.strip()
-    cuts = [place for place in range(1, len(text)) if text[place].isspace() or _begins_unspaced(text[place])]
+    # A mark belongs to the letter before it.
+    letters = [place for place in range(1, len(text)) if unicodedata.category(text[place])[0] != "M"]
+    cuts = [place for place in letters if text[place].isspace() or is_unspaced(text[place])]
     if not cuts:
         return row
     cut = min(cuts, key=lambda place: abs(place - len(text) / 2))
     prompt = f"Complete the following text:\n\n{text[:cut].rstrip()}"
     return replace(row, prompt=prompt, input="", history=(), completion=text[cut:].lstrip())
-
-
-def _begins_unspaced(character: str) -> bool:
-    """Return True for a letter, not a mark of the letter before, of a script without spaces."""
-    return is_unspaced(character) and not unicodedata.category(character).startswith("M")
 
 
 SDRRL = Sdrrl(

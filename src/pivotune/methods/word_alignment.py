@@ -13,7 +13,7 @@ translation in both directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +36,11 @@ class Lexicon(NamedTuple):
     to_english: Mapping[str, str]
 
 
-def _lexicon_of(pairs: Iterable[tuple[str, str]]) -> Lexicon:
+def _lexicon_of(pairs: Sequence[tuple[str, str]]) -> Lexicon:
     """Return the lexicon of pairs of an English and a target word; the first counterpart of a word counts."""
-    to_target: dict[str, str] = {}
-    to_english: dict[str, str] = {}
-    for english, target in pairs:
-        to_target.setdefault(english.lower(), target)
-        to_english.setdefault(target.lower(), english)
-    return Lexicon(to_target, to_english)
+    backwards = pairs[::-1]
+    to_target = {english.lower(): target for english, target in backwards}
+    return Lexicon(to_target, {target.lower(): english for english, target in backwards})
 
 
 def read_dictionary(path: Path) -> Lexicon:
@@ -108,7 +105,7 @@ def align_words(rows: Sequence[Any], chosen: np.ndarray | None = None) -> Lexico
         np.maximum.at(best, given, probability)
         sure &= probability == best[given]
     pairs = [(words_en[of_english[place]], words[of_target[place]]) for place in np.flatnonzero(sure)]
-    lexicon = _lexicon_of((english, target) for english, target in pairs if english != target)
+    lexicon = _lexicon_of([pair for pair in pairs if pair[0] != pair[1]])
     if not lexicon.to_target:
         raise UsageError(f"sdrrl.code_switching: the prompts of {len(chosen)} rows give no pair of words; {advice}")
     return lexicon

@@ -50,10 +50,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(finite(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
+def json_line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line atomically; memory holds one."""
+    write_pieces(path, map(json_line, records))
+
+
 def write_items(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, gzipped, atomically."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    write_bytes(path, gzip.compress(lines.encode("utf-8")))
+    write_bytes(path, gzip.compress(b"".join(map(json_line, items))))
 
 
 def finite(value: Any) -> Any:

@@ -23,13 +23,7 @@ def run_in_batches(
     device: str,
     characters: Callable[[Item], int] = len,
 ) -> list[Result]:
-    """Return the result of each item, in their order; the batch of the longest items runs first.
-
-    Args:
-        run: returns one result for each item of a batch.
-        device: `cpu` or `cuda`.
-        characters: length of an item.
-    """
+    """Return the result of each item, in their order; `run` gets one batch after the other, the longest items first."""
     order = sorted(range(len(items)), key=lambda place: characters(items[place]))
     most_characters, most_items = _LIMITS.get(device, _LIMITS["cpu"])
     results: dict[int, Result] = {}

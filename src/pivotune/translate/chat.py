@@ -122,15 +122,15 @@ def prepare_chat(
         if engine == "vllm":
             generate, device = _vllm_generator(files.location, revision, context, sorted(ends)), "cuda"
         else:
-            model = load_on_device(name, revision)
+            model = load_for_translation(name, revision)
             generate, device = _transformers_generator(model, tokenizer, context, ends), model.device.type
         return ChatTranslator(encoder, system, context, generate, device)
 
     return load
 
 
-def load_on_device(name: str, revision: str | None) -> Any:
-    """Load a model for translation onto the GPU, in bfloat16, or the CPU."""
+def load_for_translation(name: str, revision: str | None) -> Any:
+    """Load a model onto the GPU, in bfloat16, or the CPU."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -151,10 +151,8 @@ def _transformers_generator(model: Any, tokenizer: Any, context: int, ends: set[
         options = {"end_ids": end_ids, "max_new_tokens": limit, "batch_size": len(ids)}
         return [answer.text if answer.ended else "" for answer in generate_answers(model, tokenizer, ids, **options)]
 
-    def characters(prompt: Prompt) -> int:
-        return 4 * len(prompt.ids)  # of a token in English
-
-    return lambda prompts: run_in_batches(prompts, generate, model.device.type, characters)
+    # A token in English has four characters.
+    return lambda prompts: run_in_batches(prompts, generate, model.device.type, lambda prompt: 4 * len(prompt.ids))
 
 
 def _vllm_generator(location: str, revision: str | None, context: int, ends: list[int]) -> Generate:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from pivotune.errors import UsageError
 from pivotune.models.locating import locate, one_line_errors
 from pivotune.translate.batches import rows_per_step, run_in_batches
 from pivotune.translate.segments import translate_texts
+from pivotune.translate.steps import append_records
 from pivotune.translate.translators import Translator
 
 Scorer = Callable[[Sequence[Row]], Sequence[float]]
@@ -65,12 +65,14 @@ class RowFilter:
                 file.write(b"\n")  # a line that was cut off by a kill stays alone
                 for start in range(0, len(missing), step):
                     part = missing[start : start + step]
-                    for place, score in zip(part, scorer([rows[place] for place in part]), strict=True):
-                        known[keys[place]] = score
-                        record = {"name": self.name, "model": self.model, "row": keys[place], "score": score}
-                        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                    found = dict(
+                        zip((keys[place] for place in part), scorer([rows[place] for place in part]), strict=True)
+                    )
+                    records = [
+                        {"name": self.name, "model": self.model, "row": key, "score": found[key]} for key in found
+                    ]
+                    append_records(file, records)
+                    known |= found
                     progress(len(rows) - len(missing) + start + len(part))
         self.scores = [known[key] for key in keys]
 

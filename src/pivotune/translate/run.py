@@ -8,7 +8,7 @@ on behind its last row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def _english_alone(rows: Rows, english: int) -> Rows:
 
     def alone(place: int, row: Row) -> Row:
         side = row.sides[english]
-        found = Row("", "", side.prompt, side.completion, "", side.input, (), side.history)
-        return replace(found, id=row.id, number=row.number)
+        return Row("", "", side.prompt, side.completion, "", side.input, (), side.history, row.id, row.number)
 
     return replace(rows, rows=Mapped(rows.rows, alone))
 
@@ -81,25 +80,13 @@ def translate_rows(
     def translated(step: list[Row]) -> list[dict[str, Any]]:
         if len(known) > _KNOWN_LINES:
             known.clear()
-        texts = [_texts(row) for row in step]
-        found = iter(translate_texts([text for one in texts for text in one], translate, known))
-        return [
-            row_record(_with_target(row, list(islice(found, len(english)))))
-            for row, english in zip(step, texts, strict=True)
-        ]
+        english = [row.sides[1] for row in step]
+        found = iter(translate_texts([text for turn in english for text in turn.texts], translate, known))
+        turns = [turn.with_texts(list(islice(found, len(turn.texts)))) for turn in english]
+        # The fields of a turn have the names of a row's target side.
+        return [row_record(replace(row, **asdict(turn))) for row, turn in zip(step, turns, strict=True)]
 
     steps.append(rows, done, translated, rows_per_step, progress)
-
-
-def _texts(row: Row) -> list[str]:
-    """Return the English texts of a row in a fixed order."""
-    return [row.prompt_en, row.completion_en, row.input_en, *(turn["content"] for turn in row.history_en)]
-
-
-def _with_target(row: Row, texts: list[str]) -> Row:
-    prompt, completion, input_text, *turns = texts
-    history = tuple({**turn, "content": text} for turn, text in zip(row.history_en, turns, strict=True))
-    return replace(row, prompt=prompt, completion=completion, input=input_text, history=history)
 
 
 def translated_rows(steps: StepFile, rows: Rows) -> Rows:

@@ -6,7 +6,6 @@ Beside `self.jsonl` lie `self.answered.jsonl`, all answers, with their settings 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pivotune.data.rows import Row
 from pivotune.data.sources import Rows
 from pivotune.data.templates import end_of_answer
 from pivotune.errors import UsageError
-from pivotune.text.files import write_json, write_pieces
+from pivotune.text.files import write_json, write_jsonl
 from pivotune.training.heldout import end_token_ids, generate_answers
 from pivotune.translate.run import english_record
 from pivotune.translate.steps import StepFile
@@ -95,19 +94,25 @@ def write_answered(steps: StepFile, rows: Rows, *, has_target: bool) -> tuple[in
 
     Args:
         has_target: keep the target side; rows of English alone are written under plain keys.
+
+    Raises:
+        UsageError: no row was kept; no file is written then.
     """
     left_out: list[dict[str, Any]] = []
 
-    def lines() -> Iterator[bytes]:
+    def kept() -> Iterator[dict[str, Any]]:
         for row, (_, record) in zip(rows, read_file(steps.path), strict=False):
             if reason := record.get("left_out"):
                 left_out.append({"number": row_name(row.number, rows.sources), "id": row.id, "reasons": [reason]})
                 continue
             answered = row_record(replace(row, completion_en=record["answer"]))
-            content = answered if has_target else english_record(answered)
-            yield json.dumps(content, ensure_ascii=False).encode() + b"\n"
+            yield answered if has_target else english_record(answered)
+        if len(left_out) == len(rows):
+            reasons = Counter(REASONS[entry["reasons"][0]] for entry in left_out)
+            why = "; ".join(f"{count:,} left out: {reason}" for reason, count in reasons.items())
+            raise UsageError(f"{rows.source}: no row was kept ({why}); all answers are in {steps.path}")
 
-    write_pieces(steps.out, lines())
+    write_jsonl(steps.out, kept())
     written = len(rows) - len(left_out)
     counts = {"source": rows.source, "written": written, "unusable": rows.skipped, "reasons": REASONS}
     write_json(report_path(steps.out), {**counts, "left_out": left_out})

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from pivotune.errors import UsageError
 from pivotune.models.loading import load_tokenizer, read_config
 from pivotune.models.locating import one_line_errors
-from pivotune.text.languages import Language, find_language
+from pivotune.text.languages import find_language, known_language
 from pivotune.translate.batches import rows_per_step, run_in_batches
-from pivotune.translate.chat import ChatTranslator, load_on_device, prepare_chat
+from pivotune.translate.chat import ChatTranslator, load_for_translation, prepare_chat
 
 # Tokens of NLLB (`vie_Latn`), mBART-50 (`vi_VN`) and M2M100 (`__vi__`), which begin the translation, and of MADLAD-400
 # (`<2vi>`) and Marian (`>>vie<<`), which begin the English text.
@@ -29,9 +29,8 @@ _SENTENCE_END = re.compile(
 )
 # Characters of a part of an endless sentence: about 150 tokens of the 512 that models read.
 _LONGEST_PART = re.compile(r".{1,600}(?:\s+|$)|\S+", re.DOTALL)
-_UNSPACED_SCRIPTS = ("Hans", "Hant", "Jpan")
 _SHORTEST_LIMIT = 32
-# What converted models read if their tokenizer does not limit it.
+# Tokens that models read if nothing limits them.
 _LONGEST_INPUT = 512
 
 
@@ -50,17 +49,10 @@ def find_language_token(vocabulary: Sequence[str], wanted: str) -> LanguageToken
     for token in vocabulary:
         if (match := _LANGUAGE_TOKEN.fullmatch(token)) and match.lastgroup:
             code = next(match[name] for name in ("nllb", "mbart", "m2m", "madlad", "marian") if match[name])
-            if _language_of(code) == language:
+            if known_language(code) == language:
                 found.append(LanguageToken(token, code, match["prefix"] is not None))
     typed = wanted.strip().lower().replace("-", "_")
     return min(found, key=lambda entry: (entry.code.lower() != typed, len(entry.token), entry.token), default=None)
-
-
-def _language_of(code: str) -> Language | None:
-    try:
-        return find_language(code)
-    except UsageError:
-        return None
 
 
 @dataclass
@@ -102,7 +94,7 @@ class LocalTranslator:
         import torch
 
         config, options = self.model.config, {}
-        limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512)
+        limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _LONGEST_INPUT)
         if first:
             options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(first.token)
         inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
@@ -175,11 +167,12 @@ def prepare_translator(
 
         with one_line_errors(tokenizer or name, "tokenizer"):
             loaded = AutoTokenizer.from_pretrained(tokenizer or Path(name).expanduser())
-        parts = loaded, *_prepare_languages(name, loaded, wanted, source)
-        return lambda: ConvertedTranslator(_load_converted(name), *parts)
-    loaded = load_tokenizer(name, revision=revision, translates=True)
+    else:
+        loaded = load_tokenizer(name, revision=revision, translates=True)
     parts = loaded, *_prepare_languages(name, loaded, wanted, source)
-    return lambda: LocalTranslator(load_on_device(name, revision), *parts)
+    if converted:
+        return lambda: ConvertedTranslator(_load_converted(name), *parts)
+    return lambda: LocalTranslator(load_for_translation(name, revision), *parts)
 
 
 def _load_converted(name: str) -> Any:
@@ -199,13 +192,14 @@ def _prepare_languages(name: str, tokenizer: Any, wanted: str, source: str) -> t
     # Marian's tokenizer names its two languages; a model with one target has no tokens for them.
     known_source, known_target = (str(tokenizer.init_kwargs.get(f"{side}_lang") or "") for side in ("source", "target"))
     # A group of languages (`mul`, `roa`) is no language.
-    if _language_of(known_source) not in (None, find_language(source)):
+    if known_language(known_source) not in (None, find_language(source)):
         raise UsageError(f"{name}: translates from {known_source}, not from {find_language(source).name}")
-    if target is None and _language_of(known_target) != language:
+    if target is None and known_language(known_target) != language:
         only = f"translates into {known_target} and" if known_target else "its tokenizer"
         raise UsageError(f"{name}: {only} has no token of {language.name}; choose a model that translates into it")
     if target and not target.is_prefix:
         if own is None:
             raise UsageError(f"{name}: its tokenizer has no token of {find_language(source).name}, the source language")
         tokenizer.src_lang = own.code
-    return target, "" if language.script in _UNSPACED_SCRIPTS else " "
+    # Thai and others without spaces between words have them between sentences.
+    return target, "" if language.script in ("Hans", "Hant", "Jpan") else " "

@@ -8,8 +8,7 @@ Chinese, by reading flagged rows and by planting defects; a flag on one row is a
 """
 
 from pivotune.data.check.clean import check_clean_path, report_path, row_record, write_clean
-from pivotune.data.check.language import base_language
 from pivotune.data.check.result import DataCheck
 from pivotune.data.check.run import check_rows
 
-__all__ = ["DataCheck", "base_language", "check_clean_path", "check_rows", "report_path", "row_record", "write_clean"]
+__all__ = ["DataCheck", "check_clean_path", "check_rows", "report_path", "row_record", "write_clean"]

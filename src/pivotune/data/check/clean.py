@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pivotune.data.formats import row_name
 from pivotune.data.rows import ENGLISH_SUFFIX, Row
 from pivotune.data.sources import Rows
 from pivotune.errors import UsageError
-from pivotune.text.files import write_json, write_pieces
+from pivotune.text.files import write_json, write_jsonl
 
 
 def check_clean_path(path: Path, *sources: str | None, option: str = "--write-clean") -> None:
@@ -54,16 +53,16 @@ def write_clean(
             reasons.setdefault(number, []).append(problem.name)
     flagged: list[dict[str, Any]] = []
 
-    def clean_lines() -> Iterator[bytes]:
+    def clean_records() -> Iterator[dict[str, Any]]:
         for row in rows:
             number = row_name(row.number, rows.sources)
             if number in reasons:
                 entry = {"number": number, "id": row.id, "reasons": reasons[number]}
                 flagged.append({**entry, **(details or {}).get(number, {})})
             if keep_all or number not in reasons:
-                yield json.dumps(row_record(row), ensure_ascii=False).encode() + b"\n"
+                yield row_record(row)
 
-    write_pieces(path, clean_lines())
+    write_jsonl(path, clean_records())
     titles = {problem.name: problem.title for problem in check.problems if problem.defect}
     written = check.usable - (0 if keep_all else len(flagged))
     counts = {"source": check.source, "written": written, "unusable": check.skipped, "reasons": titles}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
 from pivotune.data.check.characters import (
@@ -191,28 +191,20 @@ def spacing(text: Text, other: Text) -> str:
     return ""
 
 
-# Each takes a text and its other side. The names are those of the kinds of problems.
-TEXT_DAMAGE: dict[str, Callable[[Text, Text], str]] = {
-    "html_tags": html_tags,
-    "html_escapes": html_escapes,
-    "wrong_encoding": wrong_encoding,
-    "invisible_characters": invisible_characters,
-    "decomposed_characters": decomposed_characters,
-    "compatibility_characters": compatibility_characters,
-    "control_tokens": control_tokens,
-    "literal_escapes": literal_escapes,
-    "repeated_text": repeated_text,
-    "spacing": spacing,
-}
+# Each takes a text and its other side, and has the name of its kind of problem.
+TEXT_DAMAGE = (
+    html_tags, html_escapes, wrong_encoding, invisible_characters, decomposed_characters, compatibility_characters,
+    control_tokens, literal_escapes, repeated_text, spacing,
+)  # fmt: skip
 
 
 def find_damage(target: Sequence[Text], english: Sequence[Text], row: Row) -> Iterator[tuple[str, str]]:
     """Yield (kind, note) for the damage of a row: `target` and `english` are prompt and answer of each side."""
     for side, texts, others in (("", target, english), ("English ", english, target)):
         for name, text, other in zip(("prompt", "answer"), texts, others, strict=True):
-            for kind, detect in TEXT_DAMAGE.items():
+            for detect in TEXT_DAMAGE:
                 if note := detect(text, other):
-                    yield kind, f"{side}{name}: {note}"
+                    yield detect.__name__, f"{side}{name}: {note}"
     if not target[1].text.count("\n") and english[1].text.strip().count("\n") >= LOST_LINES:
         yield "spacing", "answer: no line breaks"
     own, others = row.sides

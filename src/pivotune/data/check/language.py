@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pivotune.data.rows import Row
+from pivotune.text.languages import known_language
 from pivotune.text.words import WORD, is_unspaced
 
 # A text with this share of symbols is code, which has no language.
@@ -41,11 +42,6 @@ _RELATED = (
     "tl ceb war ilo pam bcl fil", "tr az tk", "az azb tr", "ku ckb diq", "kk ky tt ba", "en sco", "fr oc", "bn as bpy",
     "ga gd gv", "mn bxr xal", "eo io", "mr gom hi", "ps fa", "sl hr",
 )  # fmt: skip
-_ALIASES = {
-    "vie": "vi", "zho": "zh", "cmn": "zh", "ara": "ar", "arb": "ar", "deu": "de", "spa": "es", "swa": "sw", "swh": "sw",
-    "fra": "fr", "por": "pt", "rus": "ru", "jpn": "ja", "kor": "ko", "hin": "hi", "ind": "id", "zsm": "ms", "tur": "tr",
-    "tha": "th", "iw": "he", "in": "id", "nb": "no", "fil": "tl", "eng": "en", "ben": "bn", "urd": "ur",
-}  # fmt: skip
 
 
 class Text:
@@ -78,7 +74,8 @@ def side_texts(row: Row) -> tuple[list[Text], list[Text]]:
 def base_language(code: str) -> str:
     """Return the detector's code for a language tag: `zh-Hans` -> `zh`, `vie_Latn` -> `vi`."""
     base = re.split("[-_]", code.strip().lower())[0]
-    return _ALIASES.get(base, base)
+    language = known_language(base)
+    return language.code.partition("_")[0] if language else base
 
 
 class Guess(NamedTuple):

@@ -184,11 +184,7 @@ Note = str | Callable[[], str]
 
 
 class Findings:
-    """Flagged rows by kind: the places of all of them (8 bytes each), and the notes of the clearest ones.
-
-    Args:
-        examples: rows to keep for each kind; of equally clear ones the first.
-    """
+    """Flagged rows by kind: the places of all (8 bytes each), and the notes of the `examples` clearest or first ones."""
 
     def __init__(self, examples: int) -> None:
         self._examples = examples

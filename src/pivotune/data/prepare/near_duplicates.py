@@ -42,7 +42,6 @@ def near_duplicates(
         places: the rows to compare, in order.
         threshold: least Jaccard similarity, above 0.
         length: characters of a shingle (`shingle_length`).
-        progress: called with the number of rows done so far.
     """
     size = _band_size(threshold)
     kept = MinHashLSH(num_perm=_PERMUTATIONS, params=(_PERMUTATIONS // size, size))

@@ -56,7 +56,6 @@ def find_overlap(
 
     Args:
         tasks: texts of every item of each task.
-        progress: called with the number of rows done so far.
     """
     found = {name: Overlap(len(items)) for name, items in tasks.items()}
     owners: list[tuple[str, int]] = []
@@ -75,7 +74,10 @@ def find_overlap(
     is_likely = np.zeros(2**_TABLE_BITS, dtype=bool)
     is_likely[hashes >> _TABLE_SHIFT] = True
     for place, row in enumerate(rows):
-        windows = np.concatenate([np.zeros(0, dtype=np.uint64), *_windows(_row_units(row), lengths)])
+        texts = dict.fromkeys(text for side in row.sides for text in side.texts)
+        # A line end stands between two texts and is no word.
+        units = _hashes([unit for text in texts for unit in ("\n", *_units(text))])
+        windows = np.concatenate([np.zeros(0, dtype=np.uint64), *_windows(units, lengths)])
         windows = windows[is_likely[windows >> _TABLE_SHIFT]]
         first, last = (np.searchsorted(hashes, windows, side=side) for side in ("left", "right"))
         hits = {
@@ -104,16 +106,6 @@ def _item_grams(text: str, lengths: set[int]) -> np.ndarray:
     length = min(most, len(units))
     lengths.add(length)
     return next(_windows(_hashes(units), {length}))
-
-
-def _row_units(row: Row) -> np.ndarray:
-    texts = (
-        text
-        for side in row.sides
-        for text in (*(turn["content"] for turn in side.history), side.prompt, side.input, side.completion)
-    )
-    # A line end stands between two texts and is no word.
-    return _hashes([unit for text in dict.fromkeys(texts) for unit in ("\n", *_units(text))])
 
 
 def _hashes(units: Sequence[str]) -> np.ndarray:

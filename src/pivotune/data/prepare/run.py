@@ -5,7 +5,6 @@ Beside `rows.jsonl` lie `rows.validation.jsonl`, `rows.report.json` and the data
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,28 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pivotune.data.check import report_path, row_record
+from pivotune.data.check.run import first_places
 from pivotune.data.lazy import Subset
-from pivotune.data.prepare.card import dataset_card
-from pivotune.data.prepare.columns import ENGLISH, adapt, has_rows, is_header
-from pivotune.data.prepare.corpora import open_corpus
+from pivotune.data.prepare.corpora import ENGLISH, open_corpus
 from pivotune.data.prepare.near_duplicates import near_duplicates, shingle_length
 from pivotune.data.prepare.overlap import Overlap, find_overlap
 from pivotune.data.prepare.tasks import TASKS
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
-from pivotune.text.files import write_json, write_pieces, write_text
+from pivotune.text.escaping import markdown
+from pivotune.text.files import write_json, write_jsonl, write_text
 from pivotune.text.languages import Language
+from pivotune.text.redaction import redact
 
 REASONS = {
     "too_short": "is too short to be cut into prompt and answer",
     "overlap": "shares text with an evaluation set",
     "near_duplicate": "is a near-duplicate of an earlier row",
 }
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 # Shows progress: takes a title and a total.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -144,19 +146,9 @@ def _read(settings: PrepareSettings) -> tuple[Rows, bool, bool]:
     """Return the rows, True if they are sentences, and True if they have English."""
     language, is_english = settings.language, settings.language == ENGLISH
     column, english_column = settings.columns or (None, None)
-
-    def opened(source: str, of: Language, column: str | None, english_column: str | None, beside: bool) -> Any:
-        corpus = open_corpus(
-            source,
-            beside_english=beside,
-            is_header=lambda cells: column in cells or is_header(cells, language),
-            has_rows=lambda cells: has_rows(cells) or has_rows(cells, "_en"),
-        )
-        return adapt(corpus, of, column, english_column, beside_english=beside)
-
     options: dict[str, Any] = {"on_bad_row": "skip", "needed_by": "data prepare"}
     if settings.english is None:
-        source, layout = opened(settings.source, language, column, english_column, is_english)
+        source, layout = open_corpus(settings.source, language, column, english_column, beside_english=is_english)
         if layout.sentence and not layout.english:
             allowed = "rows with prompt and completion" if is_english else "--english FILE, or --columns TARGET,ENGLISH"
             raise UsageError(
@@ -164,8 +156,10 @@ def _read(settings: PrepareSettings) -> tuple[Rows, bool, bool]:
             )
         rows = load_rows(source, need_english=layout.has_english and not is_english, **options)
         return rows, layout.sentence is not None, layout.has_english
-    source, layout = opened(settings.source, language, column, None, True)
-    english, english_layout = opened(settings.english, ENGLISH, english_column, None, True)
+    source, layout = open_corpus(settings.source, language, column, None, beside_english=True)
+    english, english_layout = open_corpus(
+        settings.english, language, english_column, None, beside_english=True, is_english=True
+    )
     if bool(layout.sentence) != bool(english_layout.sentence):
         sentences, others = (settings.source, settings.english)[:: 1 if layout.sentence else -1]
         raise UsageError(f"{sentences}: holds sentences, but {others} holds rows; give two files of the same form")
@@ -185,12 +179,11 @@ def _hold_out(rows: Rows, kept: np.ndarray, settings: PrepareSettings) -> np.nda
         raise UsageError(
             f"--validation: {settings.validation} found; allowed: fewer than the {kept.sum()} rows that are kept"
         )
-    prompts = [_digests((row.prompt, row.input, *map(str, row.history)) for row in rows)]
+    groups = _same_as((row.prompt, row.input, *map(str, row.history)) for row in rows)
     if all(row.prompt_en for row in rows):
-        prompts.append(_digests((row.prompt_en, row.input_en, *map(str, row.history_en)) for row in rows))
-    first, second = np.concatenate([_equal_pairs(keys) for keys in prompts]).T
-    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(rows), len(rows)))
-    groups = connected_components(links, directed=False)[1]
+        english = _same_as((row.prompt_en, row.input_en, *map(str, row.history_en)) for row in rows) + len(rows)
+        links = coo_array((np.ones(len(rows)), (groups, english)), shape=(2 * len(rows), 2 * len(rows)))
+        groups = connected_components(links, directed=False)[1][groups]
     numbers, sizes = np.unique(groups[kept], return_counts=True)
     chosen, total = [], 0
     for place in np.random.default_rng(settings.seed).permutation(len(numbers)):
@@ -200,15 +193,10 @@ def _hold_out(rows: Rows, kept: np.ndarray, settings: PrepareSettings) -> np.nda
     return np.isin(groups, chosen)
 
 
-def _equal_pairs(keys: np.ndarray) -> np.ndarray:
-    """Return pairs of places that connect the rows with equal keys, int (pairs, 2)."""
-    order = np.argsort(keys, kind="stable")
-    is_equal = keys[order[1:]] == keys[order[:-1]]
-    return np.stack([order[:-1][is_equal], order[1:][is_equal]], axis=1)
-
-
-def _digests(texts: Iterator[tuple[str, ...]]) -> np.ndarray:
-    return np.array([blake2b("\0".join(parts).encode(), digest_size=8).digest() for parts in texts], dtype="S8")
+def _same_as(texts: Iterator[tuple[str, ...]]) -> np.ndarray:
+    """Return for each prompt the first place with the same one, int64 (prompts,)."""
+    digests = [blake2b("\0".join(parts).encode(), digest_size=8).digest() for parts in texts]
+    return first_places(np.array(digests, dtype="S8"))
 
 
 def written_paths(out: Path) -> dict[str, Path]:
@@ -225,9 +213,8 @@ def write_prepared(out: Path, prepared: Prepared) -> None:
     """Write all files; a validation file of an earlier preparation is removed where this one has none."""
     paths, settings = written_paths(out), prepared.settings
     for name, places in (("validation", prepared.validation), ("rows", prepared.training)):
-        lines = (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in prepared.written(places))
         if name == "rows" or len(places):
-            write_pieces(paths[name], lines)
+            write_jsonl(paths[name], prepared.written(places))
         else:
             paths[name].unlink(missing_ok=True)
     rows = prepared.rows
@@ -250,3 +237,39 @@ def write_prepared(out: Path, prepared: Prepared) -> None:
     }
     write_json(paths["report"], report)
     write_text(paths["card"], dataset_card(prepared, out))
+
+
+def dataset_card(prepared: Prepared, out: Path) -> str:
+    """Return the dataset card, Markdown with the Hub's metadata: languages, sources, license, and numbers of rows."""
+    settings, rows = prepared.settings, prepared.rows
+    total = len(prepared.training) + len(prepared.validation)
+    metadata: dict[str, Any] = {
+        "language": list(dict.fromkeys([settings.language.code, *(["en"] if prepared.has_english else [])])),
+        "size_categories": [next((name for size, name in _SIZES.items() if total < size), "n>10M")],
+        "task_categories": ["text-generation"],
+        "tags": ["pivotune"],
+    }
+    if settings.license:
+        metadata["license"] = redact(settings.license)
+    counts = {"read": rows.total, **rows.skipped, **prepared.reasons(), "written": len(prepared.training)}
+    if len(prepared.validation):
+        counts["held out for validation"] = len(prepared.validation)
+    # A local path's folders are nobody else's concern.
+    sources = [Path(name).name if Path(name).exists() else name for name in (settings.source, settings.english) if name]
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
+        f"# {markdown(out.stem)}: instruction rows in {settings.language.name}",
+        f"Made from {', '.join(markdown(redact(source)) for source in sources)} with `pivotune data prepare`."
+        + (f" Parallel sentences became rows by the task `{settings.task}`." if prepared.are_sentences else "")
+        + ("" if settings.license else " The license of the rows is not stated: that of the sources counts."),
+        "\n".join(
+            ["| rows | number |", "|---|---|", *(f"| {markdown(name)} | {count:,} |" for name, count in counts.items())]
+        ),
+    ]
+    if prepared.overlap:
+        lines = ["| evaluation set | items | overlapping items | overlapping rows |", "|---|---|---|---|"]
+        for name, found in prepared.overlap.items():
+            lines.append(f"| {markdown(name)} | {found.items:,} | {len(found.found):,} | {len(found.rows):,} |")
+        removed = "were left out" if settings.remove_overlap else "are still in the rows"
+        parts += [f"Rows that share text with an evaluation set {removed}.", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
