@@ -185,7 +185,8 @@ def _train(
         for name, found in scorer.items.items()
     }
     logs = [line for line in trainer.state.log_history if "loss" in line]
-    settings = {**vars(options), "arm": ARMS[arm], "seed": seed}
+    # In bfloat16 figures differ by up to 0.01: cells of one table need one precision.
+    settings = {**vars(options), "bf16": args.bf16, "arm": ARMS[arm], "seed": seed}
     for name in ("command", "data", "out", "arms", "seeds"):
         del settings[name]
     return {
@@ -238,7 +239,15 @@ def table(options: argparse.Namespace) -> None:
         print(f"| {BASELINE} | {len(base)} | " + " | ".join(values) + " |")
         for arm in (arm for arm in ARMS if arm != BASELINE and arm in cells):
             shared = [cell for cell in cells[arm] if cell["settings"]["seed"] in base]
+            for cell in shared:
+                _check_settings(arm, cell["settings"], base[cell["settings"]["seed"]]["settings"])
             print(f"| {arm} | {len(shared)} | " + " | ".join(_cell(shared, base, name) for name in names) + " |")
+
+
+def _check_settings(arm: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name in sorted((ours.keys() | theirs.keys()) - {"arm"}):
+        if ours.get(name) != theirs.get(name):
+            raise SystemExit(f"{arm}, seed {ours['seed']}: {name} is {ours.get(name)}, but {theirs.get(name)} in {BASELINE}")
 
 
 def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
