@@ -239,7 +239,7 @@ def test_lower_is_best_where_it_is_better(tmp_path):
         ]
         write_run(tmp_path / name, {"t_vi": items}, metrics=(NLL, LENGTH), config={"name": name})
     comparison = compare(tmp_path, metrics=("all",))
-    assert comparison.columns[0].digits == 3
+    assert comparison.columns[0].digits == 2
     assert [[cell.best for cell in line if cell] for line in comparison.table] == [[False, False], [True, False]]
     difference = comparison.table[1][0].difference  # type: ignore[union-attr]
     assert difference is not None

@@ -181,8 +181,8 @@ def test_an_ablation_is_one_table_of_variants_against_tft(tmp_path):
         "conversion.signal=none, thinking.signal=logits",
         "conversion.signal=logits, thinking.signal=logits",
     ]
-    assert "<strong>55.00 ± " in table.rows[3][1]
-    assert "+30.00 [" in table.rows[3][1]
+    assert "<strong>55.0 ± " in table.rows[3][1]
+    assert "+30.0 [" in table.rows[3][1]
     assert table.caption.startswith("Difference to TFT")
     assert "Ablation" in sections_of(tmp_path / "b", tmp_path / "c", both)
     assert "Ablation" not in sections_of(tmp_path / "c", both)

@@ -105,6 +105,11 @@ class Material:
         return [cell for cell in cells if cell["metric"] in (metrics or (self.primary[cell["task"]],))]
 
 
+def spread(cell: Mapping[str, Any]) -> float | None:
+    """Return the standard deviation over seeds of a comparison's cell, or the standard error of one run."""
+    return cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
+
+
 def read_material(paths: Sequence[Path], *, baseline: str | None = None) -> Material:
     """Read run folders, results files, or folders of run folders.
 

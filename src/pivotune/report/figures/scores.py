@@ -190,8 +190,9 @@ def heldout_figure(
 
 
 def _score_row(cell: Mapping[str, Any]) -> dict[str, Any]:
-    spread = cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
-    margin = None if spread is None else spread * (CONFIDENCE if cell["seed_sd"] is None else 1)
+    margin = cell["seed_sd"]
+    if margin is None and cell["stderr"] is not None:
+        margin = CONFIDENCE * cell["stderr"]
     row = {"task": cell["task"], "language": cell["language"], "metric": cell["metric"], "run": short_name(cell["row"])}
     low_high = {key: value for key, value in _around(cell["value"], margin).items() if key != "top"}
     return {**row, "value": cell["value"], **low_high, "items": cell["n"]}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from pivotune.compare.comparison import shown_digits
+from pivotune.compare.formats import difference_text, value_text
 from pivotune.compare.significance import Sample, Verdict, difference
 from pivotune.errors import UsageError
 from pivotune.report.page import Block, Heading, Lines, Section, Table, Text, html
-from pivotune.report.runs import Material, RunParts
+from pivotune.report.runs import Material, RunParts, spread
 from pivotune.results.metrics import Metric
 
 _MARKS = {Verdict.BETTER: ("▲", "good"), Verdict.WORSE: ("▼", "bad"), Verdict.UNDECIDED: ("≈", "")}
@@ -54,18 +56,18 @@ def comparison_table(
     """Return rows by columns of a comparison: values, best in bold, and differences with their verdicts."""
     columns = list(dict.fromkeys((cell["task"], cell["metric"]) for cell in cells))
     labels = dict.fromkeys(cell["row"] for cell in cells)
-    by_place = {(cell["row"], cell["task"], cell["metric"]): cell for cell in cells}
-    rows = []
-    for label in labels:
-        title = f"{label} (baseline)" if label == comparison["baseline"] and len(labels) > 1 else label
-        rows.append([title, *(_cell(by_place.get((label, *column))) for column in columns)])
+    rows = {label: [label] for label in labels}
+    if len(labels) > 1 and comparison["baseline"] in labels:
+        rows[comparison["baseline"]] = [f"{comparison['baseline']} (baseline)"]
     heads = []
     for task, metric in columns:
-        arrow = {True: " ↑", False: " ↓"}.get(
-            next(c["higher_is_better"] for c in cells if (c["task"], c["metric"]) == (task, metric)), ""
-        )
+        own = {cell["row"]: cell for cell in cells if (cell["task"], cell["metric"]) == (task, metric)}
+        arrow = {True: " ↑", False: " ↓"}.get(next(iter(own.values()))["higher_is_better"], "")
         heads.append(html("{}<br>{}", task, metric + arrow))
-    return Table(["", *heads], rows, caption, numeric=True, folded=folded)
+        digits = shown_digits(map(spread, own.values()), 3)
+        for label in labels:
+            rows[label].append(_cell(own.get(label), digits, _difference_digits(own.values(), digits)))
+    return Table(["", *heads], list(rows.values()), caption, numeric=True, folded=folded)
 
 
 def _lead(material: Material) -> str:
@@ -118,9 +120,8 @@ def _verdicts(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]])
         for cell in (cell for cell in compared if cell["difference"]["verdict"] == verdict):
             mark, kind = _MARKS[verdict]
             text = f"{cell['row']} is {verdict} than {comparison['baseline']} on {cell['task']}: "
-            lines.append(
-                html("<span class='{}'>{}</span> {}{} {}", kind, mark, text, _difference_text(cell), cell["metric"])
-            )
+            text += f"{_difference_text(cell, _difference_digits([cell]))} {cell['metric']}"
+            lines.append(html("<span class='{}'>{}</span> {}", kind, mark, text))
     undecided = sum(cell["difference"]["verdict"] == Verdict.UNDECIDED for cell in compared)
     if undecided:
         lines.append(f"≈ {undecided} of {_count(len(compared), 'difference')} cannot be told apart from zero.")
@@ -154,39 +155,35 @@ def _changes(run: RunParts) -> list[list[Any]]:
         started = {
             item: {"nll": record.get("base_nll"), "tokens": record.get("tokens")} for item, record in items.items()
         }
-        text, kind, mark = f"{now - before:+.3f}", "", ""
+        kind = mark = ""
         try:
             found = difference(_HELDOUT, [Sample(items)], [Sample(started)])
+            text = difference_text(now - before, found.low, found.high, 3)
             if math.isfinite(found.low):
-                text += f" [{found.low:+.3f}, {found.high:+.3f}]"
-                mark, kind = _MARKS.get(found.verdict or Verdict.UNDECIDED, ("", ""))
+                mark, kind = _MARKS[found.verdict or Verdict.UNDECIDED]
         except UsageError:
-            text += " (no items: no interval)"
+            text = f"{now - before:+.3f} (no items: no interval)"
         verdict = html("<span class='{}'>{}</span>", kind, mark)
         rows.append([run.name, entry.get("language") or task, f"{before:.3f}", f"{now:.3f}", text, verdict])
     return rows
 
 
-def _difference_text(cell: Mapping[str, Any]) -> str:
-    found, digits = cell["difference"], _digits(cell)
-    text = f"{found['value']:+.{digits}f}"
-    if found["low"] is not None:
-        text += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
-    return text
+def _difference_text(cell: Mapping[str, Any], digits: int) -> str:
+    return difference_text(*(cell["difference"][key] for key in ("value", "low", "high")), digits)
 
 
-def _digits(cell: Mapping[str, Any]) -> int:
-    return 2 if abs(cell["value"] or 0) >= 10 else 3
+def _difference_digits(cells: Iterable[Mapping[str, Any]], otherwise: int = 3) -> int:
+    found = [cell["difference"] for cell in cells if cell["difference"]]
+    return shown_digits([(one["high"] - one["low"]) / 2 for one in found if one["low"] is not None], otherwise)
 
 
-def _cell(cell: Mapping[str, Any] | None) -> Markup | None:
+def _cell(cell: Mapping[str, Any] | None, digits: int, difference_digits: int) -> Markup | None:
     if cell is None or cell["value"] is None:
         return None
-    spread = cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
-    digits = _digits(cell)
-    value = f"{cell['value']:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-    text = html("<strong>{}</strong>" if cell["best"] else "{}", value)
+    text = html("<strong>{}</strong>" if cell["best"] else "{}", value_text(cell["value"], spread(cell), digits))
     if found := cell["difference"]:
         mark, kind = _MARKS.get(found["verdict"], ("", ""))
-        text += html("<br><span class='{}'>{} {}</span>", kind or "note", _difference_text(cell), mark)
+        text += html(
+            "<br><span class='{}'>{} {}</span>", kind or "note", _difference_text(cell, difference_digits), mark
+        )
     return text
