@@ -15,6 +15,7 @@ from pivotune.cli.common import (
     print_lines,
     progress,
     quiet_libraries,
+    safe,
     stderr,
     stdout,
     write_out,
@@ -167,11 +168,12 @@ def _load_reader(
     names: list[str], encoder: Encoder, others: list[Row], data: str, lens: str
 ) -> tuple[LensReader, list[str]]:
     """Load the models and find a lens; also return lines for the page about both."""
-    from pivotune.cli.chat import load_on_device
     from pivotune.data.examples import Encoder, Limits
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
+    from pivotune.models.loading import load_on_device
 
-    models = [ReadModel(name, load_on_device(name)) for name in names]
+    with stderr.status(f"Loading {' and '.join(map(safe, names))}"):
+        models = [ReadModel(name, load_on_device(name)) for name in names]
     template = f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
     about = [f"Model: {' against '.join(names)}.", template]
     tuned = None

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from pivotune.data.templates import end_of_answer
 from pivotune.evaluation.cache import (
     Answer,
     AnswerCache,
@@ -180,11 +181,12 @@ class Evaluator:
 
     @cached_property
     def engine(self) -> Engine:
-        prompter, size, ends = self._prepared.prompter, self._prepared.settings.batch_size, self._prepared.end_token_ids
+        prompter, size = self._prepared.prompter, self._prepared.settings.batch_size
         if self._prepared.settings.backend == "vllm":
+            ends = [] if prompter.template is None else [end_of_answer(prompter.template, prompter.tokenizer)]
             name = resolve_model(self._prepared.model)
             return vllm_engine(name, prompter, batch_size=size, end_token_ids=ends, **self._loading)
-        ends = sorted({*end_token_ids(self.model, prompter.tokenizer), *ends})
+        ends = end_token_ids(self.model, prompter.tokenizer, prompter.template)
         return transformers_engine(self.model, prompter, batch_size=size, end_token_ids=ends)
 
     def _answer_items(self, task: Task, items: Sequence[ItemRequests]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.examples import Encoder, EncodingReport, Pair, Side
 from pivotune.data.rows import Row
-from pivotune.data.templates import Rendered, Turn, end_of_answer
+from pivotune.data.templates import Rendered, Turn
 from pivotune.errors import UsageError
 from pivotune.explore.grid import lens_grids, lens_states
 from pivotune.explore.pieces import Pieces
@@ -122,9 +122,7 @@ class LensReader:
         room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(prompt))
         if room < 1:
             raise UsageError(f"the prompt takes {len(prompt)} tokens and the model reads {context}")
-        ends = set(end_token_ids(model, tokenizer))
-        if not isinstance(self.encoder.template, PlainText):
-            ends.add(end_of_answer(self.encoder.template, tokenizer))
+        template = None if isinstance(self.encoder.template, PlainText) else self.encoder.template
         input_ids = torch.from_numpy(prompt).long()[None].to(next(model.parameters()).device)
         with torch.inference_mode(), evaluation_mode(model):
             output = model.generate(
@@ -134,7 +132,7 @@ class LensReader:
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(ends),
+                eos_token_id=end_token_ids(model, tokenizer, template),
             )
         return replace(side, ids=output[0].cpu().numpy().astype(np.int32))
 

@@ -285,6 +285,12 @@ def read_run_config(folder: Path) -> RunConfig:
     return parse_config(settings or {}, where=str(path))
 
 
+def find_run_config(model: str) -> RunConfig | None:
+    """Return the configuration of a run folder; None for any other model."""
+    folder = Path(model).expanduser()
+    return read_run_config(folder) if (folder / "config.yaml").is_file() else None
+
+
 def write_run_config(folder: Path, config: RunConfig) -> None:
     """Write `config.yaml` (resolved, with all defaults, without secrets) and `environment.json`."""
     make_folder(folder)

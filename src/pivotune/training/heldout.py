@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
+from pivotune.data.templates import Template, end_of_answer
 from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.kernels.cross_entropy import cross_entropies, shifted
 from pivotune.models.architecture import find_architecture
@@ -157,15 +158,15 @@ def generate_answers(
     return answers
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer, sorted: the tokenizer's end-of-text and those of the generation settings.
+def end_token_ids(model: Any, tokenizer: Any, template: Template | None = None) -> list[int]:
+    """Return the tokens that end an answer, sorted: end-of-text, those of the generation settings, and the template's.
 
     Args:
         model: its `generation_config.eos_token_id` may be one id, a list of ids, or None.
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({*ids, tokenizer.eos_token_id})
+    return sorted({*ids, tokenizer.eos_token_id, *([end_of_answer(template, tokenizer)] if template else [])})
 
 
 def summarize(scores: Sequence[RowScore]) -> Summary:
