@@ -16,8 +16,7 @@ from planted import call, refused
 from result_folders import F1, write_run
 
 from pivotune.report.page import Figure, Table
-from pivotune.report.pages import PAGES
-from pivotune.report.report import report_sections
+from pivotune.report.report import PAGES, report_sections
 from pivotune.report.runs import read_material
 
 

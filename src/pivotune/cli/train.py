@@ -101,7 +101,7 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
             prepared = prepare_run(config, overwrite=overwrite, resume=resume)
         # Imported after the checks: a mistake is reported before torch is loaded, as far as the checks need no torch.
         from pivotune.cli.training_display import TrainingProgress, describe_run, describe_training
-        from pivotune.report.figures.reported import reported_figures
+        from pivotune.report.figures.layers import reported_figures
         from pivotune.runs.execute import execute_run
 
         if resume:

@@ -154,10 +154,8 @@ def _marker_of(task: Task, pivot: str) -> str:
 def _check_settings(settings: EvaluationSettings) -> None:
     choices = {"backend": BACKENDS, "dtype": DTYPES, "pivot": (None, NO_PIVOT, *pivot_methods())}
     for name, allowed in choices.items():
-        if getattr(settings, name) not in allowed:
-            raise UsageError(
-                f"--{name}: {getattr(settings, name)!r} found; allowed: {', '.join(filter(None, allowed))}"
-            )
+        if (value := getattr(settings, name)) not in allowed:
+            raise UsageError(f"--{name}: {value!r} found; allowed: {', '.join(filter(None, allowed))}")
     if find_spec("lm_eval") is None:
         raise UsageError("evaluation needs lm-evaluation-harness: pip install 'pivotune[eval]'")
     if settings.backend == "vllm" and find_spec("vllm") is None:

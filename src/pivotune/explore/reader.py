@@ -202,9 +202,8 @@ def find_lens(
         try:
             lens.set_arrays(map_arrays(path))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-            raise UsageError(
-                f"{path}: not a readable lens ({type(error).__name__}); leave it out with --lens logit"
-            ) from error
+            reason = f"not a readable lens ({type(error).__name__})"
+            raise UsageError(f"{path}: {reason}; leave it out with --lens logit") from error
         if set(lens.maps) >= set(range(architecture.num_layers)):
             return lens, f"The tuned lens is that of {path}, fitted on the starting model of the run."
     config = TunedLensConfig(text="both")
@@ -212,11 +211,8 @@ def find_lens(
     # With fewer states than its width a map can repeat them all.
     needed = max(LEAST_STATES, width)
     if states < needed:
-        few = (
-            f"{source} has {states} token states beside the texts shown, and {needed} are needed"
-            if source
-            else "no rows"
-        )
+        has = f"{source} has {states} token states beside the texts shown, and {needed} are needed"
+        few = has if source else "no rows"
         return None, f"Logit lens only: {few} to fit a tuned one on. Middle layers are hard to read through it."
     lens = fit_all_layers(read.model, pairs, config, progress)
     return lens, f"The tuned lens was fitted on {read.name} with {len(pairs)} rows of {source}, by regression alone."

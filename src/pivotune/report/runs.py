@@ -73,6 +73,11 @@ class RunParts:
         entries = train if isinstance(train, list) else [train]
         return [str(entry.get("path") if isinstance(entry, Mapping) else entry) for entry in entries]
 
+    @property
+    def steps(self) -> int | None:
+        """Return the last step that was logged."""
+        return max((line["step"] for line in self.metrics if isinstance(line.get("step"), int)), default=None)
+
     def items(self) -> Iterator[Mapping[str, Any]]:
         """Yield the records of the items file, up to the first that cannot be read."""
         try:

@@ -67,6 +67,10 @@ class MetricResult:
         return {"value": self.value, "stderr": self.stderr, "n": self.n, **self.definition.to_dict()}
 
 
+# Of the answers of held-out rows, as training writes their items.
+HELDOUT_NLL = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
+
+
 def summarize(metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricResult:
     """Return value and standard error of one metric over the items that have it (key present and not None).
 

@@ -25,7 +25,7 @@ from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.layers.layers_json import read_layers_json
 from pivotune.models.loading import read_config
-from pivotune.report.figures.reported import reported_figures
+from pivotune.report.figures.layers import reported_figures
 from pivotune.results.files import flatten, read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
 from pivotune.runs.folder import claim_run_folder, find_change, has_trained, read_run_config

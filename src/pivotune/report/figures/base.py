@@ -108,12 +108,8 @@ def lines(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any], hei
     if len({row[x["shorthand"].partition(":")[0]] for row in rows}) <= MOST_POINTS:
         layers.append(chart.mark_point(filled=True, size=40, opacity=1).encode(color=colour, shape=shape))
     if any(row.get("low") is not None for row in rows):
-        layers.insert(
-            0,
-            chart.mark_area(opacity=0.18).encode(
-                y=alt.Y("low:Q", title=y["title"], scale=y["scale"]), y2="high:Q", color=colour
-            ),
-        )
+        low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
+        layers.insert(0, chart.mark_area(opacity=0.18).encode(y=low, y2="high:Q", color=colour))
     return alt.layer(*layers).properties(width=WIDTH, height=height)
 
 
@@ -124,10 +120,16 @@ def intervals(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any],
     moved = {name: value for name, value in encodings.items() if name.endswith("Offset")}
     span: Any = {along: type(numeric)("low:Q", title=numeric["title"], scale=numeric["scale"]), f"{along}2": "high:Q"}
     rule = chart.mark_rule(strokeWidth=1.6).encode(color=encodings["color"], **span, **moved)
-    points = chart.mark_point(filled=True, size=70, opacity=1).encode(
-        color=encodings["color"], shape=encodings["shape"], **moved
-    )
+    marks = {"color": encodings["color"], "shape": encodings["shape"]}
+    points = chart.mark_point(filled=True, size=70, opacity=1).encode(**marks, **moved)
     return alt.layer(rule, points).properties(width=WIDTH, height=height)
+
+
+def around(value: float | None, margin: float | None) -> dict[str, float | None]:
+    """Return the ends of an interval as `low` and `high`; None without a margin."""
+    if value is None or margin is None:
+        return {"low": None, "high": None}
+    return {"low": value - margin, "high": value + margin}
 
 
 def save_figure(chart: Any, path: Path | str) -> None:
@@ -170,7 +172,8 @@ def metric_label(metric: str) -> str:
 
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     first = {key: value for row in rows for key, value in row.items() if value is not None}
-    formats: dict[str, Any] = {
-        key: {"format": ".4~g"} if isinstance(value, float) else {} for key, value in first.items()
-    }
-    return [alt.Tooltip(f"{k}:{'N' if isinstance(v, str) else 'Q'}", **formats[k]) for k, v in first.items()]
+    tooltips = []
+    for key, value in first.items():
+        options: Any = {"format": ".4~g"} if isinstance(value, float) else {}
+        tooltips.append(alt.Tooltip(f"{key}:{'N' if isinstance(value, str) else 'Q'}", **options))
+    return tooltips

@@ -14,11 +14,9 @@ from pivotune.compare.significance import Sample, Verdict, difference
 from pivotune.errors import UsageError
 from pivotune.report.page import Block, Heading, Lines, Section, Table, Text, html
 from pivotune.report.runs import Material, RunParts, spread
-from pivotune.results.metrics import Metric
+from pivotune.results.metrics import HELDOUT_NLL
 
 _MARKS = {Verdict.BETTER: ("▲", "good"), Verdict.WORSE: ("▼", "bad"), Verdict.UNDECIDED: ("≈", "")}
-_HELDOUT = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
-_BEFORE = Metric("nll", "ratio", ("base_nll", "tokens"), higher_is_better=False)
 
 
 def summary(material: Material) -> Section:
@@ -30,11 +28,8 @@ def summary(material: Material) -> Section:
         others = [cell for cell in cells if cell["language"] != "en"]
         blocks += [Heading("Which differences are real"), *_verdicts(material.comparison, others)]
         blocks += [Heading("What it cost in English"), *_verdicts(material.comparison, english)]
-        blocks.append(
-            comparison_table(
-                material.comparison, cells, "Main metric of every task, with the difference to the baseline"
-            )
-        )
+        caption = "Main metric of every task, with the difference to the baseline"
+        blocks.append(comparison_table(material.comparison, cells, caption))
     changes = [row for run in material.runs for row in _changes(run)]
     if changes:
         titles = ["run", "language", "before", "after", "change", ""]
@@ -76,10 +71,8 @@ def _lead(material: Material) -> str:
     if not trained:
         return f"{_count(len(runs), 'model')} without a configuration: nothing is known of how they were trained."
     models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in trained))
-    languages = (
-        ", ".join(dict.fromkeys(code for run in trained for code in run.language.split(", ") if code))
-        or "an unnamed language"
-    )
+    codes = dict.fromkeys(code for run in trained for code in run.language.split(", ") if code)
+    languages = ", ".join(codes) or "an unnamed language"
     methods = ", ".join(dict.fromkeys(str(run.config.get("method")) for run in trained))
     return f"{_count(len(trained), 'run')} of {models}, fine-tuned for {languages} with {methods}."
 
@@ -95,15 +88,13 @@ def _trained(runs: Sequence[RunParts]) -> Table:
         layers = "–"
         if run.layers:
             terms = {"i": "conversion", "j": "thinking"}
-            used = {k: term for k, term in terms.items() if config.get(f"supervision.{term}.signal") != "none"}
-            layers = (
-                ", ".join(f"{k} = {run.layers[term]}" for k, term in used.items()) + f" of {run.layers['num_layers']}"
-            )
-        steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=None)
+            used = [k for k, term in terms.items() if config.get(f"supervision.{term}.signal") != "none"]
+            named = ", ".join(f"{k} = {run.layers[terms[k]]}" for k in used)
+            layers = f"{named} of {run.layers['num_layers']}"
         tokens = sum(count for line in run.metrics if isinstance(count := line.get("trained_tokens"), int))
         values = (config.get("model"), config.get("method"), ", ".join(run.sources), run.language, config.get("seed"))
         texts = [None if value in (None, "") else str(value) for value in values]
-        rows.append([run.name, *texts, steps, f"{tokens:,}" if tokens else None, layers])
+        rows.append([run.name, *texts, run.steps, f"{tokens:,}" if tokens else None, layers])
     titles = ["run", "starting model", "method", "training rows", "language", "seed", "steps", "tokens", "layers"]
     return Table(titles, rows, "What was trained on what")
 
@@ -127,37 +118,30 @@ def _verdicts(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]])
         lines.append(f"≈ {undecided} of {_count(len(compared), 'difference')} cannot be told apart from zero.")
     blocks: list[Block] = [Lines(lines)]
     if any(not cell["difference"]["num_seeds"] for cell in compared):
-        blocks.append(
-            Text(
-                "One run stands against one: the intervals cover the items, not the noise between two trainings.",
-                "note",
-            )
-        )
+        covers = "One run stands against one: the intervals cover the items, not the noise between two trainings."
+        blocks.append(Text(covers, "note"))
     return blocks
 
 
 def _changes(run: RunParts) -> list[list[Any]]:
     """Return a row for each language whose held-out items were scored before and after, with the paired interval."""
     rows = []
-    after: dict[str, dict[str, Any]] = {}
-    heldout = [name for name, entry in run.entries.items() if isinstance(entry.get("base"), dict)]
-    if not heldout:
-        return []
-    for record in run.items():
+    heldout = {name: entry for name, entry in run.entries.items() if isinstance(entry.get("base"), dict)}
+    after: dict[str, dict[str, Any]] = {name: {} for name in heldout}
+    for record in run.items() if heldout else ():
         if record["task"] in heldout:
-            after.setdefault(str(record["task"]), {})[str(record["item"])] = record
-    for task in heldout:
-        entry = run.entries[task]
+            after[record["task"]][str(record["item"])] = record
+    for task, entry in heldout.items():
         before, now = entry["base"].get("value"), entry.get("value")
         if before is None or now is None:
             continue
-        items = after.get(task, {})
+        items = after[task]
         started = {
             item: {"nll": record.get("base_nll"), "tokens": record.get("tokens")} for item, record in items.items()
         }
         kind = mark = ""
         try:
-            found = difference(_HELDOUT, [Sample(items)], [Sample(started)])
+            found = difference(HELDOUT_NLL, [Sample(items)], [Sample(started)])
             text = difference_text(now - before, found.low, found.high, 3)
             if math.isfinite(found.low):
                 mark, kind = _MARKS[found.verdict or Verdict.UNDECIDED]
