@@ -63,7 +63,7 @@ def compare(
     if form == "json":
         print_json(to_dict(comparison))
     elif form == "terminal":
-        for part in render_terminal(comparison, stdout.width, printable):
+        for part in render_terminal(comparison, stdout.width):
             stdout.print(part)
     else:
         print(render(comparison, form), end="")

@@ -36,9 +36,8 @@ def export(
     with stderr.status("Exporting"):
         _draw(run)
         folder = export_run(run, to, **options)
-    print_lines(
-        stdout, f"saved {folder}: model, tokenizer and card; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    )
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    print_lines(stdout, f"saved {folder}: model, tokenizer and card; {load}")
 
 
 def push(

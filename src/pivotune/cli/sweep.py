@@ -158,7 +158,7 @@ def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
     groups = load_groups(measured, warnings)
     known = {task for group in groups for run in group.runs for task in run.results.tasks}
     comparison = compare_groups(groups, tasks=[task for task in prepared.tasks if task in known], warnings=warnings)
-    for part in render_terminal(comparison, screen.width, printable):
+    for part in render_terminal(comparison, screen.width):
         screen.print(part)
     paths = [prepared.folder / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
     for path in paths:

@@ -64,11 +64,8 @@ def train(
     data = run_config.data
     sources = [path for source in data.sources for path in (source.path, source.english)]
     with reported_once():
-        check_inputs(
-            [run_config.model],
-            [*sources, data.validation, data.validation_english],
-            revision=run_config.revision,
-        )
+        sources += [data.validation, data.validation_english]
+        check_inputs([run_config.model], sources, revision=run_config.revision)
     if not (overwrite or SEVERAL_PROCESSES):  # else `prepare_run` does it, after all other checks
         claim_run_folder(run_config, resume=resume)
     from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals

@@ -236,8 +236,8 @@ def _add_differences(
             line = f"no difference in {column.metric.name} between {group.label} and {name}: {error}"
         if line:
             warnings[line].append(column.task)
-    differences = [m.difference for m in measured if m and m.difference]
-    column.difference_digits = shown_digits([(found.high - found.low) / 2 for found in differences], column.digits)
+    found = [(m.difference.low, m.difference.high, m.difference.verdict) for m in measured if m and m.difference]
+    column.difference_digits = difference_digits(found, column.digits)
 
 
 def shown_digits(uncertainties: Iterable[float | None], otherwise: int) -> int:
@@ -249,6 +249,14 @@ def shown_digits(uncertainties: Iterable[float | None], otherwise: int) -> int:
     """
     known = [each for each in uncertainties if each and each > _NO_UNCERTAINTY]
     return min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(min(known))))) if known else otherwise
+
+
+def difference_digits(found: Iterable[tuple[float, float, Verdict | None]], otherwise: int) -> int:
+    """Return the decimals of (low, high, verdict): as `shown_digits`, and no bound that decides a verdict shows as 0."""
+    found = list(found)
+    nearest = [min(abs(low), abs(high)) for low, high, verdict in found if verdict in (Verdict.BETTER, Verdict.WORSE)]
+    digits = shown_digits([(high - low) / 2 for low, high, _ in found], otherwise)
+    return max(digits, shown_digits([10 * bound for bound in nearest], 0))
 
 
 def _difference(column: Column, ours: Measurement, theirs: Measurement, resamples: int, seed: int) -> Difference:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pivotune.compare.comparison import Column, Comparison, Measurement
 from pivotune.compare.significance import CONFIDENCE, Verdict
-from pivotune.text.escaping import csv_text, latex, markdown, one_line
+from pivotune.text.escaping import csv_text, latex, markdown, one_line, printable
 from pivotune.text.files import finite
 
 FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
@@ -220,8 +220,8 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     """Return a `table` for the package booktabs, with each method's differences below its values."""
     columns = comparison.columns
-    metrics = [f"{latex(c.metric.name)}{_ARROWS[c.metric.higher_is_better][1]}" for c in columns]
-    heads = [f"{latex(column.benchmark)} ({metric})" for column, metric in zip(columns, metrics, strict=True)]
+    arrows = [_ARROWS[column.metric.higher_is_better][1] for column in columns]
+    heads = [f"{latex(c.benchmark)} ({latex(c.metric.name)}{arrow})" for c, arrow in zip(columns, arrows, strict=True)]
     groups = [(head, len(list(same))) for head, same in groupby(heads)]
     rules, start = [], 2
     for _, width in groups:
@@ -255,13 +255,8 @@ def _latex_lines(comparison: Comparison, index: int) -> list[str]:
 # ---- terminal ----
 
 
-def render_terminal(
-    comparison: Comparison, width: int, printable: Callable[[str], str] = str
-) -> Iterator[RenderableType]:
-    """Yield tables, warnings and notes to print: one table per benchmark and metric, split beyond `width` characters.
-
-    `printable` makes names from files harmless.
-    """
+def render_terminal(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """Yield tables, warnings and notes to print: one table per benchmark and metric, split beyond `width` characters."""
     columns = comparison.columns
     titles, heads = [], []
     for index, group in enumerate(comparison.groups):

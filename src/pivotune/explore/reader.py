@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,9 +23,8 @@ from pivotune.explore.pieces import Pieces
 from pivotune.layers.measure import token_letters
 from pivotune.lenses.tuned import LEAST_STATES, TunedLens, count_states, lens_texts
 from pivotune.models.architecture import Architecture, find_architecture
-from pivotune.models.taps import evaluation_mode
 from pivotune.report.page import shown
-from pivotune.training.heldout import end_token_ids
+from pivotune.training.heldout import end_token_ids, generate_answers
 from pivotune.training.kept_arrays import map_arrays
 from pivotune.training.lens_fitting import LENS_FILE, fit_all_layers
 from pivotune.training.preparation import context_length
@@ -123,18 +121,10 @@ class LensReader:
         if room < 1:
             raise UsageError(f"the prompt takes {len(prompt)} tokens and the model reads {context}")
         template = None if isinstance(self.encoder.template, PlainText) else self.encoder.template
-        input_ids = torch.from_numpy(prompt).long()[None].to(next(model.parameters()).device)
-        with torch.inference_mode(), evaluation_mode(model):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=room,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=end_token_ids(model, tokenizer, template),
-            )
-        return replace(side, ids=output[0].cpu().numpy().astype(np.int32))
+        ends = end_token_ids(model, tokenizer, template)
+        options: Any = {"end_ids": ends, "max_new_tokens": room, "batch_size": 1}
+        [answer] = generate_answers(model, tokenizer, [prompt], **options)
+        return replace(side, ids=np.array([*prompt, *answer.ids], dtype=np.int32))
 
     def _side(self, side: Side) -> dict[str, Any]:
         """Return the grids of one text; the template's words before the query are read and not shown."""

@@ -275,7 +275,6 @@ class _Work:
         shared: dict[str, Any] = {
             "progress": self.progress,
             "stop_signals": self.stop_signals,
-            "before": self.before.get(key),
             "draw": reported_figures,
         }
         lens, known = cell.folder / LENS_FILE, self.lenses.get(key)
@@ -285,7 +284,9 @@ class _Work:
             shutil.copyfile(known, lens)
         with self.watch("Training") as callback:
             callbacks = [] if callback is None else [callback]
-            self.before[key] = execute_run(prepared, resume=resume, callbacks=callbacks, **shared).before
+            before = self.before.get(key)
+            run = execute_run(prepared, resume=resume, callbacks=callbacks, before=before, **shared)
+            self.before[key] = run.before
         if lens.exists():
             self.lenses[key] = lens
 

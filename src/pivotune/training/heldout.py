@@ -86,10 +86,11 @@ def score_answers(
 
 
 class Answer(NamedTuple):
-    """A generated answer without special tokens, stripped, and whether it ended before the limit."""
+    """A generated answer without special tokens, stripped; whether it ended before the limit; its tokens with the end."""
 
     text: str
     ended: bool
+    ids: Sequence[int] = ()
 
 
 def greedy_answers(
@@ -152,7 +153,7 @@ def generate_answers(
             for index, tokens in zip(indices, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                answers[index] = Answer(text.strip(), end is not None)
+                answers[index] = Answer(text.strip(), end is not None, tokens if end is None else tokens[: end + 1])
             if progress:
                 progress(start + len(indices))
     return answers

@@ -78,10 +78,10 @@ def data(rows: Sequence[Row]) -> alt.InlineData:
     return alt.InlineData([{k: shown(v) if isinstance(v, str) else finite(v) for k, v in row.items()} for row in rows])
 
 
-def series(field: str, names: Iterable[str], title: str | None = None) -> dict[str, Any]:
+def series(field: str, names: Iterable[str]) -> dict[str, Any]:
     """Return the encodings that tell series apart: a colour, a shape and dashes for each name, with one legend."""
     domain = [shown(name) for name in dict.fromkeys(names)]
-    legend = alt.Legend(title=title) if len(domain) > 1 else None
+    legend = alt.Legend(title=None) if len(domain) > 1 else None
 
     def options(values: Sequence[Any], places: Iterable[int]) -> dict[str, Any]:
         chosen = [values[place % len(values)] for place in places]
@@ -146,6 +146,14 @@ def save_figure(chart: Any, path: Path | str) -> None:
         write_bytes(path, rendered(chart, path.suffix))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def save_formats(chart: Any, stem: Path) -> list[Path]:
+    """Write a chart in every format; return the paths, `stem` with the suffixes."""
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in FORMATS]
+    for path in paths:
+        save_figure(chart, path)
+    return paths
 
 
 def rendered(chart: Any, suffix: str) -> bytes:

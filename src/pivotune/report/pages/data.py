@@ -22,7 +22,10 @@ _EXCERPT = 600  # characters of a text of an example row
 def data(material: Material) -> Section | None:
     """Return the findings of each data check; else the command that makes one."""
     checks = {json.dumps(run.data_check, sort_keys=True): run.data_check for run in material.runs if run.data_check}
-    blocks: list[Block] = [block for check in checks.values() for block in check_blocks(check)]
+    blocks: list[Block] = []
+    for number, check in enumerate(checks.values(), start=1):
+        # A page draws the data of one figure by its name.
+        blocks += check_blocks(check, "data-lengths" if number == 1 else f"data-lengths-{number}")
     if checks:
         return Section("Data", blocks)
     for run in (run for run in material.runs if run.sources):
@@ -35,7 +38,7 @@ def data(material: Material) -> Section | None:
     return None
 
 
-def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
+def check_blocks(check: Mapping[str, Any], figure: str = "data-lengths") -> list[Block]:
     """Return the blocks of a data check (`DataCheck.to_dict`): verdict, kinds of faults, distributions, rows to look at."""
     total, usable = check.get("total", 0), check.get("usable", 0)
     blocks: list[Block] = [
@@ -63,7 +66,7 @@ def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
         blocks.append(Lines(left_out, "warning"))
     if histograms := check.get("histograms"):
         caption = "Lengths of the texts, and the ratio of each text to its English."
-        blocks.append(Figure(f"{prefix}-lengths", _histograms(histograms).to_dict(), caption))
+        blocks.append(Figure(figure, _histograms(histograms).to_dict(), caption))
     lengths = check.get("lengths") or {}
     if lengths:
         rows = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pivotune.compare.comparison import shown_digits
+from pivotune.compare.comparison import difference_digits, shown_digits
 from pivotune.compare.formats import difference_text, value_text
 from pivotune.compare.significance import Sample, Verdict, difference
 from pivotune.errors import UsageError
@@ -157,8 +157,8 @@ def _difference_text(cell: Mapping[str, Any], digits: int) -> str:
 
 
 def _difference_digits(cells: Iterable[Mapping[str, Any]], otherwise: int = 3) -> int:
-    found = [cell["difference"] for cell in cells if cell["difference"]]
-    return shown_digits([(one["high"] - one["low"]) / 2 for one in found if one["low"] is not None], otherwise)
+    found = [cell["difference"] for cell in cells if cell["difference"] and cell["difference"]["low"] is not None]
+    return difference_digits(((one["low"], one["high"], one["verdict"]) for one in found), otherwise)
 
 
 def _cell(cell: Mapping[str, Any] | None, digits: int, difference_digits: int) -> Markup | None:
