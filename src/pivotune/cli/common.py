@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,9 @@ from rich.progress import Progress as RichProgress
 from pivotune.errors import UsageError
 from pivotune.text.escaping import one_line, printable, printable_json
 from pivotune.text.redaction import redact
+
+if TYPE_CHECKING:
+    from pivotune.training.resilience.preemption import StopSignals
 
 
 def _number(name: str) -> int:
@@ -153,6 +157,22 @@ def reported_once() -> Iterator[None]:
     except UsageError as error:
         error.reported = error.reported or LOCAL_RANK > 0
         raise
+
+
+@contextmanager
+def stop_signals(next_step: Callable[[str | None], str]) -> Iterator[StopSignals]:
+    """Handle signals that stop a training, and print `next_step` of the checkpoint that was saved, if one was."""
+    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
+
+    with StopSignals() as signals:
+        try:
+            yield signals
+        except StoppedBySignalError as stop:
+            print_lines(stderr, f"pivotune: stopped by {stop.name}: {next_step(stop.checkpoint)}")
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            print_lines(stderr, next_step(None))
+            raise
 
 
 def progress_bar() -> RichProgress:

@@ -10,17 +10,15 @@ import typer
 
 from pivotune.cli import options
 from pivotune.cli.common import (
-    EXIT_STOPPED,
     SEVERAL_PROCESSES,
     check_inputs,
     console,
     print_json,
-    print_lines,
     progress,
     quiet_libraries,
     reported_once,
     safe,
-    stderr,
+    stop_signals,
 )
 from pivotune.errors import TrainingError, UsageError
 
@@ -68,18 +66,12 @@ def train(
         check_inputs([run_config.model], sources, revision=run_config.revision)
     if not (overwrite or SEVERAL_PROCESSES):  # else `prepare_run` does it, after all other checks
         claim_run_folder(run_config, resume=resume)
-    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
-    with StopSignals() as signals:
-        try:
-            result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
-        except StoppedBySignalError as stop:
-            saved = f"saved {stop.checkpoint}" if stop.checkpoint else kept(folder)
-            print_lines(stderr, f"pivotune: stopped by {stop.name}: {saved}; go on with --resume")
-            raise typer.Exit(EXIT_STOPPED) from None
-        except KeyboardInterrupt:
-            print_lines(stderr, f"{kept(folder)}; go on with --resume")
-            raise
+    def next_step(checkpoint: str | None) -> str:
+        return f"{f'saved {checkpoint}' if checkpoint else kept(folder)}; go on with --resume"
+
+    with stop_signals(next_step) as signals:
+        result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
     if as_json:
         print_json({"run": str(result.folder), **result.results})
         return

@@ -205,13 +205,12 @@ def _measure(groups: Groups, column: Column, warnings: Warnings) -> Figures:
             defined = len(values) == len(figures)
             value, spread = (float(np.mean(values)), float(np.std(values, ddof=1))) if defined else (None, None)
         measured.append(Measurement(value, spread, min(figure.n for _, figure in figures), figures))
-    known = [m for m in measured if m is not None and m.value is not None]
-    column.digits = shown_digits([m.spread for m in known], 2 if any(abs(m.value or 0) >= 10 for m in known) else 3)
-    shown = [(round(m.value, column.digits), m) for m in known]
-    if column.metric.higher_is_better is not None and len(shown) > 1:
-        best = (max if column.metric.higher_is_better else min)(value for value, _ in shown)
-        for value, measurement in shown:
-            measurement.best = value == best
+    known = [(m.value, m) for m in measured if m is not None and m.value is not None]
+    column.digits = shown_digits([m.spread for _, m in known], 2 if any(abs(value) >= 10 for value, _ in known) else 3)
+    if column.metric.higher_is_better is not None and len(known) > 1:
+        best = (max if column.metric.higher_is_better else min)(value for value, _ in known)
+        for value, measurement in known:
+            measurement.best = round(value, column.digits) == round(best, column.digits)
     return measured
 
 

@@ -153,7 +153,8 @@ def _changes(run: RunParts) -> list[list[Any]]:
 
 
 def _difference_text(cell: Mapping[str, Any], digits: int) -> str:
-    return difference_text(*(cell["difference"][key] for key in ("value", "low", "high")), digits)
+    found = cell["difference"]
+    return difference_text(found["value"], found["low"], found["high"], digits)
 
 
 def _difference_digits(cells: Iterable[Mapping[str, Any]], otherwise: int = 3) -> int:
