@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -69,22 +69,6 @@ def safe(text: object) -> str:
 def words(text: str) -> list[str]:
     """Split a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def languages_option(text: str) -> list[str]:
-    """Split a comma-separated `--lang` and check its codes."""
-    from pivotune.text.languages import check_language
-
-    for code in words(text):
-        check_language(code, "--lang")
-    return words(text)
-
-
-def batch_size_option(text: str) -> int | Literal["auto"]:
-    """Parse a number or `auto`."""
-    if text != "auto" and (not (text.isascii() and text.isdecimal()) or int(text) < 1):
-        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
-    return "auto" if text == "auto" else int(text)
 
 
 # Keys of a run that other verbs have as options, as they stand in messages.

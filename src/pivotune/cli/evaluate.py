@@ -10,10 +10,8 @@ import typer
 
 from pivotune.cli import options
 from pivotune.cli.common import (
-    batch_size_option,
     check_inputs,
     console,
-    languages_option,
     print_json,
     print_lines,
     printable,
@@ -74,7 +72,7 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
-    codes = languages_option(languages)
+    codes = options.parse_languages(languages)
     from pivotune.evaluation.cache import CACHE_FOLDER
     from pivotune.evaluation.prepare import EvaluationSettings, prepare_evaluation
     from pivotune.results.files import check_target, results_paths
@@ -88,7 +86,7 @@ def evaluate(
         split=split,
         limit=limit,
         seed=seed,
-        batch_size=batch_size_option(batch_size),
+        batch_size=options.parse_batch_size(batch_size),
         template=template,
         pivot=pivot,
         backend=backend,

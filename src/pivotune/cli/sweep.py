@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pivotune.cli import options
-from pivotune.cli.common import (
-    batch_size_option,
-    console,
-    languages_option,
-    print_json,
-    print_lines,
-    progress,
-    quiet_libraries,
-    stop_signals,
-    words,
-)
+from pivotune.cli.common import console, print_json, print_lines, progress, quiet_libraries, stop_signals, words
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,13 +48,13 @@ def sweep(
         data_dir=data_dir,
         limit=limit,
         split=split,
-        batch_size=batch_size_option(batch_size),
+        batch_size=options.parse_batch_size(batch_size),
         max_new_tokens=max_new_tokens,
         backend=backend,
         dtype=dtype,
         skip_missing=skip_missing,
     )
-    codes = languages_option(languages)
+    codes = options.parse_languages(languages)
     folder = out or Path("sweeps") / (config.stem + ("-ablation" if ablation else ""))
     if signals and not ablation:
         raise UsageError("--signals goes with --ablation")
