@@ -30,7 +30,6 @@ WIDTH = 640  # pixels of a panel; `page.js` scales it to the page
 SCALE = 2  # pixels of a PNG for each of a chart's
 MOST_POINTS = 45  # on a line; more would hide it
 LONGEST_LABEL = 30  # characters of a model name
-CONFIDENCE = 1.96  # standard errors on either side: 95 %
 # Fonts with the scripts of the data, where they are installed; every renderer takes missing letters from others.
 FONTS = '"Noto Sans", "DejaVu Sans", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans CJK SC", sans-serif'
 METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL (nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}

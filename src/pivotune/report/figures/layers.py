@@ -8,7 +8,6 @@ from typing import Any
 import altair as alt
 
 from pivotune.report.figures.base import (
-    CONFIDENCE,
     WIDTH,
     around,
     data,
@@ -20,6 +19,7 @@ from pivotune.report.figures.base import (
     short_name,
     stacked,
 )
+from pivotune.results.metrics import ERRORS_OF_95
 
 _CHOSEN_BY = {
     "reading": "by the English text that each layer can say",
@@ -248,6 +248,6 @@ def _entropy_rows(profile: Mapping[str, Any], field: str, name: str) -> list[dic
     errors = profile.get("entropy_stderr") or [None] * len(profile["entropy"])
     rows = []
     for layer, (value, error) in enumerate(zip(profile["entropy"], errors, strict=True)):
-        margin = None if error is None else CONFIDENCE * error
+        margin = None if error is None else ERRORS_OF_95 * error
         rows.append({"layer": layer, "entropy": value, field: name, **around(value, margin)})
     return rows

@@ -7,17 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from pivotune.report.figures.base import (
-    CONFIDENCE,
-    WIDTH,
-    around,
-    data,
-    intervals,
-    metric_label,
-    series,
-    short_name,
-    stacked,
-)
+from pivotune.report.figures.base import WIDTH, around, data, intervals, metric_label, series, short_name, stacked
+from pivotune.results.metrics import ERRORS_OF_95
 
 Cells = Sequence[Mapping[str, Any]]  # of `pivotune.compare.formats.to_dict`
 _ROW = 26  # pixels of a row of points
@@ -136,7 +127,7 @@ def heldout_figure(
     for method, values in results.items():
         for language, value in values.items():
             error = (errors or {}).get(method, {}).get(language)
-            span = around(value, None if error is None else CONFIDENCE * error)
+            span = around(value, None if error is None else ERRORS_OF_95 * error)
             row = {"run": short_name(method), "language": language, "nll": value, **span}
             top = value if span["high"] is None else span["high"]
             rows.append({**row, "label": "n/a" if value is None else f"{value:.2f}", "top": top or 0})
@@ -166,7 +157,7 @@ def heldout_figure(
 def _score_row(cell: Mapping[str, Any]) -> dict[str, Any]:
     margin = cell["seed_sd"]
     if margin is None and cell["stderr"] is not None:
-        margin = CONFIDENCE * cell["stderr"]
+        margin = ERRORS_OF_95 * cell["stderr"]
     row = {"task": cell["task"], "language": cell["language"], "metric": cell["metric"], "run": short_name(cell["row"])}
     return {**row, "value": cell["value"], **around(cell["value"], margin), "items": cell["n"]}
 
