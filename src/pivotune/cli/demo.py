@@ -64,7 +64,7 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.figures.layers import entropy_comparison, layer_figure, supervised
     from pivotune.report.figures.scores import heldout_figure
     from pivotune.report.figures.training import training_figure
-    from pivotune.training.metrics import read_metrics
+    from pivotune.results.files import read_metrics
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]

@@ -76,7 +76,7 @@ def _draw(run: Path) -> None:
         return
     from pivotune.report.figures.base import save_figure
     from pivotune.report.figures.training import training_figure
-    from pivotune.training.metrics import read_metrics
+    from pivotune.results.files import read_metrics
 
     with suppress(UsageError):
         save_figure(training_figure({run.name: read_metrics(run / "metrics.jsonl")}), run / TRAINING_PICTURE)

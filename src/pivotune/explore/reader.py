@@ -22,7 +22,7 @@ from pivotune.explore.grid import lens_grids, lens_states
 from pivotune.explore.pieces import Pieces
 from pivotune.layers.measure import token_letters
 from pivotune.lenses.tuned import LEAST_STATES, TunedLens, count_states, lens_texts
-from pivotune.models.architecture import Architecture, find_architecture
+from pivotune.models.architecture import find_architecture
 from pivotune.report.page import shown
 from pivotune.training.heldout import end_token_ids, generate_answers
 from pivotune.training.kept_arrays import map_arrays
@@ -50,10 +50,6 @@ class ReadModel:
 
     name: str
     model: Any
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        return find_architecture(self.model)
 
 
 @dataclass
@@ -137,10 +133,11 @@ class LensReader:
         pending = self._pieces.pending(ids)[start:]
         texts: dict[str, int] = {}
         lenses: dict[str, TunedLens | None] = {"logit": None, **({"tuned": self.lens} if self.lens else {})}
-        grids: list[dict[str, Any]] = [{} for _ in self.models]
+        models = [each.model for each in self.models]
+        grids: list[dict[str, Any]] = [{} for _ in models]
         differences = {}
         for name, lens in lenses.items():
-            read = [(each.architecture, lens_states(each.model, ids, lens, start)) for each in self.models]
+            read = [(find_architecture(model), lens_states(model, ids, lens, start)) for model in models]
             found, change = lens_grids(read, self._letters)
             for one, grid in zip(found, grids, strict=True):
                 likeliest = [
@@ -186,7 +183,7 @@ def find_lens(
         pairs: rows to fit a lens on otherwise.
         source: their name.
     """
-    architecture, path = read.architecture, folder / LENS_FILE
+    architecture, path = find_architecture(read.model), folder / LENS_FILE
     if path.is_file():
         lens = TunedLens(architecture)
         try:
