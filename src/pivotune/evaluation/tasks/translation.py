@@ -161,11 +161,7 @@ def _read_own(task: str, source: Source, language: Language) -> TaskData:
 def _read_files(
     task: str, source: Source, splits: Sequence[Split], homepage: str, english_name: Callable[[Path], str]
 ) -> TaskData:
-    """Read the first split with both sides.
-
-    Args:
-        english_name: makes the English file's name from the target's path without `.gz`.
-    """
+    """Read the first split with both sides; `english_name` names the English file of a target's path without `.gz`."""
 
     def english_files(target: Path) -> list[Path]:
         return source.find(english_name(target.with_name(target.name.removesuffix(".gz"))))
