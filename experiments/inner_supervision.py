@@ -247,7 +247,9 @@ def table(options: argparse.Namespace) -> None:
 def _check_settings(arm: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name in sorted((ours.keys() | theirs.keys()) - {"arm"}):
         if ours.get(name) != theirs.get(name):
-            raise SystemExit(f"{arm}, seed {ours['seed']}: {name} is {ours.get(name)}, but {theirs.get(name)} in {BASELINE}")
+            raise SystemExit(
+                f"{arm}, seed {ours['seed']}: {name} is {ours.get(name)}, but {theirs.get(name)} in {BASELINE}"
+            )
 
 
 def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:

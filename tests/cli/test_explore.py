@@ -123,7 +123,9 @@ def test_a_page_is_not_overwritten_unless_asked(explore, models):
     ],
 )
 def test_mistakes_are_one_line_before_a_weight_is_read(explore, models, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("pivotune.cli.chat.load_on_device", lambda name: pytest.fail(f"read the weights of {name}"))
+    monkeypatch.setattr(
+        "pivotune.models.loading.load_on_device", lambda name: pytest.fail(f"read the weights of {name}")
+    )
     names = {"one": models[0], "shallow": str(tmp_path / "shallow")}
     save_model(names["shallow"], num_hidden_layers=2)
     line = explore(models[0], *(word.format(**names) for word in arguments), code=2)

@@ -142,7 +142,7 @@ def test_interruption_says_how_to_go_on(config, capsys, monkeypatch):
 def test_a_signal_in_the_preparation_is_told_by_the_exit_code(config, capsys, monkeypatch):
     monkeypatch.setattr("pivotune.sweeps.run.prepare_run", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
     assert sweep(config, *SWEEP) == 75
-    assert "stopped by SIGTERM; the same command goes on from here" in capsys.readouterr().err
+    assert "stopped by SIGTERM: the same command goes on from here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

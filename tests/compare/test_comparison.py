@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from result_folders import F1, LENGTH, NLL, change_results, records, write_items, write_run
 
-from pivotune.compare.comparison import Comparison, compare_groups
+from pivotune.compare.comparison import Comparison, compare_groups, difference_digits
 from pivotune.compare.seed_groups import find_group, load_groups
 from pivotune.compare.significance import Verdict
 from pivotune.errors import UsageError
@@ -232,6 +233,23 @@ def test_best_at_the_precision_shown(tmp_path):
     assert [line[0].best for line in comparison.table if line[0]] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("found", "digits"),
+    [
+        ([(-1.0, 1.4, Verdict.UNDECIDED)], 1),
+        ([(-0.0012, 0.0012, Verdict.UNDECIDED), (-1.0, 1.0, None)], 4),
+        ([(0.03, 2.4, Verdict.BETTER)], 2),  # not [0.0, 2.4]
+        ([(0.03, 2.4, Verdict.UNDECIDED)], 1),
+        ([(-250.0, -130.0, Verdict.WORSE)], 0),
+        ([(25.0, 25.0, Verdict.BETTER)], 7),
+        ([(math.nan, math.nan, Verdict.UNDECIDED)], 7),
+        ([], 7),
+    ],
+)
+def test_decimals_of_differences(found, digits):
+    assert difference_digits(found, 7) == digits
+
+
 def test_lower_is_best_where_it_is_better(tmp_path):
     for name, value in (("a", 20.0), ("b", 10.0)):
         items = [
@@ -239,7 +257,7 @@ def test_lower_is_best_where_it_is_better(tmp_path):
         ]
         write_run(tmp_path / name, {"t_vi": items}, metrics=(NLL, LENGTH), config={"name": name})
     comparison = compare(tmp_path, metrics=("all",))
-    assert comparison.columns[0].digits == 3
+    assert comparison.columns[0].digits == 2
     assert [[cell.best for cell in line if cell] for line in comparison.table] == [[False, False], [True, False]]
     difference = comparison.table[1][0].difference  # type: ignore[union-attr]
     assert difference is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -351,9 +352,10 @@ def test_the_same_seed_gives_the_same_interval():
     assert difference(F1, ours, theirs, seed=1).low != difference(F1, ours, theirs).low
 
 
-def test_a_bound_that_prints_as_zero_is_told_apart_by_nobody():
-    """Smoothing leaves BLEU of nonsense at 0.0002: a table would show [0.000, 0.001] and an arrow."""
-    base = np.linspace(0, 1, 50)
-    assert difference(F1, [sample(base + 2e-4)], [sample(base)]).verdict is Verdict.UNDECIDED
-    assert difference(F1, [sample(base + 2e-3)], [sample(base)]).verdict is Verdict.BETTER
-    assert difference(F1, [sample(base - 2e-3)], [sample(base)]).verdict is Verdict.WORSE
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_bound_at_zero_tells_nothing_apart(scale):
+    """Smoothing leaves BLEU of nonsense at 0.0002 of 100; a nat a character is another unit."""
+    base, metric = np.linspace(0, 1, 50), replace(F1, scale=scale)
+    assert difference(metric, [sample(base + 2e-6)], [sample(base)]).verdict is Verdict.UNDECIDED
+    assert difference(metric, [sample(base + 2e-5)], [sample(base)]).verdict is Verdict.BETTER
+    assert difference(metric, [sample(base - 2e-5)], [sample(base)]).verdict is Verdict.WORSE

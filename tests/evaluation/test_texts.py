@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from pivotune.evaluation.texts import evaluation_texts
+from pivotune.evaluation.registry import evaluation_texts
 
 
 def test_labels_and_lines_of_the_prompt_are_no_texts_of_an_item(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from process_pool import Process, Rendezvous, server
 from tiny_training import QUIET, run_settings
 
-from pivotune.training.metrics import read_metrics
+from pivotune.results.files import read_metrics
 
 STEPS = 6
 TRAINING = {

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from pivotune.errors import UsageError
 from pivotune.models import locating
-from pivotune.models.loading import check_model, load_model, load_tokenizer, read_config
+from pivotune.models.loading import check_model, load_model, load_on_device, load_tokenizer, read_config
 from pivotune.models.locating import resolve_model
 from pivotune.training.resilience.checkpoints import write_checksums
 
@@ -123,6 +123,13 @@ def test_folder_loads_with_the_stored_weights(folder: Path) -> None:
     assert not model.training
     assert model.config._attn_implementation == "eager"
     assert read_config(str(folder)).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("float16", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_cpu_computes_float16_in_float32(original, tmp_path, monkeypatch, stored, expected):
+    LlamaForCausalLM.from_pretrained(original, dtype=stored).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_on_device(str(tmp_path), gpu_dtype="bfloat16").dtype == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,9 +10,14 @@ import pytest
 
 from pivotune.errors import UsageError
 from pivotune.report.figures.base import COLOURS, save_figure, series, short_name
-from pivotune.report.figures.layers import entropy_comparison, layer_figure, retrieval_figure, sweep_figure
+from pivotune.report.figures.layers import (
+    entropy_comparison,
+    layer_figure,
+    projection_figure,
+    retrieval_figure,
+    sweep_figure,
+)
 from pivotune.report.figures.lens import lens_figures
-from pivotune.report.figures.projection import projection_figure
 from pivotune.report.figures.scores import (
     answer_language_figure,
     difference_figure,

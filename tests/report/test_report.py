@@ -16,8 +16,7 @@ from planted import call, refused
 from result_folders import F1, write_run
 
 from pivotune.report.page import Figure, Table
-from pivotune.report.pages import PAGES
-from pivotune.report.report import report_sections
+from pivotune.report.report import PAGES, report_sections
 from pivotune.report.runs import read_material
 
 
@@ -130,12 +129,16 @@ def test_every_page_is_used_and_there_are_figures_for_all_of_them(two_runs):
     (run / "layers-after.json").write_text(json.dumps(layers))
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (run / "environment.json").write_text('{"python": "3.11", "libraries": {"torch": "2.13"}, "command": ["pivotune"]}')
-    (run / "data-check.json").write_text(json.dumps({"verdict": "good", "total": 2, "usable": 2}))
+    histograms = {"lengths": {"prompt": {"edges": [1, 10, 100], "counts": [1, 1]}}}
+    for name, total in (("tft", 2), ("deep-supervision", 3)):
+        check = {"verdict": "good", "total": total, "usable": 2, "histograms": histograms}
+        (two_runs / name / "data-check.json").write_text(json.dumps(check))
     sections = sections_of(two_runs)
     # The two runs are neither an ablation nor a layer sweep.
     assert len(sections) == len(PAGES) - 2
     names = [block.name for section in sections.values() for block in section.blocks if isinstance(block, Figure)]
-    assert names == ["scores", "differences", "price-in-english", "layers-1", "layers-after", "training"]
+    assert names[:6] == ["scores", "differences", "price-in-english", "layers-1", "layers-after", "training"]
+    assert names[6:] == ["data-lengths", "data-lengths-2"]
     assert "2.13" in text_of(sections["Environment"])
     assert "pivotune train" in text_of(sections["How to reproduce"])
 
@@ -181,8 +184,8 @@ def test_an_ablation_is_one_table_of_variants_against_tft(tmp_path):
         "conversion.signal=none, thinking.signal=logits",
         "conversion.signal=logits, thinking.signal=logits",
     ]
-    assert "<strong>55.00 ± " in table.rows[3][1]
-    assert "+30.00 [" in table.rows[3][1]
+    assert "<strong>55.0 ± " in table.rows[3][1]
+    assert "+30.0 [" in table.rows[3][1]
     assert table.caption.startswith("Difference to TFT")
     assert "Ablation" in sections_of(tmp_path / "b", tmp_path / "c", both)
     assert "Ablation" not in sections_of(tmp_path / "c", both)

@@ -24,10 +24,10 @@ from pivotune.data.examples import Side
 from pivotune.data.pair_store import store_pairs
 from pivotune.errors import UsageError
 from pivotune.layers.layers_json import read_layers_json
+from pivotune.results.files import read_metrics
 from pivotune.runs import execute as run_module
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
-from pivotune.training.metrics import read_metrics
 
 TRAINING = {**QUIET, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 

@@ -23,6 +23,7 @@ from pivotune.models.loading import load_model, read_config
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
 from pivotune.runs.publish import export_run
+from pivotune.training.heldout import end_token_ids
 
 TURNS = "{{ '<|begin|>' }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|system|>' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
@@ -91,9 +92,8 @@ def test_every_family_answers_alike_from_the_run_and_with_plain_transformers(tmp
     ours = Chatter(str(run), encoder, load_model(str(run)), 12)
     ids = torch.tensor([encoder.encode_prompt(Turn("Namba 3?"))])
     with torch.inference_mode():
-        expected = ours.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ours._end_ids())[
-            0
-        ].tolist()
+        ends = end_token_ids(ours.model, encoder.tokenizer, encoder.template)
+        expected = ours.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ends)[0].tolist()
     for folder in (run / "model", tmp_path / "exported"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         prompt, answer = plain_answer(model, AutoTokenizer.from_pretrained(folder), "Namba 3?", 12)

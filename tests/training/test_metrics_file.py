@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pivotune.report.figures.reported import reported_figures
-from pivotune.training.metrics import FigureLog, MetricsFile, read_metrics
+from pivotune.report.figures.layers import reported_figures
+from pivotune.results.files import read_metrics
+from pivotune.training.metrics import FigureLog, MetricsFile
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import torch
 from tiny_translators import FAMILIES, save_tiny_translator
 
 import pivotune.translate.batches as batches
-import pivotune.translate.chat as chat
 from pivotune.errors import UsageError
 from pivotune.translate.translators import find_language_token, prepare_translator
 
@@ -121,7 +120,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(folders, monkeypatch):
      ("marian-pair", "vi", "translates into sw and has no token of Vietnamese")],
 )  # fmt: skip
 def test_languages_that_the_model_lacks(folders, family, wanted, message, monkeypatch):
-    monkeypatch.setattr(chat, "load_model", None)
+    monkeypatch.setattr("pivotune.translate.translators.load_on_device", None)
     with pytest.raises(UsageError, match=message):
         prepare_translator(str(folders[family]), wanted)
 

@@ -115,10 +115,10 @@ def print_layers(out: Console, analysis: LayerAnalysis) -> None:
     """Print a table with a line per layer, and the choice with its reason."""
     from rich.table import Table
 
-    target, english = analysis["target"], analysis["english"]
-    reading = analysis.get("reading")
+    target, reading = analysis["target"], analysis.get("reading")
+    english = None if reading else analysis["english"]
     columns = ["layer", "entropy", "top-1"]
-    columns += ["English entropy"] if english and not reading else []
+    columns += ["English entropy"] if english else []
     columns += ["English share"] if target["english_share"] else []
     columns += ["NLL x_en", "NLL y_en"] if reading else []
     caption = "entropy in nats; top-1: share of tokens whose likeliest is the output's"
@@ -128,7 +128,7 @@ def print_layers(out: Console, analysis: LayerAnalysis) -> None:
     marks = {analysis["conversion"]: "conversion", analysis["thinking"]: "thinking"}
     for layer in range(analysis["num_layers"] + 1):
         cells = [str(layer), f"{target['entropy'][layer]:.3f}", f"{target['agreement'][layer]:.0%}"]
-        cells += [f"{english['entropy'][layer]:.3f}"] if english and not reading else []
+        cells += [f"{english['entropy'][layer]:.3f}"] if english else []
         cells += [f"{target['english_share'][layer]:.1%}"] if target["english_share"] else []
         cells += [f"{reading[name][layer]:.2f}" for name in ("conversion", "thinking")] if reading else []
         table.add_row(*cells, marks.get(layer, ""), style="bold" if layer in marks else None)

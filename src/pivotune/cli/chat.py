@@ -6,8 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,9 +48,12 @@ def chat(
         encoder, markers = prepare_encoder(name, template, system), _markers_of(name)
         limit = 2 * max_new_tokens if markers else max_new_tokens
         chatters.append(Chatter(name, encoder, None, limit, temperature, seed, system, markers))
-    session = _Session(
-        [replace(chatter, model=load_on_device(chatter.name)) for chatter in chatters], console(as_json), as_json
-    )
+    from pivotune.models.loading import load_on_device
+
+    for chatter in chatters:
+        with stderr.status(f"Loading {safe(chatter.name)}"):
+            chatter.model = load_on_device(chatter.name)
+    session = _Session(chatters, console(as_json), as_json)
     if prompt is not None:
         session.answer(prompt)
     elif sys.stdin.isatty():
@@ -88,11 +90,14 @@ class Chatter:
         import torch
         from transformers import TextStreamer
 
+        from pivotune.training.heldout import end_token_ids
+
+        tokenizer = self.encoder.tokenizer
         streamer: Any = None
         if on_text is not None:
-            streamer = TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-        ids = self._prompt_ids(prompt)
+        ids, room = self._prompt_ids(prompt)
         inputs = torch.tensor([ids], device=next(self.model.parameters()).device)
         torch.manual_seed(self.seed)
         sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
@@ -102,78 +107,56 @@ class Chatter:
             output = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=self._room(len(ids)),
+                max_new_tokens=room,
                 use_cache=True,
-                pad_token_id=self.encoder.tokenizer.pad_token_id,
-                eos_token_id=self._end_ids(),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=end_token_ids(self.model, tokenizer, self.encoder.template),
                 streamer=streamer,
                 **sampling,
             )
-        text = self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
         # Templates refuse an empty answer in the history.
-        if text and takes_history(self.encoder):
+        if text and accepts(self.encoder, ["user", "assistant"]):
             last = min((part for m in self.markers if (part := text.rpartition(m)[2])), key=len, default=text)
             self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": last}]
         return text
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        """Encode the prompt after as many earlier turns as leave room for the answer; the oldest are dropped first."""
+    def _prompt_ids(self, prompt: str) -> tuple[list[int], int]:
+        """Encode the prompt, and return the tokens left for the answer; the oldest turns that leave too few are dropped."""
         from pivotune.data.templates import Turn
+        from pivotune.training.preparation import context_length
 
+        context = context_length(self.model.config)
+        system = [{"role": "system", "content": self.system}] if self.system else []
         while True:
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            history = (*system, *self.turns)
-            ids = self.encoder.encode_prompt(Turn(prompt, history=history))
-            if not self.turns or self._room(len(ids)) >= self.max_new_tokens:
+            ids = self.encoder.encode_prompt(Turn(prompt, history=(*system, *self.turns)))
+            room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(ids))
+            if not self.turns or room >= self.max_new_tokens:
                 break
             del self.turns[:2]
             self.dropped += 1
-        if self._room(len(ids)) < 1:
-            raise UsageError(f"{self.name}: the prompt takes {len(ids)} tokens and the model reads {self._context}")
-        return ids
-
-    @property
-    def _context(self) -> int | None:
-        from pivotune.training.preparation import context_length
-
-        return context_length(self.model.config)
-
-    def _room(self, used: int) -> int:
-        """Return the number of tokens left for the answer after `used` ones."""
-        context = self._context
-        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - used)
-
-    def _end_ids(self) -> list[int]:
-        """Return end-of-text, the model's own stop tokens, and the last token of this template's answers."""
-        from pivotune.data.templates import end_of_answer
-        from pivotune.training.heldout import end_token_ids
-
-        tokenizer = self.encoder.tokenizer
-        return sorted({*end_token_ids(self.model, tokenizer), end_of_answer(self.encoder.template, tokenizer)})
+        if room < 1:
+            raise UsageError(f"{self.name}: the prompt takes {len(ids)} tokens and the model reads {context}")
+        return ids, room
 
 
 def _markers_of(name: str) -> list[str]:
     """Return the texts between the two parts of a run's answers, by language; none for other models and methods."""
     from pivotune.config.registry import METHODS
     from pivotune.methods.base import marker_in
-    from pivotune.runs.folder import read_run_config
+    from pivotune.runs.folder import find_run_config
 
-    folder = Path(name).expanduser()
-    run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
+    run = find_run_config(name)
     marker = METHODS[run.method].pivot_marker if run else None
     return [marker_in(marker, code) for code in run.data.languages] if run and marker else []
 
 
-def takes_history(encoder: Encoder) -> bool:
-    """Return True if the template accepts earlier turns."""
-    return _accepts(encoder, [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-
-
-def _accepts(encoder: Encoder, history: list[Mapping[str, str]]) -> bool:
+def accepts(encoder: Encoder, roles: Sequence[str]) -> bool:
+    """Return True if the template accepts turns of these roles before a question."""
     from pivotune.data.templates import Turn
 
     try:
-        encoder.render(Turn("question", history=history))
+        encoder.render(Turn("question", history=[{"role": role, "content": "text"} for role in roles]))
     except UsageError:
         return False
     return True
@@ -184,29 +167,17 @@ def prepare_encoder(name: str, template: str | None, system: str | None) -> Enco
     from pivotune.data.examples import Encoder
     from pivotune.data.templates import load_template
     from pivotune.models.loading import check_model, load_tokenizer
-    from pivotune.runs.folder import read_run_config
+    from pivotune.runs.folder import find_run_config
 
-    folder = Path(name).expanduser()
     fold_system = False
-    if template is None and (folder / "config.yaml").is_file():
-        data = read_run_config(folder).data
-        template, fold_system = data.saved_template, data.fold_system
+    if template is None and (run := find_run_config(name)):
+        template, fold_system = run.data.saved_template, run.data.fold_system
     check_model(name)
     tokenizer = load_tokenizer(name)
     encoder = Encoder(tokenizer, load_template(template, tokenizer), fold_system=fold_system)
-    if system and not _accepts(encoder, [{"role": "system", "content": system}]):
+    if system and not accepts(encoder, ["system"]):
         raise UsageError(f"--system: the template {encoder.template.name} of {name} takes no system message")
     return encoder
-
-
-def load_on_device(name: str) -> Any:
-    import torch
-
-    from pivotune.models.loading import load_model
-
-    with stderr.status(f"Loading {safe(name)}"):
-        model: Any = load_model(name)
-    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 @dataclass

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,9 @@ from rich.progress import Progress as RichProgress
 from pivotune.errors import UsageError
 from pivotune.text.escaping import one_line, printable, printable_json
 from pivotune.text.redaction import redact
+
+if TYPE_CHECKING:
+    from pivotune.training.resilience.preemption import StopSignals
 
 
 def _number(name: str) -> int:
@@ -65,22 +69,6 @@ def safe(text: object) -> str:
 def words(text: str) -> list[str]:
     """Split a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def languages_option(text: str) -> list[str]:
-    """Split a comma-separated `--lang` and check its codes."""
-    from pivotune.text.languages import check_language
-
-    for code in words(text):
-        check_language(code, "--lang")
-    return words(text)
-
-
-def batch_size_option(text: str) -> int | Literal["auto"]:
-    """Parse a number or `auto`."""
-    if text != "auto" and (not (text.isascii() and text.isdecimal()) or int(text) < 1):
-        raise UsageError(f"--batch-size: {text!r} found; allowed: a number from 1, or auto")
-    return "auto" if text == "auto" else int(text)
 
 
 # Keys of a run that other verbs have as options, as they stand in messages.
@@ -153,6 +141,22 @@ def reported_once() -> Iterator[None]:
     except UsageError as error:
         error.reported = error.reported or LOCAL_RANK > 0
         raise
+
+
+@contextmanager
+def stop_signals(next_step: Callable[[str | None], str]) -> Iterator[StopSignals]:
+    """Handle signals that stop a training, and print `next_step` of the checkpoint that was saved, if one was."""
+    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
+
+    with StopSignals() as signals:
+        try:
+            yield signals
+        except StoppedBySignalError as stop:
+            print_lines(stderr, f"pivotune: stopped by {stop.name}: {next_step(stop.checkpoint)}")
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            print_lines(stderr, next_step(None))
+            raise
 
 
 def progress_bar() -> RichProgress:

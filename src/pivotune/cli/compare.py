@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pivotune.cli.common import check_out, print_json, printable, stderr, stdout, words, write_out
+from pivotune.cli.common import check_out, print_json, print_lines, stderr, stdout, words, write_out
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ def compare(
         )
     for path in out or []:
         write_out(path, render(comparison, FORMATS[path.suffix]))
-        stderr.print(printable(f"saved {path}"), soft_wrap=True, markup=False)
+        print_lines(stderr, f"saved {path}")
     if form == "json":
         print_json(to_dict(comparison))
     elif form == "terminal":
-        for part in render_terminal(comparison, stdout.width, printable):
+        for part in render_terminal(comparison, stdout.width):
             stdout.print(part)
     else:
         print(render(comparison, form), end="")

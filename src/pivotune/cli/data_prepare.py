@@ -114,12 +114,12 @@ def evaluation_texts(against: str, eval_data: Path | None, language: str) -> dic
         if eval_data is not None:
             raise UsageError("--eval-data: needs --against, the evaluation sets")
         return {}
-    from pivotune.evaluation import texts
+    from pivotune.evaluation import registry
 
     if eval_data is not None and not eval_data.is_dir():
         raise UsageError(f"--eval-data: {eval_data} is not a folder")
     try:
-        return texts.evaluation_texts(words(against), [language], eval_data)
+        return registry.evaluation_texts(words(against), [language], eval_data)
     except UsageError as error:
         raise UsageError(str(error).replace("--tasks", "--against").replace("--data-dir", "--eval-data")) from error
 

@@ -134,8 +134,8 @@ def self_answers(
     for path in (out, steps.path):
         check_clean_path(path, data, option="--out")
     check_inputs([model], [data])
-    from pivotune.cli.chat import load_on_device, prepare_encoder
-    from pivotune.models.loading import read_config
+    from pivotune.cli.chat import prepare_encoder
+    from pivotune.models.loading import load_on_device, read_config
     from pivotune.training.preparation import context_length
     from pivotune.translate import self_answers as answers
     from pivotune.translate.run import load_english
@@ -149,7 +149,8 @@ def self_answers(
     rows = load_english(data, limit, "data self-answers")
     has_target = any(row.prompt for row in rows)
     done = 0 if overwrite else steps.count_done(rows, answers.is_answer_to)
-    loaded = load_on_device(model) if done < len(rows) else None
+    with stderr.status(f"Loading {safe(model)}"):
+        loaded = load_on_device(model) if done < len(rows) else None
     steps.begin(overwrite=overwrite)
     if loaded is not None:
         answerer = answers.Answerer(loaded, encoder, context, max_new_tokens, batch_size)

@@ -48,10 +48,8 @@ def demo(
             on_prepared=lambda prepared: describe_run(screen, prepared),
         )
     pictures = _draw(out, results)
-    page = out / "report.html"
-    write_out(
-        page, render_report(report_sections(read_material([out])), f"Pivotune demo: {find_language(language).name}")
-    )
+    page, title = out / "report.html", f"Pivotune demo: {find_language(language).name}"
+    write_out(page, render_report(report_sections(read_material([out])), title))
     if as_json:
         print_json(results)
         return
@@ -66,7 +64,7 @@ def _draw(folder: Path, results: dict[str, Any]) -> list[Path]:
     from pivotune.report.figures.layers import entropy_comparison, layer_figure, supervised
     from pivotune.report.figures.scores import heldout_figure
     from pivotune.report.figures.training import training_figure
-    from pivotune.training.metrics import read_metrics
+    from pivotune.results.files import read_metrics
 
     language, layers, models = results["settings"]["language"], results["layers"], results["models"]
     pictures = [folder / name for name in ("layers.png", "entropy.png", "heldout.png", "training.png")]
@@ -106,10 +104,8 @@ def _show(screen: Console, results: dict[str, Any]) -> None:
         sides = (measured["target"], measured["english"])
         nll = [f"{side['nll']:.3f} ± {side['stderr']:.3f}" for side in sides]
         table.add_row(_NAMES[name], *nll, *(f"{side['exact_match']:.0%}" for side in sides))
-    cells = [
-        f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-        for found in (results["difference"][code] for code in (language, "en"))
-    ]
+    found = [results["difference"][code] for code in (language, "en")]
+    cells = [f"{one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for one in found]
     label = "deep supervision minus TFT, 95 % interval over rows (training noise left out)"
     table.add_row(label, *cells, "", "", style="bold")
     screen.print(table)

@@ -10,10 +10,8 @@ import typer
 
 from pivotune.cli import options
 from pivotune.cli.common import (
-    batch_size_option,
     check_inputs,
     console,
-    languages_option,
     print_json,
     print_lines,
     printable,
@@ -74,7 +72,7 @@ def evaluate(
         raise UsageError("--tasks: none given; for instance --tasks xquad_vi,xquad_en, or --list-tasks to see all")
     if english is not None and pairs is None:
         raise UsageError("--english goes with --pairs")
-    codes = languages_option(languages)
+    codes = options.parse_languages(languages)
     from pivotune.evaluation.cache import CACHE_FOLDER
     from pivotune.evaluation.prepare import EvaluationSettings, prepare_evaluation
     from pivotune.results.files import check_target, results_paths
@@ -88,7 +86,7 @@ def evaluate(
         split=split,
         limit=limit,
         seed=seed,
-        batch_size=batch_size_option(batch_size),
+        batch_size=options.parse_batch_size(batch_size),
         template=template,
         pivot=pivot,
         backend=backend,
@@ -125,10 +123,7 @@ def _default_out(model: str) -> Path:
 
 
 def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
-    """Print model and tasks, and one whole prompt, because wrong templates fail silently.
-
-    Warn where a task replaces an earlier result of another size, as with a small --limit.
-    """
+    """Print model and tasks, and one whole prompt, because wrong templates fail silently."""
     from rich.text import Text
 
     from pivotune.results.files import read_entries
@@ -147,12 +142,11 @@ def _describe(out: Console, prepared: PreparedEvaluation, folder: Path) -> None:
             note = f"  {task.truncated} prompts are longer than the model reads and lose their beginning"
             print_lines(out, note, style="yellow")
         earlier = entries.get(task.task.name)
-        if earlier is not None and earlier.get("n") != size:
+        if earlier is not None and earlier.get("n") != size:  # as with a small --limit
             note = f"{task.task.name}: the earlier result (n = {earlier.get('n')}) in {folder} is replaced"
             print_lines(stderr, note, style="yellow")
     print_lines(out, *(f"left out: {reason}" for reason in prepared.missing), style="yellow")
-    asked = next((task.requests[0] for task in prepared.tasks if task.requests), None)
-    if asked is not None:
+    if asked := next((task.requests[0] for task in prepared.tasks if task.requests), None):
         gold = asked.likelihoods[asked.item.gold or 0].continuation
         parts = ((asked.context.text, "cyan"), ("..." * bool(asked.pivot) + asked.marker, "dim"), (gold, "green"))
         shown = Text.assemble(*((printable(text), style) for text, style in parts))

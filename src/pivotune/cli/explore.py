@@ -15,6 +15,7 @@ from pivotune.cli.common import (
     print_lines,
     progress,
     quiet_libraries,
+    safe,
     stderr,
     stdout,
     write_out,
@@ -93,23 +94,15 @@ def explore(
         write_out(out, page)
         print_lines(stdout, *about, f"saved {out} ({len(page) / 1e6:.1f} MB)")
         if figures is not None:
+            from pivotune.report.figures.base import save_formats
+            from pivotune.report.figures.lens import lens_figures
+
+            written: list[Path] = []
             with stderr.status("Writing the figures"):
-                count = _write_figures(figures, names, items, colour)
-            print_lines(stdout, f"saved {count} files in {figures}")
-
-
-def _write_figures(folder: Path, names: list[str], items: list[dict[str, Any]], colour: str) -> int:
-    """Write every grid of every text in every format; return the number of files."""
-    from pivotune.report.figures.base import FORMATS, save_figure
-    from pivotune.report.figures.lens import lens_figures
-
-    paths = []
-    for number, item in enumerate(items, start=1):
-        for name, chart in lens_figures(names, item, colour):
-            for suffix in FORMATS:
-                paths.append(folder / f"{number}-{name}{suffix}")
-                save_figure(chart, paths[-1])
-    return len(paths)
+                for number, item in enumerate(items, start=1):
+                    for name, chart in lens_figures(names, item, colour):
+                        written += save_formats(chart, figures / f"{number}-{name}")
+            print_lines(stdout, f"saved {len(written)} files in {figures}")
 
 
 def _check_comparable(name: str, against: str) -> None:
@@ -167,11 +160,12 @@ def _load_reader(
     names: list[str], encoder: Encoder, others: list[Row], data: str, lens: str
 ) -> tuple[LensReader, list[str]]:
     """Load the models and find a lens; also return lines for the page about both."""
-    from pivotune.cli.chat import load_on_device
     from pivotune.data.examples import Encoder, Limits
     from pivotune.explore.reader import LensReader, ReadModel, find_lens
+    from pivotune.models.loading import load_on_device
 
-    models = [ReadModel(name, load_on_device(name)) for name in names]
+    with stderr.status(f"Loading {' and '.join(map(safe, names))}"):
+        models = [ReadModel(name, load_on_device(name)) for name in names]
     template = f"Template: {encoder.template.name}. Prompt and answer have the tokens of {names[0]}."
     about = [f"Model: {' against '.join(names)}.", template]
     tuned = None

@@ -36,9 +36,8 @@ def export(
     with stderr.status("Exporting"):
         _draw(run)
         folder = export_run(run, to, **options)
-    print_lines(
-        stdout, f"saved {folder}: model, tokenizer and card; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    )
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    print_lines(stdout, f"saved {folder}: model, tokenizer and card; {load}")
 
 
 def push(
@@ -77,7 +76,7 @@ def _draw(run: Path) -> None:
         return
     from pivotune.report.figures.base import save_figure
     from pivotune.report.figures.training import training_figure
-    from pivotune.training.metrics import read_metrics
+    from pivotune.results.files import read_metrics
 
     with suppress(UsageError):
         save_figure(training_figure({run.name: read_metrics(run / "metrics.jsonl")}), run / TRAINING_PICTURE)

@@ -116,13 +116,19 @@ def _interrupted() -> int:
     return EXIT_INTERRUPTED
 
 
-def _report(error: Exception) -> int:
+def _report(error: Any) -> int:
     """Print an error in one line on stderr, one line in all for an error that every process meets; return the exit code."""
     # Typer carries its own copy of click's exceptions, which are recognized by their attributes.
     exit_code = getattr(error, "exit_code", None)
     if exit_code is not None:
         if LOCAL_RANK == 0:
-            _show_parse_error(error)
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                context = getattr(error, "ctx", None)
+                hint = f"; see {context.command_path} -h" if context else ""
+                text = printable(redact(" ".join(error.format_message().split())))
+                print(f"pivotune: error: {text.rstrip('.')}{hint}", file=sys.stderr)
         return int(exit_code)
     if type(error).__name__ == "Abort":
         return _interrupted()
@@ -138,17 +144,6 @@ def _report(error: Exception) -> int:
         return EXIT_FAILURE
     print(f"{place}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
     return EXIT_FAILURE
-
-
-def _show_parse_error(error: Any) -> None:
-    """Print a mistake in the words of the command line in one line, with the verb's help to look at."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-        return
-    context = getattr(error, "ctx", None)
-    hint = f"; see {context.command_path} -h" if context else ""
-    text = printable(redact(" ".join(error.format_message().split())))
-    print(f"pivotune: error: {text.rstrip('.')}{hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

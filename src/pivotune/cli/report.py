@@ -36,5 +36,5 @@ def report(
     written = []
     if figures is not None:
         with stderr.status("writing the figures"):
-            written = list(save_figures(sections, figures))
+            written = save_figures(sections, figures)
     print_lines(stdout, f"saved {out}" + (f" and {len(written)} files in {figures}" if written else ""))

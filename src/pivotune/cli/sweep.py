@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pivotune.cli import options
-from pivotune.cli.common import (
-    EXIT_STOPPED,
-    batch_size_option,
-    console,
-    languages_option,
-    print_json,
-    printable,
-    progress,
-    quiet_libraries,
-    stderr,
-    words,
-)
+from pivotune.cli.common import console, print_json, print_lines, progress, quiet_libraries, stop_signals, words
 from pivotune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +18,6 @@ if TYPE_CHECKING:
 
     from pivotune.sweeps.plan import Cell
     from pivotune.sweeps.run import Sweep
-    from pivotune.training.resilience.preemption import StopSignals
 
 
 def sweep(
@@ -60,24 +48,22 @@ def sweep(
         data_dir=data_dir,
         limit=limit,
         split=split,
-        batch_size=batch_size_option(batch_size),
+        batch_size=options.parse_batch_size(batch_size),
         max_new_tokens=max_new_tokens,
         backend=backend,
         dtype=dtype,
         skip_missing=skip_missing,
     )
-    codes = languages_option(languages)
+    codes = options.parse_languages(languages)
     folder = out or Path("sweeps") / (config.stem + ("-ablation" if ablation else ""))
     if signals and not ablation:
         raise UsageError("--signals goes with --ablation")
     cells = _plan(config, grid or [], changes or [], folder, seeds=seeds, signals=signals if ablation else None)
     screen = console(as_json)
-
-    def say(line: str) -> None:
-        screen.print(printable(line), soft_wrap=True, markup=False)
-
+    say = partial(print_lines, screen)
     failures: dict[str, str] = {}
-    with _stop_signals() as stop_signals:
+    # From the reading of rows on.
+    with stop_signals(lambda checkpoint: "the same command goes on from here") as stop:
         quiet_libraries()
         from pivotune.cli.training_display import TrainingProgress
         from pivotune.sweeps.run import DONE, describe_sweep, prepare_sweep, run_sweep
@@ -94,9 +80,7 @@ def sweep(
                 say(f"{name}: {state}")
             say(f"{list(states.values()).count(DONE)} of {len(states)} cells are done, in {folder}")
         else:
-            failures = run_sweep(
-                prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop_signals
-            )
+            failures = run_sweep(prepared, announce=say, watch=TrainingProgress, progress=progress, stop_signals=stop)
             saved = [*_write_tables(prepared, screen), *_write_curve(prepared)]
             say(f"saved    {', '.join(map(str, saved)) or 'nothing: no cell is finished'}")
     if as_json:
@@ -125,23 +109,6 @@ def _plan(
     return plan_cells(config, changes, axes, seeds=parse_seeds(seeds), folder=folder)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[StopSignals]:
-    """Handle signals, from the reading of rows on, and print how to continue."""
-    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
-
-    going_on = "the same command goes on from here"
-    with StopSignals() as signals:
-        try:
-            yield signals
-        except StoppedBySignalError as stop:
-            stderr.print(f"pivotune: stopped by {stop.name}; {going_on}", soft_wrap=True, markup=False)
-            raise typer.Exit(EXIT_STOPPED) from None
-        except KeyboardInterrupt:
-            stderr.print(going_on, soft_wrap=True, markup=False)
-            raise
-
-
 def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
     """Print the table of the measured cells and starting models, and write it to files."""
     from pivotune.compare.comparison import compare_groups
@@ -158,7 +125,7 @@ def _write_tables(prepared: Sweep, screen: Console) -> list[Path]:
     groups = load_groups(measured, warnings)
     known = {task for group in groups for run in group.runs for task in run.results.tasks}
     comparison = compare_groups(groups, tasks=[task for task in prepared.tasks if task in known], warnings=warnings)
-    for part in render_terminal(comparison, screen.width, printable):
+    for part in render_terminal(comparison, screen.width):
         screen.print(part)
     paths = [prepared.folder / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
     for path in paths:

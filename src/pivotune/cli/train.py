@@ -10,17 +10,15 @@ import typer
 
 from pivotune.cli import options
 from pivotune.cli.common import (
-    EXIT_STOPPED,
     SEVERAL_PROCESSES,
     check_inputs,
     console,
     print_json,
-    print_lines,
     progress,
     quiet_libraries,
     reported_once,
     safe,
-    stderr,
+    stop_signals,
 )
 from pivotune.errors import TrainingError, UsageError
 
@@ -64,25 +62,16 @@ def train(
     data = run_config.data
     sources = [path for source in data.sources for path in (source.path, source.english)]
     with reported_once():
-        check_inputs(
-            [run_config.model],
-            [*sources, data.validation, data.validation_english],
-            revision=run_config.revision,
-        )
+        sources += [data.validation, data.validation_english]
+        check_inputs([run_config.model], sources, revision=run_config.revision)
     if not (overwrite or SEVERAL_PROCESSES):  # else `prepare_run` does it, after all other checks
         claim_run_folder(run_config, resume=resume)
-    from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
-    with StopSignals() as signals:
-        try:
-            result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
-        except StoppedBySignalError as stop:
-            saved = f"saved {stop.checkpoint}" if stop.checkpoint else kept(folder)
-            print_lines(stderr, f"pivotune: stopped by {stop.name}: {saved}; go on with --resume")
-            raise typer.Exit(EXIT_STOPPED) from None
-        except KeyboardInterrupt:
-            print_lines(stderr, f"{kept(folder)}; go on with --resume")
-            raise
+    def next_step(checkpoint: str | None) -> str:
+        return f"{f'saved {checkpoint}' if checkpoint else kept(folder)}; go on with --resume"
+
+    with stop_signals(next_step) as signals:
+        result = _run(run_config, out, signals, resume=resume, overwrite=overwrite)
     if as_json:
         print_json({"run": str(result.folder), **result.results})
         return
@@ -101,7 +90,7 @@ def _run(config: RunConfig, out: Console, signals: StopSignals, *, resume: bool,
             prepared = prepare_run(config, overwrite=overwrite, resume=resume)
         # Imported after the checks: a mistake is reported before torch is loaded, as far as the checks need no torch.
         from pivotune.cli.training_display import TrainingProgress, describe_run, describe_training
-        from pivotune.report.figures.reported import reported_figures
+        from pivotune.report.figures.layers import reported_figures
         from pivotune.runs.execute import execute_run
 
         if resume:

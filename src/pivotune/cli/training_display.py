@@ -89,9 +89,8 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     if method.replay and replayed:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
     saved = [f"moving average with decay {config.ema:g}"] if config.ema is not None else []
-    saved += (
-        [f"{config.interpolate:g} x trained + {1 - config.interpolate:g} x starting"] if config.interpolate < 1 else []
-    )
+    if config.interpolate < 1:
+        saved.append(f"{config.interpolate:g} x trained + {1 - config.interpolate:g} x starting")
     if saved:
         out.print(f"[bold]weights[/]  scored and saved: {'; '.join(saved)}")
     if report.cut:

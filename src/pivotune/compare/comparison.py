@@ -36,17 +36,24 @@ _EXPLAINS_PROMPTS = {"split", "origin", "limit", "seed", "template", "pivot"}
 _LONGEST_CONDITION = 60
 _EQUAL_BUDGETS = 1.05  # trained tokens of one run for each of another
 _MOST_NAMES = 4  # in a warning
+_MOST_DIGITS, _NO_UNCERTAINTY = 5, 1e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Column:
-    """One metric of one task; values equal at `digits` decimals count as equal."""
+    """One metric of one task.
+
+    Attributes:
+        digits: decimals of its values, by their standard errors; values equal at these count as equal.
+        difference_digits: decimals of its differences, by their intervals.
+    """
 
     task: str
     benchmark: str
     language: str
     metric: Metric
-    digits: int
+    digits: int = 3
+    difference_digits: int = 3
 
     @property
     def title(self) -> str:
@@ -169,11 +176,7 @@ def _select_columns(groups: Groups, tasks: Sequence[str], metrics: Sequence[str]
             matching = [name for name in task.metrics if pattern == ALL or fnmatchcase(name, pattern)]
             names |= dict.fromkeys([task.primary] if pattern == PRIMARY else matching)
         for name in names:
-            metric = task.metrics[name].definition
-            values = [figure.value or 0 for group in groups for _, figure in group.figures(task.name, name)]
-            # Two decimals for percentages, as in the paper; the third decimal of a nat is still far above rounding.
-            digits = 2 if metric.scale == 100 or any(abs(value) >= 10 for value in values) else 3
-            columns.append(Column(task.name, task.benchmark, task.language, metric, digits))
+            columns.append(Column(task.name, task.benchmark, task.language, task.metrics[name].definition))
     # All tasks of a benchmark under one metric, then the next metric.
     order = list(dict.fromkeys((column.benchmark, column.metric.name) for column in columns))
     return sorted(columns, key=lambda column: order.index((column.benchmark, column.metric.name)))
@@ -202,11 +205,12 @@ def _measure(groups: Groups, column: Column, warnings: Warnings) -> Figures:
             defined = len(values) == len(figures)
             value, spread = (float(np.mean(values)), float(np.std(values, ddof=1))) if defined else (None, None)
         measured.append(Measurement(value, spread, min(figure.n for _, figure in figures), figures))
-    shown = [(round(m.value, column.digits), m) for m in measured if m is not None and m.value is not None]
-    if column.metric.higher_is_better is not None and len(shown) > 1:
-        best = (max if column.metric.higher_is_better else min)(value for value, _ in shown)
-        for value, measurement in shown:
-            measurement.best = value == best
+    known = [(m.value, m) for m in measured if m is not None and m.value is not None]
+    column.digits = shown_digits([m.spread for _, m in known], 2 if any(abs(value) >= 10 for value, _ in known) else 3)
+    if column.metric.higher_is_better is not None and len(known) > 1:
+        best = (max if column.metric.higher_is_better else min)(value for value, _ in known)
+        for value, measurement in known:
+            measurement.best = round(value, column.digits) == round(best, column.digits)
     return measured
 
 
@@ -231,6 +235,27 @@ def _add_differences(
             line = f"no difference in {column.metric.name} between {group.label} and {name}: {error}"
         if line:
             warnings[line].append(column.task)
+    found = [(m.difference.low, m.difference.high, m.difference.verdict) for m in measured if m and m.difference]
+    column.difference_digits = difference_digits(found, column.digits)
+
+
+def shown_digits(uncertainties: Iterable[float | None], otherwise: int) -> int:
+    """Return the decimals for two significant digits of the smallest uncertainty: 1 for 3.3, 4 for 0.0012.
+
+    Args:
+        uncertainties: standard errors, or half-widths of intervals, of figures in one column; rounding errors are none.
+        otherwise: returned where no figure has one.
+    """
+    known = [each for each in uncertainties if each and each > _NO_UNCERTAINTY]
+    return min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(min(known))))) if known else otherwise
+
+
+def difference_digits(found: Iterable[tuple[float, float, Verdict | None]], otherwise: int) -> int:
+    """Return the decimals of (low, high, verdict): as `shown_digits`, and no bound that decides a verdict shows as 0."""
+    found = list(found)
+    nearest = [min(abs(low), abs(high)) for low, high, verdict in found if verdict in (Verdict.BETTER, Verdict.WORSE)]
+    digits = shown_digits([(high - low) / 2 for low, high, _ in found], otherwise)
+    return max(digits, shown_digits([10 * bound for bound in nearest], 0))
 
 
 def _difference(column: Column, ours: Measurement, theirs: Measurement, resamples: int, seed: int) -> Difference:

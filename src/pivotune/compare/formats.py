@@ -7,7 +7,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pivotune.compare.comparison import Column, Comparison, Measurement
-from pivotune.compare.significance import CONFIDENCE, Difference, Verdict
-from pivotune.text.escaping import csv_text, latex, markdown, one_line
+from pivotune.compare.significance import CONFIDENCE, Verdict
+from pivotune.text.escaping import csv_text, latex, markdown, one_line, printable
 from pivotune.text.files import finite
 
 FORMATS = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
@@ -53,23 +53,19 @@ def render(comparison: Comparison, form: str) -> str:
 # ---- parts of all formats ----
 
 
-def _value_text(measurement: Measurement | None, column: Column) -> str:
-    """Return `29.65 ± 1.20`, or a dash where there is no value."""
-    if measurement is None or measurement.value is None:
+def value_text(value: float | None, spread: float | None, digits: int) -> str:
+    """Return `29.7 ± 1.2`, or a dash where there is no value."""
+    if value is None:
         return _MISSING
-    value = _number(measurement.value, column.digits)
-    return value if measurement.spread is None else f"{value} ± {measurement.spread:.{column.digits}f}"
+    return _number(value, digits) + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def _difference_texts(found: Difference | None, column: Column) -> tuple[str, str]:
-    """Return `+2.31 [0.21, 4.40]`, without the interval where there is none, and what the interval leaves out."""
-    if found is None:
-        return "", ""
-    text = _number(found.value, column.digits, "+")
-    if not math.isfinite(found.low):
-        return text, ""
-    text += f" [{_number(found.low, column.digits)}, {_number(found.high, column.digits)}]"
-    return text, "" if found.num_seeds else _NO_SEEDS
+def difference_text(value: float, low: float | None, high: float | None, digits: int) -> str:
+    """Return `+2.3 [0.2, 4.4]`, without the interval where there is none."""
+    text = _number(value, digits, "+")
+    if low is None or high is None or math.isnan(low):
+        return text
+    return f"{text} [{_number(low, digits)}, {_number(high, digits)}]"
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -78,12 +74,17 @@ def _number(value: float, digits: int, sign: str = "") -> str:
     return f"{0:{sign}.{digits}f}" if float(text) == 0 else text
 
 
-def _below_value(measurement: Measurement | None, column: Column) -> list[str]:
-    """Return the lines below a value: the difference with its mark, and what its interval leaves out."""
-    if measurement is None or (found := measurement.difference) is None:
-        return []
-    text, left_out = _difference_texts(found, column)
-    return list(filter(None, [f"{text} {_MARKS[found.verdict][0]}".rstrip(), left_out]))
+def _cell_lines(measurement: Measurement | None, column: Column, *, latex_mark: bool = False) -> list[str]:
+    """Return the value; below it the difference with its mark, and what its interval leaves out."""
+    if measurement is None:
+        return [_MISSING]
+    lines = [value_text(measurement.value, measurement.spread, column.digits)]
+    if found := measurement.difference:
+        text = difference_text(found.value, found.low, found.high, column.difference_digits)
+        symbol, superscript, _ = _MARKS[found.verdict]
+        lines.append(text + superscript if latex_mark else f"{text} {symbol}".rstrip())
+        lines += [] if found.num_seeds or math.isnan(found.low) else [_NO_SEEDS]
+    return lines
 
 
 def group_facts(comparison: Comparison, index: int) -> str:
@@ -209,9 +210,8 @@ def to_markdown(comparison: Comparison) -> str:
     for index, measurements in enumerate(comparison.table):
         cells = [markdown(group_title(comparison, index))]
         for measurement, column in zip(measurements, comparison.columns, strict=True):
-            text = _value_text(measurement, column)
-            first = f"**{text}**" if measurement and measurement.best else text
-            cells.append("<br>".join([first, *_below_value(measurement, column)]))
+            first, *below = _cell_lines(measurement, column)
+            cells.append("<br>".join([f"**{first}**" if measurement and measurement.best else first, *below]))
         lines.append(f"| {' | '.join(cells)} |")
     below = [*(f"**Warning:** {markdown(line)}" for line in comparison.warnings), *map(markdown, notes(comparison))]
     return "\n".join(lines) + "\n\n" + "\n\n".join(below) + "\n"
@@ -220,8 +220,8 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     """Return a `table` for the package booktabs, with each method's differences below its values."""
     columns = comparison.columns
-    metrics = [f"{latex(c.metric.name)}{_ARROWS[c.metric.higher_is_better][1]}" for c in columns]
-    heads = [f"{latex(column.benchmark)} ({metric})" for column, metric in zip(columns, metrics, strict=True)]
+    arrows = [_ARROWS[column.metric.higher_is_better][1] for column in columns]
+    heads = [f"{latex(c.benchmark)} ({latex(c.metric.name)}{arrow})" for c, arrow in zip(columns, arrows, strict=True)]
     groups = [(head, len(list(same))) for head, same in groupby(heads)]
     rules, start = [], 2
     for _, width in groups:
@@ -242,29 +242,21 @@ def to_latex(comparison: Comparison) -> str:
 
 def _latex_lines(comparison: Comparison, index: int) -> list[str]:
     """Return one method's values, then its differences and what their intervals leave out, where there are any."""
-    values, differences, left_out = [latex(group_title(comparison, index))], [""], [""]
+    columns = [[latex(group_title(comparison, index)), "", ""]]
     for measurement, column in zip(comparison.table[index], comparison.columns, strict=True):
-        text = latex(_value_text(measurement, column))
-        values.append(rf"\textbf{{{text}}}" if measurement and measurement.best else text)
-        found = measurement and measurement.difference
-        interval, excluded = _difference_texts(found, column)
+        first, *below = _cell_lines(measurement, column, latex_mark=True)
+        value = rf"\textbf{{{latex(first)}}}" if measurement and measurement.best else latex(first)
         # In mathematics a hyphen is a minus, and a space needs a tilde.
-        interval = f"${interval.replace(' ', '~')}{_MARKS[found.verdict][1]}$" if found else ""
-        for line, small in ((differences, interval), (left_out, latex(excluded))):
-            line.append(rf"{{\footnotesize {small}}}" if small else "")
-    return [" & ".join(line) + r" \\" for line in (values, differences, left_out) if any(line)]
+        small = [text if text == _NO_SEEDS else f"${text.replace(' ', '~')}$" for text in below]
+        columns.append([value, *(rf"{{\footnotesize {text}}}" for text in small), *[""] * (2 - len(small))])
+    return [" & ".join(line) + r" \\" for line in zip(*columns, strict=True) if any(line)]
 
 
 # ---- terminal ----
 
 
-def render_terminal(
-    comparison: Comparison, width: int, printable: Callable[[str], str] = str
-) -> Iterator[RenderableType]:
-    """Yield tables, warnings and notes to print: one table per benchmark and metric, split beyond `width` characters.
-
-    `printable` makes names from files harmless.
-    """
+def render_terminal(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """Yield tables, warnings and notes to print: one table per benchmark and metric, split beyond `width` characters."""
     columns = comparison.columns
     titles, heads = [], []
     for index, group in enumerate(comparison.groups):
@@ -296,9 +288,10 @@ def render_terminal(
 
 
 def _terminal_cell(measurement: Measurement | None, column: Column) -> Text:
-    text = Text(_value_text(measurement, column), style="bold" if measurement and measurement.best else "")
+    first, *below = _cell_lines(measurement, column)
     style = _MARKS[measurement.difference.verdict][2] if measurement and measurement.difference else ""
-    return Text.assemble(text, *(("\n" + line, style) for line in _below_value(measurement, column)))
+    best = "bold" if measurement and measurement.best else ""
+    return Text.assemble((first, best), *(("\n" + line, style) for line in below))
 
 
 def _text_width(text: Text) -> int:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from pivotune.compare.seed_groups import differing_keys, setting_text, settings_key
 from pivotune.config.registry import BASELINE_METHOD, METHODS
 from pivotune.config.supervision import InnerTerm
-
-_CONFIDENCE = 1.96  # standard errors on either side: 95 %
+from pivotune.results.metrics import ERRORS_OF_95
 
 
 class TrainedRun(Protocol):
@@ -97,7 +96,7 @@ def _measured(run: TrainedRun, task: str) -> Mapping[str, Any] | None:
 
 def _point(layer: int, entries: Sequence[Mapping[str, Any]], over_seeds: bool) -> dict[str, Any]:
     values, error = [entry["value"] for entry in entries], entries[0].get("stderr")
-    margin = None if error is None else _CONFIDENCE * error
+    margin = None if error is None else ERRORS_OF_95 * error
     if over_seeds:
         margin = statistics.stdev(values) if len(values) > 1 else None
     return {"layer": layer, "value": statistics.fmean(values), "margin": margin, "seeds": len(values)}

@@ -198,10 +198,10 @@ def _group_by_configuration(runs: Iterable[Run], warnings: list[str]) -> list[li
             free.append(run)
             continue
         if alike:
-            both = (
-                f"{run.results.path.parent} and {alike[0][0].results.path.parent} have one configuration and one seed"
+            both = f"{run.results.path.parent} and {alike[0][0].results.path.parent}"
+            warnings.append(
+                f"{both} have one configuration and one seed, or a copy was made: shown as rows of their own"
             )
-            warnings.append(f"{both}, or a copy was made: shown as rows of their own")
         groups.append((key, [run]))
     return [sorted(group, key=lambda run: run.seed or 0) for _, group in groups]
 

@@ -32,7 +32,7 @@ CONFIDENCE = 95.0  # per cent
 # Five items that all point one way do so by chance in 2 of 32 cases, above 5 %; six in 2 of 64.
 FEWEST_ITEMS = 6
 _ROUNDING = 1e-9  # relative; more than floating-point sums of equal numbers differ by
-_PRINTED_ZERO = 5e-4
+_ZERO = 5e-4  # of a metric in 0..100; smoothing leaves BLEU of nonsense at 0.0002
 
 # Figures of runs, [runs], and influences of the items on them, [runs, items]; negative for the baseline.
 Groups = Sequence[tuple[Array, Array]]
@@ -103,8 +103,9 @@ def difference(
     else:
         found = _over_items(metric, run, baseline, resamples, seed)
     found.verdict = None if metric.higher_is_better is None else Verdict.UNDECIDED
-    # A bound that is printed as zero counts as zero (smoothing leaves BLEU of nonsense at 0.0002).
-    if found.verdict and found.n >= FEWEST_ITEMS and (found.low > _PRINTED_ZERO or found.high < -_PRINTED_ZERO):
+    # Nats and cosines are differences of another size than per cents.
+    zero = _ZERO if metric.scale == 100 or metric.form in ("chrf", "bleu") else _ZERO / 100
+    if found.verdict and found.n >= FEWEST_ITEMS and (found.low > zero or found.high < -zero):
         found.verdict = Verdict.BETTER if (found.low > 0) == metric.higher_is_better else Verdict.WORSE
     return found
 

@@ -76,7 +76,7 @@ def stable_rank(*parts: object) -> int:
 def collect_facts(language: str) -> Iterator[Fact]:
     """Yield all facts that CLDR has in both the language (a code such as 'vi') and English, in a fixed order."""
     locale = BilingualLocale(language)
-    for facts in (_territory_facts, _currency_facts, _language_facts, _script_facts, _zone_facts, _calendar_facts,
+    for facts in (_territory_facts, _currency_facts, _language_facts, _script_facts, _calendar_facts,
                   _date_facts, _number_facts, _unit_facts, _duration_facts):  # fmt: skip
         yield from facts(locale)
 
@@ -104,10 +104,13 @@ def _translation_facts(entity: str, name: Bilingual) -> Iterator[Fact]:
 
 
 def _territory_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for code in _territory_codes(locale):
-        name = locale.territories[code]
-        entity = f"territory:{code}"
+    """Yield facts of real territories (with a time zone), without world regions ('001') and unknown ('ZZ')."""
+    zones = get_global("territory_zones")
+    for code in (code for code in sorted(zones) if len(code) == 2 and code != "ZZ" and code in locale.territories):
+        name, entity = locale.territories[code], f"territory:{code}"
         yield from _coded_facts(entity, name)
+        for zone in sorted(zones[code]):
+            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=name)
         # Only where there is one answer.
         currencies = [] if code in _OUTDATED_CURRENCY else _currencies_of(code)
         if len(currencies) == 1 and (currency := locale.currencies.get(currencies[0])):
@@ -118,12 +121,6 @@ def _territory_facts(locale: BilingualLocale) -> Iterator[Fact]:
         with suppress(UnknownLocaleError, ValueError):  # no locale for the territory
             weekday = locale.weekdays[Locale.parse(f"und_{code}").first_week_day]
             yield make_fact("territory_first_weekday", entity, name=name, weekday=weekday)
-
-
-def _territory_codes(locale: BilingualLocale) -> list[str]:
-    """Return the codes of real territories (with a time zone), without world regions ('001') and unknown ('ZZ')."""
-    codes = (code for code in sorted(get_global("territory_zones")) if len(code) == 2 and code != "ZZ")
-    return [code for code in codes if code in locale.territories]
 
 
 def _currencies_of(territory: str) -> list[str]:
@@ -170,12 +167,6 @@ def _script_facts(locale: BilingualLocale) -> Iterator[Fact]:
         entity = f"script:{code}"
         yield make_fact("script_name", entity, code=code, name=locale.scripts[code])
         yield from _translation_facts(entity, locale.scripts[code])
-
-
-def _zone_facts(locale: BilingualLocale) -> Iterator[Fact]:
-    for code in _territory_codes(locale):
-        for zone in sorted(get_global("territory_zones")[code]):
-            yield make_fact("zone_territory", f"zone:{zone}", zone=zone, territory=locale.territories[code])
 
 
 def _calendar_facts(locale: BilingualLocale) -> Iterator[Fact]:

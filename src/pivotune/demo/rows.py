@@ -130,9 +130,8 @@ def worded_rows(language: str) -> list[dict[str, str]]:
     answers: Counter[tuple[str, str]] = Counter()
     rows: list[dict[str, str]] = []
     prompts: set[str] = set()
-    for fact, row in sorted(
-        worded_facts(language), key=lambda worded: (stable_rank(worded[0].entity), stable_rank(worded[0].name))
-    ):
+    facts = sorted(worded_facts(language), key=lambda each: (stable_rank(each[0].entity), stable_rank(each[0].name)))
+    for fact, row in facts:
         # An answer that is the same text in both languages does not show which language was learned.
         if row["completion"] == row["completion_en"]:
             continue

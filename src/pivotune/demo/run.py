@@ -25,7 +25,7 @@ from pivotune.layers.measure import analyze_layers
 from pivotune.models.loading import check_model, load_model
 from pivotune.report.runs import DATA_CHECK, LAYERS_AFTER, LAYERS_BEFORE
 from pivotune.results.files import read_results, write_results
-from pivotune.results.metrics import Metric, summarize
+from pivotune.results.metrics import HELDOUT_NLL, Metric, summarize
 from pivotune.runs.execute import RunResult, execute_run
 from pivotune.runs.folder import has_trained
 from pivotune.runs.prepare import PreparedRun, prepare_run
@@ -118,10 +118,9 @@ def run_demo(
 def paired_difference(folder: Path) -> dict[str, dict[str, float]]:
     """Return deep supervision minus TFT in nats per token by language, with the 95 % interval over the held-out rows."""
     tft, ours = (read_results(folder / method) for method in METHODS)
-    nll = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
     found = {}
     for task in (name for name in ours.tasks if name.startswith("heldout_")):
-        paired = difference(nll, [Sample(ours.items[task])], [Sample(tft.items[task])])
+        paired = difference(HELDOUT_NLL, [Sample(ours.items[task])], [Sample(tft.items[task])])
         language = task.removeprefix("heldout_")
         found[language] = {"value": paired.value, "low": paired.low, "high": paired.high}
     return found
@@ -132,22 +131,13 @@ def _write_for_the_report(folder: Path, results: dict[str, Any]) -> None:
     language, layers = results["settings"]["language"], results["layers"]
     rows = load_rows(str(folder / "train.jsonl"), on_bad_row="skip")
     write_json(folder / METHODS[-1] / DATA_CHECK, check_rows(rows, language=language).to_dict())
-    exact, nll = (
-        Metric("exact_match", "mean", ("correct",), 100.0),
-        Metric("nll", "ratio", ("nll", "tokens"), 1.0, False),
-    )
+    exact = Metric("exact_match", "mean", ("correct",), 100.0)
     tft = read_results(folder / METHODS[0])
     for name, measured in results["models"].items():
         is_base = name == "base"
         run = folder / (METHODS[-1] if is_base else name)
-        profiled = {
-            **layers,
-            "model": name,
-            "target": measured["profile"],
-            "english": None,
-            "reading": None,
-            "lens": "logit",
-        }
+        profiled = {**layers, "model": name, "target": measured["profile"], "lens": "logit"}
+        profiled |= {"english": None, "reading": None}
         write_json(run / (LAYERS_BEFORE if is_base else LAYERS_AFTER), profiled)
         tasks: dict[str, Any] = {}
         records: list[dict[str, Any]] = []
@@ -158,7 +148,7 @@ def _write_for_the_report(folder: Path, results: dict[str, Any]) -> None:
             if is_base:
                 scored = tft.items[f"heldout_{code}"].items()
                 own = [{"item": item, "nll": one["base_nll"], "tokens": one["tokens"]} for item, one in scored]
-                found.append(("heldout", nll, own))
+                found.append(("heldout", HELDOUT_NLL, own))
             for benchmark, metric, own in found:
                 figure = {"metric": metric.name, **summarize(metric, own).to_dict()}
                 about = {"benchmark": benchmark, "language": code, "split": "validation"}
@@ -236,7 +226,8 @@ def _measure(
             answers.append({"question": question, "gold": gold, "answer": answer})
         measured[side] = {
             "nll": scores["value"],
-            **{name: scores[name] for name in ("stderr", "nll_per_character")},
+            "stderr": scores["stderr"],
+            "nll_per_character": scores["nll_per_character"],
             "rows": task["n"],
             "exact_match": sum(exact_match(item["answer"], item["gold"]) for item in answers) / len(answers),
             "answered": len(answers),

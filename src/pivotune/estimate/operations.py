@@ -123,9 +123,8 @@ def row_operations(example: Example, costs: Costs, supervision: SupervisionConfi
             pairs = run * (run + (0 if alone else 2 * query))
             # The separate reference computes detached weights' gradients with zeros.
             reading = supervision.logits.gradient == "prompt" and not alone
-            total += int(signal.layer) * (
-                (costs.reading_step if reading else costs.step) * run + costs.attention * pairs
-            )
+            step = costs.reading_step if reading else costs.step
+            total += int(signal.layer) * (step * run + costs.attention * pairs)
             if through_model:
                 above = costs.num_layers - int(signal.layer)
                 total += above * (costs.reading_step * run + costs.attention * pairs)

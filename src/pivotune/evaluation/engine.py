@@ -243,15 +243,13 @@ class _StopAfterWord:
 def _continuation_scores(
     model: Any, pairs: Sequence[tuple[list[int], list[int]]], max_length: int
 ) -> list[tuple[float, bool]]:
-    """Return (log-probability, True for the greedy continuation) of every (context, continuation) of one batch.
-
-    Tokens beyond `max_length` are cut from the left, as in the harness.
-    """
+    """Return (log-probability, True for the greedy continuation) of every (context, continuation) of one batch."""
     # Choices of one token after the same prompt are equal inputs to the model, so rows are unique.
     rows: dict[tuple[int, ...], int] = {}
     places: list[tuple[int, int, int]] = []  # row, position of the first prediction, tokens
     targets: list[int] = []
     for context, continuation in pairs:
+        # Tokens beyond the limit are cut from the left, as in the harness.
         ids = (context + continuation)[-(max_length + 1) :][:-1]
         row = rows.setdefault(tuple(ids), len(rows))
         scored = min(len(continuation), len(ids))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pivotune.config.registry import METHODS
-from pivotune.data.templates import end_of_answer, load_template
+from pivotune.data.templates import load_template
 from pivotune.errors import UsageError
 from pivotune.evaluation.prompts import ItemRequests, Prompter, item_requests
 from pivotune.evaluation.registry import find_tasks
@@ -20,7 +20,7 @@ from pivotune.evaluation.tasks.translation import SentencePair
 from pivotune.methods.base import marker_in
 from pivotune.models.loading import DTYPES, check_model, load_tokenizer, read_config
 from pivotune.models.locating import locate
-from pivotune.runs.folder import read_run_config
+from pivotune.runs.folder import find_run_config
 
 BACKENDS = ("hf", "vllm")
 NO_PIVOT = "none"
@@ -98,7 +98,6 @@ class PreparedEvaluation:
     settings: EvaluationSettings
     prompter: Prompter
     pivot: str
-    end_token_ids: list[int]
     tasks: list[PreparedTask]
     missing: list[str]
 
@@ -115,8 +114,7 @@ def prepare_evaluation(
     name = str(model)
     _check_settings(settings)
     files = locate(name, settings.revision)
-    folder = Path(name).expanduser()
-    run = read_run_config(folder) if (folder / "config.yaml").is_file() else None
+    run = find_run_config(name)
     wanted = find_tasks(tasks, languages, run.data.languages if run else ())
     if settings.backend != "hf" and any(task.kind == "alignment" for task in wanted):
         raise UsageError("--backend: alignment needs hidden states; allowed: hf")
@@ -134,14 +132,11 @@ def prepare_evaluation(
     tokenizer = load_tokenizer(name, **options)
     template_name = settings.template or (run.data.saved_template if run else None)
     template = None if template_name == "none" else load_template(template_name, tokenizer)
-    end_token_ids: list[int] = []
-    if template is not None:
-        end_token_ids = [end_of_answer(template, tokenizer)]
     prompter = Prompter(tokenizer, template, context_length(model_config))
     pivot = settings.pivot or (run.method if run else NO_PIVOT)
     pivot = pivot if pivot in pivot_methods() else NO_PIVOT
     found = _read_tasks(wanted, settings, prompter, pivot)
-    return PreparedEvaluation(name, run.method if run else None, settings, prompter, pivot, end_token_ids, *found)
+    return PreparedEvaluation(name, run.method if run else None, settings, prompter, pivot, *found)
 
 
 def pivot_methods() -> list[str]:
@@ -159,10 +154,8 @@ def _marker_of(task: Task, pivot: str) -> str:
 def _check_settings(settings: EvaluationSettings) -> None:
     choices = {"backend": BACKENDS, "dtype": DTYPES, "pivot": (None, NO_PIVOT, *pivot_methods())}
     for name, allowed in choices.items():
-        if getattr(settings, name) not in allowed:
-            raise UsageError(
-                f"--{name}: {getattr(settings, name)!r} found; allowed: {', '.join(filter(None, allowed))}"
-            )
+        if (value := getattr(settings, name)) not in allowed:
+            raise UsageError(f"--{name}: {value!r} found; allowed: {', '.join(filter(None, allowed))}")
     if find_spec("lm_eval") is None:
         raise UsageError("evaluation needs lm-evaluation-harness: pip install 'pivotune[eval]'")
     if settings.backend == "vllm" and find_spec("vllm") is None:

@@ -1,15 +1,18 @@
-"""All benchmarks, and the tasks of a name after `--tasks`."""
+"""All benchmarks, the tasks of a name after `--tasks`, and the texts of their items."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from pivotune.errors import UsageError
-from pivotune.evaluation.tasks.base import Benchmark, Task
-from pivotune.evaluation.tasks.translation import ALIGNMENT, PARALLEL_READERS, alignment_task
+from pivotune.evaluation.tasks.base import Benchmark, Item, Task
+from pivotune.evaluation.tasks.tables import Source
+from pivotune.evaluation.tasks.translation import ALIGNMENT, PARALLEL_READERS, SentencePair, alignment_task
 from pivotune.text.languages import find_language
 
 # The paper's eight benchmarks and FLORES (arXiv 2503.01275, section "Settings").
@@ -81,7 +84,14 @@ def _expand(name: str, languages: Sequence[str]) -> Sequence[Task]:
         raise UsageError(f"--tasks: no task {name}; allowed: {', '.join(task.name for task in tasks)}")
     if head in known and (_LANGUAGE.fullmatch(tail) or tail in known[head].languages or "-" in tail):
         return _in_language(known[head], tail)
-    return [_harness(name)]
+    from pivotune.evaluation.tasks.harness import harness_task
+
+    if task := harness_task(name):
+        return [task]
+    ours = [*GROUPS, *(f"{key}_{language}" for key, b in known.items() for language in b.languages), ALIGNMENT]
+    near = difflib.get_close_matches(name, ours, n=3)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise UsageError(f"--tasks: no task {name!r}{hint}; `pivotune evaluate --list-tasks` names them all")
 
 
 def _group(group: str, languages: Sequence[str]) -> Sequence[Task]:
@@ -123,13 +133,33 @@ def _needed(name: str, languages: Sequence[str]) -> Sequence[str]:
     return languages
 
 
-def _harness(name: str) -> Task:
-    from pivotune.evaluation.tasks.harness import harness_task
+def evaluation_texts(
+    names: Iterable[str], languages: Sequence[str], data_dir: Path | None
+) -> dict[str, list[list[str]]]:
+    """Return the texts of every item of the tasks, to compare with training rows: question lines, gold answer, sentences.
 
-    task = harness_task(name)
-    if task is not None:
-        return task
-    ours = [*GROUPS, *(f"{key}_{language}" for key, b in benchmarks().items() for language in b.languages), ALIGNMENT]
-    near = difflib.get_close_matches(name, ours, n=3)
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise UsageError(f"--tasks: no task {name!r}{hint}; `pivotune evaluate --list-tasks` names them all")
+    Args:
+        names, languages: as in `find_tasks`; `data_dir` as in `EvaluationSettings`.
+
+    Raises:
+        UsageError: an unknown task, or one without data.
+    """
+    source = Source(data_dir)
+    return {task.name: _item_texts(task.read(source).items) for task in find_tasks(names, languages)}
+
+
+def _item_texts(items: Sequence[Item | SentencePair]) -> list[list[str]]:
+    """Return the texts of each item, without the lines and labels (`Question:`) that over half of the items share."""
+    texts = [
+        [*item.query.splitlines(), item.gold_answer] if isinstance(item, Item) else [item.target, item.english]
+        for item in items
+    ]
+    counts = Counter(part for lines in texts for part in {part for line in lines for part in (line, _label(line))})
+    shared = {part for part, count in counts.items() if part and 2 * count > len(items) > 1}
+    kept = [[line for line in lines if line not in shared] for lines in texts]
+    return [[line.removeprefix(label) if (label := _label(line)) in shared else line for line in own] for own in kept]
+
+
+def _label(line: str) -> str:
+    head, colon, _ = line.partition(":")
+    return head + colon if colon else ""

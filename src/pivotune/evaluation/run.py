@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from pivotune.data.templates import end_of_answer
 from pivotune.evaluation.cache import (
     Answer,
     AnswerCache,
@@ -60,9 +61,8 @@ PIVOT_METRICS = (Metric("no_marker", "mean", ("no_marker",), 100.0, higher_is_be
 COMET = Metric("comet", "mean", ("comet",), 100.0)
 _WRITTEN_SETTINGS = ("limit", "seed", "split", "max_new_tokens", "backend", "dtype")
 _DETAIL_CHARACTERS = 64  # longest detail of a choice in the items file (a subject, not the question itself)
-_QUESTION_CHARACTERS = (
-    400  # of a query's end, where the question stands; a passage before it is the same for many items
-)
+# Of a query's end, where the question stands; a passage before it is the same for many items.
+_QUESTION_CHARACTERS = 400
 
 
 def evaluate_model(
@@ -146,16 +146,19 @@ class Evaluator:
             prompts = [[a.item.id, a.context.text, [r.continuation for r in a.likelihoods]] for a in task.requests]
             more: dict[str, Any] = {"prompt_hash": _digest(prompts)[:16]}
             if definition.kind == "translation":
+                sources = [str(asked.item.details["source"]) for asked in task.requests]
+                references = [asked.item.gold_answer for asked in task.requests]
+                answers = [record["answer"] for record in records]
                 try:
-                    _add_comet(task.requests, records, settings.comet)
+                    scores = comet_scores(sources, answers, references, checkpoint=settings.comet)
+                    for record, score in zip(records, scores, strict=True):
+                        record["comet"] = score
                     metrics.insert(len(definition.metrics), COMET)
                 except CometUnavailableError as error:
                     more["comet"] = f"left out: {error}"
+        pivot = self._prepared.pivot if task.marker else NO_PIVOT
         written = {name: getattr(settings, name) for name in _WRITTEN_SETTINGS}
-        written |= {
-            "template": self._prepared.prompter.name,
-            "pivot": self._prepared.pivot if task.marker else NO_PIVOT,
-        }
+        written |= {"template": self._prepared.prompter.name, "pivot": pivot}
         entry = {
             **_figures(metrics, records),
             # The origin of the figures, for readers and for `compare`, which warns about differences.
@@ -180,29 +183,24 @@ class Evaluator:
 
     @cached_property
     def engine(self) -> Engine:
-        prompter, size, ends = self._prepared.prompter, self._prepared.settings.batch_size, self._prepared.end_token_ids
+        prompter, size = self._prepared.prompter, self._prepared.settings.batch_size
         if self._prepared.settings.backend == "vllm":
+            ends = [] if prompter.template is None else [end_of_answer(prompter.template, prompter.tokenizer)]
             name = resolve_model(self._prepared.model)
             return vllm_engine(name, prompter, batch_size=size, end_token_ids=ends, **self._loading)
-        ends = sorted({*end_token_ids(self.model, prompter.tokenizer), *ends})
+        ends = end_token_ids(self.model, prompter.tokenizer, prompter.template)
         return transformers_engine(self.model, prompter, batch_size=size, end_token_ids=ends)
 
     def _answer_items(self, task: Task, items: Sequence[ItemRequests]) -> list[dict[str, Any]]:
         """Answer all requests and score all items; English parts first, because the other requests stand behind them."""
         self._answer(f"{task.name}, English part", [asked.pivot for asked in items if asked.pivot is not None])
-        as_text = self._prepared.prompter.as_text
-        items = [
-            asked if asked.pivot is None else asked.behind(as_text(str(self._cache.get(asked.pivot))))
-            for asked in items
-        ]
+        as_text, get = self._prepared.prompter.as_text, self._cache.get
+        items = [asked.behind(as_text(str(get(asked.pivot)))) if asked.pivot else asked for asked in items]
         self._answer(task.name, [request for asked in items for request in asked.all])
-        return [score_item(task, asked, self._cache.get) for asked in items]
+        return [score_item(task, asked, get) for asked in items]
 
     def _answer(self, title: str, requests: Sequence[Question]) -> None:
-        """Answer the requests that are not in the cache.
-
-        Batches are made of all requests, so that resuming changes none of them.
-        """
+        """Answer the requests that are not in the cache, in batches of all requests: resuming changes no batch."""
         requests = list(dict.fromkeys(requests))
         done = sum(self._cache.get(request) is not None for request in requests)
         if done < len(requests):
@@ -227,15 +225,8 @@ class Evaluator:
             measured = json.dumps(alignment._asdict())
             self._cache.add({request: measured})
         kept = json.loads(str(measured))
-        records = [{"task": task.task.name, **record} for record in kept["records"]]
-        by_layer = kept["by_layer"]
-        more = {"projection": kept["projection"]} if "projection" in kept else {}
-        return records, {
-            **more,
-            "by_layer": by_layer,
-            "truncated": by_layer["truncated"],
-            "prompt_hash": content_hash[:16],
-        }
+        records = [{"task": task.task.name, **record} for record in kept.pop("records")]
+        return records, {**kept, "truncated": kept["by_layer"]["truncated"], "prompt_hash": content_hash[:16]}
 
 
 def score_item(task: Task, asked: ItemRequests, answer_to: Callable[[Request], Answer | None]) -> dict[str, Any]:
@@ -285,12 +276,3 @@ def _figures(metrics: Sequence[Metric], records: Sequence[Mapping[str, Any]]) ->
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
-
-
-def _add_comet(requests: Sequence[ItemRequests], records: list[dict[str, Any]], checkpoint: str | None) -> None:
-    """Add COMET to the records of translations."""
-    sources = [str(asked.item.details["source"]) for asked in requests]
-    references = [asked.item.gold_answer for asked in requests]
-    scores = comet_scores(sources, [record["answer"] for record in records], references, checkpoint=checkpoint)
-    for record, score in zip(records, scores, strict=True):
-        record["comet"] = score

@@ -83,10 +83,9 @@ def lens_grids(
             `pivotune.layers.measure.token_letters`).
     """
     architecture, states = read[0]
+    size = architecture.vocab_size
     # Models often have more output rows than the tokenizer has tokens.
-    fitted = [
-        F.pad(mask, (0, max(architecture.vocab_size - len(mask), 0)))[: architecture.vocab_size] for mask in letters
-    ]
+    fitted = [F.pad(mask, (0, max(size - len(mask), 0)))[:size] for mask in letters]
     marked = torch.stack(fitted, dim=1).to(states.device, torch.float32)
     parts: list[list[list[Tensor]]] = [[] for _ in range(len(read) + 1)]
     for part in torch.arange(states.shape[1]).split(_POSITIONS // len(read)):
@@ -108,7 +107,9 @@ def _read_layer(
 
     `wanted` holds each model's likeliest tokens at the output (N, 1), and is filled at the first call.
     """
-    log_p = [_log_probabilities(architecture, states) for architecture, states in read]
+    # A head may rule tokens out with -inf; 0 * -inf would be NaN.
+    least = torch.finfo(torch.float32).min / 2
+    log_p = [lens_logits(each, states).float().clamp_(min=least).log_softmax(-1) for each, states in read]
     columns = []
     for place, each in enumerate(log_p):
         p = each.exp()
@@ -124,9 +125,3 @@ def _read_layer(
     likeliest = columns[0][0][:, :1]
     change = (mine.gather(-1, likeliest).exp() - other.gather(-1, likeliest).exp())[:, 0]
     return [*columns, (torch.linalg.vecdot(mine.exp(), other.neg_().add_(mine)), change)]
-
-
-def _log_probabilities(architecture: Architecture, states: Tensor) -> Tensor:
-    # A head may rule tokens out with -inf; 0 * -inf would be NaN.
-    logits = lens_logits(architecture, states).float().clamp_(min=torch.finfo(torch.float32).min / 2)
-    return logits.log_softmax(-1)

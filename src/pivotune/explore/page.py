@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 from typing import Any
 
 from markupsafe import Markup
 
-from pivotune.report.page import Lines, Section, html, render_page
+from pivotune.report.page import Lines, Section, asset, html, render_page
 
 _GRID = Markup("""<div class="controls" id="choices"></div>
 <p id="read" class="note"></p>
@@ -42,18 +40,17 @@ def explorer_page(models: Sequence[str], about: Sequence[str], items: Sequence[A
         served: add a form for prompts, which asks the server that hands the page out.
     """
     ask = [_ask_form(models)] if served else []
+    explored = {"models": list(models), "items": list(items)}
     sections = [
-        Section(
-            "Lens", [*ask, _GRID, Lines(list(about))], {"explored": {"models": list(models), "items": list(items)}}
-        ),
+        Section("Lens", [*ask, _GRID, Lines(about)], {"explored": explored}),
         Section("How to read it", [Lines(_HOW_TO_READ)]),
     ]
     return render_page(
         " and ".join(models) if len(models) < 3 else "Lens explorer",
         sections,
         subtitle="What each layer would say next, read through a lens",
-        styles=[_asset("explore.css")],
-        scripts=[_asset("explore.js")],
+        styles=[asset("explore.css", __package__)],
+        scripts=[asset("explore.js", __package__)],
         policy="connect-src 'self'" if served else "",
     )
 
@@ -67,8 +64,3 @@ def _ask_form(models: Sequence[str]) -> Markup:
         '<p id="state" role="status"></p></form>',
         options,
     )
-
-
-@cache
-def _asset(name: str) -> str:
-    return (resources.files("pivotune.explore") / name).read_text(encoding="utf-8")

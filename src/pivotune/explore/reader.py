@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.examples import Encoder, EncodingReport, Pair, Side
 from pivotune.data.rows import Row
-from pivotune.data.templates import Rendered, Turn, end_of_answer
+from pivotune.data.templates import Rendered, Turn
 from pivotune.errors import UsageError
 from pivotune.explore.grid import lens_grids, lens_states
 from pivotune.explore.pieces import Pieces
 from pivotune.layers.measure import token_letters
 from pivotune.lenses.tuned import LEAST_STATES, TunedLens, count_states, lens_texts
-from pivotune.models.architecture import Architecture, find_architecture
-from pivotune.models.taps import evaluation_mode
+from pivotune.models.architecture import find_architecture
 from pivotune.report.page import shown
-from pivotune.training.heldout import end_token_ids
+from pivotune.training.heldout import end_token_ids, generate_answers
 from pivotune.training.kept_arrays import map_arrays
 from pivotune.training.lens_fitting import LENS_FILE, fit_all_layers
 from pivotune.training.preparation import context_length
@@ -52,10 +50,6 @@ class ReadModel:
 
     name: str
     model: Any
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        return find_architecture(self.model)
 
 
 @dataclass
@@ -122,21 +116,11 @@ class LensReader:
         room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(prompt))
         if room < 1:
             raise UsageError(f"the prompt takes {len(prompt)} tokens and the model reads {context}")
-        ends = set(end_token_ids(model, tokenizer))
-        if not isinstance(self.encoder.template, PlainText):
-            ends.add(end_of_answer(self.encoder.template, tokenizer))
-        input_ids = torch.from_numpy(prompt).long()[None].to(next(model.parameters()).device)
-        with torch.inference_mode(), evaluation_mode(model):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=room,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(ends),
-            )
-        return replace(side, ids=output[0].cpu().numpy().astype(np.int32))
+        template = None if isinstance(self.encoder.template, PlainText) else self.encoder.template
+        ends = end_token_ids(model, tokenizer, template)
+        options: Any = {"end_ids": ends, "max_new_tokens": room, "batch_size": 1}
+        [answer] = generate_answers(model, tokenizer, [prompt], **options)
+        return replace(side, ids=np.array([*prompt, *answer.ids], dtype=np.int32))
 
     def _side(self, side: Side) -> dict[str, Any]:
         """Return the grids of one text; the template's words before the query are read and not shown."""
@@ -149,10 +133,11 @@ class LensReader:
         pending = self._pieces.pending(ids)[start:]
         texts: dict[str, int] = {}
         lenses: dict[str, TunedLens | None] = {"logit": None, **({"tuned": self.lens} if self.lens else {})}
-        grids: list[dict[str, Any]] = [{} for _ in self.models]
+        models = [each.model for each in self.models]
+        grids: list[dict[str, Any]] = [{} for _ in models]
         differences = {}
         for name, lens in lenses.items():
-            read = [(each.architecture, lens_states(each.model, ids, lens, start)) for each in self.models]
+            read = [(find_architecture(model), lens_states(model, ids, lens, start)) for model in models]
             found, change = lens_grids(read, self._letters)
             for one, grid in zip(found, grids, strict=True):
                 likeliest = [
@@ -198,15 +183,14 @@ def find_lens(
         pairs: rows to fit a lens on otherwise.
         source: their name.
     """
-    architecture, path = read.architecture, folder / LENS_FILE
+    architecture, path = find_architecture(read.model), folder / LENS_FILE
     if path.is_file():
         lens = TunedLens(architecture)
         try:
             lens.set_arrays(map_arrays(path))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-            raise UsageError(
-                f"{path}: not a readable lens ({type(error).__name__}); leave it out with --lens logit"
-            ) from error
+            reason = f"not a readable lens ({type(error).__name__})"
+            raise UsageError(f"{path}: {reason}; leave it out with --lens logit") from error
         if set(lens.maps) >= set(range(architecture.num_layers)):
             return lens, f"The tuned lens is that of {path}, fitted on the starting model of the run."
     config = TunedLensConfig(text="both")
@@ -214,11 +198,8 @@ def find_lens(
     # With fewer states than its width a map can repeat them all.
     needed = max(LEAST_STATES, width)
     if states < needed:
-        few = (
-            f"{source} has {states} token states beside the texts shown, and {needed} are needed"
-            if source
-            else "no rows"
-        )
+        has = f"{source} has {states} token states beside the texts shown, and {needed} are needed"
+        few = has if source else "no rows"
         return None, f"Logit lens only: {few} to fit a tuned one on. Middle layers are hard to read through it."
     lens = fit_all_layers(read.model, pairs, config, progress)
     return lens, f"The tuned lens was fitted on {read.name} with {len(pairs)} rows of {source}, by regression alone."

@@ -74,9 +74,8 @@ def check_port(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise UsageError(
-            f"--port: {port} cannot be used ({error.strerror}); choose another, or 0 for a free one"
-        ) from error
+        advice = "choose another, or 0 for a free one"
+        raise UsageError(f"--port: {port} cannot be used ({error.strerror}); {advice}") from error
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         status = HTTPStatus.OK
         try:
             self._check_sender()
-            self._check_path(name)
+            if not secrets.compare_digest(self.path.encode(), f"/{self.server.token}/{name}".encode()):
+                message = "nothing is here; open the whole address that the terminal shows"
+                raise _RefusedError(HTTPStatus.NOT_FOUND, message)
             content = make()
         except _RefusedError as refused:
             status, kind, content = refused.status, "application/json", _json({"error": str(refused)})
@@ -107,16 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_sender(self) -> None:
         if self.headers.get_all("Host") not in [[host] for host in self.server.hosts]:
             raise _RefusedError(HTTPStatus.MISDIRECTED_REQUEST, "this page is at 127.0.0.1 only")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin not in [f"http://{host}" for host in self.server.hosts]:
+        is_own = self.headers.get("Origin") in (None, *(f"http://{host}" for host in self.server.hosts))
+        if not is_own or self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "requests of other pages are refused")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise _RefusedError(HTTPStatus.FORBIDDEN, "requests of other pages are refused")
-
-    def _check_path(self, name: str) -> None:
-        wanted = f"/{self.server.token}/{name}"
-        if not secrets.compare_digest(self.path.encode(), wanted.encode()):
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "nothing is here; open the whole address that the terminal shows")
 
     def _answer(self) -> bytes:
         prompt, english, model = self._fields()
@@ -132,10 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.busy.release()
 
     def _fields(self) -> tuple[str, str, int]:
-        """Return prompt, English parallel and model of a JSON body.
-
-        Only a page of this origin may send JSON without asking first, so that no form of another page reaches the model.
-        """
+        """Return prompt, English parallel and model of a JSON body."""
+        # Only a page of this origin may send JSON without asking first, so that no form of another page reaches the model.
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is not JSON")
         length = self.headers.get("Content-Length", "")

@@ -162,6 +162,17 @@ def load_model(
     return _load(name, revision, options, translates)
 
 
+def load_on_device(name: str, *, gpu_dtype: Literal["auto", "bfloat16"] = "auto", **options: Any) -> Any:
+    """Load a model onto the GPU, with weights of `gpu_dtype`, or the CPU; `options` and errors as in `load_model`."""
+    import torch
+
+    if torch.cuda.is_available():
+        model: Any = load_model(name, dtype=gpu_dtype, **options)
+        return model.to("cuda")
+    model = load_model(name, **options)
+    return model.float() if model.dtype == torch.float16 else model  # arithmetic in float16 is slow on a CPU
+
+
 def _load(name: str, revision: str | None, options: dict[str, Any], translates: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

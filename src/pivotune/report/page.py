@@ -17,7 +17,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, TypeAlias
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pivotune.text.files import finite
@@ -144,17 +144,13 @@ def render_page(
         "form-action 'none'",
         *([policy] if policy else []),
     )
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=title,
-            subtitle=subtitle,
-            sections=sections,
-            policy="; ".join(directives),
-            styles=[Markup(style) for style in all_styles],
-            scripts=[Markup(script) for script in all_scripts],
-        )
+    return _template().render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        policy="; ".join(directives),
+        styles=[Markup(style) for style in all_styles],
+        scripts=[Markup(script) for script in all_scripts],
     )
 
 
@@ -168,6 +164,12 @@ def shown(text: str) -> str:
     if isinstance(text, Markup):
         return text
     return _UNSEEN.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text.replace("\r\n", "\n"))
+
+
+def excerpt(text: Any, longest: int) -> str:
+    """Return the first `longest` characters of a value, with the number of all; '' for None."""
+    text = "" if text is None else str(text)
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
 
 
 def packed(value: Any) -> Markup:
@@ -191,9 +193,9 @@ def _digest(content: str) -> str:
 
 
 @cache
-def asset(name: str) -> str:
-    """Return the text of a file beside this module."""
-    return (resources.files("pivotune.report") / name).read_text(encoding="utf-8")
+def asset(name: str, package: str = "pivotune.report") -> str:
+    """Return the text of a file in a package."""
+    return (resources.files(package) / name).read_text(encoding="utf-8")
 
 
 @cache
@@ -202,15 +204,12 @@ def _vega_script() -> str:
     import vl_convert
 
     # The parser ends a script at these letters, wherever they stand in it.
-    return (
-        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-        .replace("</script", r"<\/script")
-        .replace("<!--", r"<\!--")
-    )
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
 
 @cache
-def _environment() -> Environment:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("pivotune.report", "."),
         autoescape=True,
@@ -222,7 +221,7 @@ def _environment() -> Environment:
     environment.filters["packed"] = packed
     environment.filters["anchor"] = anchor
     environment.tests["a"] = lambda block, name: type(block).__name__ == name
-    return environment
+    return environment.get_template("page.html.jinja")
 
 
 def anchor(title: str) -> str:

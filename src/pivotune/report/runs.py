@@ -16,8 +16,7 @@ from pivotune.compare.comparison import ALL, compare_groups
 from pivotune.compare.formats import to_dict
 from pivotune.compare.seed_groups import SeedGroup, load_groups, natural_order
 from pivotune.errors import UsageError
-from pivotune.results.files import flatten, read_entries, results_paths
-from pivotune.text.files import finite
+from pivotune.results.files import flatten, parse_metrics, read_entries, results_paths
 
 # Parts of a run folder, and the command that makes each.
 # The entropy of the layers of the starting and of the trained model on the same text.
@@ -73,6 +72,11 @@ class RunParts:
         entries = train if isinstance(train, list) else [train]
         return [str(entry.get("path") if isinstance(entry, Mapping) else entry) for entry in entries]
 
+    @property
+    def steps(self) -> int | None:
+        """Return the last step that was logged."""
+        return max((line["step"] for line in self.metrics if isinstance(line.get("step"), int)), default=None)
+
     def items(self) -> Iterator[Mapping[str, Any]]:
         """Yield the records of the items file, up to the first that cannot be read."""
         try:
@@ -103,6 +107,11 @@ class Material:
         """Return the comparison's cells of these metrics, or of every task's primary one."""
         cells = self.comparison["cells"] if self.comparison else []
         return [cell for cell in cells if cell["metric"] in (metrics or (self.primary[cell["task"]],))]
+
+
+def spread(cell: Mapping[str, Any]) -> float | None:
+    """Return the standard deviation over seeds of a comparison's cell, or the standard error of one run."""
+    return cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
 
 
 def read_material(paths: Sequence[Path], *, baseline: str | None = None) -> Material:
@@ -195,7 +204,7 @@ def _read_run(target: Path, name: str, labels: Mapping[Path, str]) -> RunParts:
     config, environment = flatten(read("config.yaml", yaml.safe_load)), read("environment.json", json.loads)
     names = ("layers.json", LAYERS_BEFORE, LAYERS_AFTER)
     chosen, before, after = (_with_profile(read(part, json.loads, needed=False)) for part in names)
-    metrics = read("metrics.jsonl", _json_lines) or []
+    metrics = read("metrics.jsonl", parse_metrics) or []
     entries: Mapping[str, Any] = {}
     results_file, items_file = results_paths(target)
     try:
@@ -217,16 +226,3 @@ def _with_profile(layers: Any) -> Mapping[str, Any]:
     if not isinstance(layers, dict) or not all(key in layers for key in needed):
         return {}
     return layers if isinstance(layers["target"], dict) and layers["target"].get("entropy") else {}
-
-
-def _json_lines(text: str) -> list[Any]:
-    """Return the lines that are JSON objects; a crash may have cut the last one short."""
-    lines = []
-    for line in text.splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            lines.append(finite(content))
-    return lines

@@ -9,6 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -135,6 +136,20 @@ def write_results(
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
     return _read_json(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`; one that a crash cut short is left out."""
+    return parse_metrics(path.read_text(encoding="utf-8"))
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """Return the JSON objects among the lines of a text, with null for numbers that are not finite."""
+    lines = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(finite(json.loads(line)))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

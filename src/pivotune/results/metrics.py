@@ -23,6 +23,7 @@ Form = Literal["mean", "ratio", "chrf", "bleu"]
 
 # Numbers per item: mean (number, 1), ratio (two numbers), chrF++ and BLEU (their sufficient statistics).
 WIDTHS: dict[Form, int] = {"mean": 2, "ratio": 2, "chrf": CHRF_COUNTS, "bleu": BLEU_COUNTS}
+ERRORS_OF_95 = 1.96  # standard errors on either side of an interval of 95 %
 CORPUS_RESAMPLES = 1000  # for the standard error of a corpus metric: within about 2 %
 _CHUNK = 2**20  # counts drawn at a time: 8 MB of indices
 _KEPT = 2**26  # most counts cached for the next metric over as many items: 64 MB
@@ -65,6 +66,10 @@ class MetricResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry under `metrics` in `results.json`."""
         return {"value": self.value, "stderr": self.stderr, "n": self.n, **self.definition.to_dict()}
+
+
+# Of the answers of held-out rows, as training writes their items.
+HELDOUT_NLL = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
 
 
 def summarize(metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricResult:

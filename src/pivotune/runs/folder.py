@@ -10,7 +10,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pivotune.config.training_fields import IN_CHECKPOINTS
 from pivotune.config.yaml_text import dump_config, parse_config
 from pivotune.errors import UsageError
 from pivotune.models.locating import CHECKSUMS
+from pivotune.results.files import flatten
 from pivotune.text.files import write_json, write_text
 from pivotune.text.redaction import redact_command, redact_settings
 from pivotune.training.resilience.checkpoints import PASSED_OVER, STAGING, is_checkpoint_name, remove_folder
@@ -165,7 +166,7 @@ def find_change(
         only: keys, or sections, to compare; None compares all.
     """
     # `config.yaml` has no secrets: they are removed from the other side too.
-    before, now = (_flat(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
+    before, now = (flatten(redact_settings(each.model_dump())) for each in (read_run_config(folder), config))
     compared = None if only is None else tuple(f"{key}." for key in only)
     for key in sorted(before.keys() | now.keys()):
         is_compared = not key.startswith(ignored) if compared is None else f"{key}.".startswith(compared)
@@ -175,14 +176,6 @@ def find_change(
         if is_compared and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
     return None
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
 
 
 def _refuse_links_out(folder: Path) -> None:
@@ -283,6 +276,12 @@ def read_run_config(folder: Path) -> RunConfig:
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     return parse_config(settings or {}, where=str(path))
+
+
+def find_run_config(model: str) -> RunConfig | None:
+    """Return the configuration of a run folder; None for any other model."""
+    folder = Path(model).expanduser()
+    return read_run_config(folder) if (folder / "config.yaml").is_file() else None
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:

@@ -13,10 +13,10 @@ import yaml
 from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.config.yaml_text import dump_config
+from pivotune.results.metrics import ERRORS_OF_95
 from pivotune.text.escaping import markdown, printable
 from pivotune.text.redaction import redact
 
-_CONFIDENCE = 1.96  # standard errors on either side: 95 %
 _EXAMPLE = """\
 ## How to use
 
@@ -120,7 +120,7 @@ def _benchmark_table(results: dict[str, Any]) -> str:
     for name, task in results["tasks"].items():
         if task.get("metric") and task.get("base") is None and isinstance(task.get("value"), (int, float)):
             error = task.get("stderr")
-            margin = f" ± {_CONFIDENCE * error:.2f}" if error is not None and math.isfinite(error) else ""
+            margin = f" ± {ERRORS_OF_95 * error:.2f}" if error is not None and math.isfinite(error) else ""
             metric = f"{_text(str(task['metric']))}{'' if task.get('higher_is_better') else ' (lower is better)'}"
             rows.append(f"| {_text(name)} | {metric} | {task['value']:.2f}{margin} | {task.get('n')} |")
     head = [

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pivotune.compare.seed_groups import short_key
 from pivotune.config.registry import BASELINE_METHOD, METHODS, OBJECTIVES
 from pivotune.config.settings import RunConfig
@@ -177,29 +179,16 @@ def _is_unused(key: str, config: RunConfig) -> bool:
 
 
 def _split_values(grid: str, text: str) -> list[str]:
-    """Split at commas outside of brackets and quotes."""
-    values, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        depth += (character in "[{") - (character in "]}") if not quote else 0
-        if character == "," and depth == 0 and not quote:
-            values.append("")
-        else:
-            values[-1] += character
-    values = [value.strip() for value in values]
-    if depth or quote or not all(values):
-        problem = "an empty value" if not (depth or quote) else "a bracket or quote that is not closed"
-        raise UsageError(f"--grid {grid}: {problem} found; expected key=value,value")
-    read = []
-    for value in values:
-        try:
-            read.append(repr(apply_changes({}, [f"value={value}"])["value"]))
-        except UsageError as error:
-            raise UsageError(f"--grid {grid}: the value {value} is not valid YAML") from error
+    """Split at the commas of a YAML list, those outside of brackets and quotes."""
+    try:
+        # Without a last item YAML would accept a comma at the end, after which a value is missing.
+        *nodes, _ = yaml.compose(f"[{text}, end]").value
+    except yaml.YAMLError as error:
+        problem = "an empty value, an open bracket or quote, or no YAML"
+        raise UsageError(f"--grid {grid}: {problem} found; expected key=value,value") from error
+    values = [text[node.start_mark.index - 1 : node.end_mark.index - 1].strip() for node in nodes]
     # Compared as YAML, because 1e-4 and 0.0001 are one value.
+    read = [repr(apply_changes({}, [f"value={value}"])["value"]) for value in values]
     _refuse_repeats(f"--grid {grid}", read)
     return values
 

@@ -25,7 +25,7 @@ from pivotune.evaluation.prepare import EvaluationSettings
 from pivotune.evaluation.run import execute_evaluation, prepare_evaluation
 from pivotune.layers.layers_json import read_layers_json
 from pivotune.models.loading import read_config
-from pivotune.report.figures.reported import reported_figures
+from pivotune.report.figures.layers import reported_figures
 from pivotune.results.files import flatten, read_entries
 from pivotune.runs.execute import Progress, Scores, execute_run
 from pivotune.runs.folder import claim_run_folder, find_change, has_trained, read_run_config
@@ -275,7 +275,6 @@ class _Work:
         shared: dict[str, Any] = {
             "progress": self.progress,
             "stop_signals": self.stop_signals,
-            "before": self.before.get(key),
             "draw": reported_figures,
         }
         lens, known = cell.folder / LENS_FILE, self.lenses.get(key)
@@ -285,7 +284,9 @@ class _Work:
             shutil.copyfile(known, lens)
         with self.watch("Training") as callback:
             callbacks = [] if callback is None else [callback]
-            self.before[key] = execute_run(prepared, resume=resume, callbacks=callbacks, **shared).before
+            before = self.before.get(key)
+            run = execute_run(prepared, resume=resume, callbacks=callbacks, before=before, **shared)
+            self.before[key] = run.before
         if lens.exists():
             self.lenses[key] = lens
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import main_lengths
 from pivotune.data.examples import Example
+from pivotune.data.templates import Template, end_of_answer
 from pivotune.forward.passes import PassRequest, choose_passes
 from pivotune.kernels.cross_entropy import cross_entropies, shifted
 from pivotune.models.architecture import find_architecture
@@ -85,10 +86,11 @@ def score_answers(
 
 
 class Answer(NamedTuple):
-    """A generated answer without special tokens, stripped, and whether it ended before the limit."""
+    """A generated answer without special tokens, stripped; whether it ended before the limit; its tokens with the end."""
 
     text: str
     ended: bool
+    ids: Sequence[int] = ()
 
 
 def greedy_answers(
@@ -151,21 +153,21 @@ def generate_answers(
             for index, tokens in zip(indices, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                answers[index] = Answer(text.strip(), end is not None)
+                answers[index] = Answer(text.strip(), end is not None, tokens if end is None else tokens[: end + 1])
             if progress:
                 progress(start + len(indices))
     return answers
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer, sorted: the tokenizer's end-of-text and those of the generation settings.
+def end_token_ids(model: Any, tokenizer: Any, template: Template | None = None) -> list[int]:
+    """Return the tokens that end an answer, sorted: end-of-text, those of the generation settings, and the template's.
 
     Args:
         model: its `generation_config.eos_token_id` may be one id, a list of ids, or None.
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({*ids, tokenizer.eos_token_id})
+    return sorted({*ids, tokenizer.eos_token_id, *([end_of_answer(template, tokenizer)] if template else [])})
 
 
 def summarize(scores: Sequence[RowScore]) -> Summary:

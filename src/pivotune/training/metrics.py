@@ -194,16 +194,5 @@ class FigureLog(TrainerCallback):
             logger.warning("the figures were not reported: %s: %s", type(error).__name__, error)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`; a line cut short by a crash is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
 def _as_line(logs: dict[str, Any]) -> str:
     return json.dumps(finite({"step": logs["step"], **logs}), ensure_ascii=False, allow_nan=False) + "\n"

@@ -30,7 +30,7 @@ from pivotune.data.lazy import Mapped, Spool, Subset
 from pivotune.data.pair_store import PairStore, pair_languages, store_pairs
 from pivotune.data.rows import answered_turns
 from pivotune.data.sources import Row, Rows, concatenate, load_rows
-from pivotune.data.templates import Template, Turn, end_of_answer, load_template
+from pivotune.data.templates import Template, Turn, load_template
 from pivotune.errors import UsageError
 from pivotune.methods.base import required_sides
 from pivotune.models.architecture import find_architecture
@@ -327,8 +327,8 @@ def freeze_unused_parameters(model: nn.Module) -> None:
 def adopt_template(model: Any, tokenizer: Any, template: Template) -> None:
     """Make plain `apply_chat_template` and `generate` do what training does: write template and end tokens into both."""
     tokenizer.chat_template = template.chat_template
-    ends = {*end_token_ids(model, tokenizer), end_of_answer(template, tokenizer)}
-    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    ends = end_token_ids(model, tokenizer, template)
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     question = Turn("question")
     plain = tokenizer.apply_chat_template(
         [{"role": "user", "content": question.prompt}], add_generation_prompt=True, return_dict=False

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from pivotune.data.examples import Encoder
 from pivotune.data.templates import Turn, end_of_answer, load_template
 from pivotune.errors import UsageError
-from pivotune.models.loading import load_model, load_tokenizer, read_config
+from pivotune.models.loading import load_on_device, load_tokenizer, read_config
 from pivotune.models.locating import locate
 from pivotune.text.languages import Language, find_language
 from pivotune.text.redaction import redact
@@ -122,22 +122,11 @@ def prepare_chat(
         if engine == "vllm":
             generate, device = _vllm_generator(files.location, revision, context, sorted(ends)), "cuda"
         else:
-            model = load_for_translation(name, revision)
+            model = load_on_device(name, gpu_dtype="bfloat16", revision=revision)
             generate, device = _transformers_generator(model, tokenizer, context, ends), model.device.type
         return ChatTranslator(encoder, system, context, generate, device)
 
     return load
-
-
-def load_for_translation(name: str, revision: str | None) -> Any:
-    """Load a model onto the GPU, in bfloat16, or the CPU."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    model: Any = load_model(name, dtype="bfloat16" if on_gpu else "auto", revision=revision, translates=True)
-    if on_gpu:
-        return model.to("cuda")
-    return model.float() if model.dtype == torch.float16 else model  # arithmetic in float16 is slow on a CPU
 
 
 def _transformers_generator(model: Any, tokenizer: Any, context: int, ends: set[int]) -> Generate:

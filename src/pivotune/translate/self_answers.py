@@ -18,7 +18,6 @@ from pivotune.data.examples import Encoder
 from pivotune.data.formats import read_file, row_name
 from pivotune.data.rows import Row
 from pivotune.data.sources import Rows
-from pivotune.data.templates import end_of_answer
 from pivotune.errors import UsageError
 from pivotune.text.files import write_json, write_jsonl
 from pivotune.training.heldout import end_token_ids, generate_answers
@@ -67,7 +66,7 @@ class Answerer:
             self.model,
             tokenizer,
             list(prompts.values()),
-            end_ids=[*end_token_ids(self.model, tokenizer), end_of_answer(self.encoder.template, tokenizer)],
+            end_ids=end_token_ids(self.model, tokenizer, self.encoder.template),
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pivotune.errors import UsageError
-from pivotune.models.loading import load_tokenizer, read_config
+from pivotune.models.loading import load_on_device, load_tokenizer, read_config
 from pivotune.models.locating import one_line_errors
 from pivotune.text.languages import find_language, known_language
 from pivotune.translate.batches import rows_per_step, run_in_batches
-from pivotune.translate.chat import ChatTranslator, load_for_translation, prepare_chat
+from pivotune.translate.chat import ChatTranslator, prepare_chat
 
 # Tokens of NLLB (`vie_Latn`), mBART-50 (`vi_VN`) and M2M100 (`__vi__`), which begin the translation, and of MADLAD-400
 # (`<2vi>`) and Marian (`>>vie<<`), which begin the English text.
@@ -172,7 +172,8 @@ def prepare_translator(
     parts = loaded, *_prepare_languages(name, loaded, wanted, source)
     if converted:
         return lambda: ConvertedTranslator(_load_converted(name), *parts)
-    return lambda: LocalTranslator(load_for_translation(name, revision), *parts)
+    options: Any = {"gpu_dtype": "bfloat16", "revision": revision, "translates": True}
+    return lambda: LocalTranslator(load_on_device(name, **options), *parts)
 
 
 def _load_converted(name: str) -> Any:

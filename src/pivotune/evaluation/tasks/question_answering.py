@@ -189,10 +189,8 @@ def _mkqa_golds(answer: Mapping[str, Any], answer_type: str, place: str, languag
 
 
 _XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
-_XQUAD_HOMEPAGE = "https://github.com/google-deepmind/xquad"
-XQUAD = _answer_benchmark(
-    "xquad", "XQuAD", _XQUAD_LANGUAGES, _XQUAD_HOMEPAGE, "mlqa", partial(_read_squad, "xquad"), True
-)
+_XQUAD_HOMEPAGE, _READ_XQUAD = "https://github.com/google-deepmind/xquad", partial(_read_squad, "xquad")
+XQUAD = _answer_benchmark("xquad", "XQuAD", _XQUAD_LANGUAGES, _XQUAD_HOMEPAGE, "mlqa", _READ_XQUAD, True)
 _MLQA_LANGUAGES = ("ar", "de", "en", "es", "hi", "vi", "zh")
 _MLQA_HOMEPAGE = "https://github.com/facebookresearch/MLQA"
 MLQA = _answer_benchmark("mlqa", "MLQA", _MLQA_LANGUAGES, _MLQA_HOMEPAGE, "mlqa", partial(_read_squad, "mlqa"), True)

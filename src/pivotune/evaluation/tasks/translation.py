@@ -136,15 +136,11 @@ def _read_own(task: str, source: Source, language: Language) -> TaskData:
     if english is not None and is_data_file_name(english) != is_data:
         plain, data = (english, target) if is_data else (target, english)
         raise UsageError(f"{task}: {plain} is plain text and {data} is not; give two files of the same form")
-    if is_data:
-        return _read_own_rows(target, english)
-    if english is None:
-        other = f"give the other with --english FILE, or both in one of {describe_file_types()}"
-        raise UsageError(f"{target}: holds one side only; {other}")
-    return _align_files(target, english, [str(target), str(english)], "all")
-
-
-def _read_own_rows(target: Path, english: Path | None) -> TaskData:
+    if not is_data:
+        if english is None:
+            other = f"give the other with --english FILE, or both in one of {describe_file_types()}"
+            raise UsageError(f"{target}: holds one side only; {other}")
+        return _align_files(target, english, [str(target), str(english)], "all")
     try:
         rows = load_rows(target, english=english, needed_by="parallel text")
     except UsageError as error:
@@ -165,11 +161,7 @@ def _read_own_rows(target: Path, english: Path | None) -> TaskData:
 def _read_files(
     task: str, source: Source, splits: Sequence[Split], homepage: str, english_name: Callable[[Path], str]
 ) -> TaskData:
-    """Read the first split with both sides.
-
-    Args:
-        english_name: makes the English file's name from the target's path without `.gz`.
-    """
+    """Read the first split with both sides; `english_name` names the English file of a target's path without `.gz`."""
 
     def english_files(target: Path) -> list[Path]:
         return source.find(english_name(target.with_name(target.name.removesuffix(".gz"))))

@@ -30,7 +30,6 @@ WIDTH = 640  # pixels of a panel; `page.js` scales it to the page
 SCALE = 2  # pixels of a PNG for each of a chart's
 MOST_POINTS = 45  # on a line; more would hide it
 LONGEST_LABEL = 30  # characters of a model name
-CONFIDENCE = 1.96  # standard errors on either side: 95 %
 # Fonts with the scripts of the data, where they are installed; every renderer takes missing letters from others.
 FONTS = '"Noto Sans", "DejaVu Sans", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans CJK SC", sans-serif'
 METRIC_LABELS = {"f1": "F1", "nll": "held-out answer NLL (nats per token)", "bleu": "BLEU", "chrf++": "chrF++"}
@@ -78,10 +77,10 @@ def data(rows: Sequence[Row]) -> alt.InlineData:
     return alt.InlineData([{k: shown(v) if isinstance(v, str) else finite(v) for k, v in row.items()} for row in rows])
 
 
-def series(field: str, names: Iterable[str], title: str | None = None) -> dict[str, Any]:
+def series(field: str, names: Iterable[str]) -> dict[str, Any]:
     """Return the encodings that tell series apart: a colour, a shape and dashes for each name, with one legend."""
     domain = [shown(name) for name in dict.fromkeys(names)]
-    legend = alt.Legend(title=title) if len(domain) > 1 else None
+    legend = alt.Legend(title=None) if len(domain) > 1 else None
 
     def options(values: Sequence[Any], places: Iterable[int]) -> dict[str, Any]:
         chosen = [values[place % len(values)] for place in places]
@@ -108,12 +107,8 @@ def lines(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any], hei
     if len({row[x["shorthand"].partition(":")[0]] for row in rows}) <= MOST_POINTS:
         layers.append(chart.mark_point(filled=True, size=40, opacity=1).encode(color=colour, shape=shape))
     if any(row.get("low") is not None for row in rows):
-        layers.insert(
-            0,
-            chart.mark_area(opacity=0.18).encode(
-                y=alt.Y("low:Q", title=y["title"], scale=y["scale"]), y2="high:Q", color=colour
-            ),
-        )
+        low = alt.Y("low:Q", title=y["title"], scale=y["scale"])
+        layers.insert(0, chart.mark_area(opacity=0.18).encode(y=low, y2="high:Q", color=colour))
     return alt.layer(*layers).properties(width=WIDTH, height=height)
 
 
@@ -124,10 +119,16 @@ def intervals(rows: Sequence[Row], x: Any, y: Any, encodings: Mapping[str, Any],
     moved = {name: value for name, value in encodings.items() if name.endswith("Offset")}
     span: Any = {along: type(numeric)("low:Q", title=numeric["title"], scale=numeric["scale"]), f"{along}2": "high:Q"}
     rule = chart.mark_rule(strokeWidth=1.6).encode(color=encodings["color"], **span, **moved)
-    points = chart.mark_point(filled=True, size=70, opacity=1).encode(
-        color=encodings["color"], shape=encodings["shape"], **moved
-    )
+    marks = {"color": encodings["color"], "shape": encodings["shape"]}
+    points = chart.mark_point(filled=True, size=70, opacity=1).encode(**marks, **moved)
     return alt.layer(rule, points).properties(width=WIDTH, height=height)
+
+
+def around(value: float | None, margin: float | None) -> dict[str, float | None]:
+    """Return the ends of an interval as `low` and `high`; None without a margin."""
+    if value is None or margin is None:
+        return {"low": None, "high": None}
+    return {"low": value - margin, "high": value + margin}
 
 
 def save_figure(chart: Any, path: Path | str) -> None:
@@ -144,6 +145,14 @@ def save_figure(chart: Any, path: Path | str) -> None:
         write_bytes(path, rendered(chart, path.suffix))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def save_formats(chart: Any, stem: Path) -> list[Path]:
+    """Write a chart in every format; return the paths, `stem` with the suffixes."""
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in FORMATS]
+    for path in paths:
+        save_figure(chart, path)
+    return paths
 
 
 def rendered(chart: Any, suffix: str) -> bytes:
@@ -170,7 +179,8 @@ def metric_label(metric: str) -> str:
 
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     first = {key: value for row in rows for key, value in row.items() if value is not None}
-    formats: dict[str, Any] = {
-        key: {"format": ".4~g"} if isinstance(value, float) else {} for key, value in first.items()
-    }
-    return [alt.Tooltip(f"{k}:{'N' if isinstance(v, str) else 'Q'}", **formats[k]) for k, v in first.items()]
+    tooltips = []
+    for key, value in first.items():
+        options: Any = {"format": ".4~g"} if isinstance(value, float) else {}
+        tooltips.append(alt.Tooltip(f"{key}:{'N' if isinstance(value, str) else 'Q'}", **options))
+    return tooltips

@@ -1,4 +1,4 @@
-"""Figures over the layers of a model: entropy and likelihood, before and after training, and a layer sweep."""
+"""Figures over the layers of a model: entropy and likelihood, the lens, a layer sweep, and translations found."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 import altair as alt
 
 from pivotune.report.figures.base import (
-    CONFIDENCE,
     WIDTH,
+    around,
     data,
     intervals,
     lines,
     metric_label,
+    rendered,
     series,
     short_name,
     stacked,
 )
+from pivotune.results.metrics import ERRORS_OF_95
 
 _CHOSEN_BY = {
     "reading": "by the English text that each layer can say",
@@ -26,6 +28,7 @@ _CHOSEN_BY = {
 }
 _SWEEP_ERRORS = {"seeds": "bars: standard deviation over seeds", "items": "bars: 95 % interval over items (one seed)"}
 _SYMBOLS = {"conversion": "i", "thinking": "j"}
+_PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE"}
 _SHARES = {"agreement": "top-1 = output's", "english_share": "on English tokens"}
 
 
@@ -36,7 +39,8 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
     if layers.get("english"):
         profiles["en"] = layers["english"]
     entropy = [row for language, profile in profiles.items() for row in _entropy_rows(profile, "language", language)]
-    panels = [_over_layers(entropy, "language", "mean entropy (nats)", supervised(layers))]
+    marks = supervised(layers)
+    panels = [_over_layers(entropy, "language", "mean entropy (nats)", marks)]
     shares = [
         {"layer": layer, "share": value, "language": language, "series": f"{language}: {meaning}"}
         for language, profile in profiles.items()
@@ -44,12 +48,8 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
         for layer, value in enumerate(profile.get(key) or ())
     ]
     if shares:
-        axis = alt.Axis(format="%")
-        panels.append(
-            _over_layers(
-                shares, "series", "share of tokens\nor probability", supervised(layers), "share", axis=axis, height=140
-            )
-        )
+        options: Any = {"axis": alt.Axis(format="%"), "height": 140}
+        panels.append(_over_layers(shares, "series", "share of tokens\nor probability", marks, "share", **options))
     if reading := layers.get("reading"):
         names = {"conversion": "English query", "thinking": "English answer"}
         # The embeddings, layer 0, say nothing: their value would hide the others.
@@ -58,11 +58,8 @@ def layer_figure(layers: Mapping[str, Any]) -> alt.VConcatChart:
             for term, label in names.items()
             for layer, value in enumerate(reading[term])
         ]
-        panels.append(
-            _over_layers(
-                nll, "series", "NLL after the target\nprompt (nats per token)", supervised(layers), "nll", height=140
-            )
-        )
+        title = "NLL after the target\nprompt (nats per token)"
+        panels.append(_over_layers(nll, "series", title, marks, "nll", height=140))
     how = _CHOSEN_BY.get(layers["method"], "the paper's relative depths (no two clear entropy falls)")
     lens = "Tuned" if layers.get("lens") == "tuned" else "Logit"
     title = f"{lens}-lens entropy by layer: {short_name(str(layers['model'])) or 'the model'}"
@@ -110,6 +107,38 @@ def retrieval_figure(by_layer: Mapping[str, Mapping[str, Any]]) -> alt.VConcatCh
     return stacked([panel], "Translations found by layer", "dotted: chance")
 
 
+def projection_figure(projections: Mapping[str, Mapping[str, Any]], language: str) -> alt.VConcatChart:
+    """Return sentences and translations in two dimensions (the paper's Figure 4), a panel for each run and method.
+
+    Each sentence is a point, with a line to its translation.
+
+    Args:
+        projections: run -> the `projection` of its alignment task: `layer`, `accuracy`, and by method (`pca`, `tsne`) the
+            places [[x, y], ...] of N sentences and then of their N translations.
+    """
+    panels = []
+    encodings = series("language", (language, "en"))
+    plain = alt.Axis(labels=False, ticks=False, grid=False)
+    for run, found in projections.items():
+        for method, title in _PROJECTIONS.items():
+            if not (places := found.get(method)):
+                continue
+            half = len(places) // 2
+            rows = []
+            for n, (x, y) in enumerate(places):
+                code = language if n < half else "en"
+                rows.append({"x": x, "y": y, "language": code, "pair": n % half + 1, "run": short_name(run)})
+            x, y = alt.X("x:Q", title=None, axis=plain), alt.Y("y:Q", title=None, axis=plain)
+            base = alt.Chart(data(rows)).encode(x=x, y=y)
+            links = base.mark_line(opacity=0.18, strokeWidth=1, color="currentColor").encode(detail="pair:Q")
+            points = base.mark_point(filled=True, size=38, opacity=0.85).encode(
+                color=encodings["color"], shape=encodings["shape"], tooltip=["pair:Q", "language:N", "run:N"]
+            )
+            heading = f"{short_name(run)}: {title} at layer {found['layer']}, retrieval {found['accuracy']:.1f} %"
+            panels.append(alt.layer(links, points).properties(width=WIDTH, height=260, title=heading))
+    return stacked(panels, "Sentences and their translations")
+
+
 def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
     """Return scores by the supervised layer (the paper's Figure 3), a panel for each metric.
 
@@ -122,13 +151,8 @@ def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
     for metric in dict.fromkeys(one["metric"] for one in curve["series"]):
         own = [one for one in curve["series"] if one["metric"] == metric]
         rows = [
-            {
-                "layer": point["layer"],
-                "value": point["value"],
-                "task": one["label"],
-                "seeds": point["seeds"],
-                **_span(point),
-            }
+            {key: point[key] for key in ("layer", "value", "seeds")}
+            | {"task": one["label"], **around(point["value"], point["margin"])}
             for one in own
             for point in one["points"]
         ]
@@ -149,14 +173,38 @@ def sweep_figure(curve: Mapping[str, Any]) -> alt.VConcatChart:
         entropy = [{"layer": k, "entropy": value} for k, value in enumerate(curve["layers"]["target"]["entropy"])]
         before = alt.Chart(data(entropy)).mark_area(line={"color": "currentColor"}, opacity=0.25, color="currentColor")
         x = alt.X("layer:Q", title="layer k", axis=alt.Axis(tickMinStep=1))
-        panels.append(
-            before.encode(x=x, y=alt.Y("entropy:Q", title=["mean entropy", "before (nats)"])).properties(
-                width=WIDTH, height=90
-            )
-        )
+        y = alt.Y("entropy:Q", title=["mean entropy", "before (nats)"])
+        panels.append(before.encode(x=x, y=y).properties(width=WIDTH, height=90))
     compared = any(one["baseline"] is not None for one in curve["series"])
     subtitle = _SWEEP_ERRORS[curve["errors"]] + ("; dashed: TFT" if compared else "")
     return stacked(panels, f"Score by {curve['term']} layer", subtitle, x="shared")
+
+
+def reported_figures(layers: Mapping[str, Any] | None, kl: Mapping[int, tuple[float, float]]) -> dict[str, bytes]:
+    """Return PNG by name, for TensorBoard and other loggers: the layer analysis, and the lens where one was fitted.
+
+    Args:
+        layers: content of `layers.json`.
+        kl: layer -> KL from the model's output, in nats: through the tuned and through the logit lens.
+    """
+    charts = {"layers/analysis": layer_figure(layers)} if layers else {}
+    if kl:
+        charts["layers/lens"] = lens_figure(kl)
+    return {name: rendered(chart, ".png") for name, chart in charts.items()}
+
+
+def lens_figure(kl: Mapping[int, tuple[float, float]]) -> alt.VConcatChart:
+    """Return the KL from the model's own output by layer, through both lenses."""
+    rows = [
+        {"layer": layer, "kl": value, "lens": lens}
+        for layer, values in sorted(kl.items())
+        for lens, value in zip(("tuned", "logit"), values, strict=True)
+    ]
+    scale = alt.Scale(zero=False, padding=12)
+    x = alt.X("layer:Q", title="layer k (after k blocks)", axis=alt.Axis(tickMinStep=1), scale=scale)
+    y = alt.Y("kl:Q", title="KL from the output (nats)", scale=alt.Scale(zero=True))
+    panel = lines(rows, x, y, series("lens", ("tuned", "logit")))
+    return stacked([panel], "Lens and model output by layer", "on held-out text")
 
 
 def note(text: str) -> alt.Chart:
@@ -200,12 +248,6 @@ def _entropy_rows(profile: Mapping[str, Any], field: str, name: str) -> list[dic
     errors = profile.get("entropy_stderr") or [None] * len(profile["entropy"])
     rows = []
     for layer, (value, error) in enumerate(zip(profile["entropy"], errors, strict=True)):
-        margin = None if error is None else CONFIDENCE * error
-        rows.append({"layer": layer, "entropy": value, field: name, **_span({"value": value, "margin": margin})})
+        margin = None if error is None else ERRORS_OF_95 * error
+        rows.append({"layer": layer, "entropy": value, field: name, **around(value, margin)})
     return rows
-
-
-def _span(point: Mapping[str, Any]) -> dict[str, float | None]:
-    if point["value"] is None or point["margin"] is None:
-        return {"low": None, "high": None}
-    return {"low": point["value"] - point["margin"], "high": point["value"] + point["margin"]}

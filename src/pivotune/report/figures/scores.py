@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from pivotune.report.figures.base import CONFIDENCE, WIDTH, data, intervals, metric_label, series, short_name, stacked
+from pivotune.report.figures.base import WIDTH, around, data, intervals, metric_label, series, short_name, stacked
+from pivotune.results.metrics import ERRORS_OF_95
 
 Cells = Sequence[Mapping[str, Any]]  # of `pivotune.compare.formats.to_dict`
 _ROW = 26  # pixels of a row of points
@@ -30,11 +31,7 @@ def score_figure(cells: Cells) -> alt.VConcatChart:
             continue
         better = {True: " (higher is better)", False: " (lower is better)"}.get(own[0]["higher_is_better"], "")
         x = alt.X("value:Q", title=metric_label(metric) + better, scale=alt.Scale(zero=False, padding=8))
-        tasks = len({row["task"] for row in rows})
-        y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True))
-        offset = {"yOffset": alt.YOffset("run:N", sort=list(dict.fromkeys(names)))}
-        height = tasks * max(_ROW, 13 * len({row["run"] for row in rows}))
-        panels.append(intervals(rows, x, y, {**series("run", names), **offset}, height).properties(title=benchmark))
+        panels.append(_by_task(rows, x, names).properties(title=benchmark))
     return stacked(panels, "Scores", "95 % interval over items; standard deviation where a mean is over seeds")
 
 
@@ -45,23 +42,19 @@ def difference_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
             "task": cell["task"],
             "metric": cell["metric"],
             "run": short_name(cell["row"]),
-            "difference": cell["difference"]["value"],
-            "low": cell["difference"]["low"],
-            "high": cell["difference"]["high"],
-            "verdict": str(cell["difference"]["verdict"] or "no better direction"),
+            "difference": found["value"],
+            "low": found["low"],
+            "high": found["high"],
+            "verdict": str(found["verdict"] or "no better direction"),
         }
         for cell in cells
-        if cell["difference"]
+        if (found := cell["difference"])
     ]
     panels = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
         own = [row for row in rows if row["metric"] == metric]
-        encodings = series("run", [row["run"] for row in rows])
         x = alt.X("difference:Q", title=f"{metric_label(metric)}: difference to {short_name(baseline)}", scale=_ROOM)
-        y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True))
-        height = len({row["task"] for row in own}) * max(_ROW, 13 * len({row["run"] for row in own}))
-        panel = intervals(own, x, y, {**encodings, "yOffset": alt.YOffset("run:N", sort=None)}, height)
-        panels.append(panel + alt.Chart(data([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q"))
+        panels.append(_by_task(own, x, [row["run"] for row in rows]) + _zero("x"))
     return stacked(panels, "Differences", "paired, with 95 % intervals")
 
 
@@ -95,8 +88,7 @@ def price_figure(cells: Cells, baseline: str) -> alt.VConcatChart:
         panel += upright.encode(
             x=x, y=alt.Y("below:Q", title=y["title"], scale=_ROOM), y2="above:Q", color=encodings["color"]
         )
-        zero = alt.Chart(data([{"zero": 0}])).mark_rule(strokeDash=[4, 3], opacity=0.6)
-        panels.append((panel + zero.encode(x="zero:Q") + zero.encode(y="zero:Q")).properties(title=benchmark))
+        panels.append((panel + _zero("x") + _zero("y")).properties(title=benchmark))
     return stacked(
         panels, "Gain in the target language against the price in English", f"differences to {short_name(baseline)}"
     )
@@ -111,18 +103,11 @@ def answer_language_figure(cells: Cells) -> alt.VConcatChart:
         rows = [_score_row(cell) for cell in cells if cell["metric"] == metric and cell["value"] is not None]
         if not rows:
             continue
-        names = [row["run"] for row in rows]
+        for row in (row for row in rows if row["low"] is not None):
+            # The interval of a share is cut at its bounds.
+            row |= {"low": max(row["low"], 0), "high": min(row["high"], 100)}
         x = alt.X("value:Q", title=label, scale=alt.Scale(domain=[0, 100]))
-        y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True))
-        height = len({row["task"] for row in rows}) * max(_ROW, 13 * len(set(names)))
-        # The interval of a share is cut at its bounds.
-        rows = [
-            {**row, "low": max(row["low"], 0), "high": min(row["high"], 100)} if row["low"] is not None else row
-            for row in rows
-        ]
-        panels.append(
-            intervals(rows, x, y, {**series("run", names), "yOffset": alt.YOffset("run:N", sort=None)}, height)
-        )
+        panels.append(_by_task(rows, x, [row["run"] for row in rows]))
     return stacked(panels, "Language of the answers", "95 % interval over items")
 
 
@@ -142,22 +127,13 @@ def heldout_figure(
     for method, values in results.items():
         for language, value in values.items():
             error = (errors or {}).get(method, {}).get(language)
-            row = {
-                "run": short_name(method),
-                "language": language,
-                "nll": value,
-                "label": "n/a" if value is None else f"{value:.2f}",
-            }
-            rows.append({**row, **_around(value, None if error is None else CONFIDENCE * error)})
-    base = alt.Chart(data(rows)).encode(
-        x=alt.X(
-            "language:N",
-            title=None if differences else "language of question and answer",
-            sort=None,
-            axis=alt.Axis(labelAngle=0),
-        ),
-        xOffset=alt.XOffset("run:N", sort=None),
-    )
+            span = around(value, None if error is None else ERRORS_OF_95 * error)
+            row = {"run": short_name(method), "language": language, "nll": value, **span}
+            top = value if span["high"] is None else span["high"]
+            rows.append({**row, "label": "n/a" if value is None else f"{value:.2f}", "top": top or 0})
+    asked, upright = "language of question and answer", alt.Axis(labelAngle=0)
+    x = alt.X("language:N", title=None if differences else asked, sort=None, axis=upright)
+    base = alt.Chart(data(rows)).encode(x=x, xOffset=alt.XOffset("run:N", sort=None))
     nll = "held-out answer NLL (nats per token)"
     colour = series("run", [row["run"] for row in rows])["color"]
     bars = base.mark_bar().encode(y=alt.Y("nll:Q", title=nll), color=colour, tooltip=["run:N", "language:N", "nll:Q"])
@@ -165,42 +141,37 @@ def heldout_figure(
     labels = base.mark_text(dy=-8).encode(y=alt.Y("top:Q", title=nll), text="label:N")
     panels = [alt.layer(bars, spans, labels).properties(width=WIDTH, height=260)]
     if differences:
-        points = [
-            {
-                "language": language,
-                **dict(found),
-                "label": "n/a" if found["value"] is None else f"{found['value']:+.3f}",
-            }
-            for language, found in differences.items()
-        ]
-        x = alt.X(
-            "language:N",
-            title="language of question and answer",
-            sort=None,
-            axis=alt.Axis(labelAngle=0),
-            scale=alt.Scale(type="band"),
-        )
+        points = []
+        for language, found in differences.items():
+            label = "n/a" if found["value"] is None else f"{found['value']:+.3f}"
+            points.append({"language": language, **found, "label": label})
+        x = alt.X("language:N", title=asked, sort=None, axis=upright, scale=alt.Scale(type="band"))
         y = alt.Y("value:Q", title=[*difference.split("\n"), "(paired, 95 %)"], scale=_ROOM)
         one = {"color": alt.value("currentColor"), "shape": alt.value("circle")}
-        panel = intervals(points, x, y, one, 130, "y")
-        panel += alt.Chart(data([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(y="zero:Q")
+        panel = intervals(points, x, y, one, 130, "y") + _zero("y")
         panel += alt.Chart(data(points)).mark_text(align="left", dx=8).encode(x=x, y=y, text="label:N")
         panels.append(panel)
     return stacked(panels, "Held-out answers (lower is better)", "bars: 95 % interval of the mean" if errors else "")
 
 
 def _score_row(cell: Mapping[str, Any]) -> dict[str, Any]:
-    spread = cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
-    margin = None if spread is None else spread * (CONFIDENCE if cell["seed_sd"] is None else 1)
+    margin = cell["seed_sd"]
+    if margin is None and cell["stderr"] is not None:
+        margin = ERRORS_OF_95 * cell["stderr"]
     row = {"task": cell["task"], "language": cell["language"], "metric": cell["metric"], "run": short_name(cell["row"])}
-    low_high = {key: value for key, value in _around(cell["value"], margin).items() if key != "top"}
-    return {**row, "value": cell["value"], **low_high, "items": cell["n"]}
+    return {**row, "value": cell["value"], **around(cell["value"], margin), "items": cell["n"]}
 
 
-def _around(value: float | None, margin: float | None) -> dict[str, float | None]:
-    if value is None or margin is None:
-        return {"low": None, "high": None, "top": value or 0}
-    return {"low": value - margin, "high": value + margin, "top": value + margin}
+def _by_task(rows: Sequence[Mapping[str, Any]], x: alt.X, names: Sequence[str]) -> Any:
+    """Return intervals in a row for each task, its runs (all of them are `names`) below each other."""
+    runs = list(dict.fromkeys(names))
+    y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True))
+    height = len({row["task"] for row in rows}) * max(_ROW, 13 * len({row["run"] for row in rows}))
+    return intervals(rows, x, y, {**series("run", runs), "yOffset": alt.YOffset("run:N", sort=runs)}, height)
+
+
+def _zero(axis: str) -> alt.Chart:
+    return alt.Chart(data([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(**{axis: "zero:Q"})
 
 
 def _turned(cell: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:

@@ -25,11 +25,8 @@ def ablation(material: Material) -> Section | None:
     measured = dict.fromkeys(cell["row"] for cell in material.cells())
     # The differences are to the baseline: only rows with its other settings belong into the table.
     wanted = settings_key(configs.get(baseline) or next(iter(configs.values())), "method", "supervision")
-    configs = {
-        label: config
-        for label, config in configs.items()
-        if label in measured and settings_key(config, "method", "supervision") == wanted
-    }
+    alike = {label for label, config in configs.items() if settings_key(config, "method", "supervision") == wanted}
+    configs = {label: config for label, config in configs.items() if label in alike.intersection(measured)}
     variants = [config for config in configs.values() if config.get("method") != BASELINE_METHOD]
     varied = [key for key in differing_keys(variants) if key.startswith("supervision.") or key == "method"]
     if not any(map(_PARTS.fullmatch, varied)):

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from pivotune.report.figures.base import DASHES, WIDTH, series, stacked
 from pivotune.report.figures.base import data as chart_data
-from pivotune.report.page import Block, Figure, Heading, Lines, Section, Table, Text, html
+from pivotune.report.page import Block, Figure, Heading, Lines, Section, Table, Text, excerpt, html
 from pivotune.report.runs import DATA_CHECK, Material
 
 _TEXTS = {"prompt": "prompt", "completion": "answer", "prompt_en": "English prompt", "completion_en": "English answer"}
@@ -22,7 +22,10 @@ _EXCERPT = 600  # characters of a text of an example row
 def data(material: Material) -> Section | None:
     """Return the findings of each data check; else the command that makes one."""
     checks = {json.dumps(run.data_check, sort_keys=True): run.data_check for run in material.runs if run.data_check}
-    blocks: list[Block] = [block for check in checks.values() for block in check_blocks(check)]
+    blocks: list[Block] = []
+    for number, check in enumerate(checks.values(), start=1):
+        # A page draws the data of one figure by its name.
+        blocks += check_blocks(check, "data-lengths" if number == 1 else f"data-lengths-{number}")
     if checks:
         return Section("Data", blocks)
     for run in (run for run in material.runs if run.sources):
@@ -35,7 +38,7 @@ def data(material: Material) -> Section | None:
     return None
 
 
-def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
+def check_blocks(check: Mapping[str, Any], figure: str = "data-lengths") -> list[Block]:
     """Return the blocks of a data check (`DataCheck.to_dict`): verdict, kinds of faults, distributions, rows to look at."""
     total, usable = check.get("total", 0), check.get("usable", 0)
     blocks: list[Block] = [
@@ -44,37 +47,26 @@ def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
     ]
     problems = check.get("problems", [])
     if problems:
-        rows = [
-            [
-                one["title"],
+        rows = []
+        for one in problems:
+            kind, share = (
                 "defect" if one["defect"] else "worth a look",
-                f"{one['count']:,}",
-                _share(one["count"], usable),
-                one["advice"],
-            ]
-            for one in problems
-        ]
-        blocks.append(
-            Table(["fault", "kind", "rows", "share", "what to do"], rows, "Kinds of faults, most serious first")
-        )
+                f"{one['count'] / usable:.1%}" if usable else "–",
+            )
+            rows.append([one["title"], kind, f"{one['count']:,}", share, one["advice"]])
+        titles = ["fault", "kind", "rows", "share", "what to do"]
+        blocks.append(Table(titles, rows, "Kinds of faults, most serious first"))
     else:
         blocks.append(Text("No fault was found in the rows that can be used."))
     left_out = [f"{count:,} rows cannot be used: {reason}" for reason, count in (check.get("skipped") or {}).items()]
-    left_out += [
-        f"{count:,} rows would be refused in training: {reason}"
-        for reason, count in (check.get("too_long") or {}).items()
-    ]
+    too_long = check.get("too_long") or {}
+    left_out += [f"{count:,} rows would be refused in training: {reason}" for reason, count in too_long.items()]
     left_out += [shift["message"] for shift in check.get("shifts", [])] + list(check.get("notes", []))
     if left_out:
         blocks.append(Lines(left_out, "warning"))
     if histograms := check.get("histograms"):
-        blocks.append(
-            Figure(
-                f"{prefix}-lengths",
-                _histograms(histograms).to_dict(),
-                "Lengths of the texts, and the ratio of each text to its English.",
-            )
-        )
+        caption = "Lengths of the texts, and the ratio of each text to its English."
+        blocks.append(Figure(figure, _histograms(histograms).to_dict(), caption))
     lengths = check.get("lengths") or {}
     if lengths:
         rows = [
@@ -83,10 +75,9 @@ def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
         ]
         caption = f"Lengths in {check.get('unit', 'characters')}"
         blocks.append(Table(["text", "median", "95 %", "longest"], rows, caption, numeric=True))
-    examples = [(one, finding) for one in problems for finding in one["examples"]]
-    if examples:
-        blocks.append(Heading("Rows to look at"))
-    for problem in (one for one in problems if one["examples"]):
+    shown = [one for one in problems if one["examples"]]
+    blocks += [Heading("Rows to look at")] if shown else []
+    for problem in shown:
         blocks.append(html("<h4 dir='auto'>{} ({})</h4>", problem["title"], f"{problem['count']:,}"))
         blocks += [_example(finding) for finding in problem["examples"]]
     return blocks
@@ -95,20 +86,12 @@ def check_blocks(check: Mapping[str, Any], prefix: str = "data") -> list[Block]:
 def _example(finding: Mapping[str, Any]) -> Markup:
     """Return a row in both languages, its four texts side by side."""
     box = "<div class='answer'><h5>{}</h5><p class='text' dir='auto'>{}</p></div>"
-    texts = Markup("").join(html(box, title, _excerpt(finding.get(name))) for name, title in _TEXTS.items())
+    excerpts = {title: excerpt(finding.get(name), _EXCERPT) for name, title in _TEXTS.items()}
+    texts = Markup("").join(html(box, title, text) for title, text in excerpts.items())
     head = "<p class='small' dir='auto'><strong>Row {}</strong>: {}</p>"
     return html(
         "<article>{}<div class='answers'>{}</div></article>", html(head, finding["number"], finding["note"]), texts
     )
-
-
-def _excerpt(text: Any) -> str:
-    text = str(text or "")
-    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}… ({len(text):,} characters)"
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count / total:.1%}" if total else "–"
 
 
 def _histograms(histograms: Mapping[str, Any]) -> alt.VConcatChart:
@@ -125,13 +108,12 @@ def _histograms(histograms: Mapping[str, Any]) -> alt.VConcatChart:
         encodings = series("text", [row["text"] for row in rows])
         dashes = alt.Scale(domain=encodings["color"]["scale"]["domain"], range=list(DASHES))
         chart = alt.Chart(chart_data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8)
-        panels.append(
-            chart.encode(
-                x=alt.X("from:Q", title=title, scale=alt.Scale(type="log", nice=False)),
-                y=alt.Y("rows:Q", title="rows"),
-                color=encodings["color"],
-                strokeDash=alt.StrokeDash("text:N", legend=encodings["color"]["legend"], scale=dashes),
-                tooltip=["text:N", "from:Q", "to:Q", "rows:Q"],
-            ).properties(width=WIDTH, height=150)
+        chart = chart.encode(
+            x=alt.X("from:Q", title=title, scale=alt.Scale(type="log", nice=False)),
+            y=alt.Y("rows:Q", title="rows"),
+            color=encodings["color"],
+            strokeDash=alt.StrokeDash("text:N", legend=encodings["color"]["legend"], scale=dashes),
+            tooltip=["text:N", "from:Q", "to:Q", "rows:Q"],
         )
+        panels.append(chart.properties(width=WIDTH, height=150))
     return stacked(panels, "Lengths and ratios")

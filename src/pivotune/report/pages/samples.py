@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pivotune.report.page import Section, Text
+from pivotune.report.page import Section, Text, excerpt
 from pivotune.report.runs import Material
 
 LONGEST_TEXT = 2000  # characters of a question or an answer in the page; the result files hold all
@@ -32,10 +32,11 @@ def samples(material: Material) -> Section | None:
                 if len(items) >= MOST_ITEMS:
                     cut = True
                     continue
-                items[item] = [item, _cut(record.get("question")), _cut(record.get("gold")), [None] * len(runs)]
+                asked, gold = (excerpt(record.get(key), LONGEST_TEXT) for key in ("question", "gold"))
+                items[item] = [item, asked, gold, [None] * len(runs)]
             score = _score(record, material.primary.get(task))
             flags = (record.get("in_language") == 0) + 2 * (not str(record["answer"]).strip())
-            items[item][3][index] = [_cut(record["answer"]), score, flags]
+            items[item][3][index] = [excerpt(record["answer"], LONGEST_TEXT), score, flags]
     if not tasks:
         return None
     content = {
@@ -46,11 +47,6 @@ def samples(material: Material) -> Section | None:
     if cut:
         note += f" The first {MOST_ITEMS} questions of each task are shown; the result files hold all."
     return Section("Sample answers", [Text(note), _PLACES], {"samples": content})
-
-
-def _cut(text: Any) -> str:
-    text = "" if text is None else str(text)
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}… ({len(text):,} characters)"
 
 
 def _score(record: Any, metric: str | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pivotune.report.figures.scores import answer_language_figure, difference_figure, price_figure, score_figure
@@ -10,28 +9,22 @@ from pivotune.report.page import Block, Figure, Lines, Section, Table
 from pivotune.report.pages.summary import comparison_table
 from pivotune.report.runs import Material
 
-_MOST_METRICS = 3  # beside the primary one, in the table of all metrics
-
 
 def scores(material: Material) -> Section | None:
     """Return the figures of the comparison and the table of all metrics; None where no run has results."""
     if material.comparison is None:
         return None
     baseline, cells = material.comparison["baseline"], material.cells()
-    blocks: list[Block] = [
-        Figure(
-            "scores",
-            score_figure(cells).to_dict(),
-            "Every run on every task, the target language and English together. A bar is the 95 % interval over items, or "
-            "the standard deviation where a point is the mean over seeds.",
-        )
-    ]
+    caption = (
+        "Every run on every task, the target language and English together. A bar is the 95 % interval over items, or the "
+        "standard deviation where a point is the mean over seeds."
+    )
+    blocks: list[Block] = [Figure("scores", score_figure(cells).to_dict(), caption)]
     compared = [cell for cell in cells if cell["difference"]]
     if compared:
         caption = f"Difference of each run to {baseline}, item by item. A bar across zero: no difference."
-        blocks.append(
-            Figure("differences", difference_figure(cells, baseline).to_dict(), caption, _differences(compared))
-        )
+        chart = difference_figure(cells, baseline).to_dict()
+        blocks.append(Figure("differences", chart, caption, _differences(compared)))
     if {"en"} < {cell["language"] for cell in compared}:
         caption = (
             "Who pays for what: the gain in the target language against the gain in English. Up and right of the dashed "
@@ -51,14 +44,12 @@ def scores(material: Material) -> Section | None:
 
 
 def _differences(cells: list[Any]) -> Table:
-    number: Callable[[Any], str] = lambda value: "–" if value is None else f"{value:+.3g}"  # noqa: E731
+    formats = {"value": "+.3g", "low": "+.3g", "high": "+.3g", "p": ".3g"}
     rows = []
     for cell in cells:
         found = cell["difference"]
-        values = [number(found[key]) for key in ("value", "low", "high")]
-        p = "–" if found["p"] is None else f"{found['p']:.3g}"
-        rows.append(
-            [cell["row"], cell["task"], cell["metric"], *values, p, str(found["verdict"] or "–"), found["covers"]]
-        )
+        numbers = [None if found[key] is None else format(found[key], form) for key, form in formats.items()]
+        names = [cell[key] for key in ("row", "task", "metric")]
+        rows.append([*names, *numbers, found["verdict"] and str(found["verdict"]), found["covers"]])
     titles = ["run", "task", "metric", "difference", "low", "high", "p", "verdict", "interval covers"]
     return Table(titles, rows, "The differences as a table", folded=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from pivotune.compare.comparison import difference_digits, shown_digits
+from pivotune.compare.formats import difference_text, value_text
 from pivotune.compare.significance import Sample, Verdict, difference
 from pivotune.errors import UsageError
 from pivotune.report.page import Block, Heading, Lines, Section, Table, Text, html
-from pivotune.report.runs import Material, RunParts
-from pivotune.results.metrics import Metric
+from pivotune.report.runs import Material, RunParts, spread
+from pivotune.results.metrics import HELDOUT_NLL
 
 _MARKS = {Verdict.BETTER: ("▲", "good"), Verdict.WORSE: ("▼", "bad"), Verdict.UNDECIDED: ("≈", "")}
-_HELDOUT = Metric("nll", "ratio", ("nll", "tokens"), higher_is_better=False)
-_BEFORE = Metric("nll", "ratio", ("base_nll", "tokens"), higher_is_better=False)
 
 
 def summary(material: Material) -> Section:
@@ -28,11 +28,8 @@ def summary(material: Material) -> Section:
         others = [cell for cell in cells if cell["language"] != "en"]
         blocks += [Heading("Which differences are real"), *_verdicts(material.comparison, others)]
         blocks += [Heading("What it cost in English"), *_verdicts(material.comparison, english)]
-        blocks.append(
-            comparison_table(
-                material.comparison, cells, "Main metric of every task, with the difference to the baseline"
-            )
-        )
+        caption = "Main metric of every task, with the difference to the baseline"
+        blocks.append(comparison_table(material.comparison, cells, caption))
     changes = [row for run in material.runs for row in _changes(run)]
     if changes:
         titles = ["run", "language", "before", "after", "change", ""]
@@ -54,18 +51,18 @@ def comparison_table(
     """Return rows by columns of a comparison: values, best in bold, and differences with their verdicts."""
     columns = list(dict.fromkeys((cell["task"], cell["metric"]) for cell in cells))
     labels = dict.fromkeys(cell["row"] for cell in cells)
-    by_place = {(cell["row"], cell["task"], cell["metric"]): cell for cell in cells}
-    rows = []
-    for label in labels:
-        title = f"{label} (baseline)" if label == comparison["baseline"] and len(labels) > 1 else label
-        rows.append([title, *(_cell(by_place.get((label, *column))) for column in columns)])
+    rows = {label: [label] for label in labels}
+    if len(labels) > 1 and comparison["baseline"] in labels:
+        rows[comparison["baseline"]] = [f"{comparison['baseline']} (baseline)"]
     heads = []
     for task, metric in columns:
-        arrow = {True: " ↑", False: " ↓"}.get(
-            next(c["higher_is_better"] for c in cells if (c["task"], c["metric"]) == (task, metric)), ""
-        )
+        own = {cell["row"]: cell for cell in cells if (cell["task"], cell["metric"]) == (task, metric)}
+        arrow = {True: " ↑", False: " ↓"}.get(next(iter(own.values()))["higher_is_better"], "")
         heads.append(html("{}<br>{}", task, metric + arrow))
-    return Table(["", *heads], rows, caption, numeric=True, folded=folded)
+        digits = shown_digits(map(spread, own.values()), 3)
+        for label in labels:
+            rows[label].append(_cell(own.get(label), digits, _difference_digits(own.values(), digits)))
+    return Table(["", *heads], list(rows.values()), caption, numeric=True, folded=folded)
 
 
 def _lead(material: Material) -> str:
@@ -74,10 +71,8 @@ def _lead(material: Material) -> str:
     if not trained:
         return f"{_count(len(runs), 'model')} without a configuration: nothing is known of how they were trained."
     models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in trained))
-    languages = (
-        ", ".join(dict.fromkeys(code for run in trained for code in run.language.split(", ") if code))
-        or "an unnamed language"
-    )
+    codes = dict.fromkeys(code for run in trained for code in run.language.split(", ") if code)
+    languages = ", ".join(codes) or "an unnamed language"
     methods = ", ".join(dict.fromkeys(str(run.config.get("method")) for run in trained))
     return f"{_count(len(trained), 'run')} of {models}, fine-tuned for {languages} with {methods}."
 
@@ -93,15 +88,13 @@ def _trained(runs: Sequence[RunParts]) -> Table:
         layers = "–"
         if run.layers:
             terms = {"i": "conversion", "j": "thinking"}
-            used = {k: term for k, term in terms.items() if config.get(f"supervision.{term}.signal") != "none"}
-            layers = (
-                ", ".join(f"{k} = {run.layers[term]}" for k, term in used.items()) + f" of {run.layers['num_layers']}"
-            )
-        steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=None)
+            used = [k for k, term in terms.items() if config.get(f"supervision.{term}.signal") != "none"]
+            named = ", ".join(f"{k} = {run.layers[terms[k]]}" for k in used)
+            layers = f"{named} of {run.layers['num_layers']}"
         tokens = sum(count for line in run.metrics if isinstance(count := line.get("trained_tokens"), int))
         values = (config.get("model"), config.get("method"), ", ".join(run.sources), run.language, config.get("seed"))
         texts = [None if value in (None, "") else str(value) for value in values]
-        rows.append([run.name, *texts, steps, f"{tokens:,}" if tokens else None, layers])
+        rows.append([run.name, *texts, run.steps, f"{tokens:,}" if tokens else None, layers])
     titles = ["run", "starting model", "method", "training rows", "language", "seed", "steps", "tokens", "layers"]
     return Table(titles, rows, "What was trained on what")
 
@@ -118,75 +111,64 @@ def _verdicts(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]])
         for cell in (cell for cell in compared if cell["difference"]["verdict"] == verdict):
             mark, kind = _MARKS[verdict]
             text = f"{cell['row']} is {verdict} than {comparison['baseline']} on {cell['task']}: "
-            lines.append(
-                html("<span class='{}'>{}</span> {}{} {}", kind, mark, text, _difference_text(cell), cell["metric"])
-            )
+            text += f"{_difference_text(cell, _difference_digits([cell]))} {cell['metric']}"
+            lines.append(html("<span class='{}'>{}</span> {}", kind, mark, text))
     undecided = sum(cell["difference"]["verdict"] == Verdict.UNDECIDED for cell in compared)
     if undecided:
         lines.append(f"≈ {undecided} of {_count(len(compared), 'difference')} cannot be told apart from zero.")
     blocks: list[Block] = [Lines(lines)]
     if any(not cell["difference"]["num_seeds"] for cell in compared):
-        blocks.append(
-            Text(
-                "One run stands against one: the intervals cover the items, not the noise between two trainings.",
-                "note",
-            )
-        )
+        covers = "One run stands against one: the intervals cover the items, not the noise between two trainings."
+        blocks.append(Text(covers, "note"))
     return blocks
 
 
 def _changes(run: RunParts) -> list[list[Any]]:
     """Return a row for each language whose held-out items were scored before and after, with the paired interval."""
     rows = []
-    after: dict[str, dict[str, Any]] = {}
-    heldout = [name for name, entry in run.entries.items() if isinstance(entry.get("base"), dict)]
-    if not heldout:
-        return []
-    for record in run.items():
+    heldout = {name: entry for name, entry in run.entries.items() if isinstance(entry.get("base"), dict)}
+    after: dict[str, dict[str, Any]] = {name: {} for name in heldout}
+    for record in run.items() if heldout else ():
         if record["task"] in heldout:
-            after.setdefault(str(record["task"]), {})[str(record["item"])] = record
-    for task in heldout:
-        entry = run.entries[task]
+            after[record["task"]][str(record["item"])] = record
+    for task, entry in heldout.items():
         before, now = entry["base"].get("value"), entry.get("value")
         if before is None or now is None:
             continue
-        items = after.get(task, {})
+        items = after[task]
         started = {
             item: {"nll": record.get("base_nll"), "tokens": record.get("tokens")} for item, record in items.items()
         }
-        text, kind, mark = f"{now - before:+.3f}", "", ""
+        kind = mark = ""
         try:
-            found = difference(_HELDOUT, [Sample(items)], [Sample(started)])
+            found = difference(HELDOUT_NLL, [Sample(items)], [Sample(started)])
+            text = difference_text(now - before, found.low, found.high, 3)
             if math.isfinite(found.low):
-                text += f" [{found.low:+.3f}, {found.high:+.3f}]"
-                mark, kind = _MARKS.get(found.verdict or Verdict.UNDECIDED, ("", ""))
+                mark, kind = _MARKS[found.verdict or Verdict.UNDECIDED]
         except UsageError:
-            text += " (no items: no interval)"
+            text = f"{now - before:+.3f} (no items: no interval)"
         verdict = html("<span class='{}'>{}</span>", kind, mark)
         rows.append([run.name, entry.get("language") or task, f"{before:.3f}", f"{now:.3f}", text, verdict])
     return rows
 
 
-def _difference_text(cell: Mapping[str, Any]) -> str:
-    found, digits = cell["difference"], _digits(cell)
-    text = f"{found['value']:+.{digits}f}"
-    if found["low"] is not None:
-        text += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
-    return text
+def _difference_text(cell: Mapping[str, Any], digits: int) -> str:
+    found = cell["difference"]
+    return difference_text(found["value"], found["low"], found["high"], digits)
 
 
-def _digits(cell: Mapping[str, Any]) -> int:
-    return 2 if abs(cell["value"] or 0) >= 10 else 3
+def _difference_digits(cells: Iterable[Mapping[str, Any]], otherwise: int = 3) -> int:
+    found = [cell["difference"] for cell in cells if cell["difference"] and cell["difference"]["low"] is not None]
+    return difference_digits(((one["low"], one["high"], one["verdict"]) for one in found), otherwise)
 
 
-def _cell(cell: Mapping[str, Any] | None) -> Markup | None:
+def _cell(cell: Mapping[str, Any] | None, digits: int, difference_digits: int) -> Markup | None:
     if cell is None or cell["value"] is None:
         return None
-    spread = cell["stderr"] if cell["seed_sd"] is None else cell["seed_sd"]
-    digits = _digits(cell)
-    value = f"{cell['value']:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-    text = html("<strong>{}</strong>" if cell["best"] else "{}", value)
+    text = html("<strong>{}</strong>" if cell["best"] else "{}", value_text(cell["value"], spread(cell), digits))
     if found := cell["difference"]:
         mark, kind = _MARKS.get(found["verdict"], ("", ""))
-        text += html("<br><span class='{}'>{} {}</span>", kind or "note", _difference_text(cell), mark)
+        text += html(
+            "<br><span class='{}'>{} {}</span>", kind or "note", _difference_text(cell, difference_digits), mark
+        )
     return text

@@ -27,17 +27,7 @@ def training(material: Material) -> Section | None:
     rows = []
     for run in runs:
         last = {key: line[key] for line in run.metrics for key in keys if isinstance(line.get(key), (int, float))}
-        steps = max((line["step"] for line in run.metrics if isinstance(line.get("step"), int)), default=None)
-        rows.append([run.name, steps, *(f"{last[key]:.3f}" if key in last else None for key in keys)])
-    titles = [
-        "run",
-        "steps",
-        "total loss",
-        "answer (TFT)",
-        "conversion",
-        "thinking",
-        "held-out NLL",
-        "in English",
-    ]
+        rows.append([run.name, run.steps, *(f"{last[key]:.3f}" if key in last else None for key in keys)])
+    titles = ["run", "steps", "total loss", "answer (TFT)", "conversion", "thinking", "held-out NLL", "in English"]
     blocks.append(Table(titles, rows, "The last value that each run logged.", numeric=True))
     return Section("Training", blocks)
