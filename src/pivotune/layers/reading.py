@@ -7,11 +7,10 @@ are the inner losses themselves before training: they show from which layer on t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Pair
@@ -40,10 +39,6 @@ class LayerReading:
     conversion: list[float]
     thinking: list[float]
     tokens: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -84,12 +79,9 @@ def measure_reading(
                     states = taps.hidden_states.pop(layer)[:, :-1][read]
                     if layer < architecture.num_layers:
                         states = lens(states, layer)
-                    sums[name][layer] += _nll(architecture, states, labels)
+                    normed = frozen_norm(architecture, states)
+                    sums[name][layer] += cross_entropies(architecture, normed, labels).sum().item()
             if progress is not None:
                 progress(min(begin + batch_size, len(examples)))
     means = {name: (total / max(counts[name], 1)).tolist() for name, total in sums.items()}
     return LayerReading(tokens=counts, **means)
-
-
-def _nll(architecture: Any, states: Tensor, labels: Tensor) -> float:
-    return cross_entropies(architecture, frozen_norm(architecture, states), labels).sum().item()

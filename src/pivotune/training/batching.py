@@ -372,7 +372,8 @@ def _loader(
         dataset if args.world_size == 1 else WithBlankRows(dataset),
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
+        # torch warns where there is nothing to copy to.
+        pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         in_order=getattr(args, "dataloader_in_order", True),

@@ -34,8 +34,6 @@ from pivotune.training.averaging import WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, check_sharding, prepare_fsdp, use_one_device
-from pivotune.training.english_features import with_features
-from pivotune.training.english_predictions import with_start_predictions
 from pivotune.training.gradient_balance import GradientBalance
 from pivotune.training.interpolation import Interpolation
 from pivotune.training.layer_choice import choose_supervision
@@ -55,6 +53,7 @@ from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.resilience.preemption import StopSignals
 from pivotune.training.stand_in import check_setup
+from pivotune.training.starting_model import with_starting_model
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +133,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             adopt_template(model, processing_class, load_template(args.data.template, processing_class))
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
-        # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
-        rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
-        # So are the predictions on replayed rows, and a tuned lens.
-        rows = with_start_predictions(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
+        # Before adapters are added and a checkpoint is loaded. A tuned lens is of the starting model too.
+        rows = with_starting_model(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
