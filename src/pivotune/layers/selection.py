@@ -114,7 +114,8 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
         else:
             side = "in the lowest third" if name == "thinking" else "above the lowest third"
             reasons[name] = f"{name}: {where}, {side}; layer {layers[name]} by its depth"
-    return LayerSelection(**layers, method="reading", reason="; ".join(reasons.values()), reasons=reasons)
+    reason = "; ".join(reasons.values())
+    return LayerSelection(layers["conversion"], layers["thinking"], "reading", reason, reasons=reasons)
 
 
 def select_layers(entropy: Sequence[float], stderr: Sequence[float] | None = None) -> LayerSelection:

@@ -1,4 +1,4 @@
-"""The logit lens: the output of the model if it stopped after layer k.
+"""The logit lens: the output of the model if it stopped after layer k; and the lens that runs its other layers.
 
 `logits_k = transform(W_out norm(h_k))`, with the final norm recomputed from `h_k` itself and the soft-cap and logit
 scale that the model applies to its own logits (nostalgebraist 2020, "interpreting GPT: the logit lens"). The paper
@@ -24,6 +24,16 @@ class LogitLens:
     def __call__(self, hidden_states: Tensor, layer: int) -> Tensor:
         """Return the states as they are."""
         return hidden_states
+
+
+class ModelLens(LogitLens):
+    """The model's own upper layers (`lens: model`): the truest reading, at the price of a full-depth branch.
+
+    The identity on `h_L`: the forward runs the branches on to the last layer, with everything above their own layer
+    detached (`pivotune.forward.passes.PassRequest`).
+    """
+
+    branches_to_top = True
 
 
 def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: str = "final") -> Tensor:

@@ -342,11 +342,7 @@ def train_loader(
             # Accelerate does the same for one process: the order depends on seed and epoch only.
             rows = SeedableRandomSampler(dataset, data_seed=args.data_seed)
         rows = RankOrder(
-            rows,
-            batch_size=batch_size,
-            world_size=args.world_size,
-            drop_last=args.dataloader_drop_last,
-            epoch=epoch,
+            rows, batch_size=batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last, epoch=epoch
         )
     options |= {"batch_size": batch_size, "drop_last": args.dataloader_drop_last}
     return _loader(dataset, collator, args, sampler=rows, **options)

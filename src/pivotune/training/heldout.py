@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ from pivotune.training.batching import blank_like
 from pivotune.training.distributed import ranks
 
 
-@dataclass(frozen=True, slots=True)
-class RowScore:
+class RowScore(NamedTuple):
     """One held-out row: negative log-likelihood of its gold answer in nats, and what it sums over."""
 
     nll: float
@@ -33,8 +31,7 @@ class RowScore:
     characters: int
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """Mean over all answer tokens, its standard error over rows, and the mean over characters."""
 
     nll: float

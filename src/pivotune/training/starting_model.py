@@ -10,7 +10,6 @@ weights, rows and settings are the same and its content is whole.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,7 +36,7 @@ from pivotune.objectives.cosine import english_layer, english_states, frozen_los
 from pivotune.objectives.english_kl import top_log_probabilities
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
-from pivotune.training.kept_arrays import Arrays, can_be_reused, map_arrays, save_arrays, weights_digest
+from pivotune.training.kept_arrays import Arrays, can_be_reused, key_of, map_arrays, save_arrays
 from pivotune.training.progress import Progress, silent
 
 FEATURES_FILE = "english-features.safetensors"
@@ -178,7 +177,8 @@ def prepare_features(
         "english_norm": feature.english_norm,
         "autocast": str(autocast),
     }
-    key = _key(model, (([len(side.ids), *side.query, side.answer], side.ids) for side in sides), settings)
+    digest = _digest(([len(side.ids), *side.query, side.answer], side.ids) for side in sides)
+    key = key_of(model, digest, settings, version=_FORMAT)
     if can_be_reused(path, key):
         return
     shape = (len(sides), architecture.head_weight.shape[1])
@@ -230,8 +230,8 @@ def prepare_predictions(
         )
     counts, top = predicted_english_tokens(examples), supervision.keep_english.top
     mains = ((int(index), examples[int(index)].main) for index in np.flatnonzero(counts))
-    read = (([index, len(side.ids), side.answer], side.ids) for index, side in mains)
-    key = _key(model, read, {"top": top, "autocast": str(autocast)})
+    digest = _digest(([index, len(side.ids), side.answer], side.ids) for index, side in mains)
+    key = key_of(model, digest, {"top": top, "autocast": str(autocast)}, version=_FORMAT)
     if can_be_reused(path, key):
         return
     ends, total = counts.cumsum(), int(counts.sum())
@@ -267,15 +267,10 @@ def _evaluated(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]
         yield
 
 
-def _key(model: nn.Module, rows: Iterable[tuple[list[int], np.ndarray]], settings: dict[str, Any]) -> dict[str, str]:
-    """Return everything that the outputs depend on, as the file's metadata; `rows`: places and tokens of each text."""
+def _digest(texts: Iterable[tuple[list[int], np.ndarray]]) -> str:
+    """Return the SHA-256 of texts: the places that are read, and the tokens."""
     digest = hashlib.sha256()
-    for places, ids in rows:
+    for places, ids in texts:
         digest.update(np.array(places, dtype=np.int64).tobytes())
         digest.update(ids.astype(np.int64).tobytes())
-    return {
-        "format": _FORMAT,
-        "weights": weights_digest(model),
-        "rows": digest.hexdigest(),
-        "settings": json.dumps(settings, sort_keys=True),
-    }
+    return digest.hexdigest()

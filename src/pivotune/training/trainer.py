@@ -30,12 +30,11 @@ from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
-from pivotune.training.averaging import WeightAverage
+from pivotune.training.averaging import Interpolation, WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, check_sharding, prepare_fsdp, use_one_device
 from pivotune.training.gradient_balance import GradientBalance
-from pivotune.training.interpolation import Interpolation
 from pivotune.training.layer_choice import choose_supervision
 from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
@@ -110,7 +109,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         verified_checkpoint: Path | None = None,
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
-        processing_class = processing_class or load_tokenizer(_name_of(model))
+        processing_class = processing_class or load_tokenizer(
+            model if isinstance(model, str) else model.config._name_or_path
+        )
         quantized = getattr(model, "quantization_method", None) is not None
         if args.device.type != "cpu":
             # `prepare_run` refuses FSDP2 on a CPU; a process that has set up gloo itself may shard there.
@@ -158,7 +159,11 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
         self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
-        _log_non_additive(self._losses)
+        for objective, losses in self._losses.objectives:
+            if not objective.additive:
+                names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
+                reason = "this loss compares the rows of one micro-batch; another batch size trains differently"
+                logger.warning("%s: %s", names, reason)
         self._phase = Phase(self.supervision)
         self._refit = None
         if isinstance(lens, TunedLens) and self.supervision.tuned.refit and pairs:
@@ -373,19 +378,6 @@ def _heldout_figures(totals: Tensor, prefix: str) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def _log_non_additive(terms: DeepSupervisionLoss) -> None:
-    for objective, losses in terms.objectives:
-        if not objective.additive:
-            names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
-            logger.warning(
-                "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
-            )
-
-
 def _load_whole(name: str, *, adapters: bool) -> PreTrainedModel:
     """Load a starting model; full fine-tuning in bfloat16 loses small updates, adapters leave the base as it is."""
     return merge_adapters(load_model(name, dtype="auto" if adapters else "float32"))
-
-
-def _name_of(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else model.config._name_or_path

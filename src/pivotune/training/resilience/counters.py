@@ -184,9 +184,7 @@ class PivotuneCounters(TrainerCallback, ExportableState):
         self._trainer._window.mark()
         self._marked = self._loss_sum
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Skip the step if its loss or gradient is non-finite.
 
         Raises:
