@@ -278,7 +278,7 @@ def test_full_disk_while_flushing(package: Path, monkeypatch: pytest.MonkeyPatch
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bundled, "_flush", full)
+    monkeypatch.setattr(bundled, "flush", full)
     refused("No space left on device")
     assert [name for name in cached_names(tmp_path / "cache") if not name.endswith(".lock")] == []
 

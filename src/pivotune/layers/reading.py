@@ -6,7 +6,7 @@ are the inner losses themselves before training: they show from which layer on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,12 @@ def measure_reading(
     *,
     pad_token_id: int = 0,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
 ) -> LayerReading:
     """Read both English sides behind the target prompts through a lens at layers 0 to L - 1, and at the output.
 
     Args:
         pairs: rows; those without both sides are left out.
         lens: with a map for every layer below L, for a tuned lens.
-        progress: called with the number of rows done.
     """
     architecture = find_architecture(model)
     layers = range(architecture.num_layers + 1)
@@ -81,7 +79,5 @@ def measure_reading(
                         states = lens(states, layer)
                     normed = frozen_norm(architecture, states)
                     sums[name][layer] += cross_entropies(architecture, normed, labels).sum().item()
-            if progress is not None:
-                progress(min(begin + batch_size, len(examples)))
     means = {name: (total / max(counts[name], 1)).tolist() for name, total in sums.items()}
     return LayerReading(tokens=counts, **means)

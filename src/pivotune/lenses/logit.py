@@ -36,14 +36,9 @@ class ModelLens(LogitLens):
     branches_to_top = True
 
 
-def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: str = "final") -> Tensor:
-    """Return the logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head.
-
-    Args:
-        norm: `final` recomputes the final norm from these states (logit lens); `none` leaves it out.
-    """
-    normed = frozen_norm(architecture, hidden_states) if norm == "final" else hidden_states
-    return readout(architecture, normed, frozen=True)
+def lens_logits(architecture: Architecture, hidden_states: Tensor) -> Tensor:
+    """Return the logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head."""
+    return readout(architecture, frozen_norm(architecture, hidden_states), frozen=True)
 
 
 @torch.no_grad()

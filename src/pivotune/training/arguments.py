@@ -204,14 +204,13 @@ _FIELD_DEFAULTS = {
 }
 
 
-def build_arguments(config: RunConfig, *, where: str = "training", here: bool = True) -> DeepSupervisionConfig:
+def build_arguments(config: RunConfig, *, here: bool = True) -> DeepSupervisionConfig:
     """Return the trainer's arguments of a run configuration.
 
     Defaults where `training:` names no other: bfloat16 autocast on hardware that has it, no reporting integrations, a log
     line every 10 steps, a checkpoint every epoch, or every `save_steps`.
 
     Args:
-        where: names the settings in messages.
         here: True for a run on this machine, which must then have the packages that its optimizer needs.
 
     Raises:
@@ -237,7 +236,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     except UsageError:
         raise
     except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"training: {' '.join(str(error).split())}") from error
 
 
 def optimizer_name(args: TrainingArguments) -> str:

@@ -237,11 +237,6 @@ def length_grouped_order(
     return order
 
 
-def longest_first(dataset: ExampleDataset) -> list[int]:
-    """Return the rows by falling length: the order of an evaluation, whose sums do not depend on it."""
-    return _longest_first(np.arange(len(dataset)), dataset.lengths).tolist()
-
-
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sort by falling length; rows of one length stay in their order."""
     return rows[np.argsort(-lengths[rows], kind="stable")]
@@ -349,8 +344,8 @@ def train_loader(
 
 
 def eval_loader(dataset: ExampleDataset, collator: DeepSupervisionCollator, args: DeepSupervisionConfig) -> DataLoader:
-    """Return the loader of an evaluation that Accelerate then prepares: all rows, longest first."""
-    rows: Any = longest_first(dataset)
+    """Return the loader of an evaluation that Accelerate then prepares: all rows, longest first; no sum depends on it."""
+    rows: Any = _longest_first(np.arange(len(dataset)), dataset.lengths).tolist()
     if args.world_size > 1:
         rows = RankOrder(rows, batch_size=args.eval_batch_size, world_size=args.world_size)
     return _loader(dataset, collator, args, sampler=rows, batch_size=args.eval_batch_size)

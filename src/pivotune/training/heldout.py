@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -137,8 +138,9 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             ids = [torch.as_tensor(prompts[index]).long() for index in indices]
-            input_ids = pad_sequence(ids, True, tokenizer.pad_token_id, padding_side="left")
-            attention_mask = pad_sequence([torch.ones_like(each) for each in ids], True, padding_side="left")
+            pad = partial(pad_sequence, batch_first=True, padding_side="left")
+            input_ids = pad(ids, padding_value=tokenizer.pad_token_id)
+            attention_mask = pad([torch.ones_like(each) for each in ids])
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 output = model.generate(
                     input_ids=input_ids.to(device),

@@ -236,11 +236,8 @@ def prepare_predictions(
         return
     ends, total = counts.cumsum(), int(counts.sum())
     tokens, log_probabilities = np.empty((total, top), np.int32), np.empty((total, top + 1), np.float16)
-    architecture, run_passes, collate = (
-        find_architecture(model),
-        choose_passes(model),
-        DeepSupervisionCollator(pad_token_id),
-    )
+    architecture, run_passes = find_architecture(model), choose_passes(model)
+    collate = DeepSupervisionCollator(pad_token_id)
     # Longest answers first: a lack of memory shows at once.
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     with progress("Reading the English rows", len(order)) as advance, _evaluated(model, autocast):
