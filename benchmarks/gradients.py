@@ -23,8 +23,7 @@ from pivotune.data.examples import Encoder, Example, Limits
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 from pivotune.lenses.base import Lens
-from pivotune.lenses.logit import LogitLens
-from pivotune.lenses.model import ModelLens
+from pivotune.lenses.logit import LogitLens, ModelLens
 from pivotune.lenses.tuned import fit_tuned_lens, lens_texts
 from pivotune.models.architecture import find_architecture
 from pivotune.models.loading import load_model, load_tokenizer

@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Of the clock, or logged and written since the first recording.
 _LEFT_OUT = ("runtime", "per_second", "total_flos", "gradient_share", "cosine")
-_NEW_IN_LAYERS = ("lens", "reading")
+_NEW_IN_LAYERS = ("lens", "reading", "reasons")
 
 
 def settings_of(case: str, folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_method_page_covers_every_loss():
     for name in (
         "next_token_loss",
         "inner_nll",
-        "positional_predictions",
+        "positional_targets",
         "feature_loss",
         "weighted_total",
         "term_counts",

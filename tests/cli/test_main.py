@@ -162,7 +162,7 @@ def test_anything_else_is_one_line_and_code_1(failing, capsys):
 
 
 def test_diverged_training_is_one_line_and_code_1(failing, capsys):
-    from pivotune.training.resilience.nonfinite import TrainingDivergedError
+    from pivotune.training.resilience.counters import TrainingDivergedError
 
     failing(TrainingDivergedError("the loss is not a finite number"))
     assert main(["init"]) == 1

@@ -436,7 +436,7 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
     from pivotune.cli import training_display
-    from pivotune.training.resilience.nonfinite import TrainingDivergedError
+    from pivotune.training.resilience.counters import TrainingDivergedError
     from pivotune.training.trainer import DeepSupervisionTrainer
 
     bars = []

@@ -13,7 +13,7 @@ from cases import build
 from pivotune.errors import UsageError
 from pivotune.training.distributed import ranks
 from pivotune.training.resilience.checkpoints import STAGING
-from pivotune.training.resilience.nonfinite import TrainingDivergedError
+from pivotune.training.resilience.counters import TrainingDivergedError
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 
 

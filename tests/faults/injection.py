@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from pivotune.errors import TrainingError
 from pivotune.runs import execute as run_module
 from pivotune.runs import folder as run_folder
+from pivotune.runs.execute import explained_faults
 from pivotune.training.metrics import MetricsFile
-from pivotune.training.resilience.faults import explained_faults
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 

@@ -67,7 +67,7 @@ def test_layers_follow_from_the_target_profile_and_its_noise(monkeypatch):
     assert called == [(analysis["target"]["entropy"], analysis["target"]["entropy_stderr"])]
     selection = select_layers(*called[0])
     assert {name: analysis[name] for name in ("conversion", "thinking", "method", "reason")} == {
-        name: value for name, value in selection.to_dict().items() if name != "falls"
+        name: value for name, value in selection.to_dict().items() if name not in ("falls", "reasons")
     }
 
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 from conftest import NUM_LAYERS, build_tiny_model, build_tiny_tokenizer
 from tiny_training import make_pairs
 
-from pivotune.config.supervision import TunedLensConfig
+from pivotune.config.supervision import SignalConfig, SupervisionConfig, TunedLensConfig
 from pivotune.data.datasets import set_apart
 from pivotune.layers.measure import analyze_layers
 from pivotune.layers.reading import TOKENS_PER_ROW, LayerReading, measure_reading
 from pivotune.layers.selection import select_by_reading
 from pivotune.models.architecture import find_architecture
 from pivotune.models.taps import tap
+from pivotune.training.layer_choice import resolve_supervision
 from pivotune.training.lens_fitting import fit_all_layers
 
 PAIRS = make_pairs(8)
@@ -67,6 +71,18 @@ def test_a_model_that_says_nothing_gets_layers_by_depth():
     found = select_by_reading(LayerReading(conversion=flat, thinking=flat, tokens={}))
     assert (found.conversion, found.thinking) == (3, 20)
     assert "no layer says the English text clearly better" in found.reason
+
+
+def test_one_loss_keeps_its_own_part_of_the_reason():
+    """Also after a round through `layers.json`; a named layer has a reason of its own."""
+    reading = LayerReading(conversion=curve(9, 7, 6.9, 6, 5, 4, 4), thinking=curve(9, 9, 8, 7, 5, 3, 3), tokens={})
+    found = select_by_reading(reading)
+    assert found.reason == f"{found.reasons['conversion']}; {found.reasons['thinking']}"
+    analysis: Any = json.loads(json.dumps(found.to_dict()))
+    for layer, reason in (("auto", found.reasons["thinking"]), (6, "thinking layer 6 was asked for")):
+        supervision = SupervisionConfig(thinking=SignalConfig(layer=layer))
+        chosen = resolve_supervision(supervision, 8, analysis)[1]
+        assert (chosen.thinking, chosen.reason, chosen.reasons) == (5 if layer == "auto" else 6, reason, {})
 
 
 def test_the_analysis_holds_what_was_read():

@@ -301,6 +301,7 @@ def test_to_dict_is_plain():
         "method": "entropy-falls",
         "reason": "why",
         "falls": [{"start": 0, "end": 2, "drop": 2.5}],
+        "reasons": {},
     }
 
 

@@ -61,13 +61,6 @@ def test_truncated_pass_equals_tap_of_full_pass(family):
     torch.testing.assert_close(short.hidden_states[2], full.hidden_states[2], rtol=0, atol=0)
 
 
-def test_no_norm_option_leaves_the_norm_out():
-    architecture = find_architecture(build_tiny_model())
-    hidden = torch.randn(1, 3, 32)
-    expected = hidden @ architecture.lm_head.weight.T
-    torch.testing.assert_close(lens_logits(architecture, hidden, norm="none"), expected)
-
-
 def test_lens_gives_no_gradient_to_norm_or_head(family):
     model = build_tiny_model(family)
     architecture = find_architecture(model)

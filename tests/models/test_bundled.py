@@ -278,7 +278,7 @@ def test_full_disk_while_flushing(package: Path, monkeypatch: pytest.MonkeyPatch
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bundled, "_flush", full)
+    monkeypatch.setattr(bundled, "flush", full)
     refused("No space left on device")
     assert [name for name in cached_names(tmp_path / "cache") if not name.endswith(".lock")] == []
 
@@ -301,7 +301,7 @@ def test_killed_conversion_leaves_nothing_that_counts(package: Path, tmp_path: P
     # Stops where everything is written and only the rename is left.
     code = (
         "import time; from pivotune.models import bundled\n"
-        "bundled._flush = lambda folder: (print('written', flush=True), time.sleep(600))\n"
+        "bundled.flush = lambda folder: (print('written', flush=True), time.sleep(600))\n"
         f"bundled.bundled_model_folder('{NAME}')"
     )
     with start_python(code, PYTHONPATH=f"{package.parent}:{SOURCE}") as process:

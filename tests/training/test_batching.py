@@ -25,7 +25,6 @@ from pivotune.training.batching import (
     WithBlankRows,
     blank_like,
     length_grouped_order,
-    longest_first,
     order_of,
     resumed_order,
     save_order,
@@ -182,9 +181,7 @@ def test_ranks_run_rows_of_similar_length_together(tmp_path):
 def test_evaluation_begins_with_the_longest_rows(tmp_path):
     trainer = tiny_trainer(tmp_path, trainer={"eval_dataset": make_pairs(12, seed=2)})
     dataset = trainer.eval_dataset["target"]
-    lengths = [len(dataset[row].main.ids) for row in longest_first(dataset)]
-    assert lengths == sorted(lengths, reverse=True)
-    assert len(lengths) == 12
+    lengths = sorted((len(dataset[row].main.ids) for row in range(12)), reverse=True)
     read = [batch["attention_mask"].sum(dim=1) for batch in trainer.get_eval_dataloader("target")]
     assert torch.cat(read).tolist() == lengths
 

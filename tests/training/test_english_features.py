@@ -23,7 +23,7 @@ from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import deep_supervision_terms
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
-from pivotune.training.english_features import FEATURES_FILE, FeatureDataset, prepare_features
+from pivotune.training.starting_model import FEATURES_FILE, FeatureDataset, prepare_features
 
 _TERMS = {"conversion": signal(kind="feature", layer=1), "thinking": signal(kind="feature", layer=3)}
 
@@ -44,7 +44,7 @@ def prepare(
 
 
 def batch_of(path: Path, examples=EXAMPLES) -> dict[str, torch.Tensor]:
-    dataset = FeatureDataset(examples, path)
+    dataset = FeatureDataset(ExampleDataset(examples), path)
     return collate([dataset[index] for index in range(len(dataset))])
 
 
@@ -156,7 +156,7 @@ def test_file_is_used_again(tmp_path, caplog):
 def test_rows_are_read_from_the_mapped_file(tmp_path):
     """Also by a worker process that gets the dataset pickled."""
     path = prepare(build_tiny_model(), tmp_path / "f")
-    dataset = FeatureDataset(EXAMPLES, path)
+    dataset = FeatureDataset(ExampleDataset(EXAMPLES), path)
     size = len(pickle.dumps(ExampleDataset(EXAMPLES)))
     assert len(pickle.dumps(dataset)) < size + 300
     for one, other in zip(dataset, pickle.loads(pickle.dumps(dataset)), strict=False):

@@ -19,7 +19,7 @@ from pivotune.data.examples import Example, Side
 from pivotune.errors import UsageError
 from pivotune.runs.prepare import prepare_run
 from pivotune.training.batching import blank_like
-from pivotune.training.english_predictions import PREDICTIONS_FILE, PredictionDataset, with_start_predictions
+from pivotune.training.starting_model import PREDICTIONS_FILE, PredictionDataset, with_starting_model
 
 TOP = 5
 EXAMPLES = make_examples(8)
@@ -33,7 +33,7 @@ def predicted(
     folder: Path, model: nn.Module | None = None, examples: list[Example] | None = None, top: int = TOP, **changes: Any
 ) -> Any:
     supervision = SupervisionConfig(keep_english=KeepEnglishConfig(kl=0.5, top=top))
-    return with_start_predictions(
+    return with_starting_model(
         ExampleDataset(EXAMPLES if examples is None else examples),
         build_tiny_model() if model is None else model,
         supervision,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,7 +140,6 @@ BEFORE_TRAINING = [
     Effect("disable_tqdm", False, lambda trainer: [type(each) for each in trainer.callback_handler.callbacks]),
     Effect("per_device_eval_batch_size", 2, lambda trainer: len(trainer.get_eval_dataloader("target"))),
     Effect("dataloader_num_workers", 1, loader("num_workers")),
-    Effect("dataloader_pin_memory", False, loader("pin_memory"), {"use_cpu": False}),
     Effect("dataloader_persistent_workers", True, loader("persistent_workers"), WORKER),
     Effect("dataloader_prefetch_factor", 5, loader("prefetch_factor"), WORKER),
     Effect("dataloader_multiprocessing_context", "spawn", loader("multiprocessing_context"), WORKER),
@@ -177,7 +175,7 @@ def names(effects: list[Effect]) -> set[str]:
 def test_every_field_is_known():
     """A field of a new release fails here: give it an effect and its test, or refuse it."""
     tested = names(OF_TRAINING) | names(BEFORE_TRAINING) | {*REPORTED, "torch_empty_cache_steps", "debug"}
-    tested |= {"full_determinism", "bf16_full_eval", "fp16_full_eval"}
+    tested |= {"full_determinism", "bf16_full_eval", "fp16_full_eval", "dataloader_pin_memory"}
     groups = [tested, ELSEWHERE.keys(), OF_TRANSFORMERS, REFUSED.keys()]
     fields = [field.name for field in dataclasses.fields(TrainingArguments)]
     counted = {field: sum(field in group for group in groups) for field in fields}
@@ -225,10 +223,7 @@ def test_fields_for_scripts_are_refused_in_yaml_only(field, tmp_path):
 
 
 def build(folder: Path, **changes: Any) -> Any:
-    with warnings.catch_warnings():
-        # On a machine without a GPU.
-        warnings.filterwarnings("ignore", message=".*pin_memory")
-        return tiny_trainer(folder, trainer={"eval_dataset": make_pairs(4, seed=5)}, **changes)
+    return tiny_trainer(folder, trainer={"eval_dataset": make_pairs(4, seed=5)}, **changes)
 
 
 def trained(folder: Path, **changes: Any) -> Any:
@@ -267,6 +262,13 @@ def test_a_field_changes_the_trainer(effect, tmp_path):
         assert effect.observe(build(tmp_path, **effect.beside, **{effect.field: effect.value})) != without
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def test_memory_is_pinned_for_an_accelerator_alone(tmp_path, monkeypatch):
+    trainers = [build(tmp_path, use_cpu=False, dataloader_pin_memory=asked) for asked in (True, False)]
+    for available in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=available: found)
+        assert [loader("pin_memory")(trainer) for trainer in trainers] == [available, False]
 
 
 def test_integrations_read_their_names(tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from pivotune.errors import UsageError
 from pivotune.runs.execute import execute_run
 from pivotune.runs.prepare import prepare_run
+from pivotune.training.averaging import interpolate_weights
 from pivotune.training.heldout import score_answers, summarize
-from pivotune.training.interpolation import interpolate_weights
 from pivotune.training.preparation import heldout_examples
 
 SHARE = 0.3

@@ -13,7 +13,7 @@ from pivotune.config.supervision import SupervisionConfig
 from pivotune.config.yaml_text import parse_config
 from pivotune.data.examples import Pair, Side
 from pivotune.errors import UsageError
-from pivotune.lenses.model import ModelLens
+from pivotune.lenses.logit import ModelLens
 from pivotune.lenses.tuned import lens_texts
 from pivotune.runs.prepare import prepare_run
 from pivotune.training import lens_fitting

@@ -28,7 +28,7 @@ from pivotune import DeepSupervisionConfig, DeepSupervisionTrainer
 from pivotune.data.examples import Example
 from pivotune.errors import UsageError
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
-from pivotune.training.resilience.nonfinite import TrainingDivergedError
+from pivotune.training.resilience.counters import TrainingDivergedError
 
 
 def answer_nll(model: nn.Module, example: Example) -> tuple[float, int]:

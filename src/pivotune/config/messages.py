@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -46,7 +46,12 @@ def describe(section: type[BaseModel], error: ValidationError, within: str) -> s
         return f"{key} is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{key}: {found!r} is not allowed; {_allowed(problems, problem)}"
+    # The members of a union have an error each.
+    alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
+    wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
+    # Not the name of a class.
+    wordings = ["a section with keys of its own" if "instance of" in wording else wording for wording in wordings]
+    return f"{key}: {found!r} is not allowed; allowed: {', or '.join(dict.fromkeys(wordings))}"
 
 
 # Pydantic puts the names of union members into the path of an error.
@@ -57,15 +62,6 @@ def _keys(problem: Any) -> list[str]:
     """Return the path of an error without the names of union members."""
     path = map(str, problem["loc"])
     return [part for part in path if part not in _UNION_MEMBERS and "[" not in part and "(" not in part]
-
-
-def _allowed(problems: Sequence[Any], problem: Any) -> str:
-    """Join what is allowed over the members of a union."""
-    alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
-    wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
-    # Not the name of a class.
-    wordings = ["a section with keys of its own" if "instance of" in wording else wording for wording in wordings]
-    return "allowed: " + ", or ".join(dict.fromkeys(wordings))
 
 
 def _section_in(annotation: Any) -> type[BaseModel]:

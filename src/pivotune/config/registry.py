@@ -89,6 +89,6 @@ LENSES: Registry[Any] = Registry(
     {
         "logit": "pivotune.lenses.logit:LogitLens",
         "tuned": "pivotune.lenses.tuned:TunedLens",
-        "model": "pivotune.lenses.model:ModelLens",
+        "model": "pivotune.lenses.logit:ModelLens",
     }
 )

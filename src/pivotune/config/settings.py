@@ -9,14 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pivotune.config.messages import LIST_TAG
@@ -120,11 +113,8 @@ class DataConfig(EncodingConfig):
         if isinstance(train, str):
             return train
         entries = [train] if isinstance(train, Mapping) else train
-        if not (
-            isinstance(entries, list)
-            and entries
-            and all(isinstance(entry, str | Mapping | DataSource) for entry in entries)
-        ):
+        kinds = (str, Mapping, DataSource)
+        if not (isinstance(entries, list) and entries and all(isinstance(entry, kinds) for entry in entries)):
             raise PydanticCustomError(
                 "sources", "a file, a Hub dataset, or a list of them and of {path, english, weight, language}"
             )
@@ -262,9 +252,8 @@ class RunConfig(Section):
     training: dict[str, Any] = Field(default_factory=dict)  # fields of transformers.TrainingArguments
     faults: FaultsConfig = FaultsConfig()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of a moving average of the weights, which is saved
-    interpolate: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # share of the trained weights; the rest are the starting ones
-    )
+    # Share of the trained weights; the rest are the starting ones.
+    interpolate: Annotated[float, Field(gt=0, le=1)] = 1.0
     lora: LoraSettings | None = None
     quantize: Literal["4bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

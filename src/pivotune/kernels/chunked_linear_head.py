@@ -62,7 +62,7 @@ def linear_cross_entropies(states: Tensor, head: LinearHead, labels: Tensor) -> 
         (N,) in nats, float32 (float64 for states in float64). Differentiable once.
     """
     if torch.is_grad_enabled() and states.requires_grad:
-        losses = _FrozenHead.apply(states, head, labels)
+        losses = FrozenHead.apply(states, head, labels)
         assert isinstance(losses, Tensor)
         return losses
     return losses_and_gradients(states, head, labels, Wanted()).losses
@@ -85,7 +85,7 @@ def linear_label_scores(states: Tensor, head: LinearHead, labels: Tensor) -> Lab
     return LabelScores(-outputs.losses, outputs.greedy)
 
 
-class _FrozenHead(Function):
+class FrozenHead(Function):
     """Losses of rows. Gradients of rows do not mix, so any upstream gradient (N,) scales them exactly."""
 
     @staticmethod

@@ -22,10 +22,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from pivotune.kernels.chunked_linear_head import (
+    FrozenHead,
     LabelScores,
     LinearHead,
     even_chunks,
@@ -33,7 +33,6 @@ from pivotune.kernels.chunked_linear_head import (
     linear_cross_entropies,
     linear_cross_entropy_sum,
     linear_label_scores,
-    refuse_second_derivative,
     rows_per_chunk,
 )
 from pivotune.models.architecture import Architecture
@@ -223,8 +222,8 @@ def _module_label_scores(architecture: Architecture, normed: Tensor, labels: Ten
     return LabelScores(torch.cat(scores), torch.cat(greedy))
 
 
-class _FrozenModule(Function):
-    """Gradients of the rows, taken chunk by chunk in the forward pass."""
+class _FrozenModule(FrozenHead):
+    """Gradients of the rows, taken chunk by chunk in the forward pass; `FrozenHead.backward` scales them."""
 
     @staticmethod
     def forward(ctx: Any, normed: Tensor, architecture: Architecture, labels: Tensor) -> Tensor:
@@ -237,13 +236,8 @@ class _FrozenModule(Function):
                 (gradient[rows],) = torch.autograd.grad(chunk_losses.sum(), chunk)
             losses.append(chunk_losses.detach())
         ctx.save_for_backward(gradient)
+        ctx.dtype = normed.dtype
         return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        refuse_second_derivative()
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None
 
 
 def _chunks(architecture: Architecture, normed: Tensor) -> list[slice]:

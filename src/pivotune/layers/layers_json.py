@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -36,12 +37,14 @@ class _Analysis(TypedDict):
 class LayerAnalysis(_Analysis, total=False):
     """Content of `layers.json`.
 
-    `target` and `english` are the profiles on the two languages (`LayerProfile.to_dict()`, null for a value that is not
-    finite) through the lens `lens`; `reading` is what each layer can say (`LayerReading.to_dict()`), where rows have both
-    sides; `english_tokens` is the reason given by `english_looking_tokens`; `supervised` are the inner losses of a run.
+    `target` and `english` are the profiles on the two languages (`LayerProfile`, null for a value that is not finite)
+    through the lens `lens`; `reading` is what each layer can say (`LayerReading`), where rows have both sides; `reasons`
+    are the parts of `reason` by loss, where each layer has its own; `english_tokens` is the reason given by
+    `english_looking_tokens`; `supervised` are the inner losses of a run.
     """
 
     lens: str
+    reasons: dict[TermName, str]
     reading: dict[str, Any] | None
     supervised: list[TermName]
 
@@ -64,11 +67,11 @@ def analysis_to_json(
         "language": language,
         "num_layers": target_profile.num_layers,
         **selection.to_dict(),
-        "target": target_profile.to_dict(),
-        "english": english_profile and english_profile.to_dict(),
+        "target": asdict(target_profile),
+        "english": english_profile and asdict(english_profile),
         "english_tokens": english_tokens,
         "lens": lens,
-        "reading": reading and reading.to_dict(),
+        "reading": reading and asdict(reading),
     }
     return finite(analysis)
 
@@ -111,4 +114,5 @@ def selection_from_json(analysis: LayerAnalysis) -> LayerSelection:
         analysis["method"],
         analysis["reason"],
         tuple(Fall(**fall) for fall in analysis["falls"]),
+        analysis.get("reasons", {}),
     )

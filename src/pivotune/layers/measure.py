@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pivotune.data.examples import Pair, Side
+from pivotune.data.collator import DeepSupervisionCollator
+from pivotune.data.examples import Example, Pair, Side
 from pivotune.errors import UsageError
 from pivotune.layers.layers_json import LayerAnalysis, analysis_to_json
 from pivotune.layers.profile import LayerProfile, profile_layers
@@ -63,18 +64,16 @@ def analyze_layers(
     counted = ([*side.ids[slice(*side.query)].tolist(), *side.ids[side.answer :].tolist()] for side in target)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in counted]
     vocabulary, reason = english_looking_tokens(tokenizer, texts)
-    device = next(model.parameters()).device
+    device, pad_token_id = next(model.parameters()).device, tokenizer.pad_token_id or 0
     read = None
     if reading and english:
-        pad_token_id = tokenizer.pad_token_id or 0
-        read = measure_reading(
-            model, pairs, lens or LogitLens(find_architecture(model)), pad_token_id=pad_token_id, batch_size=batch_size
-        )
+        read_through = lens or LogitLens(find_architecture(model))
+        read = measure_reading(model, pairs, read_through, pad_token_id=pad_token_id, batch_size=batch_size)
 
     def profile(sides: Sequence[Side], done: int) -> LayerProfile:
         return profile_layers(
             model,
-            _batches(sides, batch_size, device, tokenizer.pad_token_id or 0),
+            _batches(sides, batch_size, device, pad_token_id),
             lens=lens,
             english_tokens=vocabulary,
             tokens_per_sequence=tokens_per_row,
@@ -108,20 +107,11 @@ def _batches(
     sides: Sequence[Side], batch_size: int, device: torch.device, pad_token_id: int
 ) -> Iterator[dict[str, Tensor]]:
     """Pad sequences of similar length together; the means do not depend on the order."""
-    ordered = sorted(sides, key=lambda side: len(side.ids))
+    collate, ordered = DeepSupervisionCollator(pad_token_id), sorted(sides, key=lambda side: len(side.ids))
     for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
-        shape = (len(chunk), len(chunk[-1].ids))
-        input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        token_mask = torch.zeros(shape, dtype=torch.bool)
-        for index, side in enumerate(chunk):
-            input_ids[index, : len(side.ids)] = torch.from_numpy(side.ids).long()
-            attention_mask[index, : len(side.ids)] = 1
-            token_mask[index, slice(*side.query)] = True
-            token_mask[index, side.answer : len(side.ids)] = True
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_mask": token_mask}
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = collate([Example(main=side) for side in ordered[start : start + batch_size]])
+        batch["token_mask"] = batch["query_mask"] | (batch["labels"] >= 0)
+        yield {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "token_mask")}
 
 
 # --- English-looking tokens ----------------------------------------------------------------------------------------

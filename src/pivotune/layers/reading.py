@@ -6,12 +6,11 @@ are the inner losses themselves before training: they show from which layer on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.examples import Example, Pair
@@ -41,10 +40,6 @@ class LayerReading:
     thinking: list[float]
     tokens: dict[str, int]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
 
 @torch.no_grad()
 def measure_reading(
@@ -54,14 +49,12 @@ def measure_reading(
     *,
     pad_token_id: int = 0,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
 ) -> LayerReading:
     """Read both English sides behind the target prompts through a lens at layers 0 to L - 1, and at the output.
 
     Args:
         pairs: rows; those without both sides are left out.
         lens: with a map for every layer below L, for a tuned lens.
-        progress: called with the number of rows done.
     """
     architecture = find_architecture(model)
     layers = range(architecture.num_layers + 1)
@@ -84,12 +77,7 @@ def measure_reading(
                     states = taps.hidden_states.pop(layer)[:, :-1][read]
                     if layer < architecture.num_layers:
                         states = lens(states, layer)
-                    sums[name][layer] += _nll(architecture, states, labels)
-            if progress is not None:
-                progress(min(begin + batch_size, len(examples)))
+                    normed = frozen_norm(architecture, states)
+                    sums[name][layer] += cross_entropies(architecture, normed, labels).sum().item()
     means = {name: (total / max(counts[name], 1)).tolist() for name, total in sums.items()}
     return LayerReading(tokens=counts, **means)
-
-
-def _nll(architecture: Any, states: Tensor, labels: Tensor) -> float:
-    return cross_entropies(architecture, frozen_norm(architecture, states), labels).sum().item()

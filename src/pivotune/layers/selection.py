@@ -7,8 +7,8 @@ Layer k means "after k decoder blocks"; 0 = embeddings, L = after the last block
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,7 @@ class LayerSelection:
         method: `reading` (from what each layer can say), `entropy-falls` (from the entropy curve), `relative-depth` (the
             paper's 2/32 and 15/32 of the depth) or `explicit` (both set by the user).
         falls: every clear fall that was found, from the bottom up.
+        reasons: the parts of the reason by loss, where each layer has its own (`reading`).
     """
 
     conversion: int
@@ -73,6 +74,7 @@ class LayerSelection:
     method: SelectionMethod
     reason: str
     falls: tuple[Fall, ...] = ()
+    reasons: Mapping[TermName, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -92,26 +94,28 @@ def select_by_reading(reading: LayerReading) -> LayerSelection:
     check_depth(num_layers)
     conversion = max(1, round(CONVERSION_DEPTH * num_layers))
     layers = {"conversion": conversion, "thinking": max(conversion + 1, round(THINKING_DEPTH * num_layers))}
-    reasons = []
-    for name, share, values in (
-        ("conversion", CONVERSION_SHARE, reading.conversion),
-        ("thinking", THINKING_SHARE, reading.thinking),
-    ):
+    rules: dict[TermName, Any] = {
+        "conversion": (CONVERSION_SHARE, reading.conversion),
+        "thinking": (THINKING_SHARE, reading.thinking),
+    }
+    reasons: dict[TermName, str] = {}
+    for name, (share, values) in rules.items():
         inner = values[1:num_layers]
         gain = inner[0] - min(inner)
         if not all(map(math.isfinite, inner)) or gain < CLEAR_NATS:
-            reasons.append(f"{name}: no layer says the English text clearly better; layer {layers[name]} by its depth")
+            reasons[name] = f"{name}: no layer says the English text clearly better; layer {layers[name]} by its depth"
             continue
         found = 1 + next(k for k, value in enumerate(inner) if inner[0] - value >= share * gain)
         curve = f"({inner[0]:.2f} to {min(inner):.2f} nats per token)"
         where = f"{share:.0%} of the gain in likelihood {curve} at layer {found}"
         if (found > num_layers / 3) is (name == "thinking"):
             layers[name] = found
-            reasons.append(f"{name}: {where}")
+            reasons[name] = f"{name}: {where}"
         else:
             side = "in the lowest third" if name == "thinking" else "above the lowest third"
-            reasons.append(f"{name}: {where}, {side}; layer {layers[name]} by its depth")
-    return LayerSelection(layers["conversion"], layers["thinking"], "reading", "; ".join(reasons))
+            reasons[name] = f"{name}: {where}, {side}; layer {layers[name]} by its depth"
+    reason = "; ".join(reasons.values())
+    return LayerSelection(layers["conversion"], layers["thinking"], "reading", reason, reasons=reasons)
 
 
 def select_layers(entropy: Sequence[float], stderr: Sequence[float] | None = None) -> LayerSelection:
@@ -286,7 +290,8 @@ def resolve_layers(
             f"supervision.conversion.layer: {conversion} is not allowed; it must be below "
             f"supervision.thinking.layer, which is {thinking}"
         )
-    return replace(automatic, conversion=conversion, thinking=thinking, reason=f"{how}{misfit}; {automatic.reason}")
+    reason = f"{how}{misfit}; {automatic.reason}"
+    return replace(automatic, conversion=conversion, thinking=thinking, reason=reason, reasons={})
 
 
 def check_layer(term: TermName, layer: int | Literal["auto"], num_layers: int, *, alone: bool = False) -> None:

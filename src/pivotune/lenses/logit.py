@@ -1,4 +1,4 @@
-"""The logit lens: the output of the model if it stopped after layer k.
+"""The logit lens: the output of the model if it stopped after layer k; and the lens that runs its other layers.
 
 `logits_k = transform(W_out norm(h_k))`, with the final norm recomputed from `h_k` itself and the soft-cap and logit
 scale that the model applies to its own logits (nostalgebraist 2020, "interpreting GPT: the logit lens"). The paper
@@ -26,14 +26,19 @@ class LogitLens:
         return hidden_states
 
 
-def lens_logits(architecture: Architecture, hidden_states: Tensor, *, norm: str = "final") -> Tensor:
-    """Return the logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head.
+class ModelLens(LogitLens):
+    """The model's own upper layers (`lens: model`): the truest reading, at the price of a full-depth branch.
 
-    Args:
-        norm: `final` recomputes the final norm from these states (logit lens); `none` leaves it out.
+    The identity on `h_L`: the forward runs the branches on to the last layer, with everything above their own layer
+    detached (`pivotune.forward.passes.PassRequest`).
     """
-    normed = frozen_norm(architecture, hidden_states) if norm == "final" else hidden_states
-    return readout(architecture, normed, frozen=True)
+
+    branches_to_top = True
+
+
+def lens_logits(architecture: Architecture, hidden_states: Tensor) -> Tensor:
+    """Return the logits (..., vocabulary) of raw states `h_k` (..., width) through the frozen final norm and head."""
+    return readout(architecture, frozen_norm(architecture, hidden_states), frozen=True)
 
 
 @torch.no_grad()

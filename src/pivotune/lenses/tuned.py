@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pivotune.config.supervision import TunedLensConfig
 from pivotune.data.examples import Pair
 from pivotune.errors import UsageError
 from pivotune.forward.passes import PassRequest, choose_passes
+from pivotune.forward.shared.packing import leading
 from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.models.head import chunk_rows, frozen_norm, readout
 from pivotune.models.taps import evaluation_mode
@@ -228,14 +230,11 @@ def _collect(
     with evaluation_mode(model):
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            input_ids = torch.zeros(len(rows), len(texts[rows[-1]].ids), dtype=torch.long)
-            attention_mask, read = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-            for place, row in enumerate(rows):
-                ids, first = texts[row]
-                input_ids[place, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-                attention_mask[place, : len(ids)] = 1
-                read[place, first : len(ids)] = True
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            ids = [torch.from_numpy(texts[row].ids.astype(np.int64)) for row in rows]
+            input_ids = pad_sequence(ids, batch_first=True)
+            present = leading(torch.tensor([len(each) for each in ids]), input_ids.shape[1])
+            read = present & ~leading(torch.tensor([texts[row].first for row in rows]), input_ids.shape[1])
+            inputs = {"input_ids": input_ids, "attention_mask": present.long()}
             inputs = {name: tensor.to(architecture.device) for name, tensor in inputs.items()}
             taps = run_passes(model, inputs, PassRequest(main_layers=frozenset(layers))).main
             for layer in layers:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pivotune.errors import UsageError
-from pivotune.text.files import apply_umask
+from pivotune.text.files import flush, sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,8 +99,7 @@ def _find_gguf_file(short_name: str) -> Path:
 @cache
 def _file_hash(path: Path, modified_ns: int) -> str:
     """Return the file's SHA-256; `modified_ns` makes a changed file another cache entry."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None
                 sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
                 manifest = {"conversion_version": CONVERSION_VERSION, "source": source, "files": sizes}
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-                _flush(temporary)
+                flush(temporary)
                 if folder.exists():
                     folder.rename(folder.with_name(f"{folder.name}.tmp-damaged"))
                 temporary.rename(folder)
@@ -151,16 +150,6 @@ def _convert_once(gguf_file: Path, folder: Path, source: dict[str, str]) -> None
 def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Flush the files and the folder's entry to disk: after a power cut no renamed file is empty."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # --- the conversion ------------------------------------------------------------------------------------------------
@@ -192,9 +181,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     special_ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in _SPECIAL_TOKENS}
     GenerationConfig(**special_ids).save_pretrained(folder)
-    weights_file = folder / "model.safetensors"
-    save_file(dict(_named_weights(reader, config)), weights_file, metadata={"format": "pt"})
-    apply_umask(weights_file)
+    save_file(dict(_named_weights(reader, config)), folder / "model.safetensors", metadata={"format": "pt"})
     _save_tokenizer(fields, folder)
 
 

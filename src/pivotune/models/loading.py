@@ -158,7 +158,16 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantize is not None:
-        options["quantization_config"] = _quantization_config()
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError("quantize: 4bit needs the package bitsandbytes: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        nf4 = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     return _load(name, revision, options, translates)
 
 
@@ -205,16 +214,6 @@ def _load(name: str, revision: str | None, options: dict[str, Any], translates: 
             f"{tuple(stored)} found, {tuple(expected)} expected"
         )
     return model
-
-
-def _quantization_config() -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError("quantize: 4bit needs the package bitsandbytes: pip install bitsandbytes")
-    options = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": torch.bfloat16}
-    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in options.items()})
 
 
 def _check_kind(name: str, config: PretrainedConfig, translates: bool) -> None:

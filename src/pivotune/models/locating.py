@@ -37,10 +37,6 @@ class ModelFiles:
     def is_adapter(self) -> bool:
         return _ADAPTER_CONFIG in self.names
 
-    @property
-    def has_tokenizer(self) -> bool:
-        return bool(_TOKENIZER_FILES & self.names)
-
 
 def resolve_model(name: str) -> str:
     """Return a folder path or Hub name for `from_pretrained`; a Hub name is not looked up here.
@@ -100,7 +96,7 @@ def tokenizer_files(name: str, revision: str | None) -> ModelFiles:
         UsageError: as `locate`; no tokenizer beside the model.
     """
     files = locate(name, revision)
-    if files.has_tokenizer:
+    if _TOKENIZER_FILES & files.names:
         return files
     if files.is_adapter:
         base, base_revision = base_of(name, files)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivotune.forward.passes import Batch, Passes, PassRequest
-from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture
 from pivotune.models.sharding import in_lockstep
 from pivotune.objectives.base import InnerLoss, LossTerm, no_loss
-from pivotune.objectives.cosine import compared_rows, pool, span_masks
+from pivotune.objectives.cosine import PooledLoss, compared_rows, pool, span_masks
 
 
-class BatchwiseLoss(ABC):
+class BatchwiseLoss(PooledLoss):
     """A loss over the mean states of both languages, each after `layer` blocks, of all rows that the ranks have now.
 
     Rows of two micro-batches are not compared, so that accumulation changes the loss; the number of ranks does not.
@@ -29,10 +27,6 @@ class BatchwiseLoss(ABC):
     """
 
     additive = False
-    uses_lens = False
-
-    def __init__(self, options: Any) -> None:
-        self.options = options
 
     @abstractmethod
     def row_losses(self, name: str, target: Tensor, english: Tensor, rows: Tensor) -> Tensor:
@@ -52,17 +46,7 @@ class BatchwiseLoss(ABC):
         joint = self.options.english == "joint"
         return PassRequest(main_layers=layers, english_layers=layers, english_gradient=joint)
 
-    def count(self, loss: InnerLoss, batch: Batch) -> Tensor:
-        """Count the rows whose span has tokens on both sides."""
-        return compared_rows(batch, self.options.span).sum()
-
-    def __call__(
-        self, losses: Sequence[InnerLoss], passes: Passes, batch: Batch, architecture: Architecture, lens: Lens
-    ) -> Mapping[str, LossTerm]:
-        """Return the losses; raw states are compared, without a lens."""
-        return {loss.name: self._term(loss, passes, batch) for loss in losses}
-
-    def _term(self, loss: InnerLoss, passes: Passes, batch: Batch) -> LossTerm:
+    def term(self, loss: InnerLoss, passes: Passes, batch: Batch, architecture: Architecture) -> LossTerm:
         if passes.english is None:
             return no_loss(batch)
         target_mask, english_mask = span_masks(batch, self.options.span)

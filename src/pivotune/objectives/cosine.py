@@ -7,8 +7,9 @@ target side at layer j. The span is the query, or query and answer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,38 @@ Pooling = Literal["mean", "last"]
 Span = Literal["query", "query+answer"]
 
 
-class Cosine:
+class PooledLoss(ABC):
+    """A loss over pooled raw states of both languages, read without a lens.
+
+    Args:
+        options: with `span`, the pooled tokens.
+    """
+
+    uses_lens = False
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def count(self, loss: InnerLoss, batch: Batch) -> Tensor:
+        """Count the rows whose span has tokens on both sides."""
+        return compared_rows(batch, self.options.span).sum()
+
+    def __call__(
+        self, losses: Sequence[InnerLoss], passes: Passes, batch: Batch, architecture: Architecture, lens: Lens
+    ) -> dict[str, LossTerm]:
+        """Return the losses by name."""
+        return {loss.name: self.term(loss, passes, batch, architecture) for loss in losses}
+
+    @abstractmethod
+    def term(self, loss: InnerLoss, passes: Passes, batch: Batch, architecture: Architecture) -> LossTerm:
+        """Return one loss."""
+
+
+class Cosine(PooledLoss):
     """Cosine distance between the pooled states of both languages, a row at a time."""
 
     additive = True
-    uses_lens = False
-
-    def __init__(self, options: FeatureConfig) -> None:
-        self.options = options
+    options: FeatureConfig
 
     def request(
         self, losses: Sequence[InnerLoss], batch: Batch, architecture: Architecture, reference: nn.Module | None
@@ -57,17 +82,7 @@ class Cosine:
             reference=reference if frozen else None,
         )
 
-    def count(self, loss: InnerLoss, batch: Batch) -> Tensor:
-        """Count the rows whose span has tokens on both sides."""
-        return compared_rows(batch, self.options.span).sum()
-
-    def __call__(
-        self, losses: Sequence[InnerLoss], passes: Passes, batch: Batch, architecture: Architecture, lens: Lens
-    ) -> dict[str, LossTerm]:
-        """Return the distances; raw states are compared, without a lens."""
-        return {loss.name: self._term(loss, passes, batch, architecture) for loss in losses}
-
-    def _term(self, loss: InnerLoss, passes: Passes, batch: Batch, architecture: Architecture) -> LossTerm:
+    def term(self, loss: InnerLoss, passes: Passes, batch: Batch, architecture: Architecture) -> LossTerm:
         target, options = passes.main.hidden_states[loss.layer], self.options
         pooled = self._pooled_english(batch, loss)
         if pooled is not None:

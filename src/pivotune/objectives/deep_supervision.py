@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pivotune.config.registry import LENSES, OBJECTIVES
 from pivotune.config.supervision import SupervisionConfig
 from pivotune.forward.passes import Batch, PassRequest, RunPasses, choose_passes
+from pivotune.kernels.cross_entropy import cross_entropy_sum, shifted
 from pivotune.lenses.base import Lens
-from pivotune.models.architecture import find_architecture
+from pivotune.models.architecture import Architecture, find_architecture
 from pivotune.objectives.base import InnerLoss, LossTerm, Objective, no_loss
 from pivotune.objectives.english_kl import count_kept, english_kl
-from pivotune.objectives.next_token import next_token_loss
 
 
 class DeepSupervisionLoss:
@@ -50,10 +51,10 @@ class DeepSupervisionLoss:
     def terms(self, model: nn.Module, batch: Batch, skip: frozenset[str] = frozenset()) -> dict[str, LossTerm]:
         """Return the terms of one micro-batch; see `deep_supervision_terms`."""
         architecture = find_architecture(model)
-        groups = [
+        kept = (
             (objective, [loss for loss in losses if loss.name not in skip]) for objective, losses in self.objectives
-        ]
-        groups = [(objective, losses) for objective, losses in groups if losses]
+        )
+        groups = [(objective, losses) for objective, losses in kept if losses]
         lens = self._lens or LENSES[self._supervision.lens](architecture)
         requests = [objective.request(losses, batch, architecture, self._reference) for objective, losses in groups]
         request = replace(merge_requests(requests), branches_to_top=getattr(lens, "branches_to_top", False))
@@ -81,6 +82,18 @@ class DeepSupervisionLoss:
         if self._keeps_english:
             counts["english_kl"] = count_kept(batch)
         return {name: counts[name] for name in self.names}
+
+
+def next_token_loss(architecture: Architecture, final_states: Tensor, labels: Tensor) -> LossTerm:
+    """Return L_TFT = -log P(y | x): the cross-entropy of the answer in nats, summed, and its number of tokens.
+
+    Args:
+        final_states: output of the final norm, (B, T, width).
+        labels: (B, T), -100 outside the answer.
+    """
+    states, targets = shifted(final_states, labels)
+    loss = cross_entropy_sum(architecture, states, targets, frozen_head=False)
+    return LossTerm(loss, torch.tensor(targets.numel(), device=targets.device))
 
 
 def deep_supervision_terms(

@@ -2,7 +2,7 @@
 
 L_LC = -log P(x_en | x; layers 1..i, W_out) and L_ET = -log P(y_en | x; layers 1..j, W_out) (arXiv 2503.01275, section
 "Deep supervision with logits"). The paper leaves open how a sequence is predicted at an inner layer (docs/method.md).
-`autoregressive` is the chain rule; `pivotune.objectives.positional` puts the English tokens on the target's positions.
+`autoregressive` is the chain rule; `positional` puts the English tokens on the target's positions, cut to the shorter side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pivotune.lenses.base import Lens
 from pivotune.models.architecture import Architecture
 from pivotune.models.head import frozen_norm
 from pivotune.objectives.base import InnerLoss, LossTerm
-from pivotune.objectives.positional import positional_predictions, positional_targets
 
 # The part of the row that each inner loss supervises: conversion asks for x_en, thinking for y_en.
 SIDES = {"conversion": "query", "thinking": "answer"}
@@ -83,13 +82,31 @@ class PositionalNLL(AutoregressiveNLL):
         self, losses: Sequence[InnerLoss], passes: Passes, batch: Batch
     ) -> dict[InnerLoss, tuple[Tensor, Tensor]]:
         """Return raw states (N, width) of the main sequence and the English tokens (N,) laid on them."""
+        targets = {loss: positional_targets(batch, SIDES[loss.name]) for loss in losses}
         states = passes.main.hidden_states
-        return {loss: positional_predictions(states[loss.layer], batch, SIDES[loss.name]) for loss in losses}
+        return {loss: (states[loss.layer][places], labels) for loss, (places, labels) in targets.items()}
 
 
 def build_english_nll(options: LogitsConfig) -> AutoregressiveNLL:
     """Return the objective of `signal: logits` for `logits.mode`."""
     return PositionalNLL(options) if options.mode == "positional" else AutoregressiveNLL(options)
+
+
+def positional_targets(batch: Batch, side: str) -> tuple[Tensor, Tensor]:
+    """Return the positions (B, T) bool of the main sequence that get an English label, and the labels (N,), row by row.
+
+    For `query` the state at the t-th query token is asked for the t-th English query token; for `answer` the state that
+    predicts the t-th answer token is asked for the t-th English answer token.
+    """
+    if side == "query":
+        places = batch["query_mask"]
+    else:
+        places = torch.zeros_like(batch["query_mask"])
+        places[:, :-1] = batch["labels"][:, 1:] >= 0
+    english = batch[f"english_{side}_mask"]
+    lengths = torch.minimum(places.sum(dim=1), english.sum(dim=1))[:, None]
+    first, english_first = (mask & (mask.cumsum(dim=1) <= lengths) for mask in (places, english))
+    return first, batch["english_input_ids"][english_first]
 
 
 def inner_nll(

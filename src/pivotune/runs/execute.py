@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from pivotune.config.registry import METHODS
 from pivotune.config.settings import RunConfig
 from pivotune.data.formats import row_name
 from pivotune.data.pair_store import pairs_digest
-from pivotune.errors import UsageError
+from pivotune.errors import TrainingError, UsageError
 from pivotune.estimate.memory_changes import explained_out_of_memory
 from pivotune.layers.layers_json import LayerAnalysis, read_layers_json, write_layers_json
 from pivotune.lenses.tuned import LensFigures
@@ -28,12 +30,7 @@ from pivotune.runs.export import gathered_model, is_sharded, save_model
 from pivotune.runs.folder import make_folder, remove_leftovers, run_lock, write_run_config
 from pivotune.runs.model_card import model_card
 from pivotune.runs.prepare import PreparedRun
-from pivotune.runs.record import (
-    has_rows_record,
-    read_start_scores,
-    write_rows_record,
-    write_start_scores,
-)
+from pivotune.runs.record import has_rows_record, read_start_scores, write_rows_record, write_start_scores
 from pivotune.text.files import write_items, write_json, write_text
 from pivotune.training.distributed import ranks
 from pivotune.training.heldout import RowScore, score_answers, summarize
@@ -42,7 +39,7 @@ from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 from pivotune.training.metrics import FigureLog, MetricsFile, trained_totals
 from pivotune.training.preparation import heldout_examples
 from pivotune.training.progress import Progress, silent
-from pivotune.training.resilience.faults import explained_faults
+from pivotune.training.resilience.checkpoints import DISK_FULL, kept, write_advice
 from pivotune.training.resilience.preemption import StoppedBySignalError, StopSignals
 from pivotune.training.trainer import DeepSupervisionTrainer
 
@@ -52,6 +49,12 @@ _SEEN_AFTER = 60.0
 Draw = Callable[[LayerAnalysis | None, Mapping[int, LensFigures]], Mapping[str, bytes]]
 # Held-out scores by side: `target` and `english`.
 Scores = dict[str, list[RowScore]]
+_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?:[^.]*signal: (\w+))?")
+# Messages of gloo, NCCL and torch's store about a rank that is gone or that a collective waited for in vain.
+_LOST_RANK = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused|was)|broken pipe|timed out waiting|remote process|recvValue|TCPStore",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -135,8 +138,12 @@ def _execute(
     layers = ranks.on_main(begin_folder)
     with in_memory("loading the model"):
         model = _load_starting_model(config)
-    with in_memory("measuring the layers"):
-        layers = layers or _measure_layers(prepared, model, progress)
+    automatic = any(term.layer == "auto" for term in config.supervision.active().values())
+    if layers is None and automatic and METHODS[config.method].inner_losses:
+        with in_memory("measuring the layers"):
+            layers = measure_layers(
+                args, model, prepared.tokenizer, prepared.train, model_name=config.model, progress=progress
+            )
     trainer = DeepSupervisionTrainer(
         model,
         args,
@@ -203,16 +210,6 @@ def _load_starting_model(config: RunConfig, *, adapters: bool = False) -> PreTra
         )
     )
     return add_adapters(model, build_lora_config(config.lora, model)) if adapters and config.lora is not None else model
-
-
-def _measure_layers(prepared: PreparedRun, model: PreTrainedModel, progress: Progress) -> LayerAnalysis | None:
-    config = prepared.config
-    terms = config.supervision.active().values()
-    if not METHODS[config.method].inner_losses or all(term.layer != "auto" for term in terms):
-        return None
-    return measure_layers(
-        prepared.args, model, prepared.tokenizer, prepared.train, model_name=config.model, progress=progress
-    )
 
 
 class _StartScores(TrainerCallback):
@@ -328,3 +325,56 @@ def _heldout_task(
         "nll_per_character": summary.nll_per_character,
         "base": {"value": start.nll, "stderr": start.stderr, "nll_per_character": start.nll_per_character},
     }
+
+
+# ---- faults of the machine ----
+
+
+@contextmanager
+def explained_faults(folder: Path) -> Iterator[None]:
+    """Turn a known fault into one line that names the run's last good checkpoint; other errors pass unchanged.
+
+    Raises:
+        UsageError: the disk is full or not writable.
+        TrainingError: the run's folder has vanished, a data worker has died, or another rank is lost.
+    """
+    try:
+        yield
+    except (TrainingError, UsageError):
+        raise
+    except (OSError, RuntimeError) as error:
+        explained = _explain_fault(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain_fault(error: OSError | RuntimeError, folder: Path) -> Exception | None:
+    """Return a known fault as an exception with a message of one line, or None."""
+    if isinstance(error, OSError) and not folder.is_dir():
+        return TrainingError(
+            f"output_dir: {folder} has vanished during the run; what it held is gone, start again with the same command"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        where = error.filename or folder
+        # A full disk always is that of the run's folder.
+        is_full = error.errno in (*DISK_FULL, errno.EROFS)
+        if is_full or (error.filename and Path(str(where)).resolve().is_relative_to(folder.resolve())):
+            return UsageError(
+                f"{where}: cannot be written ({error.strerror}); {kept(folder)}; {write_advice(error)} and go on with "
+                "--resume"
+            )
+    if worker := _WORKER.search(str(error)):
+        killed = f" by {worker[2]}" if worker[2] else ""
+        return TrainingError(
+            f"a data worker (process {worker[1].strip()}) was killed{killed}, often for lack of memory; {kept(folder)}; "
+            "lower training.dataloader_num_workers or free memory, and go on with --resume"
+        )
+    if ranks.world_size() > 1 and _LOST_RANK.search(str(error)):
+        # gloo begins with its own source file.
+        reason = re.sub(r"^\[[^]]*:\d+\] ", "", " ".join(str(error).split())).partition(". ")[0][:160]
+        timed_out = ", with a longer faults.hang_timeout if that rank was only slow" if "imed out" in reason else ""
+        return TrainingError(
+            f"lost the connection to another rank ({reason}); {kept(folder)}; go on with --resume{timed_out}"
+        )
+    return None

@@ -41,16 +41,8 @@ _OWN_FOLDERS = ("model", "adapter", STAGING)
 # Name of a file that `write_bytes` has not renamed yet; editors keep files of other names beside the edited one.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 _LIBRARIES = (
-    "pivotune",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-)
+    "pivotune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
 
 # ---- who may write ----
 

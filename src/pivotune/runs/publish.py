@@ -103,7 +103,8 @@ def push_run(
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UsageError(f"{repository}: not a name on the Hugging Face Hub; allowed: owner/name") from error
-    if config.lora is not None and not options.get("merge_lora") and _is_local(config.model):
+    is_local = config.model.startswith("bundled:") or Path(config.model).expanduser().exists()
+    if config.lora is not None and not options.get("merge_lora") and is_local:
         raise UsageError(f"{run}: adapters on {config.model}, which is not on the Hub; add --merge-lora")
     api = HfApi()
     if not dry_run:
@@ -124,8 +125,7 @@ def _whole_model(run: Path, config: RunConfig, dtype: str, interpolate: float) -
 
     from pivotune.models.adapters import merge_adapters
     from pivotune.runs.export import cast_weights
-    from pivotune.training.averaging import trained_weights
-    from pivotune.training.interpolation import interpolate_weights, is_lora_b
+    from pivotune.training.averaging import interpolate_weights, is_lora_b, trained_weights
 
     folder = run / "model" if config.lora is None else _adapter_folder(run)
     model: Any = load_model(str(folder), trust_remote_code=config.trust_remote_code)
@@ -155,7 +155,7 @@ def _copy_adapters(source: Path, to: Path, dtype: str, interpolate: float) -> No
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pivotune.training.interpolation import is_lora_b
+    from pivotune.training.averaging import is_lora_b
 
     tensors = load_file(source / "adapter_model.safetensors")
     for name, tensor in tensors.items():
@@ -163,7 +163,3 @@ def _copy_adapters(source: Path, to: Path, dtype: str, interpolate: float) -> No
         tensors[name] = scaled if dtype == "auto" else scaled.to(getattr(torch, dtype))
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(source / "adapter_config.json", to / "adapter_config.json")
-
-
-def _is_local(model: str) -> bool:
-    return model.startswith("bundled:") or Path(model).expanduser().exists()

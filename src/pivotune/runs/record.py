@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from pivotune.config.settings import DataConfig
 from pivotune.data.examples import Pair
 from pivotune.data.pair_store import pairs_digest
 from pivotune.errors import UsageError
-from pivotune.text.files import write_json
+from pivotune.text.files import sha256_of, write_json
 from pivotune.training.heldout import RowScore
 from pivotune.training.resilience.checkpoints import last_checkpoint
 
@@ -48,10 +46,7 @@ def _data_files(data: DataConfig) -> dict[str, Any]:
 def _file_digest(source: Any) -> str | None:
     """Return the SHA-256 of a local file; None for anything else."""
     path = Path(source).expanduser() if isinstance(source, str) else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path) if path is not None and path.is_file() else None
 
 
 def has_rows_record(folder: Path) -> bool:
@@ -70,9 +65,17 @@ def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
     Raises:
         UsageError: the rows differ, or the record cannot be read and rows were trained on already.
     """
-    record = _read_rows_record(folder)
+    record, path = _read_rows_record(folder), folder / ROWS_FILE
     if record is None:
-        _check_untrained(folder)
+        if not path.exists():
+            return
+        if last_checkpoint(folder) is not None:
+            raise UsageError(
+                f"--resume: {path} cannot be read, so the rows cannot be compared with those of the run's start; restore "
+                "it, or remove it if the rows are the same"
+            )
+        # Without a checkpoint no row was trained on.
+        logger.warning("%s cannot be read and is written anew: the run has no checkpoint yet", path)
         return
     if record["sha256"] == pairs_digest(train):
         return
@@ -84,23 +87,9 @@ def check_rows_record(folder: Path, train: Sequence[Pair], source: str) -> None:
     )
 
 
-def _check_untrained(folder: Path) -> None:
-    """Refuse an unreadable record beside a checkpoint; without one no row was trained on, and it is written anew."""
-    path = folder / ROWS_FILE
-    if not path.exists():
-        return
-    if last_checkpoint(folder) is not None:
-        raise UsageError(
-            f"--resume: {path} cannot be read, so the rows cannot be compared with those of the run's start; restore it, "
-            "or remove it if the rows are the same"
-        )
-    logger.warning("%s cannot be read and is written anew: the run has no checkpoint yet", path)
-
-
 def write_start_scores(folder: Path, key: Mapping[str, Any], scores: Mapping[str, Sequence[RowScore]]) -> None:
     """Write the starting model's scores exactly: JSON's decimals give every double back."""
-    rows = {side: [astuple(score) for score in found] for side, found in scores.items()}
-    write_json(folder / SCORES_FILE, {"of": dict(key), "scores": rows})
+    write_json(folder / SCORES_FILE, {"of": dict(key), "scores": dict(scores)})
 
 
 def read_start_scores(folder: Path, key: Mapping[str, Any]) -> dict[str, list[RowScore]] | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,38 @@ def apply_umask(path: Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def flush(folder: Path) -> None:
+    """Flush all files of a folder to disk, before it is renamed: otherwise a crash could leave a folder of empty files.
+
+    Safetensors' files get the mode of the others.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            if path.suffix == ".safetensors":
+                apply_umask(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            flush_entries(path)
+    flush_entries(folder)
+
+
+def flush_entries(folder: Path) -> None:
+    """Flush a folder's entries where the system allows it: Windows opens no folders, some network disks refuse."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

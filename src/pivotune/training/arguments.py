@@ -118,7 +118,16 @@ class DeepSupervisionConfig(TrainingArguments):
             # Trainer obeys the launcher (`accelerate launch`): scoring and estimates must agree with it.
             setattr(self, self.mixed_precision, True)
         ranks.set_timeout(self.ddp_timeout)
-        _check_accelerator(self.accelerator_config)
+        config: Any = self.accelerator_config
+        for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"):
+            # They would change the rows of a step.
+            if getattr(config, name) != getattr(AcceleratorConfig(), name):
+                raise UsageError(
+                    f"training.accelerator_config: {name}: {getattr(config, name)} is not supported: rows have an order "
+                    "of their own; allowed: non_blocking, gradient_accumulation_kwargs"
+                )
+        if "num_steps" in (config.gradient_accumulation_kwargs or {}):
+            raise UsageError("training.accelerator_config: num_steps is not supported; set gradient_accumulation_steps")
         check_fsdp(fsdp_version(self))
         reason = whole_weights_reason(strategy_of(self), ema=self.ema, interpolate=self.interpolate)
         if reason is not None:
@@ -195,14 +204,13 @@ _FIELD_DEFAULTS = {
 }
 
 
-def build_arguments(config: RunConfig, *, where: str = "training", here: bool = True) -> DeepSupervisionConfig:
+def build_arguments(config: RunConfig, *, here: bool = True) -> DeepSupervisionConfig:
     """Return the trainer's arguments of a run configuration.
 
     Defaults where `training:` names no other: bfloat16 autocast on hardware that has it, no reporting integrations, a log
     line every 10 steps, a checkpoint every epoch, or every `save_steps`.
 
     Args:
-        where: names the settings in messages.
         here: True for a run on this machine, which must then have the packages that its optimizer needs.
 
     Raises:
@@ -228,7 +236,7 @@ def build_arguments(config: RunConfig, *, where: str = "training", here: bool = 
     except UsageError:
         raise
     except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"training: {' '.join(str(error).split())}") from error
 
 
 def optimizer_name(args: TrainingArguments) -> str:
@@ -241,15 +249,3 @@ def bf16_is_native() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _check_accelerator(config: Any) -> None:
-    """Refuse options of Accelerate that would change which rows a step holds."""
-    for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"):
-        if getattr(config, name) != getattr(AcceleratorConfig(), name):
-            raise UsageError(
-                f"training.accelerator_config: {name}: {getattr(config, name)} is not supported: rows have an order of "
-                "their own; allowed: non_blocking, gradient_accumulation_kwargs"
-            )
-    if "num_steps" in (config.gradient_accumulation_kwargs or {}):
-        raise UsageError("training.accelerator_config: num_steps is not supported; set gradient_accumulation_steps")

@@ -237,11 +237,6 @@ def length_grouped_order(
     return order
 
 
-def longest_first(dataset: ExampleDataset) -> list[int]:
-    """Return the rows by falling length: the order of an evaluation, whose sums do not depend on it."""
-    return _longest_first(np.arange(len(dataset)), dataset.lengths).tolist()
-
-
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sort by falling length; rows of one length stay in their order."""
     return rows[np.argsort(-lengths[rows], kind="stable")]
@@ -342,19 +337,15 @@ def train_loader(
             # Accelerate does the same for one process: the order depends on seed and epoch only.
             rows = SeedableRandomSampler(dataset, data_seed=args.data_seed)
         rows = RankOrder(
-            rows,
-            batch_size=batch_size,
-            world_size=args.world_size,
-            drop_last=args.dataloader_drop_last,
-            epoch=epoch,
+            rows, batch_size=batch_size, world_size=args.world_size, drop_last=args.dataloader_drop_last, epoch=epoch
         )
     options |= {"batch_size": batch_size, "drop_last": args.dataloader_drop_last}
     return _loader(dataset, collator, args, sampler=rows, **options)
 
 
 def eval_loader(dataset: ExampleDataset, collator: DeepSupervisionCollator, args: DeepSupervisionConfig) -> DataLoader:
-    """Return the loader of an evaluation that Accelerate then prepares: all rows, longest first."""
-    rows: Any = longest_first(dataset)
+    """Return the loader of an evaluation that Accelerate then prepares: all rows, longest first; no sum depends on it."""
+    rows: Any = _longest_first(np.arange(len(dataset)), dataset.lengths).tolist()
     if args.world_size > 1:
         rows = RankOrder(rows, batch_size=args.eval_batch_size, world_size=args.world_size)
     return _loader(dataset, collator, args, sampler=rows, batch_size=args.eval_batch_size)
@@ -372,7 +363,8 @@ def _loader(
         dataset if args.world_size == 1 else WithBlankRows(dataset),
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
+        # torch warns where there is nothing to copy to.
+        pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         in_order=getattr(args, "dataloader_in_order", True),

@@ -38,11 +38,7 @@ class GradientFigures(NamedTuple):
 
 
 def measure_gradients(
-    model: nn.Module,
-    batch: Batch,
-    losses: DeepSupervisionLoss,
-    layers: Mapping[str, int],
-    english: Batch | None = None,
+    model: nn.Module, batch: Batch, losses: DeepSupervisionLoss, layers: Mapping[str, int], english: Batch | None = None
 ) -> dict[str, GradientFigures]:
     """Return the figures of every inner loss on one micro-batch: a forward pass, and a backward pass for each loss.
 

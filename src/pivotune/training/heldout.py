@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pivotune.data.collator import DeepSupervisionCollator
 from pivotune.data.datasets import main_lengths
@@ -24,8 +25,7 @@ from pivotune.training.batching import blank_like
 from pivotune.training.distributed import ranks
 
 
-@dataclass(frozen=True, slots=True)
-class RowScore:
+class RowScore(NamedTuple):
     """One held-out row: negative log-likelihood of its gold answer in nats, and what it sums over."""
 
     nll: float
@@ -33,8 +33,7 @@ class RowScore:
     characters: int
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """Mean over all answer tokens, its standard error over rows, and the mean over characters."""
 
     nll: float
@@ -140,17 +139,21 @@ def generate_answers(
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            inputs = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device)
+            ids = [torch.as_tensor(prompts[index]).long() for index in indices]
+            pad = partial(pad_sequence, batch_first=True, padding_side="left")
+            input_ids = pad(ids, padding_value=tokenizer.pad_token_id)
+            attention_mask = pad([torch.ones_like(each) for each in ids])
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 output = model.generate(
-                    **inputs,
+                    input_ids=input_ids.to(device),
+                    attention_mask=attention_mask.to(device),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=list(end_ids),
                 )
-            for index, tokens in zip(indices, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            for index, tokens in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in end_ids), None)
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
                 answers[index] = Answer(text.strip(), end is not None, tokens if end is None else tokens[: end + 1])
@@ -195,13 +198,3 @@ def _batches(
         batch = collate([examples[index] for index in indices] or [blank_like(examples[0])])
         done = min(done + num_ranks * len(indices), len(examples))
         yield done, indices, {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _pad_left(prompts: Sequence[Any], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    shape = (len(prompts), max(len(prompt) for prompt in prompts))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    for index, prompt in enumerate(prompts):
-        input_ids[index, -len(prompt) :] = torch.as_tensor(prompt)
-        attention_mask[index, -len(prompt) :] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}

@@ -82,6 +82,17 @@ def save_arrays(path: Path, arrays: Arrays, key: Mapping[str, str]) -> None:
             staging.rmdir()
 
 
+def key_of(model: nn.Module, rows: str, settings: Mapping[str, Any], *, version: str) -> dict[str, str]:
+    """Return everything that arrays depend on, as the file's metadata.
+
+    Args:
+        rows: digest of the rows.
+        version: of the computation; arrays of another one are computed again.
+    """
+    weights, text = weights_digest(model), json.dumps(settings, sort_keys=True)
+    return {"format": version, "weights": weights, "rows": rows, "settings": text}
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return the SHA-256 of the configuration and every tensor."""
     config = cast(Any, model).config.to_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -125,10 +124,7 @@ def resolve_supervision(
         # One term alone may sit at any layer.
         chosen = resolve_layers("auto", "auto", num_layers, selection)
         (name, term), *_ = active.items()
-        if chosen.method == "reading":
-            parts = re.split("; (?=thinking: )", chosen.reason)
-            own = next((part for part in parts if part.startswith(name)), chosen.reason)
-            chosen = replace(chosen, reason=own)
+        chosen = replace(chosen, reason=chosen.reasons.get(name, chosen.reason), reasons={})
         if term.layer != "auto":
             reason = f"{name} layer {term.layer} was asked for"
             chosen = replace(chosen, **{name: term.layer}, method="explicit", reason=reason)

@@ -36,7 +36,7 @@ from pivotune.models.sharding import is_partitioned, placed
 from pivotune.objectives.deep_supervision import build_objectives
 from pivotune.training.arguments import DeepSupervisionConfig
 from pivotune.training.distributed import ranks
-from pivotune.training.kept_arrays import can_be_reused, map_arrays, save_arrays, weights_digest
+from pivotune.training.kept_arrays import can_be_reused, key_of, map_arrays, save_arrays
 from pivotune.training.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,13 @@ def build_lens(
             "set zero3_init_flag: false, or use lens: logit"
         )
     path = Path(cast(str, args.output_dir)) / LENS_FILE
-    key = _key(model, pairs, supervision.tuned, args)
+    settings = {
+        **supervision.tuned.model_dump(exclude={"refit"}),
+        "seed": args.seed,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+    }
+    key = key_of(model, pairs_digest(pairs), settings, version=_FORMAT)
 
     def fit() -> None:
         # The map of a layer does not depend on the other layers: those that a file has are kept.
@@ -94,17 +100,12 @@ def build_lens(
     ranks.on_main(fit)
     lens.set_arrays(map_arrays(path))
     for layer, figures in read_lens_figures(path).items():
-        level = logging.WARNING if figures.kl > UNRELIABLE_KL and ranks.is_main() else logging.INFO
-        logger.log(
-            level,
-            "tuned lens at layer %d: KL %.2f nats from the output (logit lens %.2f)%s",
-            layer,
-            figures.kl,
-            figures.logit_kl,
-            f"; above {UNRELIABLE_KL:g}, so the layer holds little of the output: choose a higher layer"
-            if figures.kl > UNRELIABLE_KL
-            else "",
-        )
+        found = f"layer {layer}: KL {figures.kl:.2f} nats from the output (logit lens {figures.logit_kl:.2f})"
+        if figures.kl > UNRELIABLE_KL and ranks.is_main():
+            remedy = "so the layer holds little of the output: choose a higher layer"
+            logger.warning("tuned lens at %s; above %g, %s", found, UNRELIABLE_KL, remedy)
+        else:
+            logger.info("tuned lens at %s", found)
     return lens
 
 
@@ -213,16 +214,3 @@ def read_lens_figures(path: Path) -> dict[int, LensFigures]:
     with safe_open(path, framework="pt") as file:
         stored = json.loads((file.metadata() or {}).get("figures", "{}"))
     return {int(layer): LensFigures(*values) for layer, values in stored.items()}
-
-
-def _key(
-    model: nn.Module, pairs: Sequence[Pair], config: TunedLensConfig, args: DeepSupervisionConfig
-) -> dict[str, str]:
-    """Return everything that the maps depend on, as the file's metadata."""
-    settings: dict[str, Any] = config.model_dump(exclude={"refit"})
-    return {
-        "format": _FORMAT,
-        "weights": weights_digest(model),
-        "rows": pairs_digest(pairs),
-        "settings": json.dumps({**settings, "seed": args.seed, "bf16": args.bf16, "fp16": args.fp16}, sort_keys=True),
-    }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from pivotune.objectives.base import LossTerm
 from pivotune.text.files import finite, write_text
@@ -31,6 +31,9 @@ class LogWindow:
     Args:
         names: the loss terms, in the same order on all ranks.
         device: device of the batches.
+
+    Attributes:
+        empty: True if nothing was added since the last `clear`.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
@@ -38,16 +41,11 @@ class LogWindow:
         self._device = device
         self.clear()
 
-    @property
-    def empty(self) -> bool:
-        """Return True if nothing was added since the last `clear`."""
-        return self._empty
-
     def clear(self) -> None:
         self._sums = torch.zeros(len(self._names), device=self._device)
         # Items of the terms, tokens, rows.
         self._counts = torch.zeros(len(self._names) + len(_TOKENS) + 1, dtype=torch.long, device=self._device)
-        self._empty = True
+        self.empty = True
         self._started = time.perf_counter()
 
     def mark(self) -> None:
@@ -63,8 +61,8 @@ class LogWindow:
         return {
             "sums": sum_over_ranks(self._sums.clone()).tolist(),
             "counts": sum_over_ranks(self._counts.clone()).tolist(),
-            "empty": self._empty,
-            "seconds": 0.0 if self._empty else time.perf_counter() - self._started,
+            "empty": self.empty,
+            "seconds": 0.0 if self.empty else time.perf_counter() - self._started,
         }
 
     def restore(self, state: Mapping[str, Any], *, counts: bool = True) -> None:
@@ -77,11 +75,11 @@ class LogWindow:
         if counts and len(state["counts"]) == len(self._counts):
             self._sums += torch.tensor(state["sums"], device=self._device)
             self._counts += torch.tensor(state["counts"], device=self._device)
-        self._empty, self._started = state["empty"], time.perf_counter() - state["seconds"]
+        self.empty, self._started = state["empty"], time.perf_counter() - state["seconds"]
 
     def start(self) -> None:
         """Start the clock at the first step, not at the last log line: evaluation and saving lie between."""
-        if self._empty:
+        if self.empty:
             self._started = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -96,7 +94,7 @@ class LogWindow:
         # A rank without a row reads a blank one.
         rows = batch["attention_mask"].any(dim=1).sum()
         self._counts += torch.stack([*(term.count.long() for term in found), *token_counts(batch), rows])
-        self._empty = False
+        self.empty = False
 
     def metrics(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return `<term>_loss`, `<side>_tokens_per_second`, `padding_share` and `trained_<count>`, over all ranks."""
@@ -132,26 +130,17 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and (state.log_history or self._path.exists()):
             # The checkpoint holds all lines up to its step; the file may hold later ones, a broken one, or none.
             write_text(self._path, "".join(map(_as_line, state.log_history)))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the last step, so that a run shorter than `logging_steps` has a loss."""
         if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_as_line({"step": state.global_step, **logs}))
@@ -168,9 +157,7 @@ class FigureLog(TrainerCallback):
     def __init__(self, trainer: Any, draw: Callable[[], Mapping[str, bytes]]) -> None:
         self._trainer, self._draw = trainer, draw
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         integrations = self._trainer.callback_handler.callbacks
         # Attributes of the callbacks of Transformers.
         writers = [one.tb_writer for one in integrations if getattr(one, "tb_writer", None)]

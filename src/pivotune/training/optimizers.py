@@ -46,7 +46,8 @@ def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
     module, package = _NEEDS.get(name, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
         raise UsageError(f"training.optim: {name} needs a package that is not installed: pip install {package}")
-    if needs_cuda(name) and (use_cpu or not torch.cuda.is_available()):
+    # Paged states lie in CUDA's unified memory.
+    if name.startswith("paged_") and (use_cpu or not torch.cuda.is_available()):
         raise UsageError(
             f"training.optim: {name} needs a CUDA device and "
             + ("training.use_cpu is set" if torch.cuda.is_available() else "none is found")
@@ -57,8 +58,3 @@ def check_optimizer_runs(name: str, *, use_cpu: bool) -> None:
 def needs_bitsandbytes(name: str) -> bool:
     """Return True for optimizers whose states and steps are those of bitsandbytes."""
     return _NEEDS.get(name) == _BITSANDBYTES or name.startswith("galore_adamw_8bit")
-
-
-def needs_cuda(name: str) -> bool:
-    """Return True for optimizers that run on CUDA only: paged states lie in CUDA's unified memory."""
-    return name.startswith("paged_")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from pivotune.config.supervision import SupervisionConfig
 from pivotune.errors import UsageError
@@ -51,21 +51,17 @@ class Phase(TrainerCallback):
 
     # ---- events ----
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         check_phase(self._supervision, state.max_steps)
 
-    def on_step_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         rate = self.learning_rate(state.global_step)
         if rate is not None:
             self._scheduled = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Drop gradients of zeros while L_TFT does not train.
 
         Its weight is 0 and not its graph missing: DDP waits for every gradient, and a batch of replayed rows has no inner
@@ -80,9 +76,7 @@ class Phase(TrainerCallback):
                     if not getattr(largest, "full_tensor", lambda largest=largest: largest)():
                         parameter.grad = None
 
-    def on_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         for group, rate in zip(optimizer.param_groups, self._scheduled, strict=False):
             group["lr"] = rate
         self._scheduled = []

@@ -238,8 +238,20 @@ def build_train_dataset(
         return None
     examples = run_examples(pairs, args)
     check_branch_lengths(examples, context_length(model_config))
-    if METHODS[args.method].replay and args.supervision.keep_english.kl:
-        _check_keep_english(args, examples, model_config.get_text_config().vocab_size)
+    keep, vocab_size = args.supervision.keep_english, model_config.get_text_config().vocab_size
+    if METHODS[args.method].replay and keep.kl:
+        if not predicted_english_tokens(examples).any():
+            raise UsageError(
+                f"supervision.keep_english.kl: {keep.kl:g} trains on rows replayed in English, and data.english_ratio: "
+                f"{args.data.english_ratio:g} gives none of {len(examples)}; raise it"
+            )
+        if keep.top >= vocab_size:
+            raise UsageError(
+                f"supervision.keep_english.top: {keep.top} is not below the vocabulary of {vocab_size} tokens"
+            )
+        if strategy_of(args) == "zero3":
+            # It gathers the head for every chunk of rows, and ranks have unequally many.
+            raise UsageError("supervision.keep_english: ZeRO-3 cannot share out this loss; train with FSDP2 or ZeRO-2")
     return ExampleDataset(examples)
 
 
@@ -247,20 +259,6 @@ def run_examples(pairs: Sequence[Pair], args: DeepSupervisionConfig) -> PairExam
     """Return the training examples of an epoch; raise as `training_examples`."""
     options: Any = {"english_ratio": args.data.english_ratio, "token_budget": args.data.token_budget}
     return training_examples(pairs, METHODS[args.method], seed=cast(int, args.seed), **options)
-
-
-def _check_keep_english(args: DeepSupervisionConfig, examples: PairExamples, vocab_size: int) -> None:
-    keep = args.supervision.keep_english
-    if not predicted_english_tokens(examples).any():
-        raise UsageError(
-            f"supervision.keep_english.kl: {keep.kl:g} trains on rows replayed in English, and data.english_ratio: "
-            f"{args.data.english_ratio:g} gives none of {len(examples)}; raise it"
-        )
-    if keep.top >= vocab_size:
-        raise UsageError(f"supervision.keep_english.top: {keep.top} is not below the vocabulary of {vocab_size} tokens")
-    if strategy_of(args) == "zero3":
-        # It gathers the head for every chunk of rows, and ranks have unequally many.
-        raise UsageError("supervision.keep_english: ZeRO-3 cannot share out this loss; train with FSDP2 or ZeRO-2")
 
 
 def heldout_examples(pairs: Sequence[Pair], *, by_language: bool = False) -> dict[str, PairExamples]:

@@ -30,14 +30,11 @@ from pivotune.models.sharding import is_fsdp
 from pivotune.objectives.base import weighted_total
 from pivotune.objectives.deep_supervision import DeepSupervisionLoss
 from pivotune.training.arguments import DeepSupervisionConfig, optimizer_name
-from pivotune.training.averaging import WeightAverage
+from pivotune.training.averaging import Interpolation, WeightAverage
 from pivotune.training.batching import eval_loader, train_loader
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_head, check_sharding, prepare_fsdp, use_one_device
-from pivotune.training.english_features import with_features
-from pivotune.training.english_predictions import with_start_predictions
 from pivotune.training.gradient_balance import GradientBalance
-from pivotune.training.interpolation import Interpolation
 from pivotune.training.layer_choice import choose_supervision
 from pivotune.training.lens_fitting import LensRefit, build_lens
 from pivotune.training.metrics import LogWindow
@@ -55,6 +52,7 @@ from pivotune.training.progress import Progress, silent, tqdm_bar
 from pivotune.training.resilience.fault_tolerant import FaultTolerantTrainer
 from pivotune.training.resilience.preemption import StopSignals
 from pivotune.training.stand_in import check_setup
+from pivotune.training.starting_model import with_starting_model
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +109,9 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         verified_checkpoint: Path | None = None,
     ) -> None:
         args = args or DeepSupervisionConfig(output_dir="trainer_output")
-        processing_class = processing_class or load_tokenizer(_name_of(model))
+        processing_class = processing_class or load_tokenizer(
+            model if isinstance(model, str) else model.config._name_or_path
+        )
         quantized = getattr(model, "quantization_method", None) is not None
         if args.device.type != "cpu":
             # `prepare_run` refuses FSDP2 on a CPU; a process that has set up gloo itself may shard there.
@@ -134,10 +134,8 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
             adopt_template(model, processing_class, load_template(args.data.template, processing_class))
         use_one_device(args)
         rows, pad_token_id = build_train_dataset(pairs, args, model.config), pad_token_of(processing_class)
-        # Frozen features are those of the starting model: before adapters are added and a checkpoint is loaded.
-        rows = with_features(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
-        # So are the predictions on replayed rows, and a tuned lens.
-        rows = with_start_predictions(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
+        # Before adapters are added and a checkpoint is loaded. A tuned lens is of the starting model too.
+        rows = with_starting_model(rows, model, self.supervision, args, pad_token_id=pad_token_id, progress=progress)
         lens = build_lens(model, args, self.supervision, pairs, progress)
         trained = cast(nn.Module, model if peft_config is None else add_adapters(model, peft_config))
         freeze_unused_parameters(trained)
@@ -161,7 +159,11 @@ class DeepSupervisionTrainer(FaultTolerantTrainer):
         run_passes = choose_passes(cast(nn.Module, self.model), args.supervision.logits.forward)
         self._losses = DeepSupervisionLoss(self.supervision, lens=lens, run_passes=run_passes)
         self._heldout_losses = DeepSupervisionLoss(NO_SUPERVISION, run_passes=run_passes)
-        _log_non_additive(self._losses)
+        for objective, losses in self._losses.objectives:
+            if not objective.additive:
+                names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
+                reason = "this loss compares the rows of one micro-batch; another batch size trains differently"
+                logger.warning("%s: %s", names, reason)
         self._phase = Phase(self.supervision)
         self._refit = None
         if isinstance(lens, TunedLens) and self.supervision.tuned.refit and pairs:
@@ -376,19 +378,6 @@ def _heldout_figures(totals: Tensor, prefix: str) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def _log_non_additive(terms: DeepSupervisionLoss) -> None:
-    for objective, losses in terms.objectives:
-        if not objective.additive:
-            names = ", ".join(f"supervision.{loss.name}.signal" for loss in losses)
-            logger.warning(
-                "%s: this loss compares the rows of one micro-batch; another batch size trains differently", names
-            )
-
-
 def _load_whole(name: str, *, adapters: bool) -> PreTrainedModel:
     """Load a starting model; full fine-tuning in bfloat16 loses small updates, adapters leave the base as it is."""
     return merge_adapters(load_model(name, dtype="auto" if adapters else "float32"))
-
-
-def _name_of(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else model.config._name_or_path

@@ -14,7 +14,6 @@ from pivotune.training.distributed.strategies import (
     check_sharding,
     fsdp_version,
     sharding_unsupported_reason,
-    shards_weights,
     strategy_of,
 )
 
@@ -32,7 +31,7 @@ def test_the_trainer_looks_at_what_accelerate_made_of_it(tmp_path, monkeypatch):
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     args = arguments(tmp_path)
     assert fsdp_version(args) is None
-    assert shards_weights(args)
+    assert strategy_of(args) == "fsdp2"
     with pytest.raises(UsageError, match="fsdp_version: 2"):
         check_fsdp(1)
 
@@ -73,7 +72,6 @@ def test_deepspeed_is_known_by_its_plugin(tmp_path, stage, strategy):
     args = arguments(tmp_path)
     args.deepspeed_plugin = _ZeRO(stage)
     assert strategy_of(args) == strategy
-    assert shards_weights(args) == (stage == 3)
 
 
 def test_training_fsdp_is_fsdp2_whoever_started_it(tmp_path):

@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from pivotune.errors import UsageError
 from pivotune.training.resilience.checkpoints import CHECKSUMS, checkpoints
+from pivotune.training.resilience.counters import TrainingDivergedError
 from pivotune.training.resilience.fault_tolerant import OVERRIDDEN, FaultTolerantTrainer
-from pivotune.training.resilience.nonfinite import TrainingDivergedError
 from pivotune.training.trainer import DeepSupervisionTrainer
 
 # Four optimizer steps of two micro-batches.

@@ -33,11 +33,6 @@ def strategy_of(args: TrainingArguments) -> Strategy:
     return "ddp" if args.world_size > 1 else "single"
 
 
-def shards_weights(args: TrainingArguments) -> bool:
-    """Return True for FSDP2 and ZeRO-3, with which no process holds all weights."""
-    return strategy_of(args) in ("fsdp2", "zero3")
-
-
 def fsdp_version(args: TrainingArguments) -> int | None:
     """Return the version of FSDP that `training.fsdp` or `accelerate launch` names, or None."""
     if args.fsdp_plugin_args is not None:

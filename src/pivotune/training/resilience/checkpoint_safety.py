@@ -111,7 +111,10 @@ def check_checkpoint(checkpoint: Path) -> None:
     # Listed before the first file is read: no content decides if another file is checked.
     paths = sorted(checkpoint.rglob("*"))
     for path in paths:
-        _check_inside(path, run)
+        if path.is_symlink() and not path.resolve().is_relative_to(run):
+            raise UsageError(
+                f"{path}: a link to {path.resolve()}, outside of the run; replace it with what it points to"
+            )
     saved = [path for path in paths if path.suffix in _SUFFIXES and path.name != _UNREAD and path.is_file()]
     distributed = [path for path in paths if path.name.endswith(".metadata")]
     for path in saved:
@@ -120,11 +123,6 @@ def check_checkpoint(checkpoint: Path) -> None:
         _check_distributed(path)
     if (index := checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         read_shards(index)
-
-
-def _check_inside(path: Path, run: Path) -> None:
-    if path.is_symlink() and not path.resolve().is_relative_to(run):
-        raise UsageError(f"{path}: a link to {path.resolve()}, outside of the run; replace it with what it points to")
 
 
 def _check_saved(path: Path) -> None:

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from pivotune.errors import UsageError
 from pivotune.models.locating import CHECKSUMS
-from pivotune.text.files import apply_umask
+from pivotune.text.files import flush, flush_entries, sha256_of
 from pivotune.text.json_text import shown
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         write_checksums(staging)
-        _flush(staging)
+        flush(staging)
         _replace(staging, final)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its zip writer.
@@ -106,33 +105,7 @@ def _replace(staging: Path, final: Path) -> None:
             os.replace(old, final)
         raise
     for parent in (final.parent, staging.parent):
-        _flush_folder(parent)
-
-
-def _flush(folder: Path) -> None:
-    """Flush all files to disk before the rename; otherwise a crash could leave a renamed folder of empty files.
-
-    Safetensors' files get the mode of the others.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            if path.suffix == ".safetensors":
-                apply_umask(path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries where the system allows it: Windows opens no folders, some network disks refuse."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_entries(parent)
 
 
 def write_advice(error: Exception) -> str:
@@ -259,7 +232,7 @@ def write_checksums(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
 
     def entry(path: Path) -> dict[str, Any]:
-        return {"sha256": _sha256(path), "size": path.stat().st_size}
+        return {"sha256": sha256_of(path), "size": path.stat().st_size}
 
     # hashlib releases the interpreter lock: four files at a time are read as fast as the disk allows.
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -278,16 +251,12 @@ def find_damage(folder: Path, *, needed: tuple[str, ...] = ()) -> str | None:
     """
     if not (folder / CHECKSUMS).exists():
         return _find_plain_damage(folder)
-    problem = _find_unreadable(folder, CHECKSUMS)
+    expected, problem = _read(
+        folder / CHECKSUMS,
+        lambda found: {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in found.items()},
+    )
     if problem is not None:
         return problem
-    try:
-        content = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content.items()}
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{CHECKSUMS} cannot be read ({reason_of(error)})"
-    except _MALFORMED:
-        return f"{CHECKSUMS} is damaged"
     unnamed = [name for name in needed if name not in expected]
     if unnamed or not expected:
         return f"{CHECKSUMS} does not name {unnamed[0] if unnamed else 'any file'}"
@@ -298,16 +267,24 @@ def find_damage(folder: Path, *, needed: tuple[str, ...] = ()) -> str | None:
 
 def find_checkpoint_damage(folder: Path) -> str | None:
     """Same for a checkpoint, which must also hold a readable `trainer_state.json`."""
-    problem = find_damage(folder, needed=(TRAINER_STATE,)) or _find_unreadable(folder, TRAINER_STATE)
+    damage = find_damage(folder, needed=(TRAINER_STATE,))
+    if damage is not None:
+        return damage
+    step, problem = _read(folder / TRAINER_STATE, lambda state: state["global_step"])
+    return problem or (None if isinstance(step, int) else f"{TRAINER_STATE} is damaged")
+
+
+def _read(path: Path, parse: Callable[[Any], Any]) -> tuple[Any, str | None]:
+    """Return the parsed content of a JSON file, or the reason why there is none."""
+    problem = _find_unreadable(path.parent, path.name)
     if problem is not None:
-        return problem
+        return None, problem
     try:
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        return None if isinstance(state["global_step"], int) else f"{TRAINER_STATE} is damaged"
-    except OSError as error:
-        return f"{TRAINER_STATE} cannot be read ({reason_of(error)})"
+        return parse(json.loads(path.read_text(encoding="utf-8"))), None
+    except (OSError, UnicodeDecodeError) as error:
+        return None, f"{path.name} cannot be read ({reason_of(error)})"
     except _MALFORMED:
-        return f"{TRAINER_STATE} is damaged"
+        return None, f"{path.name} is damaged"
 
 
 def _find_unreadable(folder: Path, name: str) -> str | None:
@@ -335,7 +312,7 @@ def _compare(folder: Path, name: str, size: int, digest: str) -> str | None:
         found = path.stat().st_size
         if found != size:
             return f"{name} has {found} bytes where {size} were written"
-        return None if _sha256(path) == digest else f"{name} is not what was written (SHA-256)"
+        return None if sha256_of(path) == digest else f"{name} is not what was written (SHA-256)"
     except OSError as error:
         return f"{name} cannot be read ({reason_of(error)})"
 
@@ -355,8 +332,3 @@ def _find_plain_damage(folder: Path) -> str | None:
         except (OSError, SafetensorError) as error:
             return f"{path.name} cannot be read ({reason_of(error)})"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

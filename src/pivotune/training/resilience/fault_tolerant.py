@@ -35,8 +35,7 @@ from pivotune.training.resilience.checkpoints import (
     set_newer_aside,
     whole_checkpoint,
 )
-from pivotune.training.resilience.counters import PivotuneCounters
-from pivotune.training.resilience.nonfinite import StepRecord
+from pivotune.training.resilience.counters import PivotuneCounters, StepRecord
 from pivotune.training.resilience.preemption import EvaluationStoppedError, SaveAndStop, StopSignals
 
 logger = logging.getLogger(__name__)

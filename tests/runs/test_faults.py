@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pivotune.errors import TrainingError, UsageError
+from pivotune.runs.execute import explained_faults
 from pivotune.training.distributed import ranks
-from pivotune.training.resilience.faults import explained_faults
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pivotune.objectives.base import LossTerm
-from pivotune.training.resilience.nonfinite import StepRecord
+from pivotune.training.resilience.counters import StepRecord
 
 
 def record(*batches: tuple[dict[str, float], float, list[int]]) -> StepRecord:
