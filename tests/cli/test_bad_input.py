@@ -173,6 +173,15 @@ by_set("unknown_signal",
        "supervision.conversion.signal=logit")  # fmt: skip
 by_set("no_signal", "FOLDER/run.yaml: supervision: both signals are none; that is method: tft",
        "supervision.conversion.signal=none", "supervision.thinking.signal=none")  # fmt: skip
+
+
+@case
+def a_set_key_beside_the_wrong_one(run: Case) -> str:
+    run.settings["seed"] = "x"
+    run.changes += ["training.max_steps=2", "supervision.thinking.weight=0.1"]
+    return f"{run.folder}/run.yaml: seed: 'x' is not allowed; allowed: a valid integer"
+
+
 by_set("negative_weight",
        "FOLDER/run.yaml: supervision.thinking.weight: -0.3 is not allowed; allowed: greater than or equal to 0",
        "supervision.thinking.weight=-0.3")  # fmt: skip

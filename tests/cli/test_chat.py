@@ -85,6 +85,28 @@ def test_the_system_message_comes_first(model, capsys):
     assert answers(capsys)[0]["answers"][model] == plain_answer(model, prompt)
 
 
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"), "not UTF-8 text"),
+        (["\udcff\n"], "not UTF-8 text"),
+        ([" \n"], "holds no prompt"),
+    ],
+    ids=["strict locale", "C locale", "blank"],
+)
+def test_stdin_without_a_prompt_is_a_mistake(model, lines, found, monkeypatch, capsys):
+    class Stdin(list):
+        def isatty(self):
+            return False
+
+        def __iter__(self):
+            return iter(lines)
+
+    monkeypatch.setattr("sys.stdin", Stdin())
+    assert main(["chat", model]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"pivotune: error: stdin: {found}"
+
+
 def test_lines_from_stdin_are_one_conversation_until_reset(model, capsys, piped):
     piped("Moja?\n\nMbili?\n/reset\nMbili?\n/exit\nTatu?\n")
     assert main(["chat", model, "--max-new-tokens", "8", "--json"]) == 0

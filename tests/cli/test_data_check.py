@@ -58,7 +58,8 @@ def test_problems_are_shown_with_their_rows_and_do_not_fail(write, capsys):
     rows[7] = {**rows[7], "completion": " "}
     assert main(["data", "check", write(rows), "--lang", "sw"]) == 0
     out = capsys.readouterr().out
-    assert "left out: 1 rows: `completion` is empty" in out
+    assert "left out: 1 rows: `completion` is empty (first: " in out
+    assert "line 8)" in out
     assert "not translated: the prompt is the English one (1)" in out
     assert "row 5 sw-4: prompt and answer" in out
     assert "prompt:         Which number is 4?" in out

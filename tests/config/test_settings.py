@@ -284,7 +284,7 @@ def test_unknown_choice_lists_what_is_allowed(key, found, allowed):
         ("seed=-1", "-1 is not allowed; allowed: greater than or equal to 0"),
         ("seed=true", "True is not allowed; allowed: a valid integer"),
         ("trust_remote_code=maybe", "'maybe' is not allowed; allowed: a valid boolean"),
-        ("model=", "None is not allowed; allowed: a valid string"),
+        ("model=", "null is not allowed; allowed: a valid string"),
         ("training=5", "5 is not allowed; allowed: a valid dictionary"),
         ("data=pairs.jsonl", "'pairs.jsonl' is not allowed; allowed: a section with keys of its own"),
     ],

@@ -390,6 +390,7 @@ def test_unusable_rows_are_counted_and_the_verdict_says_what_to_do(rows):
     check = check_rows(loaded, language="sw")
     assert (check.total, check.usable) == (16, 14)
     assert check.skipped == {"`completion_en` is empty": 1, "`prompt` is missing": 1}
+    assert set(check.skipped_at.values()) == {"the given rows, row 4", "the given rows, row 6"}
     assert "2 cannot be used: train with --set data.on_bad_row=skip" in check.verdict
 
 

@@ -241,6 +241,8 @@ def test_environment_has_versions_and_no_secrets(monkeypatch):
     assert content["libraries"]["torch"] == torch.__version__
     assert content["libraries"]["transformers"] == transformers.__version__
     assert content["command"] == ["pivotune", "train", "run.yaml"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/pivotune/__main__.py", "train"])
+    assert environment()["command"] == ["pivotune", "train"]
     assert "s3cr3t-value" not in text
     assert "SOME_SERVICE_TOKEN" not in text
     assert "somebody" not in text

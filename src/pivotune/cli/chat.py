@@ -59,7 +59,21 @@ def chat(
     elif sys.stdin.isatty():
         session.talk()
     else:
-        session.answer_all(sys.stdin)
+        session.answer_all(_prompts(sys.stdin))
+
+
+def _prompts(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of stdin; bytes that are not UTF-8 are an error or stand there as surrogates, by the locale."""
+    is_empty = True
+    try:
+        for line in lines:
+            line.encode()
+            is_empty = is_empty and not line.strip()
+            yield line
+    except UnicodeError as error:
+        raise UsageError("stdin: not UTF-8 text") from error
+    if is_empty:
+        raise UsageError("stdin: holds no prompt")
 
 
 @dataclass

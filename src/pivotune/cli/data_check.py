@@ -147,7 +147,8 @@ def print_check(out: Console, found: DataCheck) -> None:
     """Print counts, lengths, problems with example rows, and notes."""
     out.print(f"[bold]data[/]     {safe(found.source)}: {found.total:,} rows, {found.usable:,} usable", soft_wrap=True)
     for reason, count in found.skipped.items():
-        out.print(f"         left out: {count:,} rows: {safe(reason)}", soft_wrap=True)
+        place = f" (first: {found.skipped_at[reason]})" if reason in found.skipped_at else ""
+        out.print(f"         left out: {count:,} rows: {safe(reason + place)}", soft_wrap=True)
     for reason, count in found.too_long.items():
         of_rows = f"{count:,} of {found.measured:,} rows"
         out.print(f"         would be refused in training: {of_rows}: {safe(reason)}", soft_wrap=True)

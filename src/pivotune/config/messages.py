@@ -51,7 +51,8 @@ def describe(section: type[BaseModel], error: ValidationError, within: str) -> s
     wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
     # Not the name of a class.
     wordings = ["a section with keys of its own" if "instance of" in wording else wording for wording in wordings]
-    return f"{key}: {found!r} is not allowed; allowed: {', or '.join(dict.fromkeys(wordings))}"
+    shown = "null" if found is None else repr(found)
+    return f"{key}: {shown} is not allowed; allowed: {', or '.join(dict.fromkeys(wordings))}"
 
 
 # Pydantic puts the names of union members into the path of an error.

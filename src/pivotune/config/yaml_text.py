@@ -24,12 +24,18 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         UsageError: no such file, broken YAML, unknown key, or a value that is not allowed or has no effect.
     """
-    where = str(path)
-    if changes:
+    settings = apply_changes(read_yaml(Path(path)), changes)
+    try:
+        config = parse_config(settings, where=str(path))
+        check_training(config.training, where=str(path))
+    except UsageError as error:
         # Without the values, among which may be a token.
-        where += f" with --set {', '.join(change.partition('=')[0].strip() for change in changes)}"
-    config = parse_config(apply_changes(_read_yaml(Path(path)), changes), where=where)
-    check_training(config.training, where=where)
+        keys = dict.fromkeys(change.partition("=")[0].strip() for change in changes)
+        message = str(error).removeprefix(f"{path}: ")
+        # The keys that the message names, or else those of the section that it names.
+        by_part = ([key for key in keys if key.split(".")[part] in re.findall(r"\w+", message)] for part in (-1, 0))
+        named = ", ".join(next(filter(None, by_part), []))
+        raise UsageError(f"{path} with --set {named}: {message}" if named else f"{path}: {message}") from error
     return config
 
 
@@ -116,7 +122,12 @@ for _resolver in (_Loader, _Dumper):
     _resolver.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file.
+
+    Raises:
+        UsageError: no such file, not UTF-8, broken YAML, or no keys.
+    """
     if not path.is_file():
         if path.is_dir():
             own = path / "config.yaml"

@@ -48,6 +48,7 @@ class Rows(LazySequence[Row]):
         rows: the rows themselves.
         sources: the name of each source, in order, with the last row number before it.
         total: number of rows that were read, usable or not; `skipped` counts those left out by reason.
+        skipped_at: the first place of each such reason, such as `pairs.jsonl, line 4`.
         unused: columns that are not read -> number of rows that have one.
         languages: the different values of `Row.language`.
         language_of: places in `languages`, uint16 (rows,).
@@ -57,6 +58,7 @@ class Rows(LazySequence[Row]):
     sources: Mapping[str, int]
     total: int
     skipped: dict[str, int] = field(default_factory=dict)
+    skipped_at: dict[str, str] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     languages: Sequence[str] = ()
     language_of: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint16))
@@ -96,7 +98,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     skipped, unused = (
         dict(sum((Counter(getattr(part, name)) for part in parts), Counter())) for name in ("skipped", "unused")
     )
-    return Rows(_Concatenation(parts, sources), sources, sum(part.total for part in parts), skipped, unused)
+    places = {reason: place for part in reversed(parts) for reason, place in part.skipped_at.items()}
+    return Rows(_Concatenation(parts, sources), sources, sum(part.total for part in parts), skipped, places, unused)
 
 
 class _Concatenation(LazySequence[Row]):
@@ -177,14 +180,16 @@ def load_rows(
         outcomes = _join_rows(target, english_source, need_target, need_english, on_bad_row)
     rows: Spool[Row] = Spool()
     skipped: Counter[str] = Counter()
+    skipped_at: dict[str, str] = {}
     languages: dict[str, int] = {}
     language_of = array("H")
     first_bad: _BadRow | None = None
     for outcome in outcomes:
         if isinstance(outcome, _BadRow):
             first_bad = first_bad or outcome
-            is_counted_alone = outcome.label in skipped or len(skipped) < _REASONS
-            skipped[outcome.label if is_counted_alone else _OTHER_REASONS] += 1
+            label = outcome.label if outcome.label in skipped or len(skipped) < _REASONS else _OTHER_REASONS
+            skipped[label] += 1
+            skipped_at.setdefault(label, outcome.place)
             continue
         rows.append(outcome)
         # Of a column of other texts the first ones suffice.
@@ -196,7 +201,7 @@ def load_rows(
     if first_bad and (on_bad_row == "error" or not rows):
         raise UsageError(_bad_rows_message(first_bad, skipped, total, needed_by))
     names = (list(languages), np.array(language_of, dtype=np.uint16))
-    return Rows(rows, {target.name: 0}, total, dict(skipped), dict(unused), *names)
+    return Rows(rows, {target.name: 0}, total, dict(skipped), skipped_at, dict(unused), *names)
 
 
 def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_by: str) -> str:

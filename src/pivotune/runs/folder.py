@@ -15,12 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from pivotune.config.settings import RunConfig
 from pivotune.config.training_fields import IN_CHECKPOINTS
-from pivotune.config.yaml_text import dump_config, parse_config
+from pivotune.config.yaml_text import dump_config, parse_config, read_yaml
 from pivotune.errors import UsageError
 from pivotune.models.locating import CHECKSUMS
 from pivotune.results.files import flatten
@@ -263,11 +262,7 @@ def check_unlocked(folder: Path) -> None:
 def read_run_config(folder: Path) -> RunConfig:
     """Return the configuration that a run was started with."""
     path = folder / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    return parse_config(settings or {}, where=str(path))
+    return parse_config(read_yaml(path), where=str(path))
 
 
 def find_run_config(model: str) -> RunConfig | None:
@@ -299,6 +294,7 @@ def environment() -> dict[str, Any]:
     """Return versions, hardware and the command, with which the run can be repeated."""
     import torch
 
+    program = Path(sys.argv[0]).name
     libraries: dict[str, str | None] = dict.fromkeys(_LIBRARIES)
     for name in _LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -310,5 +306,5 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "libraries": libraries,
-        "command": [Path(sys.argv[0]).name, *redact_command(sys.argv[1:])],
+        "command": ["pivotune" if program == "__main__.py" else program, *redact_command(sys.argv[1:])],
     }

@@ -18,9 +18,11 @@ def check_clean_path(path: Path, *sources: str | None, option: str = "--write-cl
     """Refuse a path that cannot become the file of clean rows.
 
     Raises:
-        UsageError: no `.jsonl` file, a missing folder, or one of the files that are read.
+        UsageError: no `.jsonl` file, a folder, a missing folder, or one of the files that are read.
     """
-    if path.suffix != ".jsonl" or path.is_dir():
+    if path.is_dir():
+        raise UsageError(f"{option}: {path} is a folder; name a file that ends in .jsonl")
+    if path.suffix != ".jsonl":
         raise UsageError(f"{option}: {path} found; allowed: a file name that ends in .jsonl")
     if not path.parent.is_dir():
         raise UsageError(f"{option}: no folder {path.parent}")

@@ -90,7 +90,8 @@ class DataCheck:
     """The result of `check_rows`.
 
     Attributes:
-        total: rows read; `usable` of them have all four texts, `skipped` counts the others by reason.
+        total: rows read; `usable` of them have all four texts, `skipped` counts the others by reason, and
+            `skipped_at` names the first place of each reason.
         unit: of `lengths`: 'tokens' (prompts with their template, answers with their end token) or 'characters'.
         measured: number of rows behind `lengths`, `cut` and `too_long`: all, or the tokenized ones, spread over the data.
         lengths: by text: prompt, completion, prompt_en, completion_en.
@@ -106,6 +107,7 @@ class DataCheck:
     total: int
     usable: int
     skipped: dict[str, int]
+    skipped_at: dict[str, str]
     unit: str
     measured: int
     lengths: dict[str, Lengths]
@@ -124,7 +126,7 @@ class DataCheck:
         if self.flagged:
             defects = [problem for problem in self.problems if problem.defect]
             kinds = ", ".join(f"{problem.name.replace('_', ' ')} {problem.count:,}" for problem in defects)
-            parts.append(f"{self.flagged:,} with a defect ({kinds}): look at them and leave them out")
+            parts.append(f"{self.flagged:,} with a defect ({kinds}): look at them; mend them or leave them out")
         if self.shifts:
             parts.append("realign the English side before training")
         if self.skipped:

@@ -90,6 +90,7 @@ def check_rows(
         total=read.total,
         usable=len(rows),
         skipped=dict(read.skipped),
+        skipped_at=dict(read.skipped_at),
         problems=found.problems(rows, checked.name),
         shifts=shifts,
         notes=[*checked.notes(), *read.notes],
