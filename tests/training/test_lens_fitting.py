@@ -88,7 +88,7 @@ def test_texts():
         side[0].ids.tolist()
     ]
     assert [text.ids.tolist() for text in lens_texts(pairs[:2], "both")] == [side[1].ids.tolist(), side[0].ids.tolist()]
-    answer, query = lens_texts(pairs[:2], "branches")
+    query, answer, _, _ = lens_texts(pairs[:2], "branches")
     assert answer.ids.tolist() == [10, 11, 12, 13, 14, 35, 36, 37]
     assert query.ids.tolist() == [10, 11, 12, 13, 14, 31, 32]
     assert answer.first == query.first == 4

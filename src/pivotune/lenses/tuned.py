@@ -97,8 +97,8 @@ class TunedLens:
 def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
     """Return the texts whose states a lens is fitted on.
 
-    `english`: the English side of every row; `both`: every other row's target side instead; `branches`: the English query
-    or answer behind the target prompt, as the inner losses read it. The first token's state is not used: it has no context,
+    `english`: the English side of every row; `both`: every other row's target side instead; `branches`: the English query,
+    and the answer, behind the target prompt, as the inner losses read them. The first token's state is not used: it has no context,
     and activations of its own.
     """
     texts = []
@@ -108,10 +108,8 @@ def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
             if target is not None:
                 texts.append(Text(target.ids, 1))
         elif text == "branches" and target is not None:
-            part = slice(*english.query) if index % 2 else slice(english.answer, len(english.ids))
-            texts.append(
-                Text(np.concatenate([target.ids[: target.answer], english.ids[part]]), max(target.answer - 1, 1))
-            )
+            for part in (english.ids[slice(*english.query)], english.ids[english.answer :]):
+                texts.append(Text(np.concatenate([target.ids[: target.answer], part]), max(target.answer - 1, 1)))
         else:
             texts.append(Text(english.ids, 1))
     return texts
