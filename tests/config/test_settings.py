@@ -82,7 +82,7 @@ def test_every_default():
             "feature": {"pooling": "mean", "span": "query", "english": "detached", "english_norm": "final"},
             "contrastive": {"span": "query", "english": "detached", "temperature": 0.1},
             "cka": {"span": "query", "english": "detached"},
-            "tuned": {"text": "branches", "states": 10_000, "steps": 60, "refit": 0},
+            "tuned": {"text": "english", "states": 10_000, "steps": 60, "refit": 0},
             "balance": {"mode": "none", "every": 100, "max_share": 0.5},
             "layers": "reading",
             "profile_rows": 64,
