@@ -98,8 +98,8 @@ def lens_texts(pairs: Sequence[Pair], text: str) -> list[Text]:
     """Return the texts whose states a lens is fitted on.
 
     `english`: the English side of every row; `both`: every other row's target side instead; `branches`: the English query,
-    and the answer, behind the target prompt, as the inner losses read them. The first token's state is not used: it has no context,
-    and activations of its own.
+    and the answer, behind the target prompt, as the inner losses read them. The first token's state is not used: it has no
+    context, and activations of its own.
     """
     texts = []
     for index, pair in enumerate(pairs):
