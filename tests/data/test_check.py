@@ -385,13 +385,13 @@ def test_rows_that_training_would_leave_out(rows):
 
 def test_unusable_rows_are_counted_and_the_verdict_says_what_to_do(rows):
     rows[3]["completion_en"] = " "
-    rows[5]["prompt"] = None
+    rows[5]["prompt"] = rows[6]["prompt"] = None
     loaded = load_rows(rows, on_bad_row="skip")
     check = check_rows(loaded, language="sw")
-    assert (check.total, check.usable) == (16, 14)
-    assert check.skipped == {"`completion_en` is empty": 1, "`prompt` is missing": 1}
+    assert (check.total, check.usable) == (16, 13)
+    assert check.skipped == {"`completion_en` is empty": 1, "`prompt` is missing": 2}
     assert set(check.skipped_at.values()) == {"the given rows, row 4", "the given rows, row 6"}
-    assert "2 cannot be used: train with --set data.on_bad_row=skip" in check.verdict
+    assert "3 cannot be used: train with --set data.on_bad_row=skip" in check.verdict
 
 
 def test_the_result_is_plain_json():
