@@ -8,8 +8,9 @@ continues an interrupted round. `--data` holds `train/<language>.jsonl.gz` and `
 
 Measured: the negative log-likelihood of gold answers in nats per character, on held-out rows and on questions of XQuAD and
 MLQA that training never saw, each in the target language and in English, as the mean over the last `--checkpoints` states
-of the model. The table has differences to TFT, paired by question and seed (every arm trains the same rows in the order of
-its seed), with intervals over passages and seeds; the questions of one passage are one item.
+of the model; with `--answered N`, also the token F1 of greedy answers to N questions by the last state. The table has
+differences to TFT, paired by question and seed (every arm trains the same rows in the order of its seed), with intervals
+over passages and seeds; the questions of one passage are one item.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
@@ -35,19 +36,34 @@ from pivotune.data.examples import Encoder, Limits, Pair
 from pivotune.data.sources import load_rows
 from pivotune.data.templates import load_template
 from pivotune.evaluation.registry import find_tasks
+from pivotune.evaluation.tasks.base import Item, Task
 from pivotune.evaluation.tasks.tables import Source
 from pivotune.models.loading import load_model, load_tokenizer
 from pivotune.results.metrics import Metric
 from pivotune.text.files import write_text
 from pivotune.training.arguments import bf16_is_native
-from pivotune.training.heldout import score_answers
+from pivotune.training.heldout import greedy_answers, score_answers
 from pivotune.training.lens_fitting import LENS_FILE
 
 NLL = Metric("nll", "ratio", ("nll", "characters"), higher_is_better=False)
+F1 = Metric("f1", "ratio", ("f1", "questions"), scale=100.0)
 BASELINE = "tft"
 LAYERS = {"conversion": {"layer": 3}, "thinking": {"layer": 20}}
 _ET = {"conversion": {"signal": "none"}, "thinking": {"layer": 20}}
 _LC = {"conversion": {"layer": 3}, "thinking": {"signal": "none"}}
+
+
+class Question(NamedTuple):
+    """A benchmark's question in both languages, encoded with its first gold answer.
+
+    Attributes:
+        passage: a name for its passage.
+        sides: language -> the task and its item.
+    """
+
+    passage: str
+    pair: Pair
+    sides: dict[str, tuple[Task, Item]]
 
 
 def _arm(lens: str, gradient: str, **changes: Any) -> dict[str, Any]:
@@ -87,15 +103,17 @@ def run(options: argparse.Namespace) -> None:
     encoder = Encoder(tokenizer, load_template(None, tokenizer), Limits(options.max_tokens, options.max_tokens))
     rows = load_rows(str(options.data / "train" / f"{options.language}.jsonl.gz"), need_english=True)
     pairs = _short(encoder.encode_lazily(rows, on_bad_row="skip", source="rows"), options)
+    questions = _questions(options, encoder)
     for seed in options.seeds:
         train, heldout = split_validation(pairs, options.heldout, seed=0)
-        sets = {"heldout": [("", pair) for pair in heldout], **_questions(options, encoder)}
+        scored = {name: asked[: options.questions] for name, asked in questions.items()}
+        scored = {"heldout": [Question("", pair, {}) for pair in heldout], **scored}
         for arm in options.arms:
             path = options.out / options.language / f"{arm}-{seed}.json"
             if path.is_file():
                 continue
             started = time.time()
-            cell = _train(options, arm, seed, list(train), tokenizer, sets)
+            cell = _train(options, arm, seed, list(train), tokenizer, scored, questions)
             cell["seconds"] = round(time.time() - started)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(cell) + "\n")
@@ -113,45 +131,44 @@ def _short(pairs: Any, options: argparse.Namespace) -> list[Pair]:
     return found
 
 
-def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[tuple[str, Pair]]]:
-    """Return benchmark -> (passage, both languages' question with its first gold answer).
+def _questions(options: argparse.Namespace, encoder: Encoder) -> dict[str, list[Question]]:
+    """Return benchmark -> its questions.
 
     One question of every passage before the second of any, short passages first: questions of one passage say little more.
     """
     sets = {}
     for name in ("xquad", "mlqa"):
-        items: dict[str, dict[str, Any]] = {}
+        items: dict[str, dict[str, tuple[Task, Item]]] = {}
         for language in (options.language, "en"):
             task = find_tasks([f"{name}_{language}"], [])[0]
             split = None if name == "xquad" else "validation"
             data = task.read(Source(options.data / "eval" / name, split))
             for item in data.items:
-                items.setdefault(item.id, {})[language] = item
+                items.setdefault(item.id, {})[language] = task, item
         both = [sides for sides in items.values() if len(sides) == 2]
-        both.sort(key=lambda sides: len(sides[options.language].query))
+        both.sort(key=lambda sides: len(sides[options.language][1].query))
         asked: Counter[str] = Counter()
         order = []
         for sides in both:
-            order.append(asked[passage := _digest(sides["en"].query)])
+            order.append(asked[passage := _digest(sides)])
             asked[passage] += 1
         both = [both[i] for i in sorted(range(len(both)), key=order.__getitem__)]
         rows = [
-            {
-                "prompt": sides[options.language].query, "completion": sides[options.language].gold_answer,
-                "prompt_en": sides["en"].query, "completion_en": sides["en"].gold_answer,
-            }
-            for sides in both[: options.questions]
-        ]  # fmt: skip
+            {"prompt": ours.query, "completion": ours.gold_answer,
+             "prompt_en": english.query, "completion_en": english.gold_answer}
+            for (_, ours), (_, english) in ((sides[options.language], sides["en"]) for sides in both)
+        ][: max(options.questions, options.answered)]  # fmt: skip
         limits = Limits(options.longest_question, options.max_tokens)
         asking = Encoder(encoder.tokenizer, encoder.template, limits)
         encoded = asking.encode_lazily(load_rows(rows, need_english=True), on_bad_row="skip", source=name)
-        sets[name] = [(_digest(rows[pair.number - 1]["prompt_en"]), pair) for pair in encoded]
+        sets[name] = [Question(_digest(sides := both[pair.number - 1]), pair, sides) for pair in encoded]
     return sets
 
 
-def _digest(query: str) -> str:
+def _digest(sides: dict[str, tuple[Task, Item]]) -> str:
     """Return a name for a question's passage: results hold no text of the benchmarks."""
-    return hashlib.blake2b(query.split("\n\n")[0].encode(), digest_size=6).hexdigest()
+    passage = sides["en"][1].query.split("\n\n")[0]
+    return hashlib.blake2b(passage.encode(), digest_size=6).hexdigest()
 
 
 def _train(
@@ -160,7 +177,8 @@ def _train(
     seed: int,
     train: list[Pair],
     tokenizer: Any,
-    sets: dict[str, list[tuple[str, Pair]]],
+    scored: dict[str, list[Question]],
+    questions: dict[str, list[Question]],
 ) -> dict[str, Any]:
     runs = options.out / options.language / "runs"
     folder = runs / f"{arm}-{seed}"
@@ -176,7 +194,7 @@ def _train(
         "use_cpu": not torch.cuda.is_available(), "data": {"english_ratio": 0.25},
     }  # fmt: skip
     args = DeepSupervisionConfig(**arguments, **ARMS[arm])
-    scorer = _Scorer(sets, tokenizer, options, args.bf16)
+    scorer = _Scorer(scored, tokenizer, options, args.bf16)
     model = load_model(options.model, dtype="float32")
     trainer = DeepSupervisionTrainer(model, args, train_dataset=train, processing_class=tokenizer, callbacks=[scorer])
     trainer.train()
@@ -184,6 +202,10 @@ def _train(
         name: round(sum(i["nll"] for i in found.values()) / sum(i["characters"] for i in found.values()), 4)
         for name, found in scorer.items.items()
     }
+    answers = _answer(options, model, tokenizer, questions, args.bf16)
+    for name, found in answers.items():
+        asked = sum(i["questions"] for i in found.values())
+        means[name] = round(100 * sum(i["f1"] for i in found.values()) / asked, 2)
     logs = [line for line in trainer.state.log_history if "loss" in line]
     # In bfloat16 figures differ by up to 0.01: cells of one table need one precision.
     settings = {**vars(options), "bf16": args.bf16, "arm": ARMS[arm], "seed": seed}
@@ -191,10 +213,32 @@ def _train(
         del settings[name]
     return {
         "means": means,
-        "items": scorer.items,
+        "items": {**scorer.items, **answers},
         "log": logs,
         "settings": json.loads(json.dumps(settings, default=str)),
     }
+
+
+def _answer(
+    options: argparse.Namespace, model: Any, tokenizer: Any, questions: dict[str, list[Question]], autocast: bool
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return `<benchmark>_<language>_f1` -> passage -> the sum of its questions' F1 and their number."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, asked in questions.items() if options.answered else ():
+        asked = asked[: options.answered]
+        pairs = [question.pair for question in asked]
+        for language in (options.language, "en"):
+            examples = side_examples(pairs, "english" if language == "en" else "target")
+            texts = greedy_answers(model, tokenizer, examples, max_new_tokens=32, autocast=autocast)
+            items = found.setdefault(f"{name}_{language}_f1", {})
+            for question, text in zip(asked, texts, strict=True):
+                task, item = question.sides[language]
+                assert task.score is not None
+                passage = items.setdefault(question.passage, {"f1": 0.0, "questions": 0})
+                # As `pivotune evaluate`, which stops at the first line break.
+                passage["f1"] += round(task.score(text.partition("\n")[0], item)["f1"], 4)
+                passage["questions"] += 1
+    return found
 
 
 class _Scorer(TrainerCallback):
@@ -210,7 +254,7 @@ class _Scorer(TrainerCallback):
             return
         for name, questions in self.sets.items():
             for side in ("target", "english"):
-                examples = side_examples([pair for _, pair in questions], side)
+                examples = side_examples([question.pair for question in questions], side)
                 options: Any = {
                     "pad_token_id": self.tokenizer.pad_token_id,
                     "batch_size": 16,
@@ -219,14 +263,15 @@ class _Scorer(TrainerCallback):
                 scores = score_answers(model, examples, **options)
                 language = self.options.language if side == "target" else "en"
                 found = self.items.setdefault(f"{name}_{language}", {})
-                for (passage, pair), score in zip(questions, scores, strict=True):
-                    item = found.setdefault(passage or str(pair.number), {"nll": 0.0, "characters": 0})
+                for question, score in zip(questions, scores, strict=True):
+                    key = question.passage or str(question.pair.number)
+                    item = found.setdefault(key, {"nll": 0.0, "characters": 0})
                     item["nll"] += round(score.nll, 3)
                     item["characters"] += score.characters
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print every arm's difference to TFT in nats per character, with its 95 % interval over passages and seeds."""
+    """Print every arm's difference to TFT in nats per character (F1: points), with its interval over passages and seeds."""
     for folder in sorted(path for path in options.out.iterdir() if path.is_dir()):
         cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("*.json")):
@@ -255,7 +300,7 @@ def _check_settings(arm: str, ours: dict[str, Any], theirs: dict[str, Any]) -> N
 def _cell(cells: Sequence[dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
     ours = [Sample(cell["items"][name], cell["settings"]["seed"]) for cell in cells]
     theirs = [Sample(base[cell["settings"]["seed"]]["items"][name], cell["settings"]["seed"]) for cell in cells]
-    found = difference(NLL, ours, theirs, pair_seeds=True)
+    found = difference(F1 if name.endswith("_f1") else NLL, ours, theirs, pair_seeds=True)
     mark = {"better": " **", "worse": " !"}.get(str(found.verdict), "")
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{mark}"
 
@@ -271,7 +316,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     numbers = {
         "steps": 80, "batch": 4, "accumulate": 2, "rows": 1500, "heldout": 80, "questions": 60, "checkpoints": 1,
-        "every": 10, "longest": 160, "longest_question": 320, "max_tokens": 128,
+        "every": 10, "longest": 160, "longest_question": 320, "max_tokens": 128, "answered": 0,
     }  # fmt: skip
     for name, default in numbers.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
