@@ -36,6 +36,11 @@ class Server:
     """
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.shared = Path(self._folder.name)
+        # A killed process leaves its temporary files; they go with this folder.
+        temporary = self.shared / "temporary"
+        temporary.mkdir()
         paths = [TESTS.parent / "src", TESTS, TESTS / "distributed", *filter(None, sys.path)]
         settings = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
@@ -43,10 +48,8 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(temporary)},
         )
-        self._folder = tempfile.TemporaryDirectory()
-        self.shared = Path(self._folder.name)
 
     def close(self) -> None:
         # Closes its pipes, at which it ends, and waits.

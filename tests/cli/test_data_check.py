@@ -58,7 +58,7 @@ def test_problems_are_shown_with_their_rows_and_do_not_fail(write, capsys):
     rows[7] = {**rows[7], "completion": " "}
     assert main(["data", "check", write(rows), "--lang", "sw"]) == 0
     out = capsys.readouterr().out
-    assert "left out: 1 rows: `completion` is empty (first: " in out
+    assert "left out: 1 row: `completion` is empty (first: " in out
     assert "line 8)" in out
     assert "not translated: the prompt is the English one (1)" in out
     assert "row 5 sw-4: prompt and answer" in out
@@ -222,6 +222,16 @@ def test_clean_rows_are_written_with_a_report(write, tmp_path, capsys):
     assert [(row["number"], row["reasons"]) for row in report["left_out"]] == [
         (5, ["untranslated"]), (10, ["control_tokens"]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_no_row_without_a_defect(write, tmp_path, capsys, options):
+    source, out = write([copied(row) for row in tiny_rows(4)]), tmp_path / "clean.jsonl"
+    assert main(["data", "check", source, "--lang", "sw", "--write-clean", str(out), *options]) == 2
+    printed = capsys.readouterr()
+    assert f"every usable row has a defect; {tmp_path / 'clean.report.json'} says which" in printed.err
+    assert "untranslated" in printed.out
+    assert len(json.loads((tmp_path / "clean.report.json").read_text())["left_out"]) == 4
 
 
 def test_places_for_clean_rows_that_are_refused(write, tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_moses_lines(folder, capsys):
         (("a.vi", "--english", "a.vi", "--task", "x"), "--task: 'x' found; allowed: continue, translate"),
         (("a.vi", "--english", "a.vi", "--columns", "x,y"), "--columns: a.vi has no column 'x'; it has 'text'"),
         (("a.jsonl", "--columns", "x"), "--columns: 'x' found; allowed: two names, TARGET,ENGLISH"),
-        (("a.jsonl", "--validation", "1"), "--validation: 1 found; allowed: fewer than the 1 rows that are kept"),
+        (("a.jsonl", "--validation", "1"), "--validation: 1 found; allowed: fewer than the rows that are kept, 1"),
         (("a.jsonl", "--remove-overlap"), "--remove-overlap: needs --against"),
         (("a.jsonl", "--against", "xquad_vi", "--eval-data", "none"), "--eval-data: none is not a folder"),
         (("a.jsonl", "--against", "xquad_vi", "--eval-data", "."), "or leave out --eval-data to use the Hub"),

@@ -71,7 +71,8 @@ def test_an_endpoint_that_fails_midway_and_the_same_command_again(rows, capsys):
 def test_a_local_model(rows, tmp_path, capsys, family):
     """Random translations have defects: `--keep-all` writes them, and translates nothing again."""
     model = str(save_tiny_translator(tmp_path / "model", family))
-    assert main(command(rows, "--limit", "5", model=model)) == 0
+    assert main(command(rows, "--limit", "5", model=model)) == 2
+    assert "every row has a defect" in capsys.readouterr().err
     kept = load_rows(tmp_path / "pairs.translated.jsonl")
     assert [row.prompt_en for row in kept] == [row["prompt_en"] for row in tiny_rows(5)]
     report = json.loads((tmp_path / "pairs.report.json").read_text())
@@ -128,7 +129,7 @@ def test_a_chat_model_on_this_machine(rows, tmp_path):
     model = tmp_path / "chat"
     build_tiny_model(max_position_embeddings=1024).save_pretrained(model)
     build_tiny_tokenizer().save_pretrained(model)
-    assert main(command(rows, "--limit", "2", model=str(model))) == 0
+    assert main(command(rows, "--limit", "2", model=str(model))) == 2
     report = json.loads((tmp_path / "pairs.report.json").read_text())
     assert [row["reasons"] for row in report["left_out"]] == [["untranslated"]] * 2
 

@@ -415,8 +415,8 @@ def test_bad_rows_are_left_out_and_counted_when_told(config, tmp_path, capsys):
     train(config, "data.on_bad_row=skip", *LAYERS)
     out = capsys.readouterr().out
     assert "11 rows to train on, 3 held out" in out
-    assert "left out: 1 rows: `completion_en` is empty" in out
-    assert "left out: 1 rows: `prompt` is missing" in out
+    assert "left out: 1 row: `completion_en` is empty" in out
+    assert "left out: 1 row: `prompt` is missing" in out
 
 
 def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsys):
@@ -431,7 +431,7 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
     assert "16 rows to train on, 4 held out" in out
     assert "left out: 1 held-out rows: `prompt` is empty" in out
     assert "left out: 1 held-out rows: the prompt fills" in out
-    assert "left out: 1 rows" not in out
+    assert "left out: 1 row" not in out
 
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):

@@ -83,7 +83,13 @@ def test_single_runs_are_named_after_their_folders(tmp_path):
 
 def test_a_run_given_twice_counts_once(tmp_path):
     run(tmp_path / "a")
-    assert len(compare(tmp_path / "a", tmp_path / "a" / "results.json", tmp_path).groups) == 1
+    assert not compare(tmp_path / "a", tmp_path).warnings
+    comparison = compare(tmp_path, tmp_path / "a", tmp_path / "a" / "results.json")
+    assert len(comparison.groups) == 1
+    assert [line.partition(":")[0] for line in comparison.warnings] == [
+        str(tmp_path / "a"),
+        str(tmp_path / "a" / "results.json"),
+    ]
 
 
 def test_copies_of_several_seeds_are_rows_of_their_own(tmp_path):

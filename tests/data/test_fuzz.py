@@ -19,6 +19,7 @@ from pivotune.cli.main import main
 from pivotune.data.check import check_rows
 from pivotune.data.sources import Rows, load_rows
 from pivotune.errors import UsageError
+from pivotune.text.words import counted
 
 KEYS = ("prompt", "completion", "prompt_en", "completion_en")
 GOOD = dict(zip(KEYS, ("Swali ni nini?", "Jibu.", "What is it?", "It."), strict=True))
@@ -290,5 +291,5 @@ def test_the_command_reports_every_line(tmp_path, capsys, lines, as_json):
         found = json.loads(out)
         assert found["usable"] + sum(found["skipped"].values()) == found["total"] == len(lines)
     else:
-        assert f"{len(lines)} rows" in out
+        assert f"{counted(len(lines))}, " in out
         assert not CONTROL.search(out.replace("\n", ""))

@@ -11,17 +11,18 @@ import typer
 from pivotune.cli.common import (
     check_inputs,
     check_out,
-    console,
     own_options,
     print_json,
     progress,
     quiet_libraries,
     safe,
+    stdout,
     write_out,
 )
 from pivotune.cli.data_prepare import Against, EvalData, evaluation_texts, print_overlap
 from pivotune.cli.options import FoldSystem
 from pivotune.errors import UsageError
+from pivotune.text.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,21 +115,22 @@ def check(
         segments = shown and [{**segment._asdict(), "loss": segment.role == "answer"} for segment in shown]
         reports = {"overlap": {name: one.to_dict(rows) for name, one in overlap.items()}} if tasks else {}
         print_json({**found.to_dict(), **reports, "example": segments})
-        return
-    screen = console(as_json)
-    print_check(screen, found)
-    print_overlap(screen, overlap)
-    if encoder and example:
-        from pivotune.cli.training_display import print_example
+    else:
+        print_check(stdout, found)
+        print_overlap(stdout, overlap)
+        if encoder and example:
+            from pivotune.cli.training_display import print_example
 
-        screen.print()
-        print_example(screen, encoder.tokenizer, example)
-    screen.print(f"[bold]verdict[/]  {found.verdict}", soft_wrap=True)
-    if clean:
-        line = f"{written:,} rows in {clean}; the others and why in {report_path(clean)}"
-        screen.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
-    if out is not None:
-        screen.print(f"[bold]saved[/]    {safe(out)}", soft_wrap=True)
+            stdout.print()
+            print_example(stdout, encoder.tokenizer, example)
+        stdout.print(f"[bold]verdict[/]  {found.verdict}", soft_wrap=True)
+        if clean:
+            line = f"{counted(written)} in {clean}; the others and why in {report_path(clean)}"
+            stdout.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
+        if out is not None:
+            stdout.print(f"[bold]saved[/]    {safe(out)}", soft_wrap=True)
+    if clean and not written:
+        raise UsageError(f"{found.source}: every usable row has a defect; {report_path(clean)} says which")
 
 
 def _write_check(path: Path, found: DataCheck) -> None:
@@ -145,12 +147,14 @@ def _write_check(path: Path, found: DataCheck) -> None:
 
 def print_check(out: Console, found: DataCheck) -> None:
     """Print counts, lengths, problems with example rows, and notes."""
-    out.print(f"[bold]data[/]     {safe(found.source)}: {found.total:,} rows, {found.usable:,} usable", soft_wrap=True)
+    out.print(
+        f"[bold]data[/]     {safe(found.source)}: {counted(found.total)}, {found.usable:,} usable", soft_wrap=True
+    )
     for reason, count in found.skipped.items():
         place = f" (first: {found.skipped_at[reason]})" if reason in found.skipped_at else ""
-        out.print(f"         left out: {count:,} rows: {safe(reason + place)}", soft_wrap=True)
+        out.print(f"         left out: {counted(count)}: {safe(reason + place)}", soft_wrap=True)
     for reason, count in found.too_long.items():
-        of_rows = f"{count:,} of {found.measured:,} rows"
+        of_rows = f"{count:,} of {counted(found.measured)}"
         out.print(f"         would be refused in training: {of_rows}: {safe(reason)}", soft_wrap=True)
     if found.cut is not None:
         for part, option in (("prompts", "max_prompt_tokens"), ("answers", "max_completion_tokens")):
@@ -158,7 +162,7 @@ def print_check(out: Console, found: DataCheck) -> None:
             cut = f"{part} cut in {found.cut[part]:,} rows ({share:.1%}) at data.{option} {found.cut[option]}"
             out.print(f"         {cut}", soft_wrap=True)
     if found.measured < found.usable:
-        out.print(f"         (tokens are counted on {found.measured:,} rows spread over the data)")
+        out.print(f"         (tokens are counted on {counted(found.measured)} spread over the data)")
     _print_tables(out, found)
     for problem in found.problems:
         if problem.examples:

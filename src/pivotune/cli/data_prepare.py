@@ -10,6 +10,7 @@ import typer
 
 from pivotune.cli.common import check_out, progress, safe, stdout, words
 from pivotune.errors import UsageError
+from pivotune.text.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,19 +86,19 @@ def prepare(
     prepared = prepare_rows(settings, tasks, progress)
     write_prepared(out, prepared)
     rows = prepared.rows
-    lines = [f"[bold]data[/]     {safe(rows.source)}: {rows.total:,} rows, {len(rows):,} usable"]
+    lines = [f"[bold]data[/]     {safe(rows.source)}: {counted(rows.total)}, {len(rows):,} usable"]
     for reason, count in (*rows.skipped.items(), *prepared.reasons().items()):
-        lines.append(f"         left out: {count:,} rows: {safe(reason)}")
+        lines.append(f"         left out: {counted(count)}: {safe(reason)}")
     lines += [f"[bold yellow]note[/]     {safe(note)}" for note in rows.notes]
     if not prepared.has_english:
         lines.append(
             "[bold yellow]note[/]     the rows have no English side; give it with --english, or train methods without it"
         )
     lines.append(
-        f"[bold]written[/]  {len(prepared.training):,} rows in {safe(out)}; the others and why in {safe(paths['report'])}"
+        f"[bold]written[/]  {counted(len(prepared.training))} in {safe(out)}; the others and why in {safe(paths['report'])}"
     )
     if len(prepared.validation):
-        lines.append(f"         {len(prepared.validation):,} held-out rows in {safe(paths['validation'])}")
+        lines.append(f"         {counted(len(prepared.validation), 'held-out row')} in {safe(paths['validation'])}")
     lines.append(f"         dataset card: {safe(paths['card'])}")
     if target.code == "en":
         lines.append(f"[bold]next[/]     pivotune data translate {safe(out)} --to LANGUAGE --model MODEL --out PAIRS")

@@ -11,6 +11,7 @@ import typer
 from pivotune.cli.common import check_inputs, own_options, progress, quiet_libraries, safe, stderr, stdout
 from pivotune.cli.data_check import print_check
 from pivotune.errors import UsageError
+from pivotune.text.words import counted
 
 if TYPE_CHECKING:
     from pivotune.data.sources import Rows
@@ -112,7 +113,11 @@ def translate(
     print_check(stdout, found)
     _print_rows_done(steps, rows, done)
     others = f"the {'flagged ones' if keep_all else 'others'} and why in {report_path(out)}"
-    stdout.print(f"[bold]written[/]  {safe(f'{written:,} rows in {out}; {others}')}", soft_wrap=True)
+    stdout.print(f"[bold]written[/]  {safe(f'{counted(written)} in {out}; {others}')}", soft_wrap=True)
+    if not written:
+        raise UsageError(
+            f"{found.source}: every row has a defect; {report_path(out)} says which, --keep-all writes them"
+        )
 
 
 def self_answers(
@@ -158,14 +163,14 @@ def self_answers(
             steps.append(rows, done, answerer, 4 * batch_size, advance)
     written, left_out = answers.write_answered(steps, rows, has_target=has_target)
     for reason, count in (*rows.skipped.items(), *((answers.REASONS[name], left_out[name]) for name in left_out)):
-        stdout.print(f"left out: {count:,} rows: {safe(reason)}", soft_wrap=True)
+        stdout.print(f"left out: {counted(count)}: {safe(reason)}", soft_wrap=True)
     for note in rows.notes:
         stdout.print(f"[bold yellow]note[/]     {safe(note)}", soft_wrap=True)
     if has_target:
         note = "the target answers are kept, and are no translations of these: train with sdrrl.translation: 0"
         stdout.print(f"[bold yellow]note[/]     {note}", soft_wrap=True)
     _print_rows_done(steps, rows, done)
-    line = f"{written:,} rows in {out}; the others and why in {report_path(out)}"
+    line = f"{counted(written)} in {out}; the others and why in {report_path(out)}"
     stdout.print(f"[bold]written[/]  {safe(line)}", soft_wrap=True)
 
 

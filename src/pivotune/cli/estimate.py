@@ -12,6 +12,7 @@ import typer
 from pivotune.cli import options
 from pivotune.cli.common import console, print_json, printable, quiet_libraries
 from pivotune.errors import UsageError
+from pivotune.text.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,11 +104,11 @@ def training_line(config: RunConfig, args: DeepSupervisionConfig, found: Estimat
     kind = "full fine-tuning" if config.lora is None else f"LoRA, r {config.lora.r}"
     kind += ", 4-bit base" if config.quantize else ""
     schedule, processes = found.schedule, found.target.processes
-    steps = "" if schedule is None else f" = {schedule.rows_per_step} rows a step, {schedule.steps:,} steps"
+    steps = "" if schedule is None else f" = {schedule.rows_per_step} rows a step, {counted(schedule.steps, 'step')}"
     return (
         f"{millions(found.size.trained)} of {millions(found.size.total)} parameters ({kind}), {optimizer_name(args)}, "
         f"{'bf16 autocast' if args.bf16 else 'no autocast'}, {args.per_device_train_batch_size} rows x "
-        f"{args.gradient_accumulation_steps} accumulated x {processes} process{'' if processes == 1 else 'es'}{steps}"
+        f"{args.gradient_accumulation_steps} accumulated x {counted(processes, 'process')}{steps}"
     )
 
 
@@ -131,7 +132,7 @@ def describe(
         size, unit = next(((size, unit) for size, unit in _OPERATION_UNITS if first.operations >= size), (1e9, "GFLOP"))
         tokens = f"{rows.mean_tokens * schedule.rows_seen / 1e6:,.2f} M tokens"
         operations = f"{first.operations / size:,.1f} {unit}"
-        lines.append(("run", f"{schedule.rows:,} rows, {lengths}, {tokens}, {operations}"))
+        lines.append(("run", f"{counted(schedule.rows)}, {lengths}, {tokens}, {operations}"))
         lines.append(("time", _time(seconds[0], device)))
     for name, text in lines:
         out.print(f"[bold]{name:8}[/] ", end="")

@@ -14,6 +14,7 @@ from pivotune.config.registry import METHODS
 from pivotune.config.supervision import SupervisionConfig
 from pivotune.data.examples import preview
 from pivotune.runs.model_card import trained_line
+from pivotune.text.words import counted
 from pivotune.training.lens_fitting import LENS_FILE, read_lens_figures
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
             name += f" over the first {steps} steps, then L_TFT alone"
     out.print(f"[bold]model[/]    {safe(config.model)}", soft_wrap=True)
     out.print(f"[bold]method[/]   {name}", soft_wrap=True)
-    out.print(f"[bold]data[/]     {len(prepared.train)} rows to train on, {len(prepared.validation)} held out")
+    out.print(f"[bold]data[/]     {counted(len(prepared.train))} to train on, {len(prepared.validation)} held out")
     replayed = round(config.data.english_ratio * len(prepared.train))
     if method.replay and replayed:
         out.print(f"         {replayed} of them in English (data.english_ratio {config.data.english_ratio:g})")
@@ -94,11 +95,11 @@ def describe_run(out: Console, prepared: PreparedRun) -> None:
     if saved:
         out.print(f"[bold]weights[/]  scored and saved: {'; '.join(saved)}")
     if report.cut:
-        cut = ", ".join(f"{part} of {count} rows" for part, count in report.cut.items())
+        cut = ", ".join(f"{part} of {counted(count)}" for part, count in report.cut.items())
         out.print(f"         cut at the token limits: {safe(cut)}")
-    for rows, skipped in (("rows", prepared.skipped), ("held-out rows", prepared.heldout_skipped)):
+    for noun, skipped in (("row", prepared.skipped), ("held-out row", prepared.heldout_skipped)):
         for reason, count in skipped.items():
-            out.print(f"         left out: {count} {rows}: {safe(reason)}", soft_wrap=True)
+            out.print(f"         left out: {counted(count, noun)}: {safe(reason)}", soft_wrap=True)
     for note in prepared.notes:
         out.print(f"         {safe(note)}", soft_wrap=True)
     print_example(out, prepared.tokenizer, getattr(prepared.train[0], method.main_language))

@@ -65,11 +65,15 @@ def load_groups(paths: Sequence[Path], warnings: list[str]) -> list[SeedGroup]:
 
     Args:
         paths: run folders, results files, or folders whose direct children are run folders. Duplicates count once.
-        warnings: receives a line for each run that is left out or incomplete.
+        warnings: receives a line for each run that is left out, incomplete or given twice.
     """
     targets: dict[Path, Path] = {}
-    for target in (target for path in paths for target in _find_runs(path, warnings)):
-        targets.setdefault(results_paths(target)[0].resolve(), target)
+    for path in paths:
+        for target in _find_runs(path, warnings):
+            file = results_paths(target)[0].resolve()
+            if target == path and file in targets:
+                warnings.append(f"{path}: is given more than once, and counts once")
+            targets.setdefault(file, target)
     members = _group_by_configuration([_load_run(target, warnings) for target in targets.values()], warnings)
     groups = []
     for own in members:

@@ -30,6 +30,7 @@ from pivotune.data.rows import EMPTY, ENGLISH_KEYS, MISSING, USED_KEYS, Row, Row
 from pivotune.data.text_files import NumberedRecords
 from pivotune.errors import UsageError
 from pivotune.text.json_text import shown
+from pivotune.text.words import counted
 
 _OBJECTS = "a file, a Hub dataset name, a datasets.Dataset or a list of dicts"
 # Skipped rows are counted by reason up to this many reasons, then together: a reason can quote a text of its row.
@@ -74,7 +75,7 @@ class Rows(LazySequence[Row]):
     @property
     def notes(self) -> list[str]:
         """A line that names the columns that are not used, if there are any."""
-        names = ", ".join(f"{shown(name)} (in {count} rows)" for name, count in self.unused.items())
+        names = ", ".join(f"{shown(name)} (in {counted(count)})" for name, count in self.unused.items())
         return [f"columns that are not used: {names}"] if names else []
 
     def _item(self, index: int) -> Row:
@@ -210,9 +211,9 @@ def _bad_rows_message(first: _BadRow, counts: Counter[str], total: int, needed_b
     if total == 1:
         share = "it is the only row"
     elif alike == total:
-        share = f"all {total} rows are like this"
+        share = f"all {total:,} rows are like this"
     else:
-        share = f"{alike} of {total} rows {'is' if alike == 1 else 'are'} like this"
+        share = f"{alike:,} of {total:,} rows {'is' if alike == 1 else 'are'} like this"
     others = f", {bad - alike} more cannot be used for other reasons" if bad > alike else ""
     hint = f" ({_SKIP_HINT})" if bad < total else ""
     return f"{first.place}: {first.problem}{first.problem.note}{need}; {share}{others}{hint}"

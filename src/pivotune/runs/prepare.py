@@ -21,6 +21,7 @@ from pivotune.models.architecture import check_architecture
 from pivotune.models.loading import check_model, load_tokenizer, read_config
 from pivotune.runs.folder import claim_run_folder
 from pivotune.runs.record import check_rows_record
+from pivotune.text.words import counted
 from pivotune.training.arguments import DeepSupervisionConfig, build_arguments, optimizer_name
 from pivotune.training.distributed import ranks
 from pivotune.training.distributed.strategies import check_sharding
@@ -94,14 +95,14 @@ def prepare_run(
     validation = encode_rows(rows.heldout, encoder, on_bad_row="skip", sources=rows.heldout_sources)
     skipped, heldout_skipped = rows.skipped + unfit, rows.heldout_skipped + (report.skipped - unfit)
     if not train:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+        reasons = "; ".join(f"{counted(count)}: {reason}" for reason, count in skipped.items())
         raise UsageError(f"{', '.join(rows.sources)}: no row is left to train on ({reasons})")
     heldout = heldout_examples(validation, by_language=True)
     check_evaluation(args, heldout, f"data.validation: {config.data.validation} gives none")
     dataset = cast(ExampleDataset, build_train_dataset(train, args, model_config))
     if (budget := config.data.token_budget) is not None:
         tokens = dataset.lengths.sum()
-        rows.notes.append(f"data.token_budget {budget:,}: {len(dataset):,} rows an epoch with {tokens:,} tokens")
+        rows.notes.append(f"data.token_budget {budget:,}: {counted(len(dataset))} an epoch with {tokens:,} tokens")
     if METHODS[config.method].inner_losses:
         check_phase(args.supervision, training_schedule(args, len(dataset), args.world_size).steps)
         check_lens_rows(args.supervision, train)

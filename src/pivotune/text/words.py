@@ -1,4 +1,4 @@
-"""Words of a text in any script."""
+"""Words of a text in any script, and the noun of a count."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ WORD = re.compile(f"[{_UNSPACED}]+|[{_SPACED}]+")
 def is_unspaced(word: str) -> bool:
     """Return True for a match of `WORD` in a script that writes no spaces between words."""
     return word[0] >= "\u0e00" and re.match(f"[{_UNSPACED}]", word) is not None
+
+
+def counted(number: int, noun: str = "row") -> str:
+    """Return `1 row` or `1,200 rows`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

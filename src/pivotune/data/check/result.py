@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from pivotune.data.rows import Row
+from pivotune.text.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class Shift:
     rows: int
 
     def __str__(self) -> str:
-        distance = "one row" if abs(self.by) == 1 else f"{abs(self.by)} rows"
-        place = f"from row {self.first} to row {self.last}: the English of these rows stands {distance} further"
-        return f"the English side looks shifted by {distance} {place} {'down' if self.by > 0 else 'up'}"
+        distance, way = counted(abs(self.by)), "down" if self.by > 0 else "up"
+        place = f"from row {self.first} to row {self.last}: the English of these rows stands {distance} further {way}"
+        return f"the English side looks shifted by {distance} {place}"
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,8 @@ def _hold_out(rows: Rows, kept: np.ndarray, settings: PrepareSettings) -> np.nda
     if not settings.validation:
         return held_out
     if settings.validation >= kept.sum():
-        raise UsageError(
-            f"--validation: {settings.validation} found; allowed: fewer than the {kept.sum()} rows that are kept"
-        )
+        allowed = "fewer than the rows that are kept"
+        raise UsageError(f"--validation: {settings.validation} found; allowed: {allowed}, {kept.sum()}")
     groups = _same_as((row.prompt, row.input, *map(str, row.history)) for row in rows)
     if all(row.prompt_en for row in rows):
         english = _same_as((row.prompt_en, row.input_en, *map(str, row.history_en)) for row in rows) + len(rows)

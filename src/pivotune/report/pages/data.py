@@ -14,6 +14,7 @@ from pivotune.report.figures.base import DASHES, WIDTH, series, stacked
 from pivotune.report.figures.base import data as chart_data
 from pivotune.report.page import Block, Figure, Heading, Lines, Section, Table, Text, excerpt, html
 from pivotune.report.runs import DATA_CHECK, Material
+from pivotune.text.words import counted
 
 _TEXTS = {"prompt": "prompt", "completion": "answer", "prompt_en": "English prompt", "completion_en": "English answer"}
 _EXCERPT = 600  # characters of a text of an example row
@@ -43,7 +44,7 @@ def check_blocks(check: Mapping[str, Any], figure: str = "data-lengths") -> list
     total, usable = check.get("total", 0), check.get("usable", 0)
     blocks: list[Block] = [
         Text(str(check.get("verdict", "")), "lead"),
-        Text(f"{check.get('source', 'data')}: {total:,} rows, {usable:,} of them usable.", "note"),
+        Text(f"{check.get('source', 'data')}: {counted(total)}, {usable:,} of them usable.", "note"),
     ]
     problems = check.get("problems", [])
     if problems:
@@ -58,9 +59,9 @@ def check_blocks(check: Mapping[str, Any], figure: str = "data-lengths") -> list
         blocks.append(Table(titles, rows, "Kinds of faults, most serious first"))
     else:
         blocks.append(Text("No fault was found in the rows that can be used."))
-    left_out = [f"{count:,} rows cannot be used: {reason}" for reason, count in (check.get("skipped") or {}).items()]
+    left_out = [f"{counted(count)} cannot be used: {reason}" for reason, count in (check.get("skipped") or {}).items()]
     too_long = check.get("too_long") or {}
-    left_out += [f"{count:,} rows would be refused in training: {reason}" for reason, count in too_long.items()]
+    left_out += [f"{counted(count)} would be refused in training: {reason}" for reason, count in too_long.items()]
     left_out += [shift["message"] for shift in check.get("shifts", [])] + list(check.get("notes", []))
     if left_out:
         blocks.append(Lines(left_out, "warning"))

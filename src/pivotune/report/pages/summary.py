@@ -15,6 +15,7 @@ from pivotune.errors import UsageError
 from pivotune.report.page import Block, Heading, Lines, Section, Table, Text, html
 from pivotune.report.runs import Material, RunParts, spread
 from pivotune.results.metrics import HELDOUT_NLL
+from pivotune.text.words import counted
 
 _MARKS = {Verdict.BETTER: ("▲", "good"), Verdict.WORSE: ("▼", "bad"), Verdict.UNDECIDED: ("≈", "")}
 
@@ -69,16 +70,12 @@ def _lead(material: Material) -> str:
     runs = material.runs
     trained = [run for run in runs if run.config]
     if not trained:
-        return f"{_count(len(runs), 'model')} without a configuration: nothing is known of how they were trained."
+        return f"{counted(len(runs), 'model')} without a configuration: nothing is known of how they were trained."
     models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in trained))
     codes = dict.fromkeys(code for run in trained for code in run.language.split(", ") if code)
     languages = ", ".join(codes) or "an unnamed language"
     methods = ", ".join(dict.fromkeys(str(run.config.get("method")) for run in trained))
-    return f"{_count(len(trained), 'run')} of {models}, fine-tuned for {languages} with {methods}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{counted(len(trained), 'run')} of {models}, fine-tuned for {languages} with {methods}."
 
 
 def _trained(runs: Sequence[RunParts]) -> Table:
@@ -115,7 +112,7 @@ def _verdicts(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]])
             lines.append(html("<span class='{}'>{}</span> {}", kind, mark, text))
     undecided = sum(cell["difference"]["verdict"] == Verdict.UNDECIDED for cell in compared)
     if undecided:
-        lines.append(f"≈ {undecided} of {_count(len(compared), 'difference')} cannot be told apart from zero.")
+        lines.append(f"≈ {undecided} of {counted(len(compared), 'difference')} cannot be told apart from zero.")
     blocks: list[Block] = [Lines(lines)]
     if any(not cell["difference"]["num_seeds"] for cell in compared):
         covers = "One run stands against one: the intervals cover the items, not the noise between two trainings."
