@@ -120,7 +120,7 @@ def count_states(texts: Sequence[Text]) -> int:
     return sum(max(len(text.ids) - text.first, 0) for text in texts)
 
 
-def check_states(count: int) -> None:
+def check_enough_states(count: int) -> None:
     """Refuse to fit a lens on fewer than `LEAST_STATES` token states."""
     if count < LEAST_STATES:
         raise UsageError(
@@ -170,7 +170,7 @@ def fit_tuned_lens(
         if progress is not None:
             progress(100 * (states * a_state + maps * a_map + steps * a_step) // total)
 
-    check_states(count)
+    check_enough_states(count)
     states, text_of = _collect(model, architecture, chosen, [*layers, top], batch_size, tell)
     # Whole texts are held out: the states of one text resemble each other.
     held = torch.from_numpy(text_of >= max(1, int(len(chosen) * (1 - HELD_OUT))))

@@ -26,7 +26,7 @@ from pivotune.lenses.tuned import (
     LEAST_STATES,
     LensFigures,
     TunedLens,
-    check_states,
+    check_enough_states,
     count_states,
     fit_tuned_lens,
     lens_texts,
@@ -206,7 +206,7 @@ def check_lens_rows(supervision: SupervisionConfig, pairs: Sequence[Pair]) -> No
     signals = {term.signal for term in supervision.active().values()}
     reads = any(OBJECTIVES[signal](supervision.options(signal)).uses_lens for signal in signals)
     if by_reading or (reads and LENSES[supervision.lens] is TunedLens):
-        check_states(count_states(lens_texts(spread(pairs, _ROWS), supervision.tuned.text)))
+        check_enough_states(count_states(lens_texts(spread(pairs, _ROWS), supervision.tuned.text)))
 
 
 def read_lens_figures(path: Path) -> dict[int, LensFigures]:
