@@ -179,14 +179,14 @@ by_set("no_signal", "FOLDER/run.yaml: supervision: both signals are none; that i
 def a_set_key_beside_the_wrong_one(run: Case) -> str:
     run.settings["seed"] = "x"
     run.changes += ["training.max_steps=2", "supervision.thinking.weight=0.1"]
-    return f"{run.folder}/run.yaml: seed: 'x' is not allowed; allowed: a valid integer"
+    return f"{run.folder}/run.yaml: seed: 'x' is not allowed; allowed: a whole number"
 
 
 by_set("negative_weight",
-       "FOLDER/run.yaml: supervision.thinking.weight: -0.3 is not allowed; allowed: greater than or equal to 0",
+       "FOLDER/run.yaml: supervision.thinking.weight: -0.3 is not allowed; allowed: at least 0",
        "supervision.thinking.weight=-0.3")  # fmt: skip
 by_set("layer_0",
-       "FOLDER/run.yaml: supervision.conversion.layer: 0 is not allowed; allowed: greater than or equal to 1, or 'auto'",
+       "FOLDER/run.yaml: supervision.conversion.layer: 0 is not allowed; allowed: at least 1, or 'auto'",
        "supervision.conversion.layer=0")  # fmt: skip
 by_set("layer_L", "supervision.thinking.layer: 4 is not allowed; the model has 4 layers, choose 1 to 3",
        "supervision.thinking.layer=4")  # fmt: skip

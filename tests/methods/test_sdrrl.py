@@ -163,7 +163,7 @@ def test_an_answer_of_one_word_stays_with_its_question():
 @pytest.mark.parametrize(
     ("own", "message"),
     [(only(), "sdrrl: all weights are 0; allowed: at least one above 0"),
-     ({"translation": -1}, r"sdrrl\.translation: -1 is not allowed; allowed: greater than or equal to 0"),
+     ({"translation": -1}, r"sdrrl\.translation: -1 is not allowed; allowed: at least 0"),
      ({"code_switching": {"share": 0, "dictionary": "a.tsv"}}, "share: 0 does not use the dictionary"),
      ({"code_switching": {"probability": 0}}, r"sdrrl\.code_switching\.probability: 0 is not allowed"),
      ({"code_switch": {}}, r"unknown key sdrrl\.code_switch; did you mean sdrrl\.code_switching\?")],

@@ -12,6 +12,12 @@ from pivotune.errors import UsageError
 
 # Tag of the alternative that is a list, in a union with a discriminator.
 LIST_TAG = "[]"
+# Words of pydantic's messages -> the words of a YAML file's author.
+_PLAIN = {
+    "valid string": "text", "valid integer": "a whole number", "valid number": "a number",
+    "valid boolean": "true or false", "valid list": "a list", "valid dictionary": "a section with keys of its own",
+    "instance of": "a section with keys of its own",
+}  # fmt: skip
 _SectionT = TypeVar("_SectionT", bound=BaseModel)
 
 
@@ -49,8 +55,9 @@ def describe(section: type[BaseModel], error: ValidationError, within: str) -> s
     # The members of a union have an error each.
     alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
     wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
-    # Not the name of a class.
-    wordings = ["a section with keys of its own" if "instance of" in wording else wording for wording in wordings]
+    wordings = [wording.replace("greater than or equal to", "at least") for wording in wordings]
+    wordings = [wording.replace("less than or equal to", "at most") for wording in wordings]
+    wordings = [next((plain for words, plain in _PLAIN.items() if words in wording), wording) for wording in wordings]
     shown = "null" if found is None else repr(found)
     return f"{key}: {shown} is not allowed; allowed: {', or '.join(dict.fromkeys(wordings))}"
 
