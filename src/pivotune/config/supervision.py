@@ -80,7 +80,7 @@ class ContrastiveConfig(CkaConfig):
 class TunedLensConfig(Section):
     """The fit of the tuned lens on the starting model, before training."""
 
-    text: Literal["english", "both", "branches"] = "english"  # docs/experiments.md, third round
+    text: Literal["english", "both", "branches"] = "english"  # docs/experiments.md, "Both languages once more"
     states: Annotated[int, Field(ge=100)] = 10_000  # token states
     steps: Annotated[int, Field(ge=0)] = 60  # Adam steps after the regression
     refit: Annotated[int, Field(ge=0)] = 0  # optimizer steps between fits on the model in training; 0: frozen
