@@ -429,9 +429,9 @@ def test_held_out_rows_that_are_left_out_are_counted_too(config, tmp_path, capsy
     train(config, "data.on_bad_row=skip", *settings, *LAYERS)
     out = capsys.readouterr().out
     assert "16 rows to train on, 4 held out" in out
-    assert "left out: 1 held-out rows: `prompt` is empty" in out
-    assert "left out: 1 held-out rows: the prompt fills" in out
-    assert "left out: 1 row" not in out
+    assert "left out: 1 held-out row: `prompt` is empty" in out
+    assert "left out: 1 held-out row: the prompt fills" in out
+    assert "left out: 1 row:" not in out
 
 
 def test_what_training_raises_stops_the_progress_bar(config, monkeypatch, capsys):
