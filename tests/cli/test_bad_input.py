@@ -208,7 +208,7 @@ by_set("training_choice",
 by_set("training_value_of_the_wrong_type", "FOLDER/run.yaml: training.bf16: 'perhaps' is not allowed; allowed: ",
        "training.bf16=perhaps")  # fmt: skip
 by_set("training_number_of_the_wrong_type",
-       "FOLDER/run.yaml: training.per_device_train_batch_size: 'big' is not allowed; allowed: ",
+       "FOLDER/run.yaml: training.per_device_train_batch_size: 'big' is not allowed; allowed: a whole number",
        "training.per_device_train_batch_size=big")  # fmt: skip
 by_set("training_field_without_effect",
        "FOLDER/run.yaml: training.label_smoothing_factor: 0.1 is not supported: the cross-entropy in chunks has no "

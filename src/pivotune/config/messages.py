@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -54,12 +54,18 @@ def describe(section: type[BaseModel], error: ValidationError, within: str) -> s
         return str(problem["ctx"]["error"])
     # The members of a union have an error each.
     alike = [p["msg"] for p in problems if _keys(p) == _keys(problem)]
-    wordings = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in alike]
-    wordings = [wording.replace("greater than or equal to", "at least") for wording in wordings]
-    wordings = [wording.replace("less than or equal to", "at most") for wording in wordings]
-    wordings = [next((plain for words, plain in _PLAIN.items() if words in wording), wording) for wording in wordings]
     shown = "null" if found is None else repr(found)
-    return f"{key}: {shown} is not allowed; allowed: {', or '.join(dict.fromkeys(wordings))}"
+    return f"{key}: {shown} is not allowed; allowed: {', or '.join(allowed_values(alike))}"
+
+
+def allowed_values(messages: Iterable[str]) -> list[str]:
+    """Return what pydantic's messages allow, in the words of a YAML file's author, each once."""
+    found = []
+    for message in messages:
+        allowed = message.removeprefix("Input should be ").removeprefix("Value error, ")
+        allowed = allowed.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+        found.append(next((plain for words, plain in _PLAIN.items() if words in allowed), allowed))
+    return list(dict.fromkeys(found))
 
 
 # Pydantic puts the names of union members into the path of an error.

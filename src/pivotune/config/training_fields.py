@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pivotune.config.messages import allowed_values
 from pivotune.config.settings import EncodingConfig, FaultsConfig, RunConfig
 from pivotune.errors import UsageError
 from pivotune.text.redaction import is_secret_name
@@ -226,7 +227,7 @@ def _typed(key: str, value: Any) -> Any:
     try:
         return TypeAdapter(allowed).validate_python(value)
     except ValidationError as error:
-        wanted = dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors())
+        wanted = allowed_values(problem["msg"] for problem in error.errors())
         raise UsageError(f"training.{key}: {value!r} is not allowed; allowed: {' or '.join(wanted)}") from error
 
 
